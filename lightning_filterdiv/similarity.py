@@ -1,0 +1,127 @@
+"""Mathematics on filter matrices: how alike are the rows of ``W``?
+
+Every function takes one matrix ``(J, d)`` or a batch ``(B, J, d)`` of layers with the same shape, computes in float32
+or wider with autocast off, and is defined for zero rows (never NaN): a zero row has cosine 0 with everything.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cosine_similarity",
+    "effective_rank",
+    "expected_abs_cosine",
+    "mutual_coherence",
+    "normalize_rows",
+    "orthogonality_score",
+]
+
+
+def _as_wide(filters: Tensor) -> Tensor:
+    if filters.dim() not in (2, 3):
+        raise ValueError(
+            f"filters must be a (J, d) matrix or a (B, J, d) batch, got shape {tuple(filters.shape)}; "
+            f"use filter_matrix(conv) to get the matrix of a layer"
+        )
+    return filters.to(torch.promote_types(filters.dtype, torch.float32))
+
+
+def normalize_rows(filters: Tensor) -> Tensor:
+    """Scale every row to Euclidean norm 1; zero rows stay zero.
+
+    Args:
+        filters: ``(J, d)`` or ``(B, J, d)``.
+
+    Returns:
+        Same shape, float32 or wider. Rows are divided by their largest entry first, so that neither 1e-30 nor 1e+30
+        weights under- or overflow when they are squared.
+    """
+    with torch.autocast(filters.device.type, enabled=False):
+        wide = _as_wide(filters)
+        peak = wide.abs().amax(dim=-1, keepdim=True)
+        unit = wide / torch.where(peak > 0, peak, torch.ones_like(peak))
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        return unit / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def cosine_similarity(filters: Tensor) -> Tensor:
+    """Signed cosine between all pairs of rows, ``W_hat W_hat^T``.
+
+    Args:
+        filters: ``(J, d)`` or ``(B, J, d)``.
+
+    Returns:
+        ``(J, J)`` or ``(B, J, J)`` in [-1, 1]; the diagonal is 1, or 0 for a zero row.
+    """
+    with torch.autocast(filters.device.type, enabled=False):
+        unit = normalize_rows(filters)
+        return (unit @ unit.mT).clamp(-1.0, 1.0)
+
+
+def orthogonality_score(filters: Tensor) -> Tensor:
+    """RePr's per-filter redundancy, ``O[f] = (1/J) sum_g |W_hat W_hat^T - I|[f, g]`` (Prakash et al. 2019, section 4).
+
+    The absolute value is inside the sum: opposite filters count as redundant, they do not cancel.
+
+    Args:
+        filters: ``(J, d)`` or ``(B, J, d)``.
+
+    Returns:
+        ``(J,)`` or ``(B, J)`` in [0, 1]; large means much overlap with the rest of the layer. By the formula a zero
+        row scores ``1/J`` (its own diagonal is missing); ranking functions treat such filters separately.
+    """
+    cosine = cosine_similarity(filters)
+    identity = torch.eye(cosine.shape[-1], dtype=cosine.dtype, device=cosine.device)
+    return (cosine - identity).abs().mean(dim=-1)
+
+
+def mutual_coherence(filters: Tensor) -> Tensor:
+    """Largest absolute cosine between two distinct rows.
+
+    Args:
+        filters: ``(J, d)`` or ``(B, J, d)``.
+
+    Returns:
+        Scalar or ``(B,)`` in [0, 1]; 0 for a single row.
+    """
+    return cosine_similarity(filters).abs().triu(diagonal=1).amax(dim=(-2, -1))
+
+
+def effective_rank(filters: Tensor) -> Tensor:
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007).
+
+    Args:
+        filters: ``(J, d)`` or ``(B, J, d)``.
+
+    Returns:
+        Scalar or ``(B,)``, between 1 (all rows parallel) and ``min(J, d)`` (orthogonal rows of equal norm); 0 when all
+        rows are zero. It is not meant for per-step use: singular values synchronise with the device.
+    """
+    with torch.autocast(filters.device.type, enabled=False):
+        wide = _as_wide(filters)
+        peak = wide.abs().amax(dim=(-2, -1), keepdim=True)
+        values = torch.linalg.svdvals(wide / torch.where(peak > 0, peak, torch.ones_like(peak)))
+        total = values.sum(dim=-1, keepdim=True)
+        share = values / torch.where(total > 0, total, torch.ones_like(total))
+        rank = torch.exp(torch.special.entr(share).sum(dim=-1))
+        return torch.where(total.squeeze(-1) > 0, rank, torch.zeros_like(rank))
+
+
+def expected_abs_cosine(fan_in: int) -> float:
+    """Exact ``E|cos|`` of two random directions in ``R^d``: ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``.
+
+    The yardstick for every similarity figure: about ``sqrt(2 / (pi d))``; 0.155 for ``d = 27``, 0.047 for ``d = 288``.
+
+    Args:
+        fan_in: ``d >= 1``.
+
+    Raises:
+        ValueError: ``fan_in`` is below 1.
+    """
+    if fan_in < 1:
+        raise ValueError(f"fan_in must be at least 1, got {fan_in}")
+    return math.exp(math.lgamma(fan_in / 2) - math.lgamma((fan_in + 1) / 2)) / math.sqrt(math.pi)
