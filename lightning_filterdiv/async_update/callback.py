@@ -1,0 +1,149 @@
+"""The ``WeightAsynchronousUpdate`` callback."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
+from lightning_filterdiv.async_update.functional import AsynchronousUpdate, Axis, Hold, Sampling
+from lightning_filterdiv.callback import FilterCallback, raw_optimizer
+
+__all__ = ["WeightAsynchronousUpdate"]
+
+
+class WeightAsynchronousUpdate(FilterCallback):
+    """Update only a random subset of each layer's filters at every optimizer step (WAU).
+
+    Zhang et al., Computational Visual Media 6(4), 2020. The defaults follow the paper's abstract; ``axis="in",
+    sampling="with_replacement"`` is the official code.
+
+    Args:
+        update_fraction: share of a layer's filters updated per step, in (0, 1].
+        axis: ``"out"``: a filter is an output channel, its bias goes with it; ``"in"``: slices of input channels.
+        sampling: ``"without_replacement"``: exactly ``max(1, round(fraction * J))`` filters;
+            ``"with_replacement"``: ``max(1, floor(fraction * n))`` draws.
+        hold: ``"update"``: filters outside the subset stay bit-identical through the step while the optimizer's state
+            advances; ``"gradient"``: only their gradient is zeroed, momentum and weight decay still move them.
+        rescale: multiply the update of the subset by 1 / effective fraction, the control that separates diversity from
+            a smaller learning rate.
+        include: patterns of layers; ``None`` for every ``Conv1d/2d/3d``.
+        exclude: patterns of layers to leave out.
+        seed: the subsets are a function of the seed and the step number, the same on all ranks.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    gradient_stage = 30
+
+    def __init__(
+        self,
+        *,
+        update_fraction: float = 0.5,
+        axis: Axis = "out",
+        sampling: Sampling = "without_replacement",
+        hold: Hold = "update",
+        rescale: bool = False,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        seed: int = 0,
+        check_ranks_every_n_steps: int = 0,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
+        self.update_fraction = check_number("update_fraction", update_fraction, above=0.0, high=1.0)
+        self.axis = check_choice("axis", axis, Axis)
+        self.sampling = check_choice("sampling", sampling, Sampling)
+        self.hold = check_choice("hold", hold, Hold)
+        self.rescale = check_flag("rescale", rescale)
+        self.seed = check_integer("seed", seed, low=0)
+        self._updates: dict[int, AsynchronousUpdate] = {}
+        self._steps: list[int] = []
+
+    def fraction_at(self, epoch: int, step: int) -> float:
+        """Share of filters to update at this step; override it for a schedule.
+
+        Args:
+            epoch: the current epoch, from 0.
+            step: steps this optimizer has taken so far.
+
+        Returns:
+            A number in (0, 1].
+        """
+        return self.update_fraction
+
+    def last_subsets(self) -> dict[str, Tensor]:
+        """The filters updated in the last step: layer name -> ``(J,)`` bool on the CPU."""
+        return {name: mask for update in self._updates.values() for name, mask in update.last_subsets.items()}
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Build one :class:`AsynchronousUpdate` per optimizer that owns chosen layers."""
+        count = len(trainer.optimizers)
+        if self._steps and len(self._steps) != count:
+            raise ValueError(
+                f"the state of WeightAsynchronousUpdate was saved with {len(self._steps)} optimizers, "
+                f"this run has {count}"
+            )
+        self._steps = self._steps or [0] * count
+        for index, optimizer in enumerate(trainer.optimizers):
+            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            layers = {name: conv for name, conv in self.layers.items() if id(conv.weight) in owned}
+            if not layers:
+                continue
+            self._updates[index] = AsynchronousUpdate(
+                layers,
+                optimizer,
+                update_fraction=self.update_fraction,
+                axis=self.axis,
+                sampling=self.sampling,
+                hold=self.hold,
+                rescale=self.rescale,
+                seed=self.seed,
+                stream=f"{self.state_key}/{index}",
+            )
+            self.after_optimizer_step(optimizer, partial(self._after_step, index))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Draw this step's subsets and remember, or mask, what they leave out."""
+        index = next(i for i, known in enumerate(trainer.optimizers) if known is raw_optimizer(optimizer))
+        if (update := self._updates.get(index)) is not None:
+            step = self._steps[index]
+            update.before_step(step, self.fraction_at(trainer.current_epoch, step))
+            self._steps[index] += 1
+
+    def _after_step(self, index: int) -> None:
+        try:
+            self._updates[index].after_step()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "an optimizer step reached WeightAsynchronousUpdate without on_before_optimizer_step: in manual "
+                "optimization call step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
+            ) from error
+
+    def release(self) -> None:
+        """Give the weights storages of their own again."""
+        for update in self._updates.values():
+            update.release()
+        self._updates = {}
+
+    def reset(self) -> None:
+        """Start counting steps from 0."""
+        self._steps = []
+
+    def extra_state(self) -> dict[str, Any]:
+        """Steps taken per optimizer, the keys of the draws."""
+        return {"steps": list(self._steps)}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the step counts."""
+        steps = state["steps"]
+        if not isinstance(steps, list) or not all(isinstance(step, int) and step >= 0 for step in steps):
+            raise TypeError(f"steps must be a list of counts, got {steps!r}")
+        self._steps = list(steps)
