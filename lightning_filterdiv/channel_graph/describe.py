@@ -1,0 +1,37 @@
+"""A channel graph as a table for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .graph import ChannelGraph
+
+__all__ = ["describe"]
+
+
+def describe(graph: ChannelGraph) -> str:
+    """One line per group (size, coupled layers, members, consumers), then one per pinned layer with its reason."""
+    rows = [("group", "channels", "layers", "also narrowed", "read by")]
+    for group in graph.groups:
+        others = dict.fromkeys(
+            p.tensor.rpartition(".")[0]
+            for p in group.parts
+            if p.kind == "member" and p.tensor.rpartition(".")[0] not in group.layers
+        )
+        readers = dict.fromkeys(p.tensor.rpartition(".")[0] for p in group.parts if p.kind == "consumer")
+        rows.append((group.name, str(group.size), _some(group.layers), _some(others), _some(readers)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    total = sum(group.size for group in graph.groups)
+    lines.append(
+        f"{total} channels in {len(graph.groups)} groups may be clustered; {len(graph.pinned)} layers are pinned:"
+    )
+    lines.extend(f"  {layer}: {reason}" for layer, reason in graph.pinned.items())
+    return "\n".join(lines)
+
+
+def _some(names: object, limit: int = 4) -> str:
+    listed = list(names)  # type: ignore[call-overload]
+    return ", ".join(listed[:limit]) + (f", ... ({len(listed)} in all)" if len(listed) > limit else "")

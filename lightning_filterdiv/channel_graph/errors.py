@@ -1,0 +1,25 @@
+"""Errors of the channel graph. Each message names the layer or submodule at fault and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = ["ChannelGraphError", "ExampleInputsError", "NarrowingError", "StaleGraphError", "TraceError"]
+
+
+class ChannelGraphError(ValueError):
+    """Base class: a question about channels that cannot be answered exactly."""
+
+
+class ExampleInputsError(ChannelGraphError):
+    """No example inputs are known, or the network does not accept the given ones."""
+
+
+class TraceError(ChannelGraphError):
+    """The network cannot be exported, for instance because its control flow depends on values of tensors."""
+
+
+class StaleGraphError(ChannelGraphError):
+    """The model changed its structure after it was traced (or no longer exists)."""
+
+
+class NarrowingError(ChannelGraphError):
+    """The requested clusters cannot be turned into a narrower network."""

@@ -1,0 +1,251 @@
+"""Values that carry channel labels: what the exported graph is run on instead of data.
+
+Every activation becomes an integer tensor of the same shape. Each entry names a *value*, a row of :class:`ValueTable`:
+
+``> 0``
+    a value that belongs to one channel. The table keeps its *owner* (the filter or the entry of a per-channel parameter
+    it comes from), its *trail* (a hash of the operators it went through, so that two channels of one layer that were
+    treated differently are never mistaken for each other) and, until its first join, the filter that alone feeds it.
+    A *zero* (padding) has an owner too: it is neutral in a sum, but takes up a place that goes with the channel it meets;
+``< 0``
+    a value that no channel owns: network inputs, results of operators that mix channels.
+
+Owners are merged by union-find: a class of owners is one channel. Label tensors are constant along space almost
+everywhere, so those dimensions are kept expanded (stride 0): the cost of a trace does not depend on the image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["Ints", "LabelTensor", "ValueTable", "compress", "core", "mix", "stable_hash"]
+
+Ints = npt.NDArray[np.int64]
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def stable_hash(text: str) -> int:
+    """64-bit hash of ``text``, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def mix(*parts: Ints | int) -> Ints:
+    """Hash of a sequence of (arrays of) 64-bit integers, element by element; the order counts."""
+    with np.errstate(over="ignore"):
+        state: npt.NDArray[np.uint64] = np.zeros((), dtype=np.uint64)
+        for part in parts:
+            state = (state ^ np.asarray(part, dtype=np.int64).view(np.uint64)) * _MULTIPLIER
+            state = state ^ (state >> np.uint64(29))
+    return np.asarray(state).view(np.int64)
+
+
+def core(labels: Tensor) -> Tensor:
+    """View of ``labels`` with every expanded (stride 0) dimension shrunk to size 1."""
+    for dim in range(labels.ndim):
+        if labels.stride(dim) == 0 and labels.shape[dim] > 1:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def compress(labels: Tensor) -> Tensor:
+    """``labels`` with every dimension along which they are constant expanded (stride 0)."""
+    shape, small = labels.shape, core(labels)
+    for dim in range(small.ndim):
+        if small.shape[dim] > 1:
+            first = small.narrow(dim, 0, 1)
+            # Cheap test first: most dimensions that vary differ between their first two entries.
+            if bool((small.narrow(dim, 1, 1) == first).all()) and bool((small == first).all()):
+                small = first
+    return small.expand(shape)
+
+
+@dataclass(frozen=True)
+class LabelTensor:
+    """Labels of one node of the graph."""
+
+    labels: Tensor
+    is_parameter: bool = False  # computed from parameters and buffers only, not yet joined with an activation
+    uniform: bool = False  # one and the same constant everywhere (torch.ones, torch.full)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.labels.shape
+
+
+class ValueTable:
+    """Table of values, union-find over their owners, and the reasons why owners are pinned."""
+
+    def __init__(self) -> None:
+        self._size = 1  # there is no value 0
+        self._columns = {
+            name: np.zeros(1024, dtype=np.int64) for name in ("owner", "trail", "slot", "origin", "leak", "zero")
+        }
+        self._columns["owner"][0] = self._columns["origin"][0] = -1
+        self._parent: list[int] = []
+        self.pins: dict[int, str] = {}  # owner -> reason, the first one found
+        self.fixed_reasons: list[str] = []  # reason of value -1-k
+        self.leak_reasons: list[str] = [""]  # leak 0: the value is zero once its filter is silenced
+        self.exposed: dict[int, str] = {}  # origin -> why silencing it is not enough
+
+    # -- columns -----------------------------------------------------------------------------------------------------
+
+    def _column(self, name: str) -> Ints:
+        return self._columns[name][: self._size]
+
+    @property
+    def owner(self) -> Ints:
+        """Owner of each value (before union)."""
+        return self._column("owner")
+
+    @property
+    def trail(self) -> Ints:
+        """Hash of the operators each value went through."""
+        return self._column("trail")
+
+    @property
+    def slot(self) -> Ints:
+        """Position of each value within its channel after a flatten, otherwise 0."""
+        return self._column("slot")
+
+    @property
+    def origin(self) -> Ints:
+        """The filter that alone feeds each value, -1 behind the first join."""
+        return self._column("origin")
+
+    @property
+    def leak(self) -> Ints:
+        """Index into ``leak_reasons``: why the value is not zero when its filter is silenced (0: it is zero)."""
+        return self._column("leak")
+
+    @property
+    def zero(self) -> Ints:
+        """1 for values that are constant zero."""
+        return self._column("zero")
+
+    def add(
+        self,
+        *,
+        owner: Ints,
+        trail: Ints,
+        slot: Ints | int = 0,
+        origin: Ints | int = -1,
+        leak: Ints | int = 0,
+        zero: Ints | int = 0,
+    ) -> Ints:
+        """Append values; returns their numbers."""
+        start, stop = self._size, self._size + len(owner)
+        capacity = len(self._columns["owner"])
+        if stop > capacity:
+            grown = max(stop, 2 * capacity)
+            self._columns = {
+                name: np.concatenate([c, np.zeros(grown - capacity, np.int64)]) for name, c in self._columns.items()
+            }
+        self._size = stop
+        columns = {"owner": owner, "trail": trail, "slot": slot, "origin": origin, "leak": leak, "zero": zero}
+        for name, values in columns.items():
+            self._columns[name][start:stop] = values
+        return np.arange(start, stop, dtype=np.int64)
+
+    def add_fixed(self, reason: str) -> int:
+        """A new value that no channel owns."""
+        self.fixed_reasons.append(reason)
+        return -len(self.fixed_reasons)
+
+    def add_leak(self, reason: str) -> int:
+        """Number of a reason why silencing does not reach some values."""
+        if reason not in self.leak_reasons:
+            self.leak_reasons.append(reason)
+        return self.leak_reasons.index(reason)
+
+    # -- owners ------------------------------------------------------------------------------------------------------
+
+    def new_owners(self, count: int) -> Ints:
+        """``count`` new owners, each a class of its own."""
+        start = len(self._parent)
+        self._parent.extend(range(start, start + count))
+        return np.arange(start, start + count, dtype=np.int64)
+
+    def root(self, owner: int) -> int:
+        """Representative of the class of ``owner``."""
+        parent = self._parent
+        while parent[owner] != owner:
+            parent[owner] = parent[parent[owner]]
+            owner = parent[owner]
+        return owner
+
+    def roots(self, owners: Ints) -> Ints:
+        """Representatives of the classes of ``owners``."""
+        unique, inverse = np.unique(owners, return_inverse=True)
+        found = np.fromiter((self.root(int(o)) for o in unique), dtype=np.int64, count=len(unique))
+        return found[inverse].reshape(owners.shape)
+
+    def unite(self, first: int, second: int) -> None:
+        """Make the classes of two owners one channel."""
+        a, b = self.root(first), self.root(second)
+        if a != b:
+            self._parent[max(a, b)] = min(a, b)
+
+    def pin(self, labels: Tensor | Ints, reason: str, *, expose: bool = True) -> None:
+        """Pin the owners of the positive ``labels``; with ``expose`` they also cannot be silenced, for that reason."""
+        values = np.unique(core(labels).numpy() if isinstance(labels, Tensor) else labels)
+        values = values[values > 0]
+        for owner in np.unique(self.owner[values]).tolist():
+            self.pins.setdefault(owner, reason)
+        if expose:
+            for origin in np.unique(self.origin[values]).tolist():
+                self.exposed.setdefault(origin, reason)
+
+    def expose_leaks(self, values: Ints) -> None:
+        """Values that reach a join or a consumer: whatever leaks there cannot be silenced."""
+        values = np.unique(values[values > 0])
+        for value in values[self.leak[values] > 0].tolist():
+            self.exposed.setdefault(int(self.origin[value]), self.leak_reasons[int(self.leak[value])])
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def derive(self, labels: Tensor, key: int | None, *, shift: str | None = None) -> Tensor:
+        """``labels`` after one more operator, which treats every channel alike: same owners, longer trail.
+
+        Args:
+            labels: label tensor of any shape.
+            key: stable hash of the operator; None leaves the values as they are.
+            shift: words for the operator if it does not map zero to zero.
+        """
+        if key is None:
+            return labels
+        small = core(labels)
+        values, inverse = np.unique(small.numpy(), return_inverse=True)
+        renamed = values.copy()
+        renamed[values > 0] = self.advance(values[values > 0], key, shift=shift)
+        renamed = np.asarray(renamed[inverse]).reshape(tuple(small.shape))
+        return torch.from_numpy(renamed).expand(labels.shape)
+
+    def advance(self, old: Ints, key: Ints | int, *, shift: str | None = None, rank: Ints | int = 0) -> Ints:
+        """New values with the owners of ``old``; see :meth:`derive`."""
+        leak = self.leak[old]
+        if shift is not None:
+            leak = np.where(leak > 0, leak, self.add_leak(f"{shift} does not map zero to zero"))
+        new = self.add(
+            owner=self.owner[old],
+            trail=mix(self.trail[old], key, rank),
+            slot=self.slot[old],
+            origin=self.origin[old],
+            leak=leak,
+            zero=self.zero[old],
+        )
+        return new if shift is None else self.shift_zeros(new, shift)
+
+    def shift_zeros(self, values: Ints, where: str) -> Ints:
+        """Zeros do not survive an operator with an offset: what results is a constant that no channel owns."""
+        zeros = (values > 0) & (self.zero[values] > 0)
+        if zeros.any():
+            reason = f"zero padding is shifted by {where}"
+            self.pin(values[zeros], reason)
+            values = np.where(zeros, self.add_fixed(reason), values)
+        return values

@@ -1,0 +1,357 @@
+"""Rules for data movement, pooling and reductions: the operator itself is applied to the label tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .labels import LabelTensor, compress, core, mix
+from .propagate import Move, Propagation, Rule, Value, arguments, fixed_labels, moved, nullified, operator_name
+
+__all__ = ["RULES"]
+
+
+def identity(state: Propagation, node: Node) -> Value:
+    """Copies, casts and dropout: every entry stays what it is."""
+    value = state.labels_of(node.args[0]) if isinstance(node.args[0], Node) else None
+    if isinstance(node.meta.get("val"), (list, tuple)):
+        return [value, None]
+    return value
+
+
+def _movement(state: Propagation, node: Node) -> Value:
+    """Apply the operator to the labels."""
+    moving = [leaf for leaf in node.all_input_nodes if leaf.name not in state.constants]
+    operands = [leaf for leaf in moving if state.labels_of(leaf) is not None]
+    if len(operands) != len(moving) or any(_value(state, n).uniform for n in operands):
+        return _index_by_values(state, node)
+    labelled = map_arg(
+        (node.args, node.kwargs),
+        lambda n: state.constants[n.name] if n.name in state.constants else _labels(state, n),
+    )
+    result = node.target(*labelled[0], **labelled[1])  # type: ignore[operator]
+    parameters = all(_value(state, n).is_parameter for n in operands)
+    if isinstance(result, Tensor):
+        return LabelTensor(moved(state, node, result).labels, is_parameter=parameters)
+    return [moved(state, node, part, i) for i, part in enumerate(result)]
+
+
+def _index_by_values(state: Propagation, node: Node) -> Value:
+    """Indexing by a tensor that is a buffer of a channel map or computed in forward."""
+    for leaf in node.all_input_nodes:
+        state.pin(leaf, f"input of {state.where(node)}, which is indexed by a computed tensor")
+    return state.fixed(node)
+
+
+def _value(state: Propagation, node: Node) -> LabelTensor:
+    value = state.labels_of(node)
+    assert value is not None
+    return value
+
+
+def _labels(state: Propagation, node: Node) -> Tensor:
+    return _value(state, node).labels
+
+
+def _varying(labels: Tensor) -> set[int]:
+    """Dimensions along which a labelled tensor is not constant."""
+    small = core(labels)
+    return {d for d in range(small.ndim) if small.shape[d] > 1}
+
+
+def _note_move(state: Propagation, node: Node, *labels: Tensor, natural: bool = False) -> None:
+    values = np.unique(np.concatenate([core(part).numpy().reshape(-1) for part in labels]))
+    owners = np.unique(state.table.owner[values[values > 0]])
+    if len(owners):
+        (state.reshapes if natural else state.moves).append(Move(operator_name(node), state.module_of(node)[0], owners))
+
+
+def along_dim(state: Propagation, node: Node) -> Value:
+    """Slices, splits and rolls. Along channels they depend on how many channels there are."""
+    call = arguments(node)
+    labels = _labels(state, node.args[0]) if isinstance(node.args[0], Node) else None
+    if labels is None:
+        return _index_by_values(state, node)
+    dims = call.get("dim", call.get("dims", 0))
+    dims = [dims] if isinstance(dims, int) else (dims or range(labels.ndim))
+    if operator_name(node) == "slice" and tuple(node.meta["val"].shape) == tuple(labels.shape):
+        return _value(state, node.args[0])  # type: ignore[arg-type]
+    if {d % labels.ndim for d in dims} & _varying(labels):
+        _note_move(state, node, labels)
+    return _movement(state, node)
+
+
+def keeps_order(state: Propagation, node: Node) -> Value:
+    """Transpositions and the like: whole dimensions move, whatever their size."""
+    return _movement(state, node)
+
+
+def overwrite(state: Propagation, node: Node) -> Value:
+    """copy: what is written, in the shape of what it is written over."""
+    source = _value(state, node.args[1])  # type: ignore[arg-type]
+    return moved(state, node, source.labels.expand(node.meta["val"].shape))
+
+
+def index(state: Propagation, node: Node) -> Value:
+    """Indexing by integer buffers; by anything else it depends on values."""
+    call = arguments(node)
+    indexed = [d for d, i in enumerate(call["indices"]) if i is not None]
+    if len(indexed) != 1 or call["indices"][indexed[0]].name not in state.constants:
+        return _index_by_values(state, node)
+    labels = _labels(state, node.args[0])  # type: ignore[arg-type]
+    if indexed[0] in _varying(labels):
+        _note_move(state, node, labels)
+    return _movement(state, node)
+
+
+def regroup(state: Propagation, node: Node) -> Value:
+    """Shuffles with a fixed number of groups."""
+    labels = _labels(state, node.args[0])  # type: ignore[arg-type]
+    if _varying(labels):
+        _note_move(state, node, labels)
+    return _movement(state, node)
+
+
+def concatenate(state: Propagation, node: Node) -> Value:
+    """cat and stack. The number of the operand joins the trail, so that repeated operands stay in order."""
+    call = arguments(node)
+    operands = [_value(state, n) for n in call["tensors"]]
+    key = state.key(node)
+    parts = [state.table.derive(v.labels, None if key is None else int(mix(key, i))) for i, v in enumerate(operands)]
+    if operator_name(node) == "stack":
+        return LabelTensor(compress(torch.stack(parts, call["dim"])))
+    parts = [p for p in parts if p.ndim > 1 or p.numel()]  # legacy: empty 1-D operands are ignored
+    dim = call["dim"] % parts[0].ndim
+    return LabelTensor(compress(_join_along(parts, dim)))
+
+
+def reshape(state: Propagation, node: Node) -> Value:
+    """view, reshape, flatten: row-major order is kept."""
+    value = _value(state, node.args[0])  # type: ignore[arg-type]
+    labels, shape = value.labels, node.meta["val"].shape
+    _note_move(state, node, labels, natural=_reshape_is_natural(labels, shape))
+    source, target = labels, tuple(shape)
+    # Trailing dimensions that the reshape leaves alone stay expanded.
+    while source.ndim > 1 and len(target) > 1 and source.shape[-1] == target[-1] and source.stride(-1) == 0:
+        source, target = source[..., 0], target[:-1]
+    result = compress(source.reshape(target))
+    result = result.reshape(*target, *[1] * (len(shape) - len(target))).expand(shape)
+    result = state.table.derive(result, state.key(node))
+    small = core(result)
+    if small.numel() > core(labels).numel():
+        result = _number_slots(state, small).expand(shape)
+    return LabelTensor(result, is_parameter=value.is_parameter)
+
+
+def _number_slots(state: Propagation, small: Tensor) -> Tensor:
+    """After a flatten the entries of one channel become values of their own, numbered in order."""
+    table, flat = state.table, small.reshape(-1).numpy()
+    owned = np.flatnonzero(flat > 0)
+    old = flat[owned]
+    order = np.argsort(old, kind="stable")
+    starts = np.r_[0, np.flatnonzero(np.diff(old[order])) + 1] if len(old) else np.zeros(0, np.int64)
+    rank = np.empty(len(old), dtype=np.int64)
+    rank[order] = np.arange(len(old)) - np.repeat(starts, np.diff(np.r_[starts, len(old)]))
+    result = flat.copy()
+    result[owned] = table.add(
+        owner=table.owner[old],
+        trail=table.trail[old],
+        slot=mix(table.slot[old], rank) if table.slot[old].any() else rank,
+        origin=table.origin[old],
+        leak=table.leak[old],
+    )
+    return torch.from_numpy(result).reshape(small.shape)
+
+
+def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the reshape means the same for any number of channels: no varying dimension is split or merged with another."""
+    varying = _varying(labels)
+    source = [(n, d in varying) for d, n in enumerate(labels.shape) if n != 1]
+    target = [n for n in shape if n != 1]
+    i = j = 0
+    while i < len(source) and j < len(target):
+        left, right, channels, parts = source[i][0], target[j], int(source[i][1]), 1
+        while left != right:
+            if left < right:
+                i += 1
+                left, channels = left * source[i][0], channels + int(source[i][1])
+            else:
+                j += 1
+                right, parts = right * target[j], parts + 1
+        if channels > 1 or (channels and parts > 1):
+            return False
+        i, j = i + 1, j + 1
+    return True
+
+
+def pad(state: Propagation, node: Node) -> Value:
+    """Along space every channel is padded alike; along channels the padding takes places of its own."""
+    call = arguments(node)
+    value = _value(state, node.args[0])  # type: ignore[arg-type]
+    result, shape = value.labels, node.meta["val"].shape
+    widths: list[int] = list(call.get("pad") or call.get("padding") or [])
+    constant = operator_name(node) == "constant_pad_nd" or call.get("mode") == "constant"
+    varying = _varying(result)
+    for k in range(0, len(widths), 2):
+        before, after = widths[k : k + 2]
+        dim = result.ndim - 1 - k // 2
+        if dim not in varying:
+            sizes = [-1] * result.ndim
+            sizes[dim] = shape[dim]
+            result = result.narrow(dim, 0, 1).expand(sizes)
+        elif before or after:
+            if not constant:
+                state.pin(value, f"input of {state.where(node)}, which repeats channels")
+                return state.fixed(node)
+            kept = result.narrow(dim, max(0, -before), result.shape[dim] + min(0, before) + min(0, after))
+            blocks = [
+                _padding(state, node, kept.shape, dim, width, call.get("value") or 0) for width in (before, after)
+            ]
+            result = _join_along([blocks[0], kept, blocks[1]], dim)
+            _note_move(state, node, result)
+    return moved(state, node, result)
+
+
+def _padding(state: Propagation, node: Node, shape: torch.Size, dim: int, width: int, fill: float) -> Tensor:
+    """Labels of ``width`` padded channels: zeros, or another constant that no channel owns."""
+    count = max(0, width)
+    if fill == 0:
+        trail = np.full(count, state.key(node) or 0, dtype=np.int64)
+        values = torch.from_numpy(state.table.add(owner=state.table.new_owners(count), trail=trail, zero=1))
+    else:
+        values = torch.full((count,), state.table.add_fixed(f"padding with {fill} by {state.where(node)}"))
+    view = [count if d == dim else 1 for d in range(len(shape))]
+    return values.reshape(view).expand([count if d == dim else n for d, n in enumerate(shape)])
+
+
+def _join_along(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate; dimensions that no part varies along stay expanded."""
+    sizes = [-1 if d == dim else n for d, n in enumerate(parts[0].shape)]
+    for d in range(len(sizes)):
+        if d != dim and all(p.stride(d) == 0 or p.shape[d] == 1 for p in parts):
+            parts = [p.narrow(d, 0, 1) for p in parts]
+    return torch.cat(list(parts), dim).expand(sizes)
+
+
+def _zero_preserving(name: str) -> bool:
+    return not re.search(r"softmax|logsumexp|prod|any|all|cumprod|argm", name)
+
+
+def over_space(state: Propagation, node: Node) -> Value:
+    """Pooling and resizing: the last k dimensions of each channel, alike for every channel."""
+    labels = _value(state, node.args[0]).labels  # type: ignore[arg-type]
+    rank = int(re.findall(r"(\d)d", operator_name(node))[0])
+    small = state.collapse(labels, range(labels.ndim - rank, labels.ndim), node, silent=False)
+    small = state.table.derive(small, state.key(node))
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return LabelTensor(small.expand(value.shape))
+    return [LabelTensor(small.expand(part.shape)) for part in value]
+
+
+def reduction(state: Propagation, node: Node) -> Value:
+    """Means, sums, maxima and softmax over dimensions along which the channel does not change."""
+    call = arguments(node)
+    labels = _value(state, node.args[0]).labels  # type: ignore[arg-type]
+    dims: Any = call.get("dim")
+    chosen = [dims] if isinstance(dims, int) else (list(dims) if dims else list(range(labels.ndim)))
+    chosen = [d % labels.ndim for d in chosen]
+    mixed = sorted(set(chosen) & _varying(labels))
+    if mixed:
+        why = f"input of {state.where(node)} over channels, which mixes channels"
+        state.pin(node.args[0], why)
+        return state.fixed(node)
+    name = operator_name(node)
+    small = labels
+    for d in chosen:
+        small = small.narrow(d, 0, 1)
+    small = state.table.derive(small, state.key(node), shift=None if _zero_preserving(name) else state.where(node))
+
+    def shaped(part: Tensor) -> LabelTensor:
+        if part.ndim == labels.ndim:
+            return LabelTensor(small.expand(part.shape))
+        kept = [d for d in range(labels.ndim) if d not in chosen]
+        return LabelTensor(
+            small.permute(*kept, *chosen).reshape([labels.shape[d] for d in kept]) if kept else small.reshape(())
+        )
+
+    value = node.meta["val"]
+    return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
+
+
+def creation(state: Propagation, node: Node) -> Value:
+    """Tensors made in forward: zeros take places like padding, other constants are the same for every channel."""
+    name, value = operator_name(node), node.meta["val"]
+    call = arguments(node)
+    fill = 0 if "zeros" in name else 1 if "ones" in name else call.get("fill_value")
+    like = state.labels_of(node.args[0]) if name.endswith("_like") and isinstance(node.args[0], Node) else None
+    if fill == 0 and like is not None:
+        return LabelTensor(nullified(state, node, like.labels))
+    if fill == 0 and value.ndim > 1 and value.shape[1] > 1:
+        labels = _padding(state, node, value.shape, 1, value.shape[1], 0)
+        _note_move(state, node, labels)
+        return LabelTensor(labels)
+    label = state.table.add_fixed(f"computed by {state.where(node)}")
+    return LabelTensor(fixed_labels(value.shape, label), uniform=isinstance(fill, (int, float, bool)))
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "dropout", "native_dropout"),
+        identity,
+    ),
+    **dict.fromkeys(("feature_dropout", "alpha_dropout", "feature_alpha_dropout", "_assert_tensor_metadata"), identity),
+    **dict.fromkeys(
+        ("slice", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "roll", "narrow"), along_dim
+    ),
+    **dict.fromkeys(("index_select", "slice_scatter", "select_scatter"), along_dim),
+    **dict.fromkeys(
+        ("transpose", "permute", "t", "movedim", "flip", "squeeze", "unsqueeze", "expand", "repeat"), keeps_order
+    ),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle"), regroup),
+    "index": index,
+    "copy": overwrite,
+    **dict.fromkeys(("cat", "stack"), concatenate),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten"), reshape),
+    **dict.fromkeys(("pad", "constant_pad_nd"), pad),
+    **dict.fromkeys((f"{mode}_pad{rank}d" for mode in ("reflection", "replication") for rank in (1, 2, 3)), pad),
+    **dict.fromkeys(
+        (f"{kind}_pool{rank}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)),
+        over_space,
+    ),
+    **dict.fromkeys((f"_adaptive_avg_pool{rank}d" for rank in (2, 3)), over_space),
+    **dict.fromkeys((f"max_pool{rank}d_with_indices" for rank in (2, 3)), over_space),
+    **dict.fromkeys(
+        (f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d")), over_space
+    ),
+    **dict.fromkeys(
+        ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_trilinear3d"),
+        over_space,
+    ),
+    **dict.fromkeys(
+        ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "softmax", "_softmax"), reduction
+    ),
+    **dict.fromkeys(("log_softmax", "_log_softmax", "logsumexp", "cumsum", "linalg_vector_norm", "norm"), reduction),
+    **dict.fromkeys(
+        (
+            "zeros",
+            "ones",
+            "full",
+            "zeros_like",
+            "ones_like",
+            "full_like",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+            "scalar_tensor",
+        ),
+        creation,
+    ),
+}

@@ -1,0 +1,218 @@
+"""Rule for element-wise operators on one or several tensors, with broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .labels import Ints, LabelTensor, core, mix
+from .propagate import FLAT, Event, Propagation, Value, nullified, operator_name
+
+__all__ = ["EXTRA", "pointwise"]
+
+# Element-wise, but without torch's ``pointwise`` tag.
+EXTRA = ("hardswish", "log_sigmoid", "log_sigmoid_forward", "fill")
+_PRODUCTS = ("mul",)
+_SUMS = ("add", "sub", "rsub")
+
+
+def maps_zero_to_zero(node: Node) -> bool:
+    """Evaluate the operator, with its own scalar arguments, on zeros."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: torch.zeros((), dtype=n.meta["val"].dtype))
+    try:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(result, Tensor) and bool(result == 0)
+
+
+def pointwise(state: Propagation, node: Node) -> Value:
+    """Positions that meet become one channel; zero is neutral under a sum and wins in a product."""
+    operands = [(n, value) for n in node.all_input_nodes if (value := state.labels_of(n)) is not None]
+    out = node.meta["val"].shape
+    if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
+        return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
+    if all(value.uniform for _, value in operands):
+        fixed = state.fixed(node)
+        assert isinstance(fixed, LabelTensor)
+        return LabelTensor(fixed.labels, uniform=True)
+    parameters = all(value.is_parameter for _, value in operands)
+    varying = {
+        dim - value.labels.ndim
+        for _, value in operands
+        for dim, size in enumerate(core(value.labels).shape)
+        if size > 1 and (parameters or not value.is_parameter) and not value.uniform
+    }
+    joined: list[tuple[Node, LabelTensor]] = []
+    neutral: list[tuple[Node, LabelTensor]] = []
+    for n, value in operands:
+        unowned = bool((core(value.labels) < 0).all()) or (value.is_parameter and not parameters)
+        alike = all(value.labels.ndim < -dim or value.shape[dim] == 1 for dim in varying)
+        # The same number for every channel: a scalar, a spatial mask, a gate that broadcasts over channels.
+        if value.uniform or (unowned and alike):
+            neutral.append((n, value))
+        elif varying and alike and not parameters:
+            state.pin(value, f"acts on all channels at once in {state.where(node)}")
+            neutral.append((n, value))
+        else:
+            joined.append((n, value))
+    if not joined:
+        return state.fixed(node)
+    join = _Join(state, node, joined, bool(neutral))
+    if len(joined) == 1:
+        return LabelTensor(join.unary(joined[0][1].labels).expand(out), is_parameter=parameters)
+    return LabelTensor(join.run([value.labels for _, value in joined], out), is_parameter=parameters)
+
+
+class _Join:
+    """One element-wise call: what becomes of the values that meet at a position."""
+
+    def __init__(
+        self, state: Propagation, node: Node, operands: Sequence[tuple[Node, LabelTensor]], has_neutral: bool
+    ) -> None:
+        self.state, self.node, self.table = state, node, state.table
+        self.name, self.where = operator_name(node), state.where(node)
+        self.nodes = [n for n, _ in operands]
+        self.is_parameter = np.asarray([value.is_parameter for _, value in operands])
+        self.key = state.key(node)
+        self.product = self.name in _PRODUCTS
+        # What an unknown neutral operand does to zero is known for a product only.
+        self.keeps_zero = self.product or (not has_neutral and maps_zero_to_zero(node))
+        self.silencers = [_silencing(state, n) if value.is_parameter else frozenset() for n, value in operands]
+        # Which raw entries each value computed from parameters stands for, before activations join them.
+        self.entries = [
+            _raw_entries(state, value.labels, names or ()) if value.is_parameter else {}
+            for (_, value), names in zip(operands, self.silencers, strict=True)
+        ]
+        self.private: dict[str, list[tuple[int, int]]] = {}  # tensor -> (row, value after it)
+
+    def unary(self, labels: Tensor) -> Tensor:
+        """A function of one labelled tensor."""
+        return self.table.derive(labels, self.key, shift=None if self.keeps_zero else self.where)
+
+    def run(self, operands: Sequence[Tensor], out: torch.Size) -> Tensor:
+        """Labels of the result, of shape ``out``."""
+        wide = [labels.expand(out) for labels in operands]
+        for d in range(len(out)):
+            if all(w.stride(d) == 0 for w in wide):
+                wide = [w.narrow(d, 0, 1) for w in wide]
+        meetings = np.stack([w.reshape(-1).numpy() for w in wide], axis=1)
+        columns, inverse = np.unique(meetings, axis=0, return_inverse=True)
+        results = np.fromiter((self._meet(column) for column in columns), dtype=np.int64, count=len(columns))
+        for tensor, pairs in self.private.items():
+            rows, values = np.asarray(pairs, dtype=np.int64).T
+            self.state.record(Event("private", tensor, FLAT, rows, values, silence=True))
+        return torch.from_numpy(results[inverse.reshape(-1)]).reshape(wide[0].shape).expand(out)
+
+    def _meet(self, column: Ints) -> int:
+        """The value that results where ``column[i]`` of operand ``i`` meet."""
+        table, owned = self.table, column > 0
+        values = column[owned]
+        if (column < 0).any():
+            other = table.fixed_reasons[-1 - int(column.min())]
+            table.pin(values, f"meets values that no channel owns ({other}) in {self.where}", expose=False)
+            table.expose_leaks(values)
+            return table.add_fixed(f"computed by {self.where}")
+        live = owned & (table.zero[column] == 0)
+        activations = column[live & ~self.is_parameter]
+        zero = not live.any() or (self.product and not live.all())
+        if zero and not self.keeps_zero:
+            table.pin(values, f"zero padding is shifted by {self.where}")
+            return table.add_fixed(f"zero padding shifted by {self.where}")
+        slots = np.unique(table.slot[activations]) if len(activations) else np.zeros(1, np.int64)
+        if len(slots) > 1:
+            table.pin(values, f"meets another order of positions in {self.where}")
+            return table.add_fixed(f"computed by {self.where}")
+        origin, leak = (-1, 0) if zero else self._private(column, activations)
+        owners = table.owner[values]
+        for other_owner in owners[1:].tolist():
+            table.unite(int(owners[0]), other_owner)
+        # Entries of a flattened parameter follow the order of positions of the channel they act on.
+        table.slot[column[owned & self.is_parameter]] = slots[0]
+        trail = mix(self.key or 0, *table.trail[column].tolist())
+        result = table.add(
+            owner=owners[:1], trail=trail.reshape(1), slot=slots[:1], origin=origin, leak=leak, zero=int(zero)
+        )
+        for i in np.flatnonzero(owned & self.is_parameter).tolist() if len(activations) else ():
+            for tensor, row in self.entries[i].get(int(column[i]), ()):
+                self.private.setdefault(tensor, []).append((row, int(result[0])))
+        return int(result[0])
+
+    def _private(self, column: Ints, activations: Ints) -> tuple[int, int]:
+        """(origin, leak) of the result. Values whose private region ends here must be zero once silenced."""
+        table = self.table
+        origins, leaks = np.unique(table.origin[activations]), table.leak[activations]
+        if len(origins) != 1 or origins[0] < 0:
+            if len(origins) > 1 and not self.product and self.name not in _SUMS:
+                # Zero is neutral in a sum and wins in a product; what another function makes of it is not "nothing".
+                for origin in origins.tolist():
+                    table.exposed.setdefault(origin, f"joined by {self.where}")
+            table.expose_leaks(activations)
+            return -1, 0
+        if self.product:
+            return int(origins[0]), int(leaks.min())
+        if leaks.any():
+            return int(origins[0]), int(leaks.max())
+        if self.name == "div" and column[0] > 0 and self.nodes[0] is self.node.args[0] and self.is_parameter[1:].all():
+            return int(origins[0]), 0
+        vanish = all(self.silencers[i] for i in np.flatnonzero(self.is_parameter & (column > 0)))
+        if self.keeps_zero and vanish:
+            return int(origins[0]), 0
+        return int(origins[0]), table.add_leak(f"{self.where} does not map zero to zero")
+
+
+def _silencing(state: Propagation, node: Node) -> frozenset[str]:
+    """Parameters to set to zero so that a tensor computed from parameters vanishes; empty if that is not known."""
+    name = state.parameter_name(node)
+    if name is not None:
+        return frozenset({name})
+    if node.op != "call_function":
+        return frozenset()
+    parts = [_silencing(state, n) for n in node.all_input_nodes]
+    known = [part for part in parts if part]
+    if operator_name(node) in _PRODUCTS:
+        # One factor will do; running statistics are the last choice.
+        order = sorted(known, key=lambda part: (any("running_" in t for t in part), len(part), sorted(part)))
+        return order[0] if order else frozenset()
+    if len(known) < len(parts) or not parts:
+        return frozenset()
+    if operator_name(node) in _RESHAPES or maps_zero_to_zero(node):
+        return frozenset().union(*known)
+    return frozenset()
+
+
+_RESHAPES = (
+    "view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "permute",
+    "transpose",
+    "clone",
+    "_to_copy",
+    "alias",
+    "detach",
+)
+
+
+def _raw_entries(
+    state: Propagation, labels: Tensor, tensors: Sequence[str] | frozenset[str]
+) -> dict[int, list[tuple[str, int]]]:
+    """Value -> the (parameter, row) pairs it is computed from."""
+    values = np.unique(core(labels).numpy())
+    values = values[values > 0]
+    roots = state.table.roots(state.table.owner[values])
+    found: dict[int, list[tuple[str, int]]] = {int(v): [] for v in values}
+    for tensor in sorted(tensors):
+        rows: dict[int, list[int]] = {}
+        for row, root in enumerate(state.table.roots(state.owners_of(tensor, 0)).tolist()):
+            rows.setdefault(root, []).append(row)
+        for value, root in zip(values.tolist(), roots.tolist(), strict=True):
+            found[value].extend((tensor, row) for row in rows.get(root, ()))
+    return found

@@ -1,0 +1,111 @@
+"""Random small CNNs, made of a list of (operation, number) pairs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from .models import Lambda, shuffle
+
+# Operations whose channels can all be narrowed, whatever surrounds them.
+FREE = ("conv", "norm", "relu", "silu", "residual", "concatenate", "repeat", "pool", "space pad", "excite", "depthwise")
+# Operations that may pin, or tie counts together.
+MIXED = (*FREE, "split", "slice", "channel pad", "shuffle", "shuffle module", "pad module", "sigmoid")
+# Two filters of one layer in one channel: rightly pinned.
+HOSTILE = (*MIXED, "flip sum")
+
+
+def networks(operations: tuple[str, ...], most: int = 5) -> st.SearchStrategy[RandomNet]:
+    """Networks of 1 to ``most`` random operations after a first convolution."""
+    step = st.tuples(st.sampled_from(operations), st.integers(0, 3))
+    return st.builds(RandomNet, st.lists(step, min_size=1, max_size=most), st.booleans())
+
+
+class RandomNet(nn.Module):
+    def __init__(self, steps: list[tuple[str, int]], flatten: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.steps, self.flatten = steps, flatten
+        self.parts = nn.ModuleList()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            channels = 8
+            for operation, number in steps:
+                part, channels = self._part(operation, number, channels)
+                self.parts.append(part)
+            self.hidden = nn.Linear(channels * (16 if flatten else 1), 6)
+            self.out = nn.Linear(6, 3)
+
+    def extra_repr(self) -> str:
+        return f"{self.steps}, flatten={self.flatten}"
+
+    @staticmethod
+    def _part(operation: str, number: int, c: int) -> tuple[nn.Module, int]:
+        new = 4 + 2 * number
+
+        def conv(a: int, b: int) -> nn.Module:
+            return nn.Conv2d(a, b, 3, padding=1)
+
+        if operation == "conv":
+            return conv(c, new), new
+        if operation == "norm":
+            return nn.BatchNorm2d(c), c
+        if operation == "residual":
+            return conv(c, c), c
+        if operation == "concatenate":
+            return conv(c, new), c + new
+        if operation == "repeat":
+            return nn.Identity(), 2 * c
+        if operation == "excite":
+            return nn.Sequential(nn.Conv2d(c, 3, 1), nn.ReLU(), nn.Conv2d(3, c, 1), nn.Sigmoid()), c
+        if operation == "depthwise":
+            return nn.Conv2d(c, c, 3, padding=1, groups=c), c
+        if operation == "split":
+            return conv(c // 2, new), c - c // 2 + new
+        if operation == "slice":
+            return nn.Identity(), max(1, c - number)
+        if operation == "channel pad":
+            return nn.Identity(), c + 1 + number
+        if operation == "pad module":
+            return Lambda(lambda x: F.pad(x, (0, 0, 0, 0, number, 1))), c + 1 + number
+        if operation == "shuffle module":
+            return (Lambda(shuffle) if c % 2 == 0 else nn.Identity()), c
+        return nn.Identity(), c
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for (operation, number), part in zip(self.steps, self.parts, strict=True):
+            x = self._step(operation, number, part, x)
+        x = F.adaptive_avg_pool2d(x, 4 if self.flatten else 1).flatten(1)
+        return self.out(F.relu(self.hidden(x)))
+
+    @staticmethod
+    def _step(operation: str, number: int, part: nn.Module, x: Tensor) -> Tensor:
+        if operation in ("relu", "silu", "sigmoid"):
+            return {"relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid}[operation](x)
+        if operation == "residual":
+            return x + part(x)
+        if operation == "concatenate":
+            return torch.cat([x, part(x)], 1)
+        if operation == "repeat":
+            return torch.cat([x, -x], 1)
+        if operation == "pool":
+            return F.max_pool2d(x, 3, 1, 1) if number % 2 else F.avg_pool2d(x, 3, 1, 1)
+        if operation == "space pad":
+            return F.max_pool2d(F.pad(x, (1, 1, 2, 0)), 3, 1)
+        if operation == "excite":
+            return x * part(x.mean((2, 3), keepdim=True))
+        if operation == "split":
+            a, b = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+            return torch.cat([part(a), F.relu(b)], 1)
+        if operation == "slice":
+            return x[:, : x.shape[1] - number] if x.shape[1] > number else x[:, :1]
+        if operation == "channel pad":
+            return F.pad(x, (0, 0, 0, 0, number, 1))
+        if operation == "shuffle":
+            return shuffle(x) if x.shape[1] % 2 == 0 else x
+        if operation == "flip sum":
+            return x + x.flip(1)
+        return part(x)

@@ -1,0 +1,116 @@
+"""torchvision networks: counts derived by hand, physical narrowing exact in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from .checks import check_exact, mergeable
+
+# Mergeable channels: every filter that is not a network output, channels coupled by a sum or a product counted once.
+COUNTS = {
+    # Two inner layers per stage (2 * 960) and the four residual streams (64 + 128 + 256 + 512).
+    "resnet18": 2 * 960 + 960,
+    # Stem 64; per block two inner layers of 64, 128, 256, 512 (3, 4, 6, 3 blocks); four streams of 256, 512, 1024, 2048.
+    "resnet50": 64 + 2 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512) + 256 + 512 + 1024 + 2048,
+    # Stem 64; 58 layers of 128 + 32 channels; three transitions of 128, 256, 512.
+    "densenet121": 64 + 58 * (128 + 32) + 128 + 256 + 512,
+    # Convolutions 64, 128, 2 * 256, 4 * 512 and two hidden layers of 4096.
+    "vgg11_bn": 64 + 128 + 2 * 256 + 4 * 512 + 2 * 4096,
+    # Stem 32, streams 16, 24, 32, 64, 96, 160, 320, head 1280; expanded widths: six times the input of every block but the first.
+    "mobilenet_v2": 32
+    + (16 + 24 + 32 + 64 + 96 + 160 + 320)
+    + 1280
+    + 6 * (16 + 2 * 24 + 3 * 32 + 4 * 64 + 3 * 96 + 3 * 160),
+    # Streams 16, 16, 24, 40, 48, 96; expanded widths; squeeze widths; head 576 and 1024.
+    "mobilenet_v3_small": (16 + 16 + 24 + 40 + 48 + 96)
+    + (72 + 88 + 96 + 240 + 240 + 120 + 144 + 288 + 576 + 576)
+    + (8 + 24 + 64 + 64 + 32 + 40 + 72 + 144 + 144)
+    + 576
+    + 1024,
+    # Streams 32, 16, 24, 40, 80, 112, 192, 320, head 1280; expanded: six times each block's input (the first not at all);
+    # squeeze: a quarter of each block's input.
+    "efficientnet_b0": (32 + 16 + 24 + 40 + 80 + 112 + 192 + 320 + 1280)
+    + 6 * (16 + 2 * 24 + 2 * 40 + 3 * 80 + 3 * 112 + 4 * 192)
+    + (8 + 4 + 2 * 6 + 2 * 10 + 3 * 20 + 3 * 28 + 4 * 48),
+    # Stem 24; first blocks: both branches' outputs (w / 2 each) and one inner layer; other blocks: inner layer and output.
+    "shufflenet_v2_x0_5": 24
+    + 3 * 24 + 3 * 48
+    + 3 * 48 + 7 * 96
+    + 3 * 96 + 3 * 192
+    + 1024,
+    # Stem 96; per fire module squeeze and two expansions.
+    "squeezenet1_0": 96 + (16 + 128) * 2 + (32 + 256) * 2 + (48 + 384) * 2 + (64 + 512) * 2,
+    # Stem 64 + 64 + 192; per inception module its six layers; two auxiliary heads of 128 and 1024.
+    "googlenet": 320
+    + sum(
+        map(
+            sum,
+            [
+                (64, 96, 128, 16, 32, 32),
+                (128, 128, 192, 32, 96, 64),
+                (192, 96, 208, 16, 48, 64),
+                (160, 112, 224, 24, 64, 64),
+                (128, 128, 256, 24, 64, 64),
+                (112, 144, 288, 32, 64, 64),
+                (256, 160, 320, 32, 128, 128),
+                (256, 160, 320, 32, 128, 128),
+                (384, 192, 384, 48, 128, 128),
+            ],
+        )
+    )
+    + 2 * (128 + 1024),
+    # Grouped layers are pinned with what they read: the stem and the four streams remain.
+    "resnext50_32x4d": 64 + 256 + 512 + 1024 + 2048,
+}  # fmt: skip
+
+
+def build(name: str) -> nn.Module:
+    options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+def image(name: str) -> torch.Tensor:
+    size = {"inception_v3": 299, "googlenet": 224, "squeezenet1_0": 96}.get(name, 64)
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_and_exactness(name: str) -> None:
+    graph, _ = check_exact(build(name), image(name))
+    assert mergeable(graph) == COUNTS[name]
+    if name == "resnext50_32x4d":
+        grouped = [layer for layer, reason in graph.pinned.items() if "(groups=32) that is not depthwise" in reason]
+        assert len(grouped) == 16
+    else:
+        assert set(graph.pinned.values()) == {"network output"}
+
+
+@pytest.mark.soak
+def test_inception() -> None:
+    graph, _ = check_exact(build("inception_v3"), image("inception_v3"))
+    assert set(graph.pinned.values()) == {"network output"}
+
+
+def test_the_published_totals() -> None:
+    assert [COUNTS[n] for n in ("resnet18", "mobilenet_v2", "squeezenet1_0", "densenet121")] == [
+        2880,
+        9128,
+        2976,
+        10240,
+    ]
+
+
+@pytest.mark.zoo
+def test_a_norm_that_mixes_channels_pins_what_it_reads() -> None:
+    """ConvNeXt: the streams are read by layer norms; the hidden layers of the blocks stay free."""
+    model = torchvision.models.convnext_tiny(weights=None)
+    graph, _ = check_exact(model, image("convnext_tiny"))
+    assert mergeable(graph) == 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768)
+    assert graph.pinned["features.0.0"] == "input of layer_norm in features.0.1, which mixes channels"
