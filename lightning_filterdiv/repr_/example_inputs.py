@@ -1,0 +1,120 @@
+"""Where the channel graph's example inputs come from: the module's own, else the first real forward call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_filterdiv.channel_graph import CapturedInputs, ChannelGraph, ExampleInputsError, capture_inputs
+from lightning_filterdiv.filters import NoLayersError, canonical_name, named_convolutions
+
+__all__ = ["ExampleInputs"]
+
+
+class ExampleInputs:
+    """Waits for the inputs of the network in training, and traces it when asked.
+
+    In this order: the submodule ``network`` and its first call; the module and its ``example_input_array``; the module
+    and its first call; the only child with convolutions and its first call (a ``training_step`` may never call
+    ``forward``).
+
+    Args:
+        pl_module: the module that is trained.
+        network: canonical name of the submodule to trace.
+        state: what :meth:`state` returned before a resume, whose first event may come before any forward call.
+
+    Raises:
+        NoLayersError: there is no such submodule.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, network: str | None, state: dict[str, Any] | None = None) -> None:
+        self._module = pl_module
+        self._captured: dict[str | None, CapturedInputs] = {}
+        self._graph: ChannelGraph | None = None
+        if network is None and pl_module.example_input_array is not None:
+            return
+        if state is not None:
+            known = capture_inputs(nn.Identity())
+            known.arguments = (tuple(state["args"]), dict(state["kwargs"]))
+            self._captured[state["network"]] = known
+            return
+        for name in [network] if network is not None else [None, *self._only_child_with_convolutions()]:
+            module = _submodule(pl_module, name)
+            self._captured[name] = capture_inputs(module) if name is not None else _ForwardInputs(module, 2)
+
+    def _only_child_with_convolutions(self) -> list[str]:
+        names = {name.split(".")[0] for name, _ in named_convolutions(self._module)}
+        return list(names) if len(names) == 1 else []
+
+    def _called(self) -> tuple[str | None, CapturedInputs] | None:
+        return next(((n, captured) for n, captured in self._captured.items() if captured.arguments is not None), None)
+
+    @property
+    def known(self) -> bool:
+        """Whether :meth:`trace` has inputs."""
+        return self._graph is not None or not self._captured or self._called() is not None
+
+    def trace(self) -> ChannelGraph:
+        """The channel graph; traced once.
+
+        Raises:
+            ExampleInputsError: no example inputs are known; the message says how to give them.
+        """
+        if self._graph is None:
+            if not self._captured:
+                self._graph = ChannelGraph.trace(self._module)
+            elif (called := self._called()) is not None:
+                self._graph = ChannelGraph.trace(self._module, called[1], network=called[0])
+            else:
+                waiting = next(iter(self._captured)) or type(self._module).__name__
+                raise ExampleInputsError(
+                    f"no forward call of {waiting} was seen in training, so the channel graph has no example inputs: "
+                    f"set example_input_array in the LightningModule, or name the submodule that training_step calls "
+                    f"with network='...'"
+                )
+            self.close()
+        return self._graph
+
+    def state(self) -> dict[str, Any] | None:
+        """Shapes of the captured call for a checkpoint, as zeros that take no room; ``None``: nothing to keep."""
+        called = self._called()
+        if called is None or called[1].arguments is None:
+            return None
+        plain = (Tensor, int, float, bool, str, type(None))
+        if not all(isinstance(leaf, plain) for leaf in tree_leaves(called[1].arguments)):
+            return None
+
+        def shape(leaf: Any) -> Any:
+            return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = tree_map(shape, called[1].arguments)
+        return {"network": called[0], "args": list(args), "kwargs": dict(kwargs)}
+
+    def close(self) -> None:
+        """Stop waiting."""
+        for captured in self._captured.values():
+            captured.remove()
+
+
+class _ForwardInputs(CapturedInputs):
+    """Under DDP Lightning sends ``training_step`` through the module's call, with ``forward`` replaced for the moment:
+    that call has the step's arguments, not the network's."""
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "forward" not in vars(module):
+            super()._record(module, args, kwargs)
+
+
+def _submodule(model: nn.Module, name: str | None) -> nn.Module:
+    if name is None:
+        return model
+    module: nn.Module
+    for full, module in model.named_modules(remove_duplicate=False):
+        # The outermost one: hooks inside a compiled module may never fire.
+        if canonical_name(full) == name:
+            return module
+    raise NoLayersError(f"network={name!r} is no submodule of {type(model).__name__}")

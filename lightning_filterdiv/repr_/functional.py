@@ -1,0 +1,341 @@
+"""RePr as tensor functions: which filters overlap most, what replaces them, and when. No Lightning here.
+
+Prakash, Storer, Florencio, Zhang: "RePr: Improved Training of Convolutional Filters", CVPR 2019. Layers are
+``(J, d)`` matrices of flattened filters, as ``filter_matrix(conv)`` returns them. Everything is computed in float64 on
+the CPU, so that a ranking or a regrown filter does not depend on precision or device type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_filterdiv.arguments import check_choice, check_integer, check_number
+from lightning_filterdiv.randomness import keyed_generator
+from lightning_filterdiv.similarity import expected_abs_cosine, normalize_rows, orthogonality_score
+from lightning_filterdiv.stacking import group_by
+
+__all__ = [
+    "Criterion",
+    "RePrEvent",
+    "Scope",
+    "null_space_dimension",
+    "orthogonal_directions",
+    "overdrawn_layers",
+    "plan_events",
+    "rank_filters",
+    "regrow_filters",
+    "remaining_rate_share",
+    "select_dropped",
+]
+
+Criterion = Literal["orthogonality", "norm", "random"]
+Scope = Literal["global", "layer"]
+# Far above the rounding of a sum of cosines, far below any difference that matters.
+_TIE_DECIMALS = 12
+# Norm of a filter under torch's default initialisation, U(-1/sqrt(d), 1/sqrt(d)), whatever the fan-in.
+_DEFAULT_INIT_NORM = 3**-0.5
+
+
+def _on_host(filters: Tensor, name: str) -> Tensor:
+    """Finite float64 copy on the CPU of ``(..., J, d)``; the transfer happens in the narrow dtype."""
+    host = filters.detach().to("cpu").to(torch.float64)
+    if not host.isfinite().all():
+        broken = int((~host.isfinite()).any(dim=-1).sum())
+        raise ValueError(f"{name}: {broken} of {host.shape[0]} filters contain NaN or inf; has the training diverged?")
+    return host
+
+
+def _check_matrix(filters: Tensor, name: str) -> None:
+    if filters.dim() != 2 or filters.shape[1] < 1:
+        raise ValueError(f"{name}: filters must be a (J, d) matrix with d >= 1, got shape {tuple(filters.shape)}")
+
+
+# --- ranking -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rank_filters(
+    filters: Mapping[str, Tensor],
+    criterion: Criterion = "orthogonality",
+    *,
+    dim_correct: bool = False,
+    generator_key: tuple[int | str, ...] = (),
+) -> dict[str, Tensor]:
+    """Score the filters of several layers; the larger the score, the sooner a filter is dropped (section 4).
+
+    Args:
+        filters: layer name -> ``(J, d)``. Layers of one shape come to the host in one copy.
+        criterion: ``"orthogonality"``: ``O[f] = (1/J) sum_g |W_hat W_hat^T - I|[f, g]``, in [0, 1), rounded to
+            1e-12 so that equal filters tie; ``"norm"``: minus the L2 norm; ``"random"``: uniform in [0, 1), a
+            function of ``generator_key``, for example ``(seed, cycle)``, and the layer's name alone.
+        dim_correct: divide ``O`` by its expectation ``(J-1)/J E|cos|`` for random filters, which is larger in layers
+            of small ``d``. The other criteria have no such bias and are left as they are.
+
+    Returns:
+        name -> ``(J,)`` float64 on the CPU, in the order of ``filters``. A zero filter scores +inf by orthogonality
+        (the formula would call it the most orthogonal of all) and by norm; a layer of one filter has ``O = 0``.
+
+    Raises:
+        ValueError: unknown criterion, something that is not a ``(J, d)`` matrix, or NaN or inf in a layer, by name.
+    """
+    criterion = check_choice("criterion", criterion, Criterion)
+    for name, matrix in filters.items():
+        _check_matrix(matrix, name)
+    scores: dict[str, Tensor] = {}
+    for batch in group_by(filters.items(), lambda item: (item[1].shape, item[1].dtype, item[1].device)):
+        stacked = torch.stack([matrix for _, matrix in batch]).to("cpu")
+        # Scored one by one: batched products may round differently, and a score must not depend on its company.
+        for (name, _), matrix in zip(batch, stacked, strict=True):
+            if criterion == "random":
+                _on_host(matrix, name)  # refuses NaN like the other criteria
+                generator = keyed_generator(*generator_key, name)
+                scores[name] = torch.rand(matrix.shape[0], generator=generator, dtype=torch.float64, device="cpu")
+            else:
+                scores[name] = _score(_on_host(matrix, name), criterion, dim_correct)
+    return {name: scores[name] for name in filters}
+
+
+def _score(filters: Tensor, criterion: Criterion, dim_correct: bool) -> Tensor:
+    count, fan_in = filters.shape
+    if criterion == "norm":
+        score = -torch.linalg.vector_norm(filters, dim=-1)
+    else:
+        score = orthogonality_score(filters).round(decimals=_TIE_DECIMALS)
+        if dim_correct and count > 1:
+            score = score / ((count - 1) / count * expected_abs_cosine(fan_in))
+    return torch.where((filters == 0).all(dim=-1), math.inf, score)
+
+
+def select_dropped(
+    scores: Mapping[str, Tensor],
+    prune_fraction: float,
+    *,
+    scope: Scope = "global",
+    max_layer_fraction: float | None = None,
+) -> dict[str, Tensor]:
+    """Choose the filters to drop: those of largest score, ``int(n p + 1e-9)`` in number (Algorithm 1, F-hat).
+
+    A layer loses at most ``min(J - 1, int(J max_layer_fraction + 1e-9))``. Under the global scope what that refuses
+    goes to the next worst filters elsewhere; the count falls short only when every layer is at its limit. Equal
+    scores are taken in the order of layers, then of filters.
+
+    Args:
+        scores: layer name -> ``(J,)``, larger = dropped first; +-inf allowed.
+        prune_fraction: ``p`` in (0, 1).
+        scope: ``"global"``: ``n`` counts the filters of all layers, ranked together; ``"layer"``: each layer alone.
+        max_layer_fraction: in (0, 1], or ``None`` for ``J - 1``.
+
+    Returns:
+        name -> sorted int64 indices on the CPU, empty where a layer loses none.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; NaN scores, by layer.
+    """
+    if check_number("prune_fraction", prune_fraction, above=0.0, high=1.0) == 1.0:
+        raise ValueError("prune_fraction must be a finite number with 0 < prune_fraction < 1, got 1")
+    scope = check_choice("scope", scope, Scope)
+    largest_share = 1.0
+    if max_layer_fraction is not None:
+        largest_share = check_number("max_layer_fraction", max_layer_fraction, above=0.0, high=1.0)
+    names: list[str] = []
+    candidates: list[tuple[Tensor, Tensor]] = []  # per layer: the filters it may lose, worst first, and their scores
+    for name, score in scores.items():
+        score = score.detach().to("cpu").to(torch.float64)
+        if score.dim() != 1 or score.isnan().any():
+            raise ValueError(f"{name}: scores must be a (J,) vector without NaN, got shape {tuple(score.shape)}")
+        size = score.numel()
+        limit = max(0, min(size - 1, int(size * largest_share + 1e-9)))
+        if scope == "layer":
+            limit = min(limit, int(size * prune_fraction + 1e-9))
+        worst = score.argsort(descending=True, stable=True)[:limit]
+        names.append(name)
+        candidates.append((worst, score[worst]))
+    if not names or scope == "layer":
+        return {name: worst.sort().values for name, (worst, _) in zip(names, candidates, strict=True)}
+    total = int(sum(score.numel() for score in scores.values()) * prune_fraction + 1e-9)
+    order = torch.cat([score for _, score in candidates]).argsort(descending=True, stable=True)
+    taken = torch.zeros(order.numel(), dtype=torch.bool, device="cpu")
+    taken[order[:total]] = True
+    parts = taken.split([worst.numel() for worst, _ in candidates])
+    return {name: worst[part].sort().values for name, (worst, _), part in zip(names, candidates, parts, strict=True)}
+
+
+def overdrawn_layers(dropped: Mapping[str, Tensor], scores: Mapping[str, Tensor], threshold: float = 0.5) -> list[str]:
+    """Names of the layers that lose more than ``threshold`` of their filters, in the order of ``dropped``."""
+    return [name for name, rows in dropped.items() if rows.numel() > threshold * scores[name].numel()]
+
+
+# --- re-initialisation -------------------------------------------------------------------------------------------
+
+
+class _RowSpace:
+    """Singular directions and null space of row-normalised ``A``, ``(n, d)``, without forming a basis of either.
+
+    ``A^T = Q [R; 0]`` with ``Q`` kept as Householder reflectors; the SVD of the small ``R`` gives the singular values
+    of ``A`` as accurately as its own would (eigenvalues of ``A A^T`` square the condition number and lose the rank).
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        count, self.width = rows.shape
+        if count == 0:
+            rows = rows.new_zeros(1, self.width)
+        if count > self.width:
+            rows = torch.linalg.qr(rows, mode="r").R  # same row space, same singular values
+        self._reflectors, self._tau = torch.geqrf(rows.mT)
+        self._left, self.values, _ = torch.linalg.svd(self._reflectors[: rows.shape[0]].triu())
+        tolerance = max(count, self.width) * torch.finfo(rows.dtype).eps * float(self.values[0])
+        self.rank = int((self.values > tolerance).sum())
+        self.null_dimension = self.width - self.rank
+
+    def _rotated_back(self, coordinates: Tensor) -> Tensor:
+        return torch.ormqr(self._reflectors, self._tau, coordinates).mT
+
+    def random_null_directions(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count <= null_dimension`` orthonormal rows, uniformly distributed in the null space."""
+        inner, small = self._left[:, : self.rank], self._left.shape[0]
+        draw = torch.randn(self.width, count, generator=generator, dtype=torch.float64, device="cpu")
+        # Twice: orthonormalising many draws of a small space amplifies what the first projection left over.
+        for _ in range(2):
+            draw[:small] -= inner @ (inner.mT @ draw[:small])
+            draw = _orthonormal_columns(draw)
+        return self._rotated_back(draw)
+
+    def least_overlapping(self, count: int) -> Tensor:
+        """``count <= rank`` right-singular directions, smallest singular value first; ``||A v|| = sigma``."""
+        chosen = self._left[:, self.rank - count : self.rank].flip(1)
+        padded = chosen.new_zeros(self.width, count)
+        padded[: chosen.shape[0]] = chosen
+        return self._rotated_back(padded)
+
+
+def _orthonormal_columns(columns: Tensor) -> Tensor:
+    """Gram-Schmidt by QR; LAPACK's arbitrary signs are undone, or Gaussian columns would not become uniform ones."""
+    q, r = torch.linalg.qr(columns)
+    return torch.mul(q, torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype))
+
+
+def _row_space(*matrices: Tensor) -> _RowSpace:
+    for matrix in matrices:
+        _check_matrix(matrix, "re-initialisation")
+    if len({matrix.shape[1] for matrix in matrices}) != 1:
+        raise ValueError(f"filters of one layer have one fan-in, got {[tuple(matrix.shape) for matrix in matrices]}")
+    hosts = [_on_host(matrix, "re-initialisation") for matrix in matrices]
+    return _RowSpace(torch.cat([normalize_rows(host) if host.shape[0] else host for host in hosts]))
+
+
+@torch.no_grad()
+def null_space_dimension(*matrices: Tensor) -> int:
+    """``d - rank`` of the row-normalised stack of ``(n_i, d)`` matrices, such as old values and survivors.
+
+    The rank counts singular values above ``max(n, d) eps`` of the largest, in float64; zero rows do not count.
+    """
+    return _row_space(*matrices).null_dimension
+
+
+@torch.no_grad()
+def orthogonal_directions(old: Tensor, survivors: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Draw directions orthogonal to the dropped filters' old values and to the survivors (section 4, Algorithm 1).
+
+    With ``A = [old; survivors]``, row-normalised, they are ``count`` random orthonormal vectors of its null space if
+    that is large enough. Otherwise they are a random basis of all of it, completed by the right-singular directions
+    of smallest singular value: ``sigma_i`` bounds ``|cos|`` of the i-th with every row of ``A``. When ``count > d``
+    the draw is repeated; each further round is rotated at random, because equal filters could stay equal for good.
+
+    Args:
+        old: ``(m, d)``, the dropped filters before they were silenced.
+        survivors: ``(s, d)``. Zero rows and the scale of rows do not matter.
+        count: number of directions, usually ``m``.
+        generator: a CPU generator.
+
+    Returns:
+        ``(count, d)`` float64 unit rows on the CPU, orthonormal in blocks of ``d``, and the dimension of the null
+        space. Where that is at least ``count``, ``|cos|`` with every row of ``A`` is at rounding level (1e-12).
+
+    Raises:
+        TypeError, ValueError: a bad count; shapes that do not fit, NaN or inf.
+    """
+    count = check_integer("count", count, low=0)
+    space = _row_space(old, survivors)
+    rounds: list[Tensor] = []
+    for start in range(0, count, space.width):
+        wanted = min(space.width, count - start)
+        free = min(wanted, space.null_dimension)
+        block = torch.cat([space.random_null_directions(free, generator), space.least_overlapping(wanted - free)])
+        if rounds:
+            gaussian = torch.randn(wanted, wanted, generator=generator, dtype=torch.float64, device="cpu")
+            block = _orthonormal_columns(gaussian) @ block
+        rounds.append(block)
+    directions = torch.cat(rounds) if rounds else torch.empty(0, space.width, dtype=torch.float64, device="cpu")
+    return directions, space.null_dimension
+
+
+@torch.no_grad()
+def regrow_filters(old: Tensor, survivors: Tensor, gain: float, generator: torch.Generator) -> tuple[Tensor, int]:
+    """New values for the dropped filters of one layer: :func:`orthogonal_directions` times one common norm.
+
+    The norm is ``gain`` (above 0) times the mean norm of the survivors. Zero rows do not count; where no survivor is
+    left the old values give the mean, and where those are zero too it is ``3^-0.5``, as torch initialises. Large
+    gains with a large pruned share destabilise training.
+
+    Returns:
+        ``(m, d)`` float64 on the CPU, and the dimension of the null space of ``[old; survivors]``.
+
+    Raises:
+        TypeError, ValueError: a bad gain; shapes that do not fit, NaN or inf.
+    """
+    gain = check_number("gain", gain, above=0.0)
+    directions, null_dimension = orthogonal_directions(old, survivors, old.shape[0], generator)
+    norm = _mean_norm(survivors) or _mean_norm(old) or _DEFAULT_INIT_NORM
+    return directions * (gain * norm), null_dimension
+
+
+def _mean_norm(matrix: Tensor) -> float:
+    norms = torch.linalg.vector_norm(_on_host(matrix, "re-initialisation"), dim=-1)
+    return float(norms.sum() / (norms > 0).sum().clamp(min=1))
+
+
+# --- schedule ----------------------------------------------------------------------------------------------------
+
+
+class RePrEvent(NamedTuple):
+    """Something that happens when ``epoch`` epochs have been completed; ``cycle`` counts from 1."""
+
+    cycle: int
+    kind: Literal["drop", "regrow"]
+    epoch: int
+
+
+def plan_events(full_epochs: int = 20, sub_epochs: int = 10, cycles: int = 3) -> list[RePrEvent]:
+    """Events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` without the dropped.
+
+    Raises:
+        TypeError, ValueError: an argument is not an integer of at least 1, by name.
+    """
+    full_epochs = check_integer("full_epochs", full_epochs, low=1)
+    period = full_epochs + check_integer("sub_epochs", sub_epochs, low=1)
+    events: list[RePrEvent] = []
+    for cycle in range(check_integer("cycles", cycles, low=1)):
+        events.append(RePrEvent(cycle + 1, "drop", cycle * period + full_epochs))
+        events.append(RePrEvent(cycle + 1, "regrow", (cycle + 1) * period))
+    return events
+
+
+def remaining_rate_share(rates: Sequence[float], epoch: int) -> float:
+    """Share of the summed learning rate that is left after ``epoch`` epochs: what a filter regrown then can learn by.
+
+    ``rates`` holds the rate of every epoch of the fit; from its end on the share is 0.
+
+    Raises:
+        TypeError, ValueError: a negative epoch; rates that are negative or not finite, or that sum to 0.
+    """
+    epoch = check_integer("epoch", epoch, low=0)
+    checked = [check_number("rates", rate, low=0.0) for rate in rates]
+    total = math.fsum(checked)
+    if total <= 0:
+        raise ValueError(f"rates must sum to more than 0, got {checked}")
+    return math.fsum(checked[epoch:]) / total

@@ -1,0 +1,250 @@
+"""The sub-network: silence filters exactly, hold them still, bring them back. No Lightning here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.filters import canonical_name, write_filters
+from lightning_filterdiv.optimizer_state import HeldRows, RowHold, row_state
+from lightning_filterdiv.randomness import keyed_generator
+
+__all__ = ["DroppedFilters", "NextLayer", "Slice"]
+
+NextLayer = Literal["keep", "zero", "small_random"]
+# Of the spread of the consumer's other columns.
+_SMALL = 0.1
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows of one tensor of the network, by canonical name; ``block`` as in :class:`HeldRows`."""
+
+    tensor: str
+    dim: int
+    rows: Tensor
+    block: tuple[int, int] | None = None
+
+    def packed(self) -> list[Any]:
+        """Plain values for a checkpoint."""
+        return [self.tensor, self.dim, self.rows.cpu(), list(self.block) if self.block else None]
+
+    @classmethod
+    def unpacked(cls, packed: list[Any]) -> Slice:
+        """Inverse of :meth:`packed`."""
+        tensor, dim, rows, block = packed
+        return cls(tensor, dim, rows, (block[0], block[1]) if block else None)
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy of the rows."""
+        tensor = tensors[self.tensor].detach()
+        return tensor.index_select(self.dim, self.rows.to(tensor.device)).clone()
+
+    def held(self, tensors: Mapping[str, Tensor]) -> HeldRows:
+        """For :class:`RowHold`."""
+        parameter = tensors[self.tensor]
+        assert isinstance(parameter, nn.Parameter)
+        return HeldRows(parameter, self.rows.to(parameter.device), self.dim, self.block)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {canonical_name(name): tensor for name, tensor in named}
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+class DroppedFilters:
+    """Filters that are out of the network, exactly, with what is needed to bring them back.
+
+    Their private region (weight rows, bias entries and every per-channel tensor up to the first join or dense
+    consumer, from :meth:`ChannelGraph.private`) is zero, so they contribute nothing in training and evaluation.
+    :meth:`hold` keeps them and, if asked, the consumers' columns still. Make it with :meth:`drop`, or
+    :meth:`from_state` after a resume.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        filters: Mapping[str, Tensor],
+        private: Mapping[str, list[Slice]],
+        consumers: Mapping[str, list[Slice]],
+        old: Mapping[str, list[Tensor]],
+    ) -> None:
+        self.model = model
+        self.filters = dict(filters)
+        self._private, self._consumers, self._old = dict(private), dict(consumers), dict(old)
+
+    @classmethod
+    @torch.no_grad()
+    def drop(cls, model: nn.Module, graph: ChannelGraph, filters: Mapping[str, Tensor]) -> DroppedFilters:
+        """Silence ``filters`` in place.
+
+        Args:
+            model: the network that ``graph`` was traced from.
+            graph: answers what belongs to each filter.
+            filters: layer name -> ``(n,)`` int64 filter indices.
+
+        Raises:
+            ValueError: a layer's filters cannot be silenced exactly; with the graph's reason. Nothing was changed.
+        """
+        private: dict[str, list[Slice]] = {}
+        consumers: dict[str, list[Slice]] = {}
+        chosen = {layer: rows.cpu() for layer, rows in filters.items() if rows.numel()}
+        for layer, rows in chosen.items():
+            region = graph.private(layer, rows)
+            if isinstance(region, str):
+                raise ValueError(f"filters of {layer!r} cannot be silenced exactly: {region}")
+            private[layer] = [Slice(name, graph.row_dim(name), entries) for name, entries in region]
+            consumers[layer] = []
+            for reader in graph.consumer_columns(layer):
+                columns = reader.columns[torch.isin(reader.filters, rows)]
+                if columns.numel():
+                    consumers[layer].append(Slice(reader.tensor, reader.dim, columns, reader.block))
+        tensors = _tensors(model)
+        old = {layer: [part.of(tensors) for part in parts] for layer, parts in private.items()}
+        for parts in private.values():
+            for part in parts:
+                tensors[part.tensor].detach().index_fill_(part.dim, part.rows.to(tensors[part.tensor].device), 0)
+        return cls(model, chosen, private, consumers, old)
+
+    @property
+    def count(self) -> int:
+        """Number of dropped filters."""
+        return sum(rows.numel() for rows in self.filters.values())
+
+    def old_filters(self, layer: str) -> Tensor:
+        """Weights of the dropped filters of ``layer`` before the drop, ``(n, d)`` in the order of ``filters``."""
+        parts = zip(self._private[layer], self._old[layer], strict=True)
+        part, values = next((p, v) for p, v in parts if p.tensor == f"{layer}.weight")
+        return values.movedim(part.dim, 0).flatten(1)
+
+    def hold(self, consumers: bool) -> RowHold:
+        """What keeps dropped filters (and with ``consumers`` the columns that read them) bit-still through steps."""
+        tensors = _tensors(self.model)
+        parts = [part for layer in self.filters for part in self._private[layer]]
+        if consumers:
+            parts += [part for layer in self.filters for part in self._consumers[layer]]
+        return RowHold(part.held(tensors) for part in parts if isinstance(tensors[part.tensor], nn.Parameter))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo the drop: write the old values back."""
+        tensors = _tensors(self.model)
+        for layer in self.filters:
+            for part, values in zip(self._private[layer], self._old[layer], strict=True):
+                tensor = tensors[part.tensor].detach()
+                tensor.index_copy_(part.dim, part.rows.to(tensor.device), values.to(tensor))
+
+    @torch.no_grad()
+    def regrow(
+        self,
+        values: Mapping[str, Tensor],
+        optimizers: Iterable[Optimizer],
+        next_layer: NextLayer = "keep",
+        key: tuple[int | str, ...] = (),
+    ) -> None:
+        """Bring the filters back with new weights, as fresh as after construction.
+
+        Norms start at weight 1, bias 0, mean 0, variance 1; biases at 0; depthwise kernels and other per-channel values
+        that follow get their old values back, as do frozen ones; optimizer state of all these rows is reset.
+
+        Args:
+            values: layer -> ``(n, d)`` new filters, in the order of ``filters``.
+            optimizers: all optimizers of the network.
+            next_layer: what becomes of the columns that read the filters: kept, set to zero, or small random numbers
+                (a tenth of the spread of the tensor); the last two reset their optimizer state. Regrown filters of the
+            reading layer are written as given in any case.
+            key: names the random draw of ``"small_random"``.
+        """
+        optimizers = list(optimizers)
+        self.restore()
+        tensors, modules = _tensors(self.model), _modules(self.model)
+        # Consumers first: a reader may have regrown filters of its own, whose directions must stay as they were chosen.
+        for part in (p for layer in self.filters for p in self._consumers[layer] if next_layer != "keep"):
+            self._rewrite_consumer(part, tensors, next_layer, key)
+            self._reset_state(part, tensors, optimizers)
+        for layer, rows in self.filters.items():
+            write_filters(modules[layer], rows, values[layer])  # type: ignore[arg-type]
+            for part in self._private[layer]:
+                self._freshen(part, layer, tensors, modules)
+                self._reset_state(part, tensors, optimizers)
+
+    @staticmethod
+    def _freshen(part: Slice, layer: str, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+        owner, _, leaf = part.tensor.rpartition(".")
+        tensor = tensors[part.tensor]
+        rows = part.rows.to(tensor.device)
+        trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        if owner == layer and leaf == "bias" and trainable:
+            tensor.detach().index_fill_(0, rows, 0)
+        module = modules[owner]
+        if isinstance(module, _NormBase):
+            if leaf in ("weight", "bias") and trainable:
+                tensor.detach().index_fill_(0, rows, 1 if leaf == "weight" else 0)
+            if (leaf == "weight" and trainable) or leaf == "running_mean":
+                for statistic, value in ((module.running_mean, 0), (module.running_var, 1)):
+                    if statistic is not None:
+                        statistic.index_fill_(0, rows, value)
+
+    @staticmethod
+    def _rewrite_consumer(
+        part: Slice, tensors: Mapping[str, Tensor], next_layer: NextLayer, key: tuple[int | str, ...]
+    ) -> None:
+        tensor = tensors[part.tensor].detach()
+        target = tensor if part.block is None else tensor[part.block[0] : part.block[1]]
+        rows = part.rows.to(tensor.device)
+        if next_layer == "zero":
+            target.index_fill_(part.dim, rows, 0)
+            return
+        shape = list(target.shape)
+        shape[part.dim] = rows.numel()
+        drawn = torch.randn(shape, generator=keyed_generator(*key, part.tensor), dtype=torch.float64)
+        spread = tensor.double().std(correction=0).cpu()
+        target.index_copy_(part.dim, rows, (_SMALL * spread * drawn).to(target))
+
+    @staticmethod
+    def _reset_state(part: Slice, tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+        parameter = tensors[part.tensor]
+        if isinstance(parameter, nn.Parameter):
+            held = part.held(tensors)
+            for optimizer in optimizers:
+                for state in row_state(optimizer, parameter).values():
+                    held.fill(state, 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, for a checkpoint."""
+        return {
+            "filters": dict(self.filters),
+            "private": {layer: [part.packed() for part in parts] for layer, parts in self._private.items()},
+            "consumers": {layer: [part.packed() for part in parts] for layer, parts in self._consumers.items()},
+            "old": {layer: list(values) for layer, values in self._old.items()},
+        }
+
+    @classmethod
+    def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> DroppedFilters:
+        """The object whose :meth:`state` this is, for a model whose weights were restored too.
+
+        Raises:
+            ValueError: the model has no such tensor: it is not the network that was saved.
+        """
+        slices = [
+            {layer: [Slice.unpacked(part) for part in parts] for layer, parts in state[kind].items()}
+            for kind in ("private", "consumers")
+        ]
+        known = _tensors(model)
+        for parts in (part for kind in slices for layer in kind.values() for part in layer):
+            if parts.tensor not in known:
+                raise ValueError(
+                    f"the network has no tensor {parts.tensor!r}, which holds dropped filters in the state"
+                )
+        return cls(model, state["filters"], slices[0], slices[1], state["old"])

@@ -1,0 +1,77 @@
+"""Does RePr's plan fit into the fit, and is there enough learning rate left to train what it regrows?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_filterdiv.learning_rates import forecast_learning_rates
+from lightning_filterdiv.repr_.functional import RePrEvent, remaining_rate_share
+
+__all__ = ["Happened", "check_plan", "fit_epochs"]
+
+# Below this share of the summed learning rate, filters regrown last were seen to stay untrained.
+_ENOUGH_RATE = 0.15
+
+
+class Happened(NamedTuple):
+    """An event that was carried out, as it is kept for the monitor."""
+
+    kind: str
+    cycle: int
+    epoch: int
+    step: int
+    filters: dict[str, list[int]]
+
+
+def fit_epochs(trainer: pl.Trainer) -> int | None:
+    """Epochs that the fit will have begun when it ends; ``None`` if nobody knows."""
+    limits: list[int] = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs)
+    steps = trainer.num_training_batches
+    if trainer.max_steps >= 0 and steps != float("inf") and trainer.lightning_module.automatic_optimization:
+        per_epoch = max(1, -(-int(steps) // trainer.accumulate_grad_batches))
+        limits.append(-(-trainer.max_steps // per_epoch))
+    return min(limits) if limits else None
+
+
+def check_plan(trainer: pl.Trainer, events: Sequence[RePrEvent]) -> None:
+    """Print the plan with the learning rate that remains after its last event; with ``fast_dev_run`` only print.
+
+    Raises:
+        MisconfigurationException: there is no event, or one that the fit does not reach with epochs to spare.
+    """
+    if not events:
+        raise MisconfigurationException("RePr.schedule() returned no event: nothing would happen")
+    lines = ", ".join(f"{event.kind} of cycle {event.cycle} after epoch {event.epoch}" for event in events)
+    text = f"RePr plan: {lines}"
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        rank_zero_info(f"{text}; fast_dev_run stops before them")
+        return
+    epochs = fit_epochs(trainer)
+    if epochs is None:
+        rank_zero_info(f"{text}; the length of the fit is unknown (max_time?), events it does not reach are skipped")
+        return
+    last = events[-1].epoch
+    if last >= epochs:
+        raise MisconfigurationException(
+            f"RePr does not fit into this fit of {epochs} epochs: {text}. The last regrowth needs epochs after it; "
+            f"use fewer cycles, shorter phases or more epochs"
+        )
+    rates = forecast_learning_rates(trainer, epochs)
+    if isinstance(rates, str):
+        rank_zero_info(f"{text}. No forecast of the learning rate: {rates}")
+        return
+    share = remaining_rate_share(rates, last)
+    rank_zero_info(f"{text}. {100 * share:.0f} % of the summed learning rate remains after the last regrowth")
+    if share < _ENOUGH_RATE:
+        rank_zero_warn(
+            f"only {100 * share:.0f} % of the summed learning rate remains after RePr's last regrowth at epoch {last} "
+            f"of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter phases, or keep the "
+            f"learning rate up for longer"
+        )
