@@ -1,0 +1,12 @@
+"""PyTorch Lightning callbacks that control how diverse and how redundant the filters of a network become."""
+
+from importlib.metadata import version
+
+from lightning_filterdiv.async_update import WeightAsynchronousUpdate
+from lightning_filterdiv.callback import FilterCallback
+from lightning_filterdiv.monitor import FilterSimilarityMonitor
+from lightning_filterdiv.repr_ import RePr
+
+__version__ = version("lightning-filterdiv")
+
+__all__ = ["FilterCallback", "FilterSimilarityMonitor", "RePr", "WeightAsynchronousUpdate", "__version__"]

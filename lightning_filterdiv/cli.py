@@ -1,0 +1,77 @@
+"""The ``filterdiv`` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import lightning_filterdiv
+from lightning_filterdiv.demo import run as demo
+
+__all__ = ["main"]
+
+_TRAINING = {
+    "fit": "train a LightningModule from YAML or flags, all callbacks available by short name",
+    "validate": "validate it",
+    "test": "test it",
+}
+
+
+def _training(arguments: Sequence[str]) -> int:
+    """LightningCLI; importing the package has registered every callback by its short name."""
+    from lightning.pytorch.cli import LightningCLI
+
+    class FilterDivCLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            known = LightningCLI.subcommands()
+            return {name: known[name] for name in _TRAINING}
+
+    # A console script does not search the current folder, where users keep the classes that their YAML names.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv"})
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="filterdiv", description="Train networks with diverse filters, and look at how diverse they are."
+    )
+    parser.add_argument("--version", action="version", version=f"filterdiv {lightning_filterdiv.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo.add_arguments(
+        commands.add_parser(
+            "demo",
+            help="train a small network on real digits, plain and with a callback",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
+    for name, text in _TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``filterdiv``.
+
+    Args:
+        arguments: without the program name; ``None`` for the command line.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in _TRAINING:
+        return _training(arguments)
+    options = _parser().parse_args(arguments)
+    return _COMMANDS[options.command](options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
