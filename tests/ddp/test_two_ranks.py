@@ -1,0 +1,214 @@
+"""Run inside ``torchrun --nproc-per-node 2``: every callback under DDP, ranks bit-identical after every step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from lightning_filterdiv import RePr, WeightAsynchronousUpdate
+from lightning_filterdiv.rank_check import RankDivergenceError, check_ranks_agree
+from tests.registry import CASES, Case
+from tests.suites.test_resume import KINDS
+from tests.support.training import Classifier, Run, batches, differing, fit
+
+Make = Callable[[], list[Callback]]
+RANK = 0
+
+
+def setup_module() -> None:
+    global RANK
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    RANK = dist.get_rank()
+    assert dist.get_world_size() == 2
+
+
+class Witness(Callback):
+    """Compares all parameters across ranks after every step, and keeps what each rank saw and drew."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.inputs: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps += 1
+        self.inputs.append(float(batch[0].sum()))
+        check_ranks_agree(dict(pl_module.named_parameters()), f"after step {trainer.global_step}")
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAsynchronousUpdate):
+                subsets = callback.last_subsets()
+                assert subsets or trainer.global_step == 0
+                check_ranks_agree({name: mask.to(torch.int8) for name, mask in subsets.items()}, "subsets")
+
+
+class SeedsPerRank(Callback):
+    """User code that decorrelates augmentation in the common way, and draws from the global generator."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(trainer.global_rank)
+        torch.rand(3 + trainer.global_rank)
+
+
+def shared(path: Path) -> Path:
+    """The folder of rank 0."""
+    box = [str(path)]
+    dist.broadcast_object_list(box)
+    return Path(box[0])
+
+
+def fit_ddp(callbacks: list[Callback], *, max_steps: int = 50, strategy: Any = "ddp", **options: Any) -> Run:
+    loader = batches(rank=RANK, world_size=2)
+    if isinstance(strategy, str):
+        strategy = DDPStrategy(process_group_backend="gloo")
+    options = {"max_epochs": -1, "strategy": strategy, "devices": 2} | options
+    return fit(callbacks, loader=loader, max_steps=max_steps, **options)
+
+
+def raises_on_every_rank(action: Callable[[], Any], error: type[Exception] | tuple[type[Exception], ...]) -> str:
+    """Both ranks must fail, else the other would wait for ever."""
+    try:
+        action()
+    except error as caught:
+        message = str(caught)
+    else:
+        message = ""
+    box: list[Any] = [None, None]
+    dist.all_gather_object(box, bool(message))
+    assert all(box), box
+    return message
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_ranks_stay_identical(case: Case) -> None:
+    witness = Witness()
+    fit_ddp([SeedsPerRank(), case.make(), witness])
+    assert witness.steps == 50
+    inputs: list[Any] = [None, None]
+    dist.all_gather_object(inputs, witness.inputs)
+    assert all(left != right for left, right in zip(*inputs, strict=True)), "ranks must see different data"
+
+
+@contextlib.contextmanager
+def no_all_reduce() -> Iterator[None]:
+    """The control: DDP that never synchronises gradients."""
+    original = nn.parallel.DistributedDataParallel.forward
+
+    def forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+        with self.no_sync():
+            return original(self, *inputs, **kwargs)
+
+    nn.parallel.DistributedDataParallel.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.parallel.DistributedDataParallel.forward = original  # type: ignore[method-assign]
+
+
+def test_the_witness_sees_unsynchronised_ranks() -> None:
+    with no_all_reduce():
+        message = raises_on_every_rank(lambda: fit_ddp([Witness()], max_steps=3), RankDivergenceError)
+    assert "after step 1" in message
+    assert "net.0.weight" in message
+
+
+class _GlobalDraws(WeightAsynchronousUpdate):
+    """Mutant: draws from the global generator."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self._updates[0].seed = int(torch.randint(1000, ()))
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+
+def test_global_randomness_is_caught() -> None:
+    raises_on_every_rank(lambda: fit_ddp([SeedsPerRank(), _GlobalDraws(), Witness()], max_steps=5), RankDivergenceError)
+
+
+class FlipsABit(Callback):
+    """One bit of one weight of rank 1."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 4 and trainer.global_rank == 1:
+            bits = pl_module.net[5].weight.data.view(torch.int32)
+            bits.view(-1)[7] ^= 1
+
+
+def test_the_debug_check_names_the_tensor() -> None:
+    callbacks = [FlipsABit(), WeightAsynchronousUpdate(check_ranks_every_n_steps=2)]
+    message = raises_on_every_rank(lambda: fit_ddp(callbacks, max_steps=8), RankDivergenceError)
+    assert "net.5.weight" in message
+    assert "rank(s) [1]" in message
+    fit_ddp([WeightAsynchronousUpdate(check_ranks_every_n_steps=2)], max_steps=8)
+
+
+def check_resume(make: Make, kind: str, folder: Path) -> None:
+    arguments, step = KINDS[kind]
+    # Driven by epochs: in a fit driven by max_steps Lightning 2.6 itself repeats an epoch after an epoch-end resume.
+    options: dict[str, Any] = {"validation": batches(steps=1), "max_steps": -1, "max_epochs": 3}
+    checkpoint = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, **arguments)
+    whole = fit_ddp([*make(), checkpoint], **options)
+    resumed = fit_ddp(
+        [*make(), Witness()], model=Classifier(seed=1), ckpt_path=str(folder / f"step={step}.ckpt"), **options
+    )
+    assert min(resumed.model.losses) == step
+    wrong = differing(whole.tensors(), resumed.tensors())
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_without_a_callback(kind: str, tmp_path: Path) -> None:
+    check_resume(list, kind, shared(tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_resume(case: Case, kind: str, tmp_path: Path) -> None:
+    check_resume(lambda: [case.make()], kind, shared(tmp_path))
+
+
+def test_two_cycles_of_repr() -> None:
+    witness, callback = Witness(), RePr(full_epochs=1, sub_epochs=1, cycles=2, next_layer="small_random")
+    fit_ddp([SeedsPerRank(), callback, witness], max_steps=36)
+    assert witness.steps == 36
+    assert [event["kind"] for event in callback.history] == ["drop", "regrow"] * 2
+    histories: list[Any] = [None, None]
+    dist.all_gather_object(histories, callback.history)
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("option", ["static_graph", "find_unused_parameters", "gradient_as_bucket_view"])
+@pytest.mark.parametrize("hold", ["update", "gradient"])
+def test_options_of_ddp(option: str, hold: Any) -> None:
+    """With gradients as views of DDP's buckets, assigning ``.grad`` instead of editing it would part the ranks."""
+    strategy = DDPStrategy(process_group_backend="gloo", **{option: True})
+    witness = Witness()
+    fit_ddp([WeightAsynchronousUpdate(hold=hold), witness], max_steps=12, strategy=strategy)
+    assert witness.steps == 12
+
+
+def test_accumulation_under_ddp() -> None:
+    witness = Witness()
+    callback = WeightAsynchronousUpdate(hold="gradient")
+    fit_ddp([callback, witness], max_steps=6, accumulate_grad_batches=3)
+    assert callback.extra_state() == {"steps": [6]}
+
+
+def test_the_monitor_writes_once(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from lightning_filterdiv import FilterSimilarityMonitor
+
+    folder = shared(tmp_path)
+    pl.seed_everything(0, verbose=False)
+    fit_ddp([FilterSimilarityMonitor(max_figures=1)], max_steps=6, logger=TensorBoardLogger(folder))
+    dist.barrier()
+    assert len(list(folder.rglob("events.out.tfevents*"))) == 1

@@ -1,0 +1,149 @@
+"""Every callback of the package with what the cross-cutting suites need to know. A new one joins by one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_filterdiv import FilterCallback, FilterSimilarityMonitor, RePr, WeightAsynchronousUpdate
+from lightning_filterdiv.async_update import AsynchronousUpdate
+from lightning_filterdiv.filters import select_filters
+from lightning_filterdiv.optimizer_state import HeldRows, RowHold
+
+Wrong = tuple[dict[str, Any], type[Exception], str]
+#: One step's hooks in framework-free form: (before the step, after the step).
+PerStep = Callable[[nn.Module, Optimizer], tuple[Callable[[int], None], Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A callback in one configuration.
+
+    Attributes:
+        name: test id.
+        cls: its class.
+        arguments: constructor arguments of this configuration.
+        wrong: constructor arguments that must be refused, the exception, and a part of its message.
+        trains_differently: whether weights differ from a run without the callback.
+        per_step: its per-step path without Lightning, for the fake-GPU and launch-count suites; ``None``: it has none.
+        gradients_only: it writes gradients back, one operation per tensor on a CPU (one kernel for all on a GPU).
+    """
+
+    name: str
+    cls: type[FilterCallback]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    wrong: tuple[Wrong, ...] = ()
+    trains_differently: bool = True
+    per_step: PerStep | None = None
+    gradients_only: bool = False
+
+    def make(self, **overrides: Any) -> FilterCallback:
+        return self.cls(**(self.arguments | overrides))
+
+
+def _wau_step(**arguments: Any) -> PerStep:
+    def build(model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[int], None], Callable[[], None]]:
+        update = AsynchronousUpdate(select_filters(model), optimizer, **arguments)
+        return update.before_step, update.after_step
+
+    return build
+
+
+def _hold_step(model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """A sub-network phase of RePr: three filters of every layer with their norm, and the columns that read them."""
+    rows = []
+    for name, parameter in model.named_parameters():
+        if "classifier" not in name:
+            rows.append(HeldRows(parameter, torch.arange(3, device=parameter.device)))
+            if parameter.dim() == 4 and parameter.shape[1] > 3:
+                rows.append(HeldRows(parameter, torch.arange(3, device=parameter.device), dim=1))
+    hold = RowHold(rows)
+    return (lambda step: hold.before_step(optimizer)), (lambda: hold.after_step(optimizer))
+
+
+_SELECTION: tuple[Wrong, ...] = (
+    ({"include": "conv1"}, TypeError, "include must be a list of name patterns"),
+    ({"include": []}, ValueError, "include=[] selects no layer"),
+    ({"include": [3]}, TypeError, "include must be a list of strings"),
+    ({"exclude": "conv1"}, TypeError, "exclude must be a list"),
+)
+_WAU_WRONG: tuple[Wrong, ...] = (
+    *_SELECTION,
+    ({"update_fraction": 0}, ValueError, "0 < update_fraction <= 1, got 0"),
+    ({"update_fraction": 1.5}, ValueError, "0 < update_fraction <= 1, got 1.5"),
+    ({"update_fraction": float("nan")}, ValueError, "update_fraction must be a finite number"),
+    ({"update_fraction": "a lot"}, TypeError, "update_fraction must be a number"),
+    ({"update_fraction": True}, TypeError, "update_fraction must be a number"),
+    ({"axis": "sideways"}, ValueError, "axis must be one of 'out', 'in', got 'sideways'"),
+    ({"sampling": "some"}, ValueError, "sampling must be one of 'without_replacement', 'with_replacement'"),
+    ({"hold": "tight"}, ValueError, "hold must be one of 'update', 'gradient'"),
+    ({"rescale": "yes"}, TypeError, "rescale must be True or False"),
+    ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+    ({"seed": 0.5}, TypeError, "seed must be an integer >= 0"),
+    ({"check_ranks_every_n_steps": -5}, ValueError, "check_ranks_every_n_steps must be an integer >= 0"),
+)
+
+
+def _wau(name: str, gradients_only: bool = False, **arguments: Any) -> Case:
+    return Case(
+        name=name,
+        cls=WeightAsynchronousUpdate,
+        arguments=arguments,
+        wrong=_WAU_WRONG,
+        per_step=_wau_step(**arguments),
+        gradients_only=gradients_only,
+    )
+
+
+CASES: tuple[Case, ...] = (
+    _wau("wau"),
+    _wau("wau_official", axis="in", sampling="with_replacement"),
+    _wau("wau_gradient", gradients_only=True, hold="gradient", update_fraction=0.3),
+    _wau("wau_rescaled", rescale=True, update_fraction=0.8),
+    Case(
+        name="repr",
+        cls=RePr,
+        arguments={"full_epochs": 1, "sub_epochs": 1, "cycles": 1, "include": ["net.*"]},
+        wrong=(
+            *_SELECTION,
+            ({"full_epochs": 0}, ValueError, "full_epochs must be an integer >= 1"),
+            ({"sub_epochs": 0}, ValueError, "sub_epochs must be an integer >= 1, got 0"),
+            ({"cycles": 1.5}, TypeError, "cycles must be an integer >= 1"),
+            ({"prune_fraction": 0}, ValueError, "0 < prune_fraction < 1, got 0"),
+            ({"prune_fraction": 1}, ValueError, "0 < prune_fraction < 1, got 1"),
+            ({"prune_fraction": 1.5}, ValueError, "0 < prune_fraction < 1, got 1.5"),
+            ({"criterion": "taste"}, ValueError, "criterion must be one of 'orthogonality', 'norm', 'random'"),
+            ({"scope": "galaxy"}, ValueError, "scope must be one of 'global', 'layer'"),
+            ({"dim_correct": 1}, TypeError, "dim_correct must be True or False"),
+            ({"max_layer_fraction": 0.0}, ValueError, "0 < max_layer_fraction <= 1"),
+            ({"gain": -1.0}, ValueError, "0 < gain"),
+            ({"next_layer": "burn"}, ValueError, "next_layer must be one of 'keep', 'zero', 'small_random'"),
+            ({"hold_consumers": None}, TypeError, "hold_consumers must be True or False"),
+            ({"network": 3}, TypeError, "network must be the name of a submodule"),
+            ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+        ),
+        per_step=_hold_step,
+        gradients_only=True,
+    ),
+    Case(
+        name="monitor",
+        cls=FilterSimilarityMonitor,
+        arguments={"max_figures": 1},
+        wrong=(
+            *_SELECTION,
+            ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be an integer >= 1"),
+            ({"scalars": 1}, TypeError, "scalars must be True or False"),
+            ({"figures": "all"}, TypeError, "figures must be True or False"),
+            ({"max_figures": 0}, ValueError, "max_figures must be an integer >= 1"),
+        ),
+        trains_differently=False,
+    ),
+)
+#: One configuration per callback, for suites where more would only cost time.
+ONE_EACH: tuple[Case, ...] = tuple({case.cls: case for case in reversed(CASES)}.values())
+PER_STEP: tuple[Case, ...] = tuple(case for case in CASES if case.per_step is not None)

@@ -1,0 +1,102 @@
+"""Whatever ends a fit, nothing of the callback stays behind, and its state is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_filterdiv import WeightAsynchronousUpdate
+from tests.registry import CASES, Case
+from tests.support.training import Classifier, batches, differing, fit, make_trainer, same
+
+
+class _BoomError(Exception):
+    pass
+
+
+def _explode(model: Classifier, step: int) -> None:
+    if step == 8:
+        raise _BoomError
+
+
+def check_clean_up(make: Callable[[], Any], interrupt: bool, folder: Path) -> None:
+    """After an exception or a normal end: no hooks, weights in storages of their own, a state that resumes."""
+    model, callback = Classifier(), make()
+    trainer = make_trainer([callback])
+    if interrupt:
+        model.hook = _explode
+        with pytest.raises(_BoomError):
+            trainer.fit(model, batches())
+    else:
+        trainer.fit(model, batches())
+    for optimizer in trainer.optimizers:
+        assert not optimizer._optimizer_step_post_hooks
+        assert not optimizer._optimizer_step_pre_hooks
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+        assert parameter.data_ptr() == parameter.untyped_storage().data_ptr()
+    if interrupt:
+        model.hook = None
+        trainer.save_checkpoint(folder / "after.ckpt")
+        state = torch.load(folder / "after.ckpt", weights_only=True)["callbacks"][callback.state_key]
+        reference, states = make(), []
+        watched = Classifier()
+        watched.hook = lambda model, step: states.append(reference.extra_state())
+        fit([reference], model=watched)
+        assert same(state["extra"], states[8])
+
+
+@pytest.mark.parametrize("interrupt", [False, True], ids=["normal end", "exception"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_clean_up(case: Case, interrupt: bool, tmp_path: Path) -> None:
+    check_clean_up(case.make, interrupt, tmp_path)
+
+
+class _LeavesHooks(WeightAsynchronousUpdate):
+    """Mutant: relies on teardown, which Lightning does not call after an exception."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        pass
+
+
+def test_left_hooks_are_caught(tmp_path: Path) -> None:
+    check_clean_up(_LeavesHooks, False, tmp_path)
+    with pytest.raises(AssertionError):
+        check_clean_up(_LeavesHooks, True, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reused_instance_starts_afresh(case: Case) -> None:
+    """The same callback object in a second, new fit gives the run that a new object gives."""
+    callback = case.make()
+    first, second = fit([callback]), fit([callback])
+    assert not differing(first.tensors(), second.tensors())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_fit_twice_continues(case: Case) -> None:
+    """Five epochs at once, or three and then two more with the same trainer."""
+    whole = fit([case.make()], max_epochs=5)
+    model, callback = Classifier(), case.make()
+    trainer = make_trainer([callback], max_epochs=3)
+    loader = batches()
+    trainer.fit(model, loader)
+    trainer.fit_loop.max_epochs = 5
+    optimizer_state = trainer.optimizers[0].state_dict()
+    model.configure_optimizers = lambda: _restored(model, optimizer_state)  # type: ignore[method-assign]
+    trainer.fit(model, loader)
+    assert trainer.global_step == whole.trainer.global_step
+    assert not differing(whole.model.state_dict(), model.state_dict())
+
+
+def _restored(model: Classifier, state: dict[str, Any]) -> torch.optim.Optimizer:
+    optimizer = Classifier.configure_optimizers(model)
+    optimizer.load_state_dict(state)
+    return optimizer

@@ -1,0 +1,77 @@
+"""Every code block of README and method cards runs; every command in them exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_filterdiv.cli import _parser, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "lightning_filterdiv").rglob("README.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(language, text, id=f"{page.relative_to(ROOT)}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
+    for page in PAGES
+    for match in BLOCK.finditer(page.read_text())
+    for language, text in [match.groups()]
+]
+
+
+@pytest.mark.parametrize(("language", "text"), BLOCKS)
+def test_code_block(language: str, text: str, tmp_path: Path) -> None:
+    if language == "python":
+        exec(compile(text, "block", "exec"), {"__name__": "__main__"})
+    elif language == "yaml":
+        config = yaml.safe_load(text)
+        config.setdefault("model", {"class_path": "lightning_filterdiv.demo.SmallConvNet"})
+        config.setdefault("data", "lightning_filterdiv.demo.Digits")
+        config["trainer"] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1} | config["trainer"]
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--trainer.fast_dev_run", "true"]) == 0
+    elif language == "shell":
+        for line in text.strip().splitlines():
+            assert _known(line), line
+    else:
+        assert language == "text", f"no test knows how to run {language!r} blocks"
+
+
+def _known(line: str) -> bool:
+    """Whether a shell line names things that exist; the two set-up commands are run by the CI script itself."""
+    words = shlex.split(line.split("&&")[-1])
+    words = words[2:] if words[:2] == ["uv", "run"] else words
+    if words[0] == "filterdiv" and words[1] == "demo":
+        _parser().parse_args(words[1:])
+        return True
+    if words[:2] == ["python", "-m"]:
+        return (ROOT / Path(*words[2].split("."))).with_suffix(".py").exists()
+    return words[0] in {"pytest", "tensorboard", "filterdiv"}
+
+
+def test_pages_name_no_machine() -> None:
+    """Documentation and code speak of the project, not of the machine it was written on."""
+    for path in [
+        *PAGES,
+        *ROOT.glob("*.*"),
+        *ROOT.glob("lightning_filterdiv/**/*.py"),
+        *ROOT.glob("benchmarks/**/*.py"),
+    ]:
+        if path.is_file() and path.name != "uv.lock":
+            assert not re.search(r"/(work|root|home)/", path.read_text()), path
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_tables_are_those_of_the_result_files() -> None:
+    from benchmarks import cards
+
+    for page in cards.pages():
+        assert cards.filled(page.read_text()) == page.read_text(), f"{page}: run python -m benchmarks.cards"
