@@ -1,0 +1,71 @@
+"""How many operations do the hooks of a step start, and does the number follow the depth of the network?
+
+    python -m benchmarks.launches
+
+Counts what torch.profiler records, inner operations included, views left out. On a CPU, writing gradients back is one
+operation per tensor, on a GPU one kernel per chunk of tensors; ``--device cuda`` shows the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.models import CifarResNet
+from benchmarks.overhead import METHODS
+
+RESULT = Path(__file__).parent / "results" / "launches.json"
+# They move no data and start nothing on a device.
+_VIEWS = ("as_strided", "detach", "expand", "narrow", "permute", "reshape", "select", "slice", "split", "transpose",
+          "unbind", "unflatten", "unsqueeze", "view", "empty", "empty_strided", "split_with_sizes")  # fmt: skip
+
+
+def count(method: str, depth: int, device: str) -> int:
+    """Operations (on CUDA: kernels and copies) of one step's hooks on ResNet-``depth``."""
+    model = CifarResNet(depth).to(device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before, after = METHODS[method](model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before(0)
+    after()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as recorded:
+        before(1)
+        after()
+    if device == "cuda":
+        kernels = [e for e in recorded.events() or [] if "CUDA" in str(e.device_type)]
+        return len(kernels)
+    return sum(
+        event.count
+        for event in recorded.key_averages()
+        if event.key.startswith("aten::") and event.key.removeprefix("aten::") not in _VIEWS
+    )
+
+
+def table(counts: dict[str, dict[str, int]]) -> str:
+    """Markdown."""
+    rows = ["| method | ResNet-20 | ResNet-110 |", "|---|---|---|"]
+    return "\n".join(rows + [f"| {method} | {of['20']} | {of['110']} |" for method, of in counts.items()])
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    counts = {
+        method: {str(depth): count(method, depth, options.device) for depth in (20, 110)}
+        for method in METHODS
+        if method != "A/A"
+    }
+    print(table(counts))
+    options.out.write_text(json.dumps({"device": options.device, "counts": counts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Networks of the benchmarks."""
+
+from benchmarks.models.cifar_resnet import CifarResNet
+
+__all__ = ["CifarResNet"]

@@ -1,0 +1,184 @@
+"""What a callback costs per step: time inside its hooks over the time of the rest of the step, measured in one run.
+
+    python -m benchmarks.overhead --depths 20 56 --pairs 60
+
+Every pair is one step with and one step without the callback, in random order, on the same batch; ``A/A`` repeats the
+measurement with no callback on both sides and shows what the interleaved ratio can resolve on this machine. The primary
+figure is the time inside hooks: it is measured, not a difference of two noisy numbers. Times are synchronised with the
+device here, and only here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.models import CifarResNet
+from lightning_filterdiv.async_update import AsynchronousUpdate
+from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.filters import filter_matrix, select_filters
+from lightning_filterdiv.repr_.functional import rank_filters, select_dropped
+from lightning_filterdiv.repr_.network import DroppedFilters
+
+Hooks = tuple[Callable[[int], object], Callable[[], object]]
+RESULT = Path(__file__).parent / "results" / "overhead.json"
+
+
+def naive_update(model: nn.Module, optimizer: Optimizer) -> Hooks:
+    """WAU the usual way: clone, draw and mask layer by layer, on the device."""
+    layers = list(select_filters(model).values())
+    kept: list[torch.Tensor] = []
+
+    def before(step: int) -> None:
+        kept[:] = [conv.weight.detach().clone() for conv in layers]
+
+    def after() -> None:
+        with torch.no_grad():
+            for conv, old in zip(layers, kept, strict=True):
+                count = conv.out_channels
+                chosen = torch.zeros(count, dtype=torch.bool, device=old.device)
+                chosen[torch.randperm(count, device=old.device)[: max(1, round(0.5 * count))]] = True
+                conv.weight.copy_(torch.where(chosen.view(-1, 1, 1, 1), conv.weight, old))
+
+    return before, after
+
+
+def _update(**arguments: Any) -> Callable[[nn.Module, Optimizer], Hooks]:
+    def build(model: nn.Module, optimizer: Optimizer) -> Hooks:
+        update = AsynchronousUpdate(select_filters(model), optimizer, **arguments)
+        return update.before_step, update.after_step
+
+    return build
+
+
+def sub_network_phase(model: nn.Module, optimizer: Optimizer) -> Hooks:
+    """RePr with 30 % of the filters out, their consumers held."""
+    graph = ChannelGraph.trace(model, torch.zeros(2, 3, 32, 32, device=next(model.parameters()).device))
+    layers = {name: conv for name, conv in select_filters(model).items() if not isinstance(graph.private(name), str)}
+    layers.pop(next(iter(select_filters(model))), None)
+    scores = rank_filters({name: filter_matrix(conv) for name, conv in layers.items()}, "orthogonality")
+    hold = DroppedFilters.drop(model, graph, select_dropped(scores, 0.3)).hold(consumers=True)
+    return (lambda step: hold.before_step(optimizer)), (lambda: hold.after_step(optimizer))
+
+
+METHODS: dict[str, Callable[[nn.Module, Optimizer], Hooks]] = {
+    "A/A": lambda model, optimizer: (lambda step: None, lambda: None),
+    "wau": _update(),
+    "wau hold=gradient": _update(hold="gradient"),
+    "wau official": _update(axis="in", sampling="with_replacement"),
+    "repr sub-network phase": sub_network_phase,
+    "naive per-layer wau": naive_update,
+}
+
+
+class Cost(NamedTuple):
+    """Medians over steps."""
+
+    method: str
+    depth: int
+    inside_hooks: float  # time inside hooks / time of the rest of the step
+    ratio: float  # step with / step without, interleaved
+    low: float  # bootstrap 95 % interval of the ratio
+    high: float
+    step_ms: float
+
+
+def measure(method: str, depth: int, pairs: int, device: torch.device, batch: int = 64) -> Cost:
+    """Train two copies of a ResNet side by side, one with the hooks."""
+    torch.manual_seed(0)
+    reference = CifarResNet(depth).to(device)
+    models = [CifarResNet(depth).to(device) for _ in range(2)]
+    for model in models:
+        model.load_state_dict(reference.state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for m in models]
+    before, after = METHODS[method](models[1], optimizers[1])
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    labels = torch.randint(10, (batch,), device=device)
+    order = random.Random(0)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(which: int, number: int) -> tuple[float, float]:
+        hooked = 0.0
+        start = clock()
+        optimizers[which].zero_grad()
+        nn.functional.cross_entropy(models[which](images), labels).backward()
+        if which:
+            mark = clock()
+            before(number)
+            hooked += clock() - mark
+        optimizers[which].step()
+        if which:
+            mark = clock()
+            after()
+            hooked += clock() - mark
+        return clock() - start, hooked
+
+    without: list[float] = []
+    total: list[float] = []
+    inside: list[float] = []
+    for number in range(pairs + 3):
+        times = {which: step(which, number) for which in order.sample([0, 1], 2)}
+        if number >= 3:  # the first steps allocate
+            without.append(times[0][0])
+            total.append(times[1][0])
+            inside.append(times[1][1])
+    ratios = [t / w for t, w in zip(total, without, strict=True)]
+    resampled = sorted(median(order.choices(ratios, k=len(ratios))) for _ in range(1000))
+    return Cost(
+        method,
+        depth,
+        median(i / (t - i) for i, t in zip(inside, total, strict=True)),
+        median(ratios),
+        resampled[25],
+        resampled[974],
+        1000 * median(without),
+    )
+
+
+def table(costs: list[Cost]) -> str:
+    """Markdown."""
+    rows = [
+        "| method | network | time inside hooks / rest of the step | step with / without (95 %) |",
+        "|---|---|---|---|",
+    ]
+    for c in costs:
+        inside = f"{100 * c.inside_hooks:.2f} %" if c.method != "A/A" else ""
+        rows.append(f"| {c.method} | ResNet-{c.depth} | {inside} | {c.ratio:.3f} ({c.low:.3f} to {c.high:.3f}) |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--depths", nargs="+", type=int, default=[20, 56])
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    costs = [measure(name, depth, options.pairs, device) for depth in options.depths for name in options.methods]
+    print(table(costs))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    result = {"device": name, "torch": version("torch"), "batch": 64, "costs": [cost._asdict() for cost in costs]}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
