@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 __all__ = [
+    "CONVOLUTIONS",
     "Conv",
     "NoLayersError",
     "canonical_name",
@@ -32,6 +33,8 @@ __all__ = [
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _FORWARD = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: Every kind of convolution, for ``isinstance``.
+CONVOLUTIONS = _FORWARD + _TRANSPOSED
 # Wrappers that add one level to every name below them: torch.compile, DataParallel and DDP, FSDP.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
 
@@ -163,7 +166,7 @@ def named_convolutions(model: nn.Module) -> Iterator[tuple[str, Conv]]:
     found: list[tuple[str, Conv]] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, _FORWARD + _TRANSPOSED):
+        if not isinstance(module, CONVOLUTIONS):
             continue
         weight = _weight_parameter(module)
         if weight is not None:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 
-from ..filters import canonical_name
+from ..filters import CONVOLUTIONS, canonical_name
 from .capture import CapturedInputs
 from .errors import ExampleInputsError, TraceError
 
@@ -233,7 +233,7 @@ def _explain(model: nn.Module, stack: list[nn.Module], error: Exception) -> Exce
         candidates = [
             name
             for name, child in model.named_children()
-            if any(isinstance(m, nn.modules.conv._ConvNd) for m in child.modules()) and not path.startswith(name)
+            if any(isinstance(m, CONVOLUTIONS) for m in child.modules()) and not path.startswith(name)
         ]
         example = candidates[0] if candidates else "backbone"
         return TraceError(

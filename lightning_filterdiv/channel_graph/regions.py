@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..filters import CONVOLUTIONS
 from .classes import Table
-from .export import CONVOLUTIONS
 from .graph import ConsumerColumns, FilterRegion, ranges
 from .propagate import Event, Propagation
 

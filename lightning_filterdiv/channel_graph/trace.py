@@ -13,22 +13,22 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
-from ..filters import canonical_name
+from ..filters import CONVOLUTIONS, canonical_name
 from . import layers, moves
 from .capture import find_submodule
 from .classes import Table, channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
 from .errors import ChannelGraphError, TraceError
 from .export import bare_module, example_arguments, export, tensor_names
-from .graph import ChannelGraph, ConsumerColumns, FilterRegion, Operation, ranges
+from .graph import ChannelGraph, Operation
 from .pointwise import EXTRA, pointwise
-from .propagate import Event, Propagation, Rule, Value, operator_name, unknown
+from .propagate import Propagation, Rule, Value, operator_name, unknown
+from .regions import filter_regions, layers_in_order, neighbours, pinned_layers
 from .sites import constrained_channels, find_sites, module_of
 
 __all__ = ["trace"]
 
 _PREFIX = "network."
 _RULES: dict[str, Rule] = {**dict.fromkeys(EXTRA, pointwise), **layers.RULES, **moves.RULES}
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _dispatch(state: Propagation, node: Node) -> Value:
@@ -46,7 +46,7 @@ def trace(model: nn.Module, example_inputs: Any, network: str | None = None) -> 
     """See :meth:`ChannelGraph.trace`."""
     model = bare_module(model)
     traced = bare_module(find_submodule(model, network))
-    if not any(isinstance(m, _CONV) for m in traced.modules()):
+    if not any(isinstance(m, CONVOLUTIONS) for m in traced.modules()):
         raise ChannelGraphError(f"{type(traced).__name__} has no convolution: there are no channels to speak of")
     graph = trace_at(model, example_arguments(traced, example_inputs), network or "")
     graph.pin_rigid()
@@ -135,7 +135,7 @@ def _obstacles(model: nn.Module, table: Table, network: str) -> dict[str, str]:
         dense = bool(np.isin(table.kind[table.tensor == index], (0, 2)).any())
         if tensor in outside:
             found[tensor] = f"{tensor} is shared with {outside[tensor]}, outside of {network}"
-        elif dense and not (isinstance(modules[path], (*_CONV, nn.Linear)) and attribute in ("weight", "bias")):
+        elif dense and not (isinstance(modules[path], (*CONVOLUTIONS, nn.Linear)) and attribute in ("weight", "bias")):
             found[tensor] = f"{tensor} belongs to a {type(modules[path]).__name__}, which cannot be narrowed"
     return found
 
@@ -159,18 +159,18 @@ def _collect(
     pins: dict[int, str] = {}
     for owner, reason in state.table.pins.items():
         pins.setdefault(state.table.root(owner), reason)
-    order, layer_tensors = _layers(model, state.events)
+    order, layer_tensors = layers_in_order(_owner_module(model), state.events)
     sites, bodies = find_sites(model, [p.graph for p in programs], state, network)
     constrained = constrained_channels(sites, bodies, state, set(pins))
     fixed = set().union(*constrained)
     groups = groups_of(table, set(pins), order, layer_tensors, fixed)
-    regions = _regions(state, order)
-    consumers, coupled = _neighbours(table, order, layer_tensors)
+    regions = filter_regions(state, order)
+    consumers, coupled = neighbours(table, order, layer_tensors)
     row_dims = {e.tensor: e.dim for e in state.events if e.kind == "filter" and e.dim}
     return ChannelGraph(
         model=model,
         groups=groups,
-        pinned=_pinned_layers(state, table, pins, order, layer_tensors),
+        pinned=pinned_layers(state, table, pins, order, layer_tensors),
         regions=regions,
         consumers=consumers,
         coupled=coupled,
@@ -187,132 +187,6 @@ def _collect(
         inputs=inputs,
         network=network,
     )
-
-
-def _layers(model: nn.Module, events: Iterable[Event]) -> tuple[list[str], set[str]]:
-    """(layers in order of execution, their weights): convolutions and linear layers with filters of their own."""
-    modules = _owner_module(model)
-    order: dict[str, None] = {}
-    weights: set[str] = set()
-    for event in events:
-        path, _, attribute = event.tensor.rpartition(".")
-        conv = isinstance(modules.get(path), _CONV) and attribute == "weight"
-        if event.kind == "filter" or (event.kind == "member" and conv):
-            order[path] = None
-            if attribute == "weight" or (event.kind == "filter" and attribute != "bias"):
-                weights.add(event.tensor)
-    return list(order), weights
-
-
-def _pinned_layers(
-    state: Propagation, table: Table, pins: dict[int, str], order: list[str], weights: set[str]
-) -> dict[str, str]:
-    found: dict[str, str] = {}
-    by_layer = {tensor.rpartition(".")[0]: index for index, tensor in enumerate(table.tensors) if tensor in weights}
-    for layer in order:
-        if layer not in by_layer:
-            found[layer] = state.unowned.get(layer, "not reached by any channel")
-            continue
-        here = (table.tensor == by_layer[layer]) & (table.kind < 2)
-        rows, roots = table.row[here], table.root[here]
-        reasons: dict[str, list[int]] = {}
-        for row, root in sorted(zip(rows.tolist(), roots.tolist(), strict=True)):
-            if root in pins:
-                reasons.setdefault(pins[root], []).append(row)
-        if reasons:
-            found[layer] = "; ".join(
-                reason if len(chosen) == len(rows) else f"filters {ranges(chosen)}: {reason}"
-                for reason, chosen in reasons.items()
-            )
-    return found
-
-
-def _regions(state: Propagation, order: list[str]) -> dict[str, FilterRegion]:
-    """What silences each filter, read off the values before any union."""
-    table = state.table
-    _expose_shared(state)
-    layer_of = np.full(len(table._parent), -1, dtype=np.int64)
-    filter_of = np.full(len(table._parent), -1, dtype=np.int64)
-    for event in state.events:
-        if event.kind == "filter":
-            owners = table.owner[event.values]
-            layer_of[owners] = order.index(event.tensor.rpartition(".")[0])
-            filter_of[owners] = event.rows
-    silence: list[dict[tuple[str, int, int], None]] = [{} for _ in order]
-    columns: list[dict[tuple[str, int, tuple[int, int] | None], dict[tuple[int, int], None]]] = [{} for _ in order]
-    for event in state.events:
-        origin = table.origin[event.values]
-        private = origin >= 0
-        if not private.any():
-            continue
-        layer_ids, filters, rows = layer_of[origin[private]], filter_of[origin[private]], event.rows[private]
-        for i in np.unique(layer_ids).tolist():
-            mine = layer_ids == i
-            if event.silence:
-                pairs = sorted(zip(filters[mine].tolist(), rows[mine].tolist(), strict=True))
-                silence[i].update(((event.tensor, j, row), None) for j, row in pairs)
-            elif event.kind == "consumer":
-                pairs = sorted(zip(filters[mine].tolist(), rows[mine].tolist(), strict=True))
-                columns[i].setdefault((event.tensor, event.dim, event.block), {}).update(dict.fromkeys(pairs))
-    exposed: list[dict[int, str]] = [{} for _ in order]
-    for origin_owner, reason in table.exposed.items():
-        if origin_owner >= 0 and layer_of[origin_owner] >= 0:
-            exposed[layer_of[origin_owner]][int(filter_of[origin_owner])] = reason
-    regions = {}
-    for i, layer in enumerate(order):
-        by_tensor: dict[str, list[tuple[int, int]]] = {}
-        for tensor, j, row in silence[i]:
-            by_tensor.setdefault(tensor, []).append((row, j))
-        parts = []
-        for tensor, pairs_of_tensor in by_tensor.items():
-            rows, filters = np.asarray(pairs_of_tensor, dtype=np.int64).T
-            parts.append((tensor, rows, filters))
-        count = int(filter_of[layer_of == i].max(initial=-1)) + 1
-        read = []
-        for (tensor, dim, block), found in columns[i].items():
-            filters_read, columns_read = torch.tensor(list(found)).T
-            read.append(ConsumerColumns(tensor, dim, columns_read, filters_read, block))
-        regions[layer] = FilterRegion(count, tuple(parts), tuple(read), exposed[i])
-    return regions
-
-
-def _expose_shared(state: Propagation) -> None:
-    """A per-channel entry that also acts on other channels (a shared norm) cannot be set to zero for one of them."""
-    table = state.table
-    users: dict[str, list[Any]] = {}
-    for event in state.events:
-        if event.kind != "consumer":
-            users.setdefault(event.tensor, []).append(event)
-    for tensor, events in users.items():
-        if not any(e.silence for e in events):
-            continue
-        rows = np.concatenate([e.rows for e in events if e.kind != "member" or e.silence])
-        origins = np.concatenate([table.origin[e.values] for e in events if e.kind != "member" or e.silence])
-        pairs = np.unique(np.stack([rows, origins], axis=1), axis=0)
-        unique, counts = np.unique(pairs[:, 0], return_counts=True)
-        shared = np.isin(pairs[:, 0], unique[counts > 1])
-        for origin in pairs[shared, 1].tolist():
-            table.exposed.setdefault(origin, f"{tensor} is shared with other channels")
-
-
-def _neighbours(
-    table: Table, order: list[str], weights: set[str]
-) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """(layers that read a channel of each layer, layers that share a channel with it)."""
-    is_layer = np.asarray([t in weights for t in table.tensors])
-    owns = is_layer[table.tensor] & (table.kind < 2)
-    reads = table.kind == 2
-    position = {layer: i for i, layer in enumerate(order)}
-    layer_id = np.asarray([position.get(t.rpartition(".")[0], -1) for t in table.tensors])
-    consumers, coupled = {}, {}
-    for layer, i in position.items():
-        roots = np.unique(table.root[owns & (layer_id[table.tensor] == i)])
-        member = np.isin(table.root, roots)
-        readers = {table.tensors[t].rpartition(".")[0] for t in np.unique(table.tensor[member & reads]).tolist()}
-        consumers[layer] = tuple(sorted(readers, key=lambda name: position.get(name, len(order))))
-        others = np.unique(layer_id[table.tensor[member & owns]]).tolist()
-        coupled[layer] = tuple(order[k] for k in others if k >= 0 and k != i)
-    return consumers, coupled
 
 
 def _operations(program: ExportedProgram, state: Propagation) -> Iterable[Operation]:

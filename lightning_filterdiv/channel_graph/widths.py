@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..filters import canonical_name
+from ..filters import CONVOLUTIONS, canonical_name
 from .capture import find_submodule
 from .classes import ChannelGroup
 from .errors import ChannelGraphError
@@ -193,9 +193,7 @@ def _adapt(model: nn.Module, network: str, widths: Mapping[str, int], inputs: An
 def _shapes(module: nn.Module, input: Tensor, width: int | None) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of ``module`` when it reads ``input`` and writes ``width`` channels."""
     shapes: dict[str, tuple[int, ...]] = {}
-    if isinstance(
-        module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    ):
+    if isinstance(module, CONVOLUTIONS):
         reads, writes, kernel = input.shape[1], width or module.out_channels, module.weight.shape[2:]
         if module.groups == 1:
             order = (reads, writes) if module.transposed else (writes, reads)
