@@ -1,0 +1,226 @@
+"""Where a command gets its network from: a class, a torchvision or timm name, a LightningCLI YAML, and its weights.
+
+Nothing here unpickles arbitrary objects unless it is told to trust the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lightning_filterdiv.filters import canonical_name
+
+__all__ = ["ModelSourceError", "add_model_arguments", "build_model", "load_weights", "read_checkpoint"]
+
+_FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
+
+
+class ModelSourceError(ValueError):
+    """A network or a file that cannot be used. The message names it and says what would do."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``, ``--config`` and ``--trust-pickle`` to the parser of a command."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="SOURCE", help=f"the network: {_FORMS}")
+    source.add_argument("--config", type=Path, metavar="YAML", help="a LightningCLI configuration; its model is built")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle files that hold more than tensors and plain values: this runs code from the file",
+    )
+
+
+def build_model(
+    model: str | None = None, config: Path | None = None, hyper_parameters: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Construct a network, without weights from anywhere.
+
+    Args:
+        model: ``"pkg.module:Class"`` (or a function that returns a module), ``"torchvision:NAME"`` or ``"timm:NAME"``.
+        config: a YAML file for LightningCLI; what stands under ``model`` is built. Give one of the two.
+        hyper_parameters: arguments for ``pkg.module:Class``, as Lightning saves them in a checkpoint.
+
+    Raises:
+        ModelSourceError: there is no such network or file, or its constructor needs arguments that nobody gave.
+    """
+    if (model is None) == (config is None):
+        raise ModelSourceError(f"say which network is meant by one of --model ({_FORMS}) and --config run.yaml")
+    if config is not None:
+        return _from_config(config)
+    assert model is not None
+    kind, separator, name = model.partition(":")
+    if not separator or not kind or not name:
+        raise ModelSourceError(f"--model {model!r} is none of {_FORMS}")
+    if kind == "torchvision":
+        return _from_torchvision(name)
+    if kind == "timm":
+        return _from_timm(name)
+    return _from_class(kind, name, hyper_parameters or {})
+
+
+def _closest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"; the closest names are {', '.join(near)}" if near else ""
+
+
+def _from_torchvision(name: str) -> nn.Module:
+    import torchvision
+
+    names = torchvision.models.list_models()
+    if name not in names:
+        raise ModelSourceError(f"torchvision has no model {name!r}{_closest(name, names)}")
+    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    detector = (
+        {"weights_backbone": None} if name in torchvision.models.list_models(torchvision.models.detection) else {}
+    )
+    built: nn.Module = torchvision.models.get_model(name, weights=None, **extra, **detector)
+    return built
+
+
+def _from_timm(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelSourceError(f"--model timm:{name} needs the package timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise ModelSourceError(f"timm has no model {name!r}{_closest(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False)
+
+
+def _search_here() -> None:
+    # A console script does not search the current folder, where users keep the classes that they name.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn.Module:
+    _search_here()
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ModelSourceError(f"--model {path}:{name}: cannot import {path!r} ({error})") from error
+    if not hasattr(module, name):
+        callables = [key for key, value in vars(module).items() if callable(value)]
+        raise ModelSourceError(f"--model {path}:{name}: {path} has no {name!r}{_closest(name, callables)}")
+    try:
+        built = getattr(module, name)(**hyper_parameters)
+    except TypeError as error:
+        raise ModelSourceError(
+            f"--model {path}:{name} cannot be constructed: {error}. Give its arguments in a YAML file with --config, "
+            f"or call save_hyperparameters() in its constructor"
+        ) from error
+    if not isinstance(built, nn.Module):
+        raise ModelSourceError(f"--model {path}:{name} gives a {type(built).__name__}, not a torch.nn.Module")
+    return built
+
+
+def _from_config(config: Path) -> nn.Module:
+    import lightning.pytorch as pl
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if not config.is_file():
+        raise ModelSourceError(f"--config {config}: no such file")
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModelSourceError(f"--config {config} is not YAML: {str(error).splitlines()[0]}") from error
+    # A configuration saved for one sub-command has the model at the top, one for several below its name.
+    sections = (
+        [content] + [value for value in (content or {}).values() if isinstance(value, dict)]
+        if isinstance(content, dict)
+        else []
+    )
+    section = next((s["model"] for s in sections if s.get("model") is not None), None)
+    if section is None:
+        raise ModelSourceError(f"--config {config} has no entry 'model'")
+    _search_here()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningModule, "model", required=True)
+    try:
+        instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # renamed in jsonargparse 4.49
+        return cast(nn.Module, instantiate(parser.parse_object({"model": section})).model)
+    except (ArgumentError, TypeError, ValueError) as error:
+        # jsonargparse lists every type that did not fit; what the user wrote is among the first lines.
+        reason = " ".join(str(error).split())
+        raise ModelSourceError(f"--config {config}: its model cannot be built: {reason}") from error
+
+
+def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
+    """Read a Lightning checkpoint or a state dict.
+
+    Args:
+        path: a ``.ckpt`` or ``.pt`` file.
+        trust_pickle: also accept a file that holds more than tensors and plain values. This can run any code.
+
+    Returns:
+        The checkpoint; a bare state dict comes back as ``{"state_dict": ...}``.
+
+    Raises:
+        ModelSourceError: no such file, no checkpoint, or one that only unpickling would open.
+    """
+    if not path.is_file():
+        raise ModelSourceError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
+            raise ModelSourceError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+        raise ModelSourceError(
+            f"{path} holds objects that only unpickling would open, which can run any code; it was not opened. If you "
+            f"trust where it comes from, add --trust-pickle"
+        ) from error
+    except Exception as error:  # torch reports a file that is none by many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelSourceError(f"{path} is not a checkpoint: {reason}") from error
+    if isinstance(content, nn.Module):
+        return {"state_dict": content.state_dict()}
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        return dict(content)
+    if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
+        return {"state_dict": dict(content)}
+    raise ModelSourceError(
+        f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}"
+    )
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load ``state_dict`` into ``model``; levels that wrappers add to names (``_orig_mod``, ``module``) do not count.
+
+    A checkpoint of a LightningModule also fits the network inside it: one common prefix (``net.``) is taken off.
+
+    Raises:
+        ModelSourceError: the tensors are not those of the network; the first missing, unexpected and misshapen ones.
+    """
+    own = {canonical_name(name): name for name in model.state_dict()}
+    given = {canonical_name(name): tensor for name, tensor in state_dict.items()}
+    if not own.keys() <= given.keys():
+        for prefix in {name.partition(".")[0] + "." for name in given}:
+            inner = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
+            if own.keys() <= inner.keys():
+                given = inner
+                break
+    missing = [name for name in own if name not in given]
+    unexpected = [name for name in given if name not in own]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [n for n, key in own.items() if n in given and tuple(given[n].shape) != shapes[key]]
+    if missing or unexpected or wrong:
+        parts = [f"{len(missing)} missing ({missing[0]!r}, ...)"] if missing else []
+        parts += [f"{len(unexpected)} unknown ({unexpected[0]!r}, ...)"] if unexpected else []
+        parts += [f"{n!r} has shape {tuple(given[n].shape)}, the network {shapes[own[n]]}" for n in wrong[:2]]
+        raise ModelSourceError(f"the weights are not those of a {type(model).__name__}: {'; '.join(parts)}")
+    model.load_state_dict({own[name]: given[name] for name in own})
