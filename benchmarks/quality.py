@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from scipy import stats
+from torch import Tensor
 
 from benchmarks.loader import SeededBatches
 from lightning_filterdiv import RePr, WeightAsynchronousUpdate
@@ -46,6 +48,56 @@ class ScaledConvolutions(Callback):
         self.factor = factor
 
 
+class Curve(Callback):
+    """What training and RePr's events do: loss and accuracy after every epoch, accuracy right after an event.
+
+    Accuracy is that of the first 2,500 test images, in eval mode; nothing random is drawn.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images[:2500], labels[:2500]
+        self.rows: list[dict[str, Any]] = []
+        self._losses: list[Tensor] = []
+        self._events = 0
+
+    def _accuracy(self, module: pl.LightningModule) -> float:
+        module.eval()
+        with torch.no_grad():
+            hits = module(self.images).argmax(dim=1) == self.labels
+        module.train()
+        return round(float(hits.double().mean()), 4)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look right after an event; this callback comes last in the list."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        history = [event for c in callbacks if isinstance(c, RePr) for event in c.history]
+        for event in history[self._events :]:
+            self.rows.append({"epoch": event["epoch"], "event": event["kind"], "accuracy": self._accuracy(pl_module)})
+        self._events = len(history)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect the loss."""
+        self._losses.append(outputs["loss"].detach())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look after the epoch."""
+        loss = round(float(torch.stack(self._losses).mean()), 4)
+        self._losses = []
+        self.rows.append({"epoch": trainer.current_epoch + 1, "loss": loss, "accuracy": self._accuracy(pl_module)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resumed run continues the curve."""
+        return {"rows": self.rows, "events": self._events}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.rows, self._events = state_dict["rows"], state_dict["events"]
+
+
 METHODS: dict[str, Callable[[], list[Callback]]] = {
     "baseline": list,
     "wau": lambda: [WeightAsynchronousUpdate()],
@@ -54,6 +106,9 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     "wau_official": lambda: [WeightAsynchronousUpdate(axis="in", sampling="with_replacement")],
     "repr": lambda: [RePr(**REPR)],
     "repr_random": lambda: [RePr(**REPR, criterion="random")],
+    "repr_early": lambda: [RePr(full_epochs=4, sub_epochs=2, cycles=3)],
+    "repr_tenth": lambda: [RePr(**REPR, prune_fraction=0.1)],
+    "repr_half_gain": lambda: [RePr(**REPR, gain=0.5)],
     "repr_one_cycle": lambda: [RePr(**REPR | {"cycles": 1})],
     "repr_zero": lambda: [RePr(**REPR, next_layer="zero")],
     "repr_small_random": lambda: [RePr(**REPR, next_layer="small_random")],
@@ -88,16 +143,18 @@ def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
     data = FashionMNIST(train_images=5_000, batch_size=BATCH, seed=seed)
     data.setup()
     assert data._train is not None
+    assert data._test is not None
     loader = SeededBatches(data._train.tensors, BATCH, seed)
     model = Classifier(width=32, image_size=28, lr=LEARNING_RATE, weight_decay=1e-4, milestones=MILESTONES)
     before = redundancy_metrics(select_filters(model))
+    curve = Curve(*data._test.tensors)
     checkpoint = ModelCheckpoint(dirpath=partial, filename="last", every_n_epochs=10, enable_version_counter=False)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=EPOCHS,
         logger=False,
-        callbacks=[*METHODS[method](), checkpoint],
+        callbacks=[*METHODS[method](), curve, checkpoint],
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
@@ -115,6 +172,7 @@ def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
         "callbacks": [repr(c) for c in METHODS[method]() if not isinstance(c, ScaledConvolutions)],
         "test_accuracy": test["test_acc"],
         "seconds": round(seconds, 1),
+        "curve": curve.rows,
         "before": before,
         "after": redundancy_metrics(select_filters(model)),
         "versions": {
@@ -123,6 +181,12 @@ def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def compact(result: dict[str, Any]) -> str:
+    """JSON with one line per flat object: readable, and small enough to commit."""
+    text = json.dumps(result, indent=1) + "\n"
+    return re.sub(r"\{[^{}\[\]]*\}", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
 
 
 def table(folder: Path, methods: Sequence[str] = ()) -> str:
@@ -184,7 +248,7 @@ def main() -> None:
                 continue
             result = run(method, seed, options.out)
             scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(result, indent=1) + "\n")
+            scratch.write_text(compact(result))
             scratch.replace(path)
             print(
                 f"{method} seed {seed}: {100 * result['test_accuracy']:.2f} % in {result['seconds']:.0f} s", flush=True
