@@ -23,6 +23,7 @@ from lightning_filterdiv.filters import Conv, filter_matrix, select_filters
 from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.repr_.functional import rank_filters, regrow_filters, select_dropped
 from lightning_filterdiv.repr_.network import DroppedFilters
+from lightning_filterdiv.similarity import orthogonality_score
 
 T = TypeVar("T")
 RESULT = Path(__file__).parent / "results" / "events.json"
@@ -55,7 +56,9 @@ def measure(network: str) -> dict[str, float]:
     values = timed("new directions", lambda: _directions(layers, dropped))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     timed("regrow", lambda: dropped.regrow(values, [optimizer]))
-    seconds["rank + drop + regrow"] = sum(seconds[key] for key in ("rank", "drop", "new directions", "regrow"))
+    timed("mean O for the log", lambda: [orthogonality_score(matrix).mean() for matrix in matrices.values()])
+    parts = ("rank", "drop", "new directions", "regrow")
+    seconds["rank + drop + regrow + log"] = sum(seconds[key] for key in parts) + 2 * seconds["mean O for the log"]
     print(f"{network}: {len(layers)} layers, {dropped.count} filters dropped")
     seconds["peak extra MiB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
     return seconds

@@ -88,9 +88,11 @@ def rank_filters(
         _check_matrix(matrix, name)
     scores: dict[str, Tensor] = {}
     for batch in group_by(filters.items(), lambda item: (item[1].shape, item[1].dtype, item[1].device)):
-        stacked = torch.stack([matrix for _, matrix in batch]).to("cpu")
+        matrices = [matrix.detach() for _, matrix in batch]
+        if matrices[0].device.type != "cpu":
+            matrices = list(torch.stack(matrices).to("cpu"))
         # Scored one by one: batched products may round differently, and a score must not depend on its company.
-        for (name, _), matrix in zip(batch, stacked, strict=True):
+        for (name, _), matrix in zip(batch, matrices, strict=True):
             if criterion == "random":
                 _on_host(matrix, name)  # refuses NaN like the other criteria
                 generator = keyed_generator(*generator_key, name)
@@ -102,13 +104,14 @@ def rank_filters(
 
 def _score(filters: Tensor, criterion: Criterion, dim_correct: bool) -> Tensor:
     count, fan_in = filters.shape
+    silent = torch.linalg.vector_norm(filters, ord=math.inf, dim=-1) == 0
     if criterion == "norm":
         score = -torch.linalg.vector_norm(filters, dim=-1)
     else:
         score = orthogonality_score(filters).round(decimals=_TIE_DECIMALS)
         if dim_correct and count > 1:
             score = score / ((count - 1) / count * expected_abs_cosine(fan_in))
-    return torch.where((filters == 0).all(dim=-1), math.inf, score)
+    return torch.where(silent, math.inf, score)
 
 
 def select_dropped(
