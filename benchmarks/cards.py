@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import events, launches, overhead, quality
+from benchmarks import channel_graph_cost, channel_graph_peers, events, launches, overhead, quality
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -28,6 +28,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" not in m]),
     "fm5k_repr": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" in m or m == "baseline"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
+    "channel_graph_cost": lambda: channel_graph_cost.table(
+        json.loads(channel_graph_cost.RESULT.read_text())["results"]
+    ),
+    "channel_graph_peers": lambda: channel_graph_peers.table(
+        json.loads(channel_graph_peers.RESULT.read_text())["rows"]
+    ),
     "overhead": _overhead,
     "launches": lambda: launches.table(json.loads(launches.RESULT.read_text())["counts"]),
 }

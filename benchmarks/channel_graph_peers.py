@@ -1,31 +1,35 @@
 """Channel graphs side by side: this package and torch-pruning, on networks that must work and networks to refuse.
 
-    python -m benchmarks.channel_graph_peers [--output benchmarks/results/channel_graph_peers.md]
+    python -m benchmarks.channel_graph_peers
 
 Each tool is judged in its own terms, in float64, with random norm statistics and affines:
 
 *this package*
     random clusters of every group of channels are tied, the network is physically narrowed (about 60 % of the channels
-    stay) and its outputs are compared with the tied original. ``refused`` means that the layer in question is pinned; the
-    rest of the network must then still be exact.
+    stay) and its outputs are compared with the tied original. ``refused`` means that the layer in question is pinned;
+    the rest of the network must then still be exact.
 *torch-pruning*
-    removes channels and does not merge them, so it gets the easier task: for each group of its ``DependencyGraph`` (documented
-    API: ``get_all_groups``, ``group.prune``), 40 % of the channels are chosen (the same ones in each part of a
-    grouped convolution or group norm) and *silenced*, that is, every producer row and norm entry that its own group lists is set to zero. Then
-    the group is pruned. A silent channel contributes nothing, so if the group is right the outputs do not change.
+    removes channels and does not merge them, so it gets the easier task: for each group of its ``DependencyGraph``
+    (documented API: ``get_all_groups``, ``group.prune``), 40 % of the channels are chosen (the same ones in each part of a
+    grouped convolution or group norm) and *silenced*, that is, every producer row and norm entry that its own group
+    lists is set to zero. Then the group is pruned. A silent channel contributes nothing, so if the group is right the
+    outputs do not change.
 
-``exact``: relative difference of the outputs at most 1e-9. ``wrong (x)``: the largest difference, relative to the largest
-output. ``crash``: an exception. Times are tracing (ours) and building the dependency graph (theirs), one thread.
+``exact``: relative difference of the outputs at most 1e-9. ``wrong (x)``: the largest difference, relative to the
+largest output. ``crash``: an exception. Times are tracing (ours) and building the dependency graph (theirs), one
+thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from lightning_filterdiv.channel_graph.verify import randomise
 from tests.channel_graph import models
 from tests.channel_graph.test_refuse import REFUSED, Between
 
+RESULT = Path(__file__).parent / "results" / "channel_graph_peers.json"
 TOLERANCE = 1e-9
 TORCHVISION = (
     "resnet18",
@@ -180,34 +185,35 @@ def group_count(module: object) -> int:
     return module.num_groups if isinstance(module, nn.GroupNorm) else 1
 
 
-def table() -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """All cases as a Markdown table."""
-    version = torch_pruning.__version__ if hasattr(torch_pruning, "__version__") else "1.6.1"
     lines = [
-        f"| network | channel graph | torch-pruning {version} | trace, s | dependency graph, s |",
-        "| --- | --- | --- | ---: | ---: |",
+        "| network | channel graph | torch-pruning | trace, s | dependency graph, s |",
+        "|---|---|---|---|---|",
     ]
-    for case in cases():
-        torch.manual_seed(0)
-        (a, a_seconds), (b, b_seconds) = ours(case), theirs(case)
-        expected = " (to refuse)" if case.layer else ""
-        lines.append(f"| {case.name}{expected} | {a} | {b} | {a_seconds:.1f} | {b_seconds:.1f} |")
-        print(lines[-1], flush=True)
+    for row in rows:
+        expected = " (to refuse)" if row["refuse"] else ""
+        (a, a_seconds), (b, b_seconds) = row["ours"], row["theirs"]
+        lines.append(f"| {row['network']}{expected} | {a} | {b} | {a_seconds:.1f} | {b_seconds:.1f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the table; with ``--output`` also write it to a file."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    text = table()
-    if arguments.output is not None:
-        criterion = (__doc__ or "").partition("Each tool")[2]
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(f"# Channel graphs side by side\n\n{text}\n\nEach tool{criterion}")
+    rows: list[dict[str, Any]] = []
+    for case in cases():
+        torch.manual_seed(0)
+        rows.append(
+            {"network": case.name, "refuse": case.layer is not None, "ours": ours(case), "theirs": theirs(case)}
+        )
+        print(table(rows).splitlines()[-1], flush=True)
+    record = {"torch": version("torch"), "torch_pruning": version("torch-pruning"), "threads": 1, "rows": rows}
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,9 +46,7 @@ class ChannelMap(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes of the two selections."""
-        parts = [
-            f"{name}={tuple(t.shape)[0]}" for name, t in (("expand", self.expand), ("keep", self.keep)) if t is not None
-        ]
+        parts = [f"{name}={t.numel()}" for name, t in (("expand", self.expand), ("keep", self.keep)) if t is not None]
         return ", ".join(parts)
 
 

@@ -24,8 +24,8 @@ __all__ = ["ChannelGraph", "ConsumerColumns", "FilterRegion", "Operation", "rang
 class ConsumerColumns(NamedTuple):
     """Columns of one tensor that read the filters of a layer.
 
-    ``columns[i]`` along ``dim`` of ``tensor`` reads filter ``filters[i]``. ``block`` is None, or for a grouped convolution
-    the range of dim 0 that these columns belong to.
+    ``columns[i]`` along ``dim`` of ``tensor`` reads filter ``filters[i]``. ``block`` is None, or for a grouped
+    convolution the range of dim 0 that these columns belong to.
     """
 
     tensor: str
@@ -69,8 +69,8 @@ def structure(model: nn.Module) -> dict[str, object]:
 class ChannelGraph:
     """Exact, fail-closed answers about the channels of a network. Made by :meth:`trace`.
 
-    All names are canonical (without ``_orig_mod.``, ``module.``). The model is held weakly, nothing of it is copied; every
-    question raises :class:`StaleGraphError` once its structure has changed.
+    All names are canonical (without ``_orig_mod.``, ``module.``). The model is held weakly, nothing of it is copied;
+    every question raises :class:`StaleGraphError` once its structure has changed.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class ChannelGraph:
             model: nn.Module or LightningModule, on any device (``meta`` too), compiled or not. It is left as it was.
             example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of ``forward``. Default: the
                 model's ``example_input_array``. Also what :func:`capture_inputs` recorded.
-            network: trace only this submodule (``"backbone"``), which ``example_inputs`` then belong to. Names stay those of
-                ``model``; whatever reads the submodule's outputs counts as network output.
+            network: trace only this submodule (``"backbone"``), which ``example_inputs`` then belong to. Names stay
+                those of ``model``; whatever reads the submodule's outputs counts as network output.
 
         Raises:
             ExampleInputsError: no example inputs, or forward fails on them.
@@ -210,8 +210,8 @@ class ChannelGraph:
     def expressible_counts(self, wanted: Mapping[str, int]) -> dict[str, int]:
         """Channels to keep per group, as close to ``wanted`` as forward allows.
 
-        Where a forward body itself splits or pads channels, only some widths fit it. Everything else is returned as wanted;
-        groups not mentioned keep all channels.
+        Where a forward body itself splits or pads channels, only some widths fit it. Everything else is returned as
+        wanted; groups not mentioned keep all channels.
         """
         counts = {group.name: wanted.get(group.name, group.size) for group in self.groups}
         if not self.constrained:
@@ -246,9 +246,9 @@ class ChannelGraph:
             filters: (n,) filter indices, all by default.
 
         Returns:
-            List of (tensor name, rows): the weight, the bias, and every per-channel tensor up to the first join or dense
-            consumer. Rows are in the order of ``filters``; they index :meth:`row_dim` of the tensor. A string instead says
-            why this is not possible.
+            List of (tensor name, rows): the weight, the bias, and every per-channel tensor up to the first join or
+            dense consumer. Rows are in the order of ``filters``; they index :meth:`row_dim` of the tensor. A string
+            instead says why this is not possible.
         """
         region = self._region(layer)
         if region.count == 0:

@@ -6,7 +6,8 @@ Every activation becomes an integer tensor of the same shape. Each entry names a
     a value that belongs to one channel. The table keeps its *owner* (the filter or the entry of a per-channel parameter
     it comes from), its *trail* (a hash of the operators it went through, so that two channels of one layer that were
     treated differently are never mistaken for each other) and, until its first join, the filter that alone feeds it.
-    A *zero* (padding) has an owner too: it is neutral in a sum, but takes up a place that goes with the channel it meets;
+    A *zero* (padding) has an owner too: it is neutral in a sum, but takes up a place that goes with the channel it
+    meets;
 ``< 0``
     a value that no channel owns: network inputs, results of operators that mix channels.
 
@@ -75,6 +76,7 @@ class LabelTensor:
 
     @property
     def shape(self) -> torch.Size:
+        """Shape of the activation."""
         return self.labels.shape
 
 

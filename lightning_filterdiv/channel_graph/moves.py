@@ -171,7 +171,7 @@ def _number_slots(state: Propagation, small: Tensor) -> Tensor:
 
 
 def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the reshape means the same for any number of channels: no varying dimension is split or merged with another."""
+    """Whether the reshape means the same for any number of channels: it splits or merges no varying dimension."""
     varying = _varying(labels)
     source = [(n, d in varying) for d, n in enumerate(labels.shape) if n != 1]
     target = [n for n in shape if n != 1]

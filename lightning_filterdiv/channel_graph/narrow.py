@@ -165,9 +165,9 @@ def copy_network(model: nn.Module, tensors: Mapping[int, object] | None = None) 
 def narrow(model: nn.Module, graph: ChannelGraph, clusters: Clusters) -> nn.Module:
     """A narrower copy of ``model``: one channel per cluster.
 
-    Rows of the first member are kept; in every consumer the kept column is the sum of the cluster's columns. Exact if the
-    channels of each cluster are equal (see :func:`tie`). Modules are narrowed, ``forward`` is not rewritten; submodules
-    that move channels become a :class:`ChannelMap`.
+    Rows of the first member are kept; in every consumer the kept column is the sum of the cluster's columns. Exact if
+    the channels of each cluster are equal (see :func:`tie`). Modules are narrowed, ``forward`` is not rewritten;
+    submodules that move channels become a :class:`ChannelMap`.
 
     Args:
         model: the traced network or a copy of it (for instance in another dtype).
@@ -207,7 +207,8 @@ def _narrow_tied(
             f"forward splits, shuffles or pads channels itself and cannot express the counts {wanted}{found}. "
             "Ask expressible_counts for counts that fit"
         )
-    everything = [(g, dict((t.name, f) for t, f in tied).get(g.name, torch.arange(g.size))) for g in graph.groups]
+    first_of = {group.name: first for group, first in tied}
+    everything = [(group, first_of.get(group.name, torch.arange(group.size))) for group in graph.groups]
     cuts = _cuts(tied)
     _follow_layout(graph, everything, layout, cuts)
     result = copy_network(model)

@@ -26,9 +26,10 @@ Rule = Callable[["Propagation", Node], Value]
 class Event:
     """Rows of one tensor met by labelled values: ``rows[i]`` along ``dim`` belongs to ``values[i]``.
 
-    Kinds: ``filter`` (rows that produce a channel), ``member`` (entries of a per-channel tensor), ``private`` (entries that
-    silence a channel, listed a second time), ``consumer`` (columns that read a channel). ``silence``: these rows are set to zero to silence the channel. ``block``: for a grouped convolution,
-    the filters (dim 0) whose columns are meant.
+    Kinds: ``filter`` (rows that produce a channel), ``member`` (entries of a per-channel tensor), ``private`` (entries
+    that silence a channel, listed a second time), ``consumer`` (columns that read a channel). ``silence``: these rows
+    are set to zero to silence the channel. ``block``: for a grouped convolution, the filters (dim 0) whose columns are
+    meant.
     """
 
     kind: Literal["filter", "member", "private", "consumer"]
@@ -199,7 +200,7 @@ class Propagation:
             )
 
     def pin(self, value: object, reason: str, *, expose: bool = True) -> None:
-        """Pin whatever labels a node (or list of nodes) holds. Bare parameters that nothing labelled yet are skipped."""
+        """Pin whatever labels a node (or list of nodes) holds; bare parameters that nothing labelled yet are not."""
         if isinstance(value, Node):
             value = self.values.get(value)
         if isinstance(value, LabelTensor):
@@ -306,7 +307,7 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def fixed_labels(shape: Sequence[int], label: int) -> Tensor:
-    """Label tensor of values no channel owns. Only its literal size says along which dimensions the values are equal."""
+    """Label tensor of values no channel owns; only its literal size says along which dimensions they are equal."""
     return torch.full((), label, dtype=torch.int64).expand(tuple(shape))
 
 

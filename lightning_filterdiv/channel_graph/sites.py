@@ -30,7 +30,8 @@ class MapSite:
 def module_of(node: Node, network: str = "") -> tuple[str, bool]:
     """(canonical path of the module that runs a node, whether that is a channel map).
 
-    Paths start at ``network``, the path of the traced submodule. What a channel map wraps goes by the path of the map, so that paths are the same before and after narrowing.
+    Paths start at ``network``, the path of the traced submodule. What a channel map wraps goes by the path of the map,
+    so that paths are the same before and after narrowing.
     """
     names: list[str] = []
     previous, in_map = "", False

@@ -1,8 +1,9 @@
 """Which widths a forward body can express, found by running it at other widths.
 
 A forward that splits, shuffles or pads channels itself ties channel counts together, in a way that only the code knows
-(``chunk(2)`` follows the width, ``x[:, :8]`` does not). So the network is rebuilt without weights at the wanted widths, every
-layer taking whatever it receives, and traced again: the labels then say how many channels of each kind these widths mean.
+(``chunk(2)`` follows the width, ``x[:, :8]`` does not). So the network is rebuilt without weights at the wanted widths,
+every layer taking whatever it receives, and traced again: the labels then say how many channels of each kind these
+widths mean.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def widths_of(graph: ChannelGraph, counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def layout_for(graph: ChannelGraph, widths: Mapping[str, int]) -> Layout | None:
-    """Trace the network with layers of these widths (others unchanged); None if its forward does not run, or differs."""
+    """Trace the network with layers of these widths (others unchanged); None if it does not run, or differs."""
     from .trace import trace_at
 
     blank = _blank_copy(graph.model)

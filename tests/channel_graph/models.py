@@ -74,7 +74,10 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet for CIFAR. ``shortcut``: projection, module (option A), literal, relative or concatenate (option A in forward)."""
+    """ResNet for CIFAR.
+
+    ``shortcut``: projection, module (option A), or option A in forward: literal, relative, concatenate.
+    """
 
     def __init__(self, shortcut: str = "projection", blocks: int = 2, widths: tuple[int, ...] = (8, 16, 32)) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """``private(layer)``: zeroing what it lists is the same as removing the filters.
 
-The reference never asks the graph: the positions through which a filter leaves its private region are written by hand for each
-network, and zeroed there while the untouched network runs.
+The reference never asks the graph: the positions through which a filter leaves its private region are written by hand
+for each network, and zeroed there while the untouched network runs.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_the_check_can_fail() -> None:
     graph = ChannelGraph.trace(model, IMAGE)
     assert graph.verify() <= EXACT
     group = graph.groups[0]
-    wrong = [p for p in group.parts if p.kind == "consumer"][0]
+    wrong = next(p for p in group.parts if p.kind == "consumer")
     wrong.rows.copy_(wrong.rows.roll(1, 0))
     with pytest.raises(ValueError, match="differs by"):
         graph.verify()

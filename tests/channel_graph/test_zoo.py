@@ -15,13 +15,15 @@ from .checks import check_exact, mergeable
 COUNTS = {
     # Two inner layers per stage (2 * 960) and the four residual streams (64 + 128 + 256 + 512).
     "resnet18": 2 * 960 + 960,
-    # Stem 64; per block two inner layers of 64, 128, 256, 512 (3, 4, 6, 3 blocks); four streams of 256, 512, 1024, 2048.
+    # Stem 64; per block two inner layers of 64, 128, 256, 512 (3, 4, 6, 3 blocks); four streams of 256, 512, 1024,
+    # 2048.
     "resnet50": 64 + 2 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512) + 256 + 512 + 1024 + 2048,
     # Stem 64; 58 layers of 128 + 32 channels; three transitions of 128, 256, 512.
     "densenet121": 64 + 58 * (128 + 32) + 128 + 256 + 512,
     # Convolutions 64, 128, 2 * 256, 4 * 512 and two hidden layers of 4096.
     "vgg11_bn": 64 + 128 + 2 * 256 + 4 * 512 + 2 * 4096,
-    # Stem 32, streams 16, 24, 32, 64, 96, 160, 320, head 1280; expanded widths: six times the input of every block but the first.
+    # Stem 32, streams 16, 24, 32, 64, 96, 160, 320, head 1280; expanded widths: six times the input of every block but
+    # the first.
     "mobilenet_v2": 32
     + (16 + 24 + 32 + 64 + 96 + 160 + 320)
     + 1280
@@ -32,12 +34,14 @@ COUNTS = {
     + (8 + 24 + 64 + 64 + 32 + 40 + 72 + 144 + 144)
     + 576
     + 1024,
-    # Streams 32, 16, 24, 40, 80, 112, 192, 320, head 1280; expanded: six times each block's input (the first not at all);
+    # Streams 32, 16, 24, 40, 80, 112, 192, 320, head 1280; expanded: six times each block's input (the first not at
+    # all);
     # squeeze: a quarter of each block's input.
     "efficientnet_b0": (32 + 16 + 24 + 40 + 80 + 112 + 192 + 320 + 1280)
     + 6 * (16 + 2 * 24 + 2 * 40 + 3 * 80 + 3 * 112 + 4 * 192)
     + (8 + 4 + 2 * 6 + 2 * 10 + 3 * 20 + 3 * 28 + 4 * 48),
-    # Stem 24; first blocks: both branches' outputs (w / 2 each) and one inner layer; other blocks: inner layer and output.
+    # Stem 24; first blocks: both branches' outputs (w / 2 each) and one inner layer; other blocks: inner layer and
+    # output.
     "shufflenet_v2_x0_5": 24
     + 3 * 24 + 3 * 48
     + 3 * 48 + 7 * 96
