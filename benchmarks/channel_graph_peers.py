@@ -10,10 +10,10 @@ Each tool is judged in its own terms, in float64, with random norm statistics an
     the rest of the network must then still be exact.
 *torch-pruning*
     removes channels and does not merge them, so it gets the easier task: for each group of its ``DependencyGraph``
-    (documented API: ``get_all_groups``, ``group.prune``), 40 % of the channels are chosen (the same ones in each part of a
-    grouped convolution or group norm) and *silenced*, that is, every producer row and norm entry that its own group
-    lists is set to zero. Then the group is pruned. A silent channel contributes nothing, so if the group is right the
-    outputs do not change.
+    (documented API: ``get_all_groups``, ``group.prune``), 40 % of the channels are chosen (the same ones in each part
+    of a grouped convolution or group norm) and *silenced*, that is, every producer row and norm entry that its own
+    group lists is set to zero. Then the group is pruned. A silent channel contributes nothing, so if the group is
+    right the outputs do not change.
 
 ``exact``: relative difference of the outputs at most 1e-9. ``wrong (x)``: the largest difference, relative to the
 largest output. ``crash``: an exception. Times are tracing (ours) and building the dependency graph (theirs), one
