@@ -63,7 +63,8 @@ def test_a_callback_that_cannot_skip_is_caught() -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_other_precisions(case: Case, precision: str) -> None:
-    run = fit([case.make()], max_epochs=6, precision=precision)
+    # AdamW: the suites' SGD is at the edge of divergence in bfloat16 parameters, with and without a callback.
+    run = fit([case.make()], model=Classifier("adamw"), max_epochs=6, precision=precision)
     losses = list(run.model.losses.values())
     assert sum(losses[-6:]) < sum(losses[:6])
     expected = {"bf16-mixed": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
