@@ -27,6 +27,7 @@ def _overhead() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" not in m]),
     "fm5k_repr": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" in m or m == "baseline"]),
+    "fm5k_repr_events": lambda: quality.event_table(quality.RESULTS, ["baseline", "repr", "repr_early"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]

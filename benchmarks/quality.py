@@ -228,6 +228,30 @@ def table(folder: Path, methods: Sequence[str] = ()) -> str:
     return "\n".join(rows)
 
 
+def event_table(folder: Path, methods: Sequence[str]) -> str:
+    """Markdown: accuracy (first 2,500 test images) around every event, mean over the runs that recorded a curve."""
+    rows = ["| method | event | epoch | before | right after | an epoch later | training loss then |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for method in methods:
+        curves = [json.loads(path.read_text()).get("curve") for path in sorted(folder.glob(f"{method}-seed*.json"))]
+        curves = [curve for curve in curves if curve]
+        for at, row in enumerate(curves[0] if curves else []):
+            if "event" in row:
+                around = [[100 * curve[i]["accuracy"] for i in (at - 1, at, at + 1)] for curve in curves]
+                loss = fmean(curve[at + 1]["loss"] for curve in curves)
+                numbers = " | ".join(f"{fmean(column):.1f}" for column in zip(*around, strict=True))
+                rows.append(f"| {method} | {row['event']} | {row['epoch']} | {numbers} | {loss:.3f} |")
+        if curves:
+            best = [max(100 * row["accuracy"] for row in curve if "loss" in row) for curve in curves]
+            last = fmean(100 * curve[-1]["accuracy"] for curve in curves)
+            loss = fmean(curve[-1]["loss"] for curve in curves)
+            rows.append(
+                f"| {method} | end, runs: {len(curves)} | {EPOCHS} | best {fmean(best):.1f} | {last:.1f} | "
+                f"| {loss:.4f} |"
+            )
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
