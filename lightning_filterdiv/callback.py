@@ -20,10 +20,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.arguments import check_integer
-from lightning_filterdiv.filters import Conv, NoLayersError, check_patterns, filter_count, select_filters
+from lightning_filterdiv.filters import (
+    Conv,
+    NoLayersError,
+    check_patterns,
+    filter_count,
+    named_convolutions,
+    select_filters,
+)
 from lightning_filterdiv.rank_check import check_ranks_agree
 
-__all__ = ["FilterCallback", "raw_optimizer"]
+__all__ = ["FilterCallback", "optimizer_index"]
 
 _STATE_VERSION = 1
 
@@ -33,10 +40,21 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return callbacks
 
 
-def raw_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer behind Lightning's wrapper (manual optimization passes the wrapper around)."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, Optimizer) else optimizer
+def optimizer_index(trainer: pl.Trainer, optimizer: Any) -> int:
+    """Which of ``trainer.optimizers`` is meant, by itself or by Lightning's wrapper around it.
+
+    Raises:
+        RuntimeError: none of them. (Never a ``StopIteration``: Lightning would take it for the end of the data.)
+    """
+    # The optimizer itself first: one that wraps another (Lookahead) has an attribute of the same name as Lightning's.
+    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
+        for index, known in enumerate(trainer.optimizers):
+            if known is candidate:
+                return index
+    raise RuntimeError(
+        f"a step of {type(optimizer).__name__} was announced, which is none of the optimizers of configure_optimizers; "
+        f"step those, or Lightning's wrappers of them from self.optimizers()"
+    )
 
 
 class FilterCallback(Callback):
@@ -82,10 +100,12 @@ class FilterCallback(Callback):
         self.check_ranks_every_n_steps = check_integer("check_ranks_every_n_steps", check_ranks_every_n_steps, low=0)
         self.layers: dict[str, Conv] = {}
         self._handles: list[RemovableHandle] = []
+        self._nesting: dict[int, int] = {}
+        self._begun: dict[int, int] = {}
         self._restored_layers: dict[str, int] | None = None
         self._restored = False
         self._loading_for: str | None = None
-        self._trainable: tuple[int, ...] = ()
+        self._trainable: tuple[tuple[int, bool], ...] = ()
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -116,11 +136,36 @@ class FilterCallback(Callback):
     def after_optimizer_step(self, optimizer: Optimizer, action: Callable[[], None]) -> RemovableHandle:
         """Run ``action`` after every real step of ``optimizer``, until training ends or the handle is removed.
 
-        A torch step post-hook is the only place that a skipped fp16 step does not reach.
+        A torch step post-hook is the only place that a skipped fp16 step does not reach. It also fires for the inner
+        steps of an optimizer whose ``step`` calls ``super().step``; those do not count.
         """
-        handle = optimizer.register_step_post_hook(lambda *_: action())
+        self._track_steps(optimizer)
+        handle = optimizer.register_step_post_hook(lambda *_: None if self.inside_step(optimizer) else action())
         self._handles.append(handle)
         return handle
+
+    def inside_step(self, optimizer: Optimizer) -> bool:
+        """Whether a step of ``optimizer`` is under way, for optimizers that :meth:`after_optimizer_step` knows."""
+        return self._nesting.get(id(optimizer), 0) > 0
+
+    def steps_begun(self, optimizer: Optimizer) -> int:
+        """How many steps of ``optimizer`` have begun, those that never ended included."""
+        return self._begun.get(id(optimizer), 0)
+
+    def _track_steps(self, optimizer: Optimizer) -> None:
+        key = id(optimizer)
+        if key in self._begun:
+            return
+        self._begun[key] = 0
+
+        def begins(*_: Any) -> None:
+            self._begun[key] += not self._nesting.get(key)
+            self._nesting[key] = self._nesting.get(key, 0) + 1
+
+        def ends(*_: Any) -> None:
+            self._nesting[key] = max(0, self._nesting.get(key, 0) - 1)
+
+        self._handles += [optimizer.register_step_pre_hook(begins), optimizer.register_step_post_hook(ends)]
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """The layers meant by ``include`` and ``exclude``; a method with a default of its own overrides it."""
@@ -229,12 +274,13 @@ class FilterCallback(Callback):
             self.reset()
         self._resolve(trainer, pl_module)
         if self._restored_layers:
-            self._check_restored_layers(self._restored_layers)
+            self._check_restored_layers(self._restored_layers, dict(named_convolutions(pl_module)))
         self._restored, self._restored_layers = False, None
         self.prepare(trainer, pl_module)
 
-    def _check_restored_layers(self, saved: Mapping[str, int]) -> None:
-        resolved = {name: filter_count(conv) for name, conv in self.layers.items()}
+    def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
+        # All layers of the network count, not only the chosen ones: a layer may be frozen by now.
+        resolved = {name: filter_count(conv) for name, conv in present.items()}
         wrong = [name for name in saved if resolved.get(name, saved[name]) != saved[name]]
         missing = [name for name in saved if name not in resolved]
         if wrong or missing:
@@ -277,14 +323,15 @@ class FilterCallback(Callback):
                 )
 
     @staticmethod
-    def _trainable_signature(trainer: pl.Trainer) -> tuple[int, ...]:
+    def _trainable_signature(trainer: pl.Trainer) -> tuple[tuple[int, bool], ...]:
         groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        return tuple(sum(p.requires_grad for p in group) for group in groups)
+        return tuple((id(p), p.requires_grad) for group in groups for p in group)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Notice, once per epoch, layers that were unfrozen or handed to an optimizer since (backbone finetuning)."""
+        self._nesting.clear()  # a step that user code broke off and caught is over by now
         if batch_idx == 0 and self.trainable_only and self._trainable_signature(trainer) != self._trainable:
             self._clean_up()
             self._resolve(trainer, pl_module)
@@ -301,6 +348,7 @@ class FilterCallback(Callback):
     def _clean_up(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._nesting, self._begun = {}, {}
         self.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, Rprop
 
 from lightning_filterdiv.stacking import gather, group_by, scatter
 
-__all__ = ["HeldRows", "RowHold", "reset_rows", "row_state"]
+__all__ = ["HeldRows", "RowHold", "initial_state", "reset_rows", "row_state"]
 
 
 def row_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -43,7 +43,9 @@ def row_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor
 
 
 def reset_rows(optimizer: Optimizer, parameter: nn.Parameter, index: Tensor, dim: int = 0) -> None:
-    """Zero the rows ``index`` (along ``dim``) of every same-shaped optimizer state of ``parameter``, in place.
+    """Start the rows ``index`` (along ``dim``) of every same-shaped state of ``parameter`` afresh, in place.
+
+    They become zero, as every torch optimizer starts them; Rprop's step sizes become its learning rate.
 
     Adam's ``step`` counts per tensor, not per row, and is left alone: after a reset late in training the bias
     correction no longer compensates, and the first update of a reset row is up to ``(1-b1)/sqrt(1-b2)`` (3.16 at the
@@ -59,8 +61,15 @@ def reset_rows(optimizer: Optimizer, parameter: nn.Parameter, index: Tensor, dim
         ValueError: as :func:`row_state`.
     """
     with torch.no_grad():
-        for state in row_state(optimizer, parameter).values():
-            state.index_fill_(dim, index, 0)
+        for key, state in row_state(optimizer, parameter).items():
+            state.index_fill_(dim, index, initial_state(optimizer, parameter, key))
+
+
+def initial_state(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> float:
+    """The value that a row of state ``key`` starts from: 0, but the learning rate for Rprop's step sizes."""
+    if isinstance(optimizer, Rprop) and key == "step_size":
+        return float(next(g["lr"] for g in optimizer.param_groups if any(p is parameter for p in g["params"])))
+    return 0.0
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,25 @@ def test_wrong_yaml_names_the_argument(tmp_path: Path, capsys: pytest.CaptureFix
     assert "'out'" in error
 
 
+def test_fit_validate_test(tmp_path: Path) -> None:
+    """The three commands of one YAML file; the callback is named by its short name."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {class_path: lightning_filterdiv.demo.SmallConvNet, init_args: {width: 8}}\n"
+        "data: lightning_filterdiv.demo.Digits\n"
+        "trainer:\n  max_epochs: 1\n  accelerator: cpu\n  enable_progress_bar: false\n"
+        f"  logger: {{class_path: CSVLogger, init_args: {{save_dir: '{tmp_path}'}}}}\n"
+        "  callbacks:\n    - class_path: WeightAsynchronousUpdate\n      init_args: {update_fraction: 0.5}\n"
+    )
+    assert main(["fit", "--config", str(path)]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["callbacks"]
+    assert any(key.startswith("WeightAsynchronousUpdate{") for key in state)
+    for command in ("validate", "test"):
+        assert main([command, "--config", str(path), "--ckpt_path", str(checkpoint)]) == 0
+    assert any("test_acc" in file.read_text() for file in tmp_path.rglob("metrics.csv"))
+
+
 def test_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lightning_filterdiv", "--version"], capture_output=True, text=True, check=True

@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_filterdiv import FilterCallback, WeightAsynchronousUpdate
+from lightning_filterdiv.callback import optimizer_index
 from lightning_filterdiv.filters import NoLayersError
 from tests.registry import ONE_EACH, PER_STEP, Case
-from tests.support.training import Classifier, batches, fit, make_trainer, small_net
+from tests.support.training import Classifier, batches, differing, fit, make_trainer, small_net
 
 each = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
 
@@ -155,6 +156,112 @@ def test_layers_unfrozen_later_join(case: Case) -> None:
 
     fit([Unfreezes(), callback, Looks()], model=Partial())
     assert seen == [3, 4, 4]
+
+
+@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
+def test_layers_that_change_places_are_noticed(case: Case) -> None:
+    """One frozen, another unfrozen in the same group at the same moment: their number stays the same."""
+
+    class Swaps(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net[5].requires_grad_(trainer.current_epoch == 0)
+            pl_module.net[7].requires_grad_(trainer.current_epoch > 0)
+
+    class Partial(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            self.net[7].requires_grad_(False)
+            return super().configure_optimizers()
+
+    callback = case.make()
+    seen: list[list[str]] = []
+
+    class Looks(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(list(callback.layers))
+
+    fit([Swaps(), callback, Looks()], model=Partial())
+    assert seen[0] == ["net.0", "net.3", "net.5"]
+    assert seen[1] == seen[2] == ["net.0", "net.3", "net.7"]
+
+
+@each
+def test_resuming_with_a_layer_frozen_is_no_different_network(case: Case, tmp_path: Path) -> None:
+    fit([case.make(), ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1)])
+    model = Classifier()
+    model.net[7].requires_grad_(False)
+    callback = case.make()
+    fit([callback], model=model, ckpt_path=str(tmp_path / "step=6.ckpt"))
+    assert ("net.7" in callback.layers) is not case.cls.trainable_only
+
+
+# --------------------------------------------------------------------------- unusual optimizers
+
+
+class _Lookahead(torch.optim.Optimizer):
+    """Wraps another optimizer under the name that Lightning's wrapper uses too."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+        self.optimizer = torch.optim.SGD(self.param_groups, lr=0.05)
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.optimizer.step(closure)
+
+
+class _CallsSuper(torch.optim.SGD):
+    """Torch fires the hooks of a step for the inner one too."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+class _TwoEvaluations(torch.optim.SGD):
+    """Evaluates its closure twice per step, as sharpness-aware minimisation does."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        closure()
+        return super().step(closure)
+
+
+class _With(Classifier):
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__()
+        self.make = optimizer
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
+def test_an_optimizer_around_another_one(case: Case) -> None:
+    run = fit([case.make()], model=_With(_Lookahead))
+    assert run.trainer.global_step == 18
+    plain = fit(model=_With(_Lookahead))
+    assert any(not torch.equal(run.tensors()[name], value) for name, value in plain.tensors().items())
+
+
+@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
+def test_an_optimizer_that_calls_its_parent(case: Case) -> None:
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)  # hooks are put on a class by its first instance
+    run = fit([case.make()], model=_With(lambda p: _CallsSuper(p, lr=0.05)))
+    plain = fit([case.make()], model=_With(lambda p: torch.optim.SGD(p, lr=0.05)))
+    assert not differing(run.tensors(), plain.tensors())
+
+
+def test_an_optimizer_that_nobody_configured_is_an_error() -> None:
+    trainer = fit(max_epochs=1).trainer
+    with pytest.raises(RuntimeError, match="a step of SGD was announced, which is none of the optimizers"):
+        optimizer_index(trainer, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+
+
+def test_several_evaluations_per_step_are_refused() -> None:
+    """Held filters would move: the second evaluation sees, and remembers, what the first one led to."""
+    with pytest.raises(
+        MisconfigurationException, match="_TwoEvaluations evaluates its closure more than once per step"
+    ):
+        fit([WeightAsynchronousUpdate()], model=_With(lambda p: _TwoEvaluations(p, lr=0.05)))
+    with pytest.raises(MisconfigurationException, match="LBFGS searches along a line"):
+        fit([WeightAsynchronousUpdate()], model=_With(torch.optim.LBFGS))
 
 
 # --------------------------------------------------------------------------- order of callbacks

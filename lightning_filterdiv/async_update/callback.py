@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.async_update.functional import AsynchronousUpdate, Axis, Hold, Sampling
-from lightning_filterdiv.callback import FilterCallback, raw_optimizer
+from lightning_filterdiv.callback import FilterCallback, optimizer_index
 
 __all__ = ["WeightAsynchronousUpdate"]
 
@@ -64,6 +65,7 @@ class WeightAsynchronousUpdate(FilterCallback):
         self.seed = check_integer("seed", seed, low=0)
         self._updates: dict[int, AsynchronousUpdate] = {}
         self._steps: list[int] = []
+        self._announced: dict[int, int] = {}
 
     def fraction_at(self, epoch: int, step: int) -> float:
         """Share of filters to update at this step; override it for a schedule.
@@ -84,6 +86,13 @@ class WeightAsynchronousUpdate(FilterCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build one :class:`AsynchronousUpdate` per optimizer that owns chosen layers."""
         count = len(trainer.optimizers)
+        self._announced = {}
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise MisconfigurationException(
+                    "WeightAsynchronousUpdate needs one update per step and LBFGS searches along a line within a step; "
+                    "use SGD, Adam or another optimizer with one evaluation per step"
+                )
         if self._steps and len(self._steps) != count:
             raise ValueError(
                 f"the state of WeightAsynchronousUpdate was saved with {len(self._steps)} optimizers, "
@@ -112,7 +121,17 @@ class WeightAsynchronousUpdate(FilterCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Draw this step's subsets and remember, or mask, what they leave out."""
-        index = next(i for i, known in enumerate(trainer.optimizers) if known is raw_optimizer(optimizer))
+        index = optimizer_index(trainer, optimizer)
+        # In fp32 the closure runs inside the step, with a scaler before it: only the former can run twice.
+        known = trainer.optimizers[index]
+        begun = self.steps_begun(known)
+        if self.inside_step(known) and self._announced.get(index) == begun:
+            raise MisconfigurationException(
+                f"{type(known).__name__} evaluates its closure more than once per step, so that "
+                f"WeightAsynchronousUpdate cannot tell where the step began and nothing would be held still; use an "
+                f"optimizer with one evaluation per step"
+            )
+        self._announced[index] = begun
         if (update := self._updates.get(index)) is not None:
             step = self._steps[index]
             update.before_step(step, self.fraction_at(trainer.current_epoch, step))

@@ -7,6 +7,7 @@ network", Computational Visual Media 6(4), 2020, and its official optimizer.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -183,8 +184,12 @@ class AsynchronousUpdate:
         def slices(conv: Conv) -> int:
             return math.prod(mask_layout(conv, axis)[1])
 
+        # A bias that several layers share belongs to no single filter.
+        shared = Counter(id(conv.bias) for conv in mine.values() if conv.bias is not None)
+
         def bias(conv: Conv) -> list[Tensor]:
-            return [conv.bias] if axis == "out" and conv.bias is not None and id(conv.bias) in owned else []
+            alone = axis == "out" and conv.bias is not None and id(conv.bias) in owned and shared[id(conv.bias)] == 1
+            return [conv.bias] if alone and conv.bias is not None else []
 
         def layout(item: tuple[str, Conv]) -> tuple[object, ...]:
             weight = item[1].weight

@@ -198,11 +198,13 @@ def pad(state: Propagation, node: Node) -> Value:
     result, shape = value.labels, node.meta["val"].shape
     widths: list[int] = list(call.get("pad") or call.get("padding") or [])
     constant = operator_name(node) == "constant_pad_nd" or call.get("mode") == "constant"
-    varying = _varying(result)
+    fill = call.get("value") or 0
+    varying, filled = _varying(result), False
     for k in range(0, len(widths), 2):
         before, after = widths[k : k + 2]
         dim = result.ndim - 1 - k // 2
         if dim not in varying:
+            filled |= constant and fill != 0 and max(before, after) > 0
             sizes = [-1] * result.ndim
             sizes[dim] = shape[dim]
             result = result.narrow(dim, 0, 1).expand(sizes)
@@ -211,11 +213,11 @@ def pad(state: Propagation, node: Node) -> Value:
                 state.pin(value, f"input of {state.where(node)}, which repeats channels")
                 return state.fixed(node)
             kept = result.narrow(dim, max(0, -before), result.shape[dim] + min(0, before) + min(0, after))
-            blocks = [
-                _padding(state, node, kept.shape, dim, width, call.get("value") or 0) for width in (before, after)
-            ]
+            blocks = [_padding(state, node, kept.shape, dim, width, fill) for width in (before, after)]
             result = _join_along([blocks[0], kept, blocks[1]], dim)
             _note_move(state, node, result)
+    if filled:  # a silent channel would not be silent at the border
+        result = state.table.derive(result, state.key(node), shift=state.where(node))
     return moved(state, node, result)
 
 

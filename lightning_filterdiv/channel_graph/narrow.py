@@ -153,12 +153,28 @@ def copy_network(model: nn.Module, tensors: Mapping[int, object] | None = None) 
     if trainer is not None:
         memo[id(trainer)] = trainer
     with without_compilation(model):
-        copied = copy.deepcopy(model, memo)
+        try:
+            copied = copy.deepcopy(model, dict(memo))
+        except Exception:  # a lock, an open file, a logger: whatever a module keeps that cannot be copied is shared
+            copied = copy.deepcopy(model, memo | _uncopyable(model, memo))
     if trainer is not None:
         copied.__dict__["_trainer"] = None
     for parameter in copied.parameters():
         parameter.grad = None
     return copied
+
+
+def _uncopyable(model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """Plain attributes of the modules that refuse to be copied, standing for themselves."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules") and id(value) not in memo:
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    found[id(value)] = value
+    return found
 
 
 @torch.no_grad()

@@ -13,12 +13,19 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adafactor, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, raw_optimizer
-from lightning_filterdiv.filters import Conv, NoLayersError, filter_count, filter_matrix, select_filters
+from lightning_filterdiv.callback import FilterCallback, optimizer_index
+from lightning_filterdiv.filters import (
+    Conv,
+    NoLayersError,
+    filter_count,
+    filter_matrix,
+    named_convolutions,
+    select_filters,
+)
 from lightning_filterdiv.optimizer_state import RowHold
 from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.repr_.example_inputs import ExampleInputs
@@ -165,7 +172,9 @@ class RePr(FilterCallback):
                 f"the selected layers are {', '.join(list(selected)[:6])}"
             )
         if self.include is None:
-            first = next(name for name in select_filters(pl_module) if name.startswith(prefix)) if found else ""
+            # A frozen network beside the one that is trained (a teacher, a loss network) may be registered first.
+            everyone = {n: c for n, c in select_filters(pl_module).items() if n.startswith(prefix)}
+            first = next((n for n, c in everyone.items() if c.weight.requires_grad), "")
             found = {
                 name: conv
                 for name, conv in found.items()
@@ -185,10 +194,10 @@ class RePr(FilterCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check and print the plan; take up a phase that a checkpoint was saved in."""
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, LBFGS):
+            if isinstance(optimizer, LBFGS | Adafactor):
                 raise MisconfigurationException(
-                    "RePr needs optimizer state per filter and LBFGS keeps a history of the whole network; "
-                    "use SGD, Adam or another element-wise optimizer"
+                    f"RePr needs optimizer state per filter, and {type(optimizer).__name__} keeps a history of the "
+                    f"whole network or factors of whole matrices; use SGD, Adam or another element-wise optimizer"
                 )
         self._events = self.schedule()
         check_plan(trainer, self._events)
@@ -219,7 +228,9 @@ class RePr(FilterCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rank, if the next event is a drop. Nothing changes here: the checkpoint that follows holds these weights."""
-        self._rank_if_due(trainer, pl_module, trainer.current_epoch + 1)
+        assert self._inputs is not None
+        if self._inputs.known:  # else this run was joined before its first forward call: ranked at the next batch
+            self._rank_if_due(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -237,7 +248,7 @@ class RePr(FilterCallback):
                 self._rank_if_due(trainer, pl_module, trainer.current_epoch)
                 self._drop(trainer, pl_module, event)
             else:
-                self._regrow(trainer, event)
+                self._regrow(trainer, pl_module, event)
             self._applied += 1
 
     def _rank_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, completed: int) -> None:
@@ -284,14 +295,15 @@ class RePr(FilterCallback):
         self._start_holding(trainer)
         self._note(trainer, event, {"score_before_drop": before})
 
-    def _regrow(self, trainer: pl.Trainer, event: RePrEvent) -> None:
+    def _regrow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: RePrEvent) -> None:
         if self._dropped is None:
             raise RuntimeError(f"RePr has nothing to regrow in cycle {event.cycle}: schedule() must alternate")
         dropped = self._dropped
         values: dict[str, Tensor] = {}
         spaces: dict[str, int] = {}
+        convolutions = dict(named_convolutions(pl_module))  # a layer may have been frozen since the drop
         for layer, rows in dropped.filters.items():
-            matrix = filter_matrix(self.layers[layer])
+            matrix = filter_matrix(convolutions[layer])
             surviving = torch.ones(matrix.shape[0], dtype=torch.bool)
             surviving[rows] = False
             generator = keyed_generator(self.seed, "regrow", event.cycle, layer)
@@ -345,7 +357,7 @@ class RePr(FilterCallback):
     ) -> None:
         """In a sub-network phase: remember what must not move in this step."""
         if self._holds:
-            index = next(i for i, known in enumerate(trainer.optimizers) if known is raw_optimizer(optimizer))
+            index = optimizer_index(trainer, optimizer)
             self._holds[index].before_step(trainer.optimizers[index])
 
     @staticmethod
@@ -396,15 +408,19 @@ class RePr(FilterCallback):
         applied, dropped, history = state["applied"], state["dropped"], state["history"]
         if not isinstance(applied, int) or not isinstance(history, list):
             raise TypeError("applied must be a count and history must be a list")
-        if dropped is not None and not (isinstance(dropped, dict) and {"filters", "private", "old"} <= dropped.keys()):
+        if dropped is not None and not (
+            isinstance(dropped, dict) and {"filters", "private", "old", "statistics"} <= dropped.keys()
+        ):
             raise TypeError("dropped must be a dict of filters, their tensors and old values")
-        self._applied, self._saved_drop, self._dropped = applied, dropped, None
+        self._applied, self._saved_drop, self._dropped, self._ranked = applied, dropped, None, None
         self._saved_inputs = state["inputs"]
         self._history = [Happened(*happened) for happened in history]
 
     @staticmethod
     def restore(model: nn.Module, checkpoint: Mapping[str, Any]) -> int:
         """Bring filters back that were out when ``checkpoint`` was saved, with their values before the drop.
+
+        Norm statistics of those channels come back too. States of subclasses count.
 
         Args:
             model: the network, already holding the checkpoint's weights.
@@ -416,16 +432,17 @@ class RePr(FilterCallback):
         Raises:
             KeyError: the checkpoint holds no state of RePr.
         """
-        states = [
-            state
-            for key, state in (checkpoint.get("callbacks") or {}).items()
-            if str(key).startswith(f"{RePr.__qualname__}{{")
+        saved_extras = [
+            state["extra"]
+            for state in (checkpoint.get("callbacks") or {}).values()
+            if isinstance(state, dict) and isinstance(state.get("extra"), dict)
         ]
+        states = [extra for extra in saved_extras if "dropped" in extra]
         if not states:
             raise KeyError("the checkpoint holds no state of RePr: there is nothing to bring back")
         count = 0
         for state in states:
-            if (saved := state["extra"]["dropped"]) is not None:
+            if (saved := state["dropped"]) is not None:
                 dropped = DroppedFilters.from_state(model, saved)
                 dropped.restore()
                 count += dropped.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import canonical_name, write_filters
-from lightning_filterdiv.optimizer_state import HeldRows, RowHold, row_state
+from lightning_filterdiv.optimizer_state import HeldRows, RowHold, initial_state, row_state
 from lightning_filterdiv.randomness import keyed_generator
 
 __all__ = ["DroppedFilters", "NextLayer", "Slice"]
@@ -63,6 +63,18 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
+def _norm_statistics(private: Mapping[str, list[Slice]], modules: Mapping[str, nn.Module]) -> list[Slice]:
+    """Running statistics of the norms among the private tensors, for the same channels."""
+    found: dict[str, list[Tensor]] = {}
+    for part in (part for parts in private.values() for part in parts):
+        owner, _, leaf = part.tensor.rpartition(".")
+        module = modules[owner]
+        if isinstance(module, _NormBase) and module.running_mean is not None and leaf in ("weight", "running_mean"):
+            found.setdefault(owner, []).append(part.rows)
+    names = ("running_mean", "running_var")
+    return [Slice(f"{owner}.{name}", 0, torch.cat(rows).unique()) for owner, rows in found.items() for name in names]
+
+
 class DroppedFilters:
     """Filters that are out of the network, exactly, with what is needed to bring them back.
 
@@ -79,10 +91,12 @@ class DroppedFilters:
         private: Mapping[str, list[Slice]],
         consumers: Mapping[str, list[Slice]],
         old: Mapping[str, list[Tensor]],
+        statistics: Sequence[tuple[Slice, Tensor]] = (),
     ) -> None:
         self.model = model
         self.filters = dict(filters)
         self._private, self._consumers, self._old = dict(private), dict(consumers), dict(old)
+        self._statistics = list(statistics)
 
     @classmethod
     @torch.no_grad()
@@ -112,10 +126,12 @@ class DroppedFilters:
                     consumers[layer].append(Slice(reader.tensor, reader.dim, columns, reader.block))
         tensors = _tensors(model)
         old = {layer: [part.of(tensors) for part in parts] for layer, parts in private.items()}
+        # Not touched here, but silent channels will pull them to mean 0 and variance 0 in training.
+        statistics = [(part, part.of(tensors)) for part in _norm_statistics(private, _modules(model))]
         for parts in private.values():
             for part in parts:
                 tensors[part.tensor].detach().index_fill_(part.dim, part.rows.to(tensors[part.tensor].device), 0)
-        return cls(model, chosen, private, consumers, old)
+        return cls(model, chosen, private, consumers, old, statistics)
 
     @property
     def count(self) -> int:
@@ -138,12 +154,12 @@ class DroppedFilters:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo the drop: write the old values back."""
+        """Undo the drop: write the old values back, norm statistics included."""
         tensors = _tensors(self.model)
-        for layer in self.filters:
-            for part, values in zip(self._private[layer], self._old[layer], strict=True):
-                tensor = tensors[part.tensor].detach()
-                tensor.index_copy_(part.dim, part.rows.to(tensor.device), values.to(tensor))
+        kept = [pair for layer in self.filters for pair in zip(self._private[layer], self._old[layer], strict=True)]
+        for part, values in [*kept, *self._statistics]:
+            tensor = tensors[part.tensor].detach()
+            tensor.index_copy_(part.dim, part.rows.to(tensor.device), values.to(tensor))
 
     @torch.no_grad()
     def regrow(
@@ -218,8 +234,8 @@ class DroppedFilters:
         if isinstance(parameter, nn.Parameter):
             held = part.held(tensors)
             for optimizer in optimizers:
-                for state in row_state(optimizer, parameter).values():
-                    held.fill(state, 0.0)
+                for key, state in row_state(optimizer, parameter).items():
+                    held.fill(state, initial_state(optimizer, parameter, key))
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors, for a checkpoint."""
@@ -228,6 +244,7 @@ class DroppedFilters:
             "private": {layer: [part.packed() for part in parts] for layer, parts in self._private.items()},
             "consumers": {layer: [part.packed() for part in parts] for layer, parts in self._consumers.items()},
             "old": {layer: list(values) for layer, values in self._old.items()},
+            "statistics": [[part.packed(), values] for part, values in self._statistics],
         }
 
     @classmethod
@@ -247,4 +264,5 @@ class DroppedFilters:
                 raise ValueError(
                     f"the network has no tensor {parts.tensor!r}, which holds dropped filters in the state"
                 )
-        return cls(model, state["filters"], slices[0], slices[1], state["old"])
+        statistics = [(Slice.unpacked(part), values) for part, values in state["statistics"]]
+        return cls(model, state["filters"], slices[0], slices[1], state["old"], statistics)

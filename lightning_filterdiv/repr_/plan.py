@@ -48,27 +48,30 @@ def check_plan(trainer: pl.Trainer, events: Sequence[RePrEvent]) -> None:
     """
     if not events:
         raise MisconfigurationException("RePr.schedule() returned no event: nothing would happen")
-    lines = ", ".join(f"{event.kind} of cycle {event.cycle} after epoch {event.epoch}" for event in events)
-    text = f"RePr plan: {lines}"
+    text = "RePr plan\n  cycle  event   after epoch\n" + "\n".join(
+        f"  {event.cycle:>5}  {event.kind:<6}  {event.epoch:>11}" for event in events
+    )
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-        rank_zero_info(f"{text}; fast_dev_run stops before them")
+        rank_zero_info(f"{text}\n  fast_dev_run stops before them")
         return
     epochs = fit_epochs(trainer)
     if epochs is None:
-        rank_zero_info(f"{text}; the length of the fit is unknown (max_time?), events it does not reach are skipped")
+        rank_zero_info(f"{text}\n  the length of the fit is unknown (max_time?), events it does not reach are skipped")
         return
     last = events[-1].epoch
     if last >= epochs:
         raise MisconfigurationException(
-            f"RePr does not fit into this fit of {epochs} epochs: {text}. The last regrowth needs epochs after it; "
-            f"use fewer cycles, shorter phases or more epochs"
+            f"RePr does not fit into this fit of {epochs} epochs: its last regrowth is due after epoch {last} and "
+            f"needs epochs after it. Use fewer cycles, shorter phases or more epochs. {text}"
         )
     rates = forecast_learning_rates(trainer, epochs)
+    if not isinstance(rates, str) and sum(rates) <= 0:
+        rates = "it is 0 at the start and nothing that can be simulated raises it"
     if isinstance(rates, str):
-        rank_zero_info(f"{text}. No forecast of the learning rate: {rates}")
+        rank_zero_info(f"{text}\n  no forecast of the learning rate: {rates}")
         return
     share = remaining_rate_share(rates, last)
-    rank_zero_info(f"{text}. {100 * share:.0f} % of the summed learning rate remains after the last regrowth")
+    rank_zero_info(f"{text}\n  {100 * share:.0f} % of the summed learning rate remains after the last regrowth")
     if share < _ENOUGH_RATE:
         rank_zero_warn(
             f"only {100 * share:.0f} % of the summed learning rate remains after RePr's last regrowth at epoch {last} "

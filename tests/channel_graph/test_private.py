@@ -222,6 +222,10 @@ class Reasons(nn.Module):
             return self.out(self.layer_norm(x))
         if self.kind == "maximum":
             return self.out(torch.maximum(x, self.out(x)))
+        if self.kind == "border of ones":
+            return self.out(F.pad(F.relu(x), (1, 1, 0, 1), value=1.0))
+        if self.kind == "border of zeros":
+            return self.out(F.pad(F.relu(x), (1, 1, 0, 1)))
         if self.kind == "own product":  # silu written out: zero times one half
             return self.out(x * torch.sigmoid(x))
         return self.out(self.norm(self.out(F.relu(self.norm(x)))))
@@ -234,6 +238,7 @@ class Reasons(nn.Module):
         ("shift", "add in forward does not map zero to zero"),
         ("mixer", "input of layer_norm in layer_norm, which mixes channels"),
         ("maximum", "joined by maximum in forward"),
+        ("border of ones", "pad in forward does not map zero to zero"),
         ("shared norm", r"norm\.\w+ is shared with other channels"),
     ],
 )
@@ -244,8 +249,16 @@ def test_what_cannot_be_silenced_says_why(kind: str, reason: str) -> None:
     assert re.search(reason, answer), answer
 
 
-def test_a_channel_times_a_function_of_itself_is_silent() -> None:
-    assert isinstance(ChannelGraph.trace(Reasons("own product"), IMAGE).private("conv"), list)
+@pytest.mark.parametrize("kind", ["own product", "border of zeros"])
+def test_what_maps_zero_to_zero_is_silent(kind: str) -> None:
+    assert isinstance(ChannelGraph.trace(Reasons(kind), IMAGE).private("conv"), list)
+
+
+def test_a_border_of_ones_can_still_be_merged() -> None:
+    """It keeps equal channels equal, though not silent ones silent."""
+    graph = ChannelGraph.trace(Reasons("border of ones"), IMAGE)
+    assert [group.name for group in graph.groups] == ["conv"]
+    assert graph.verify() < 1e-9
 
 
 def test_depthwise_layers_point_to_their_producer() -> None:

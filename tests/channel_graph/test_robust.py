@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -374,3 +375,11 @@ def test_cost_does_not_grow_with_the_image() -> None:
     small = ChannelGraph.trace(models.CifarResNet(), models.image(n=1))
     large = ChannelGraph.trace(models.CifarResNet(), torch.empty(1, 3, 64, 64))
     assert summary(small) == summary(large)
+
+
+def test_attributes_that_cannot_be_copied_are_shared() -> None:
+    model = models.plain()
+    model.lock = threading.Lock()
+    graph, narrowed = check_exact(model, IMAGE)
+    assert narrowed.lock is model.lock
+    assert mergeable(graph) == 26

@@ -118,15 +118,20 @@ def test_dropped_filters_are_bit_still_under_a_scaler(optimizer: str) -> None:
         assert bool(watch.filters[-1][layer][rows].any())
 
 
+class _Stops(Callback):
+    """Ends the fit at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 def test_a_fit_that_stops_inside_a_phase_says_so(tmp_path: Path) -> None:
     callback = RePr(**SHORT)
-
-    class Stops(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            trainer.should_stop = trainer.global_step >= 8
-
     with pytest.warns(UserWarning, match="7 filters stay dropped"):
-        run = fit([callback, Stops(), ModelCheckpoint(dirpath=tmp_path, filename="end")], min_epochs=0)
+        run = fit([callback, _Stops(8), ModelCheckpoint(dirpath=tmp_path, filename="end")], min_epochs=0)
     zero = {n: int((filter_matrix(c).norm(dim=1) == 0).sum()) for n, c in callback.layers.items()}
     assert sum(zero.values()) == 7
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
@@ -138,6 +143,51 @@ def test_a_fit_that_stops_inside_a_phase_says_so(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="holds no state of RePr"):
         RePr.restore(model, {"callbacks": {}})
     assert not differing(run.model.state_dict(), checkpoint["state_dict"])
+
+
+class Mine(RePr):
+    """A schedule of one's own is a subclass."""
+
+
+def test_restored_filters_compute_what_they_did(tmp_path: Path) -> None:
+    """Their norm saw silent channels for a whole phase: its statistics must come back with them."""
+    before: dict[str, Tensor] = {}
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if not callback.dropped:
+                before.update({n: t.clone() for n, t in pl_module.state_dict().items()})
+
+    callback = Mine(full_epochs=1, sub_epochs=4, cycles=1, include=["net.3"])
+    with pytest.warns(UserWarning, match="filters stay dropped"):
+        fit([Looks(), callback, ModelCheckpoint(dirpath=tmp_path, filename="end"), _Stops(24)], max_epochs=6)
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    model = Classifier(seed=1)
+    model.load_state_dict(checkpoint["state_dict"])
+    (rows,) = checkpoint["callbacks"][callback.state_key]["extra"]["dropped"]["filters"].values()
+    assert not bool(model.net[4][0].running_mean[rows].isclose(before["net.4.0.running_mean"][rows]).all())
+    assert Mine.restore(model, checkpoint) == RePr.restore(model, checkpoint) == len(rows)
+    for name in ("net.3.weight", "net.3.bias", "net.4.0.weight", "net.4.0.running_mean", "net.4.0.running_var"):
+        assert torch.equal(model.state_dict()[name][rows], before[name][rows]), name
+
+
+def test_a_layer_frozen_inside_a_phase_still_comes_back() -> None:
+    class Freezes(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net[3].requires_grad_(trainer.current_epoch != 2)
+
+    callback = RePr(full_epochs=1, sub_epochs=2, cycles=1)
+    run = fit([Freezes(), callback], max_epochs=5)
+    rows = callback.history[0]["filters"]["net.3"]
+    assert [event["kind"] for event in callback.history] == ["drop", "regrow"]
+    assert bool(run.model.net[3].weight[rows].flatten(1).any(dim=1).all())
+
+
+def test_the_plan_as_rows() -> None:
+    assert RePr(**SHORT).plan() == [
+        {"cycle": 1, "kind": "drop", "epoch": 1},
+        {"cycle": 1, "kind": "regrow", "epoch": 2},
+    ]
 
 
 def test_early_stopping_inside_a_phase() -> None:
@@ -185,11 +235,33 @@ def test_resume_before_at_and_after_every_event(kind: str, optimizer: str, tmp_p
     whole = run([first, saving])
     files = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     assert len(files) >= 6
-    for file in files[:5]:
+    # Before, at and after each of the four events (steps 6 to 24), whatever the kind.
+    for file in files[:7]:
         again = RePr(full_epochs=1, sub_epochs=1, cycles=2, next_layer="small_random")
         resumed = run([again], seed=1, ckpt_path=str(file))
         assert not differing(whole.tensors(), resumed.tensors()), file.stem
         assert again.history == first.history
+
+
+def test_joining_a_run_at_a_drop(tmp_path: Path) -> None:
+    """Saved before the epoch's end, without our state and example inputs: ranked at the first batch that can."""
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_on_train_epoch_end=False)
+    fit([saving], max_epochs=1, validation=batches(steps=1))
+    callback = RePr(**SHORT)
+    path = str(tmp_path / "step=6.ckpt")
+    fit([callback], model=_NeverCallsForward(), ckpt_path=path, validation=batches(steps=1))
+    assert [event["kind"] for event in callback.history] == ["drop", "regrow"]
+
+
+def test_a_ranking_does_not_survive_a_resume(tmp_path: Path) -> None:
+    """Stopped between ranking and drop, then resumed from another file: the new weights are ranked."""
+    fit([RePr(**SHORT), ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)])
+    used, fresh = RePr(**SHORT), RePr(**SHORT)
+    fit([used, _Stops(6)], model=Classifier(seed=5))
+    assert used._ranked is not None
+    for callback in (used, fresh):
+        fit([callback], ckpt_path=str(tmp_path / "step=4.ckpt"))
+    assert used.history == fresh.history
 
 
 def test_joining_a_run_skips_what_is_past(tmp_path: Path) -> None:
@@ -207,7 +279,7 @@ def test_joining_a_run_skips_what_is_past(tmp_path: Path) -> None:
 def test_the_plan_is_printed_with_the_learning_rate_that_remains(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         fit([RePr(**SHORT)], max_epochs=4)
-    assert "RePr plan: drop of cycle 1 after epoch 1, regrow of cycle 1 after epoch 2" in caplog.text
+    assert re.search(r"RePr plan\n +cycle +event +after epoch\n +1 +drop +1\n +1 +regrow +2\n", caplog.text)
     assert "50 % of the summed learning rate remains" in caplog.text
     assert "RePr dropped 7 of 24 filters (cycle 1, epoch 1)" in caplog.text
 
@@ -233,8 +305,9 @@ def test_the_forecast_does_not_touch_the_schedule() -> None:
 def test_cycles_that_do_not_fit(epochs: int) -> None:
     with pytest.raises(MisconfigurationException, match="does not fit into this fit of") as caught:
         fit([RePr(**SHORT)], max_epochs=epochs)
-    assert "regrow of cycle 1 after epoch 2" in str(caught.value)
-    assert "use fewer cycles" in str(caught.value)
+    assert "last regrowth is due after epoch 2" in str(caught.value)
+    assert "Use fewer cycles" in str(caught.value)
+    assert re.search(r"1 +regrow +2", str(caught.value))
 
 
 def test_the_defaults_do_not_fit_a_short_fit_and_say_so() -> None:
@@ -270,6 +343,20 @@ def test_default_layers() -> None:
     assert not any("downsample" in name for name in chosen)
     assert "net.conv1" in RePr(include=["net.conv1", "net.layer1.*"]).choose(Classifier(net=resnet18()))
     assert all(conv.groups == 1 for conv in RePr().choose(Classifier(net=mobilenet_v2())).values())
+
+
+def test_a_frozen_network_registered_first_is_not_the_network() -> None:
+    class Student(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            net = self.net
+            del self.net
+            self.teacher = nn.Sequential(nn.Conv2d(1, 4, 3)).requires_grad_(False)
+            self.net = net
+
+    callback = RePr(**SHORT)
+    fit([callback], model=Student())
+    assert list(callback.layers) == ["net.3", "net.5", "net.7"]
 
 
 def test_a_network_with_one_convolution() -> None:
@@ -381,13 +468,24 @@ def test_logged_scalars(tmp_path: Path) -> None:
         assert f"filterdiv/repr/{name}" in header
 
 
-def test_lbfgs_is_refused() -> None:
-    class Quasi(Classifier):
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.Adafactor])
+def test_state_that_is_not_per_filter_is_refused_at_the_start(optimizer: Any) -> None:
+    class Other(Classifier):
         def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters())
+            return optimizer(self.parameters())
 
-    with pytest.raises(MisconfigurationException, match="LBFGS"):
-        fit([RePr(**SHORT)], model=Quasi())
+    with pytest.raises(MisconfigurationException, match=f"{optimizer.__name__} keeps a history"):
+        fit([RePr(**SHORT)], model=Other())
+
+
+def test_no_learning_rate_is_no_crash(caplog: pytest.LogCaptureFixture) -> None:
+    class Frozen(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    with caplog.at_level(logging.INFO):
+        fit([RePr(**SHORT)], model=Frozen())
+    assert "no forecast of the learning rate: it is 0 at the start" in caplog.text
 
 
 def test_steps_per_epoch_constant() -> None:

@@ -25,7 +25,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def check_compile(make: Make) -> None:
+def check_compile(make: Make, backend: str = "aot_eager") -> None:
     """Raise AssertionError if a graph is compiled after the first step, or training is not that of the callback."""
     graphs: list[int] = []
 
@@ -33,7 +33,7 @@ def check_compile(make: Make) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
 
     compiled = Classifier(net=None)
-    compiled.net = torch.compile(compiled.net, backend="aot_eager")  # type: ignore[assignment]
+    compiled.net = torch.compile(compiled.net, backend=backend)  # type: ignore[assignment]
     compiled.hook = count
     callbacks = make()
     run = fit(callbacks, model=compiled, max_epochs=3)
@@ -48,6 +48,11 @@ def check_compile(make: Make) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compile(case: Case) -> None:
     check_compile(lambda: [case.make(include=["net.*"])])
+
+
+@pytest.mark.soak
+def test_compile_with_inductor() -> None:
+    check_compile(lambda: [WeightAsynchronousUpdate()], backend="inductor")
 
 
 class _Freezes(WeightAsynchronousUpdate):

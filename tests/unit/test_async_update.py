@@ -871,6 +871,22 @@ def test_the_plain_loop_of_the_docstring() -> None:
 
 
 @pytest.mark.parametrize("hold", ["update", "gradient"])
+def test_a_bias_of_two_layers_is_always_updated(hold: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1))
+    model[1].bias = model[0].bias
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    update = AsynchronousUpdate(select_filters(model), optimizer, hold=hold)  # type: ignore[arg-type]
+    give_gradients(list(model.parameters()), 0)
+    before = model[0].bias.detach().clone()
+    update.before_step(0)
+    optimizer.step()
+    update.after_step()
+    assert bool((model[0].bias != before).all())
+    for conv, mask in zip(model, update.last_subsets.values(), strict=True):
+        assert int(mask.sum()) == 2, conv
+
+
+@pytest.mark.parametrize("hold", ["update", "gradient"])
 def test_autocast_around_the_calls_changes_nothing(hold: str) -> None:
     results = []
     for enabled in (False, True):

@@ -515,6 +515,20 @@ def test_reset_rows_zeroes_these_rows_of_the_state_in_place(name: str, dim: int)
         assert all(torch.equal(state, before[key]) for key, state in states(optimizer, other).items())
 
 
+def test_step_sizes_of_rprop_start_at_the_learning_rate() -> None:
+    """At zero they would be clamped to the smallest step, and the row would hardly move again."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Rprop([parameter], lr=0.03)
+    for _ in range(5):
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+    reset_rows(optimizer, parameter, index(1))
+    state = optimizer.state[parameter]
+    assert state["step_size"].tolist()[0] > 0.04
+    assert state["step_size"].tolist()[1] == pytest.approx(0.03)
+    assert state["prev"].tolist() == [1.0, 0.0]
+
+
 def test_a_reset_late_in_training_overshoots_as_documented() -> None:
     parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     optimizer = torch.optim.Adam([parameter], lr=1.0, eps=0.0)
