@@ -196,7 +196,7 @@ def table(folder: Path, methods: Sequence[str] = ()) -> str:
     accuracy: dict[str, dict[int, float]] = {}
     for result in results:
         accuracy.setdefault(result["method"], {})[result["seed"]] = 100 * result["test_accuracy"]
-    rows = ["| method | seeds | test accuracy % | difference to baseline | p | mean O after | effective rank after |"]
+    rows = ["| method | seeds | test accuracy % | difference to baseline | p | mean O before, after | effective rank |"]
     rows.append("|---|---|---|---|---|---|---|")
     tests: dict[str, tuple[float, float, float]] = {}
     base = accuracy.get("baseline", {})
@@ -215,17 +215,22 @@ def table(folder: Path, methods: Sequence[str] = ()) -> str:
         adjusted[method] = max(floor, min(1.0, tests[method][2] * (len(ranked) - position)))
     for method in sorted(accuracy, key=list(METHODS).index):
         values = list(accuracy[method].values())
-        spread = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else float("nan")
-        after = [result["after"] for result in results if result["method"] == method]
-        score = fmean(fmean(row["orthogonality_score"] for row in run.values()) for run in after)
-        rank = fmean(fmean(row["effective_rank"] for row in run.values()) for run in after)
+        shown = f"{fmean(values):.2f}"
+        if len(values) > 1:
+            shown += f" ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.2f}"
         delta = f"{tests[method][0]:+.2f} ± {tests[method][1]:.2f}" if method in tests else ""
         p_value = f"{adjusted[method]:.3f}" if method in tests else ""
+        runs = [result for result in results if result["method"] == method]
+        before, after = (_mean(runs, when, "orthogonality_score") for when in ("before", "after"))
+        rank = _mean(runs, "after", "effective_rank")
         rows.append(
-            f"| {method} | {len(values)} | {fmean(values):.2f} ± {spread:.2f} | {delta} | {p_value} "
-            f"| {score:.4f} | {rank:.3f} |"
+            f"| {method} | {len(values)} | {shown} | {delta} | {p_value} | {before:.3f}, {after:.3f} | {rank:.3f} |"
         )
     return "\n".join(rows)
+
+
+def _mean(runs: Sequence[dict[str, Any]], when: str, metric: str) -> float:
+    return fmean(fmean(row[metric] for row in run[when].values()) for run in runs)
 
 
 def event_table(folder: Path, methods: Sequence[str]) -> str:
