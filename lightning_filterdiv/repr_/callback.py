@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.callback import FilterCallback, raw_optimizer
+from lightning_filterdiv.example_inputs import ExampleInputs
 from lightning_filterdiv.filters import Conv, NoLayersError, filter_count, filter_matrix, select_filters
 from lightning_filterdiv.optimizer_state import RowHold
 from lightning_filterdiv.randomness import keyed_generator
-from lightning_filterdiv.repr_.example_inputs import ExampleInputs
 from lightning_filterdiv.repr_.functional import (
     Criterion,
     RePrEvent,
