@@ -10,6 +10,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
@@ -66,22 +68,21 @@ class _Batch:
     def averaging(self, members: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(L, k, n) averaging matrices, padded to the largest number of clusters, and (L * n,) rows to expand by."""
         if members not in self.made:
-            chosen = [self.tensors[i] for i in members]
-            first = chosen[0].parameter
-            count = max(max(t.clusters) + 1 for t in chosen)
-            matrices: list[list[list[float]]] = []
-            index: list[int] = []
-            for position, tensor in enumerate(chosen):
-                sizes = [tensor.clusters.count(c) for c in range(count)]
-                matrices.append(
-                    [[1 / sizes[c] if c == mine else 0.0 for mine in tensor.clusters] for c in range(count)]
-                )
-                index += [position * count + c for c in tensor.clusters]
+            first = self.tensors[0].parameter
+            clusters = [self.tensors[i].clusters for i in members]
+            count = max(max(index) + 1 for index in clusters)
             dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-            self.made[members] = (
-                torch.tensor(matrices, dtype=dtype).to(first.device),
-                torch.tensor(index).to(first.device),
-            )
+            # Tensors of one group are averaged by one matrix, which then is stored once.
+            distinct = list(dict.fromkeys(clusters))
+            matrices = torch.tensor(np.stack([_averaging(index, count) for index in distinct]), dtype=dtype)
+            matrices = matrices.to(first.device)
+            if len(distinct) == 1:
+                matrices = matrices.expand(len(members), -1, -1)
+            elif len(distinct) < len(clusters):
+                order = torch.tensor([distinct.index(index) for index in clusters]).to(first.device)
+                matrices = matrices.index_select(0, order)
+            rows = np.concatenate([np.array(index) + count * i for i, index in enumerate(clusters)])
+            self.made[members] = (matrices, torch.tensor(rows).to(first.device))
         return self.made[members]
 
     def rows(self, stacked: Tensor) -> Tensor:
@@ -99,6 +100,14 @@ class _Batch:
         """``(L, n, d)`` back to the shape and dtype of ``like``, ``(L, *shape)``."""
         dim = self.tensors[0].dim + 1
         return rows.view(like.movedim(dim, 1).shape).movedim(1, dim).to(like.dtype)
+
+
+def _averaging(clusters: Sequence[int], count: int) -> npt.NDArray[np.float64]:
+    """(count, n): row ``c`` averages the members of cluster ``c``."""
+    index = np.array(clusters)
+    matrix = np.zeros((count, len(index)))
+    matrix[index, np.arange(len(index))] = 1 / np.bincount(index, minlength=count)[index]
+    return matrix
 
 
 class CentripetalUpdate:
@@ -149,6 +158,8 @@ class CentripetalUpdate:
             _Batch(members, vector if members[0].is_vector else strength, groups[id(members[0].parameter)])
             for members in group_by(self.tensors, layout)
         ]
+        for batch in self._batches:  # what is sent to the device is sent here, not in a step
+            batch.averaging(tuple(range(len(batch.tensors))))
         self._stepping: list[tuple[_Batch, tuple[int, ...]]] = []
 
     @torch.no_grad()
