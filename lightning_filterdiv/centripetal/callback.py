@@ -380,7 +380,7 @@ class CentripetalSGD(FilterCallback):
             KeyError: the checkpoint holds no clusters of CentripetalSGD.
         """
         clusters: dict[str, Tensor] = {}
-        for state in _states(checkpoint):
+        for state in saved_states(checkpoint):
             clusters |= state["extra"]["clusters"]
         if not clusters:
             raise KeyError(
@@ -426,7 +426,8 @@ class CentripetalSGD(FilterCallback):
         return merge_with_report(model, clusters, example_inputs, network=network, tolerance=tolerance)
 
 
-def _states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+def saved_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What checkpoints keep of every CentripetalSGD."""
     saved = checkpoint.get("callbacks") or {}
     return [state for key, state in saved.items() if str(key).startswith(f"{CentripetalSGD.__qualname__}{{")]
 
