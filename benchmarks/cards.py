@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import events, launches, overhead, quality
+from benchmarks import events, launches, overhead, quality, squeeze
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,6 +29,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_repr": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" in m or m == "baseline"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
     "overhead": _overhead,
+    "squeeze": lambda: squeeze.table(squeeze.RESULTS),
+    "squeeze_merge": lambda: squeeze.merge_table(squeeze.RESULTS),
+    "squeeze_latency": lambda: squeeze.latency_table(squeeze.RESULTS / "latency.json"),
     "launches": lambda: launches.table(json.loads(launches.RESULT.read_text())["counts"]),
 }
 

@@ -264,6 +264,8 @@ def table(folder: Path) -> str:
 def merge_table(folder: Path) -> str:
     """Markdown: what merging itself did, one column per seed."""
     runs = results(folder).get("csgd", [])
+    if not runs:
+        return "Not yet run."
     lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "accuracy before the merge": lambda r: f"{100 * r['accuracy_before_merge']:.2f} %",
         "accuracy after the merge": lambda r: f"{100 * r['test_accuracy']:.2f} %",
@@ -284,6 +286,8 @@ def merge_table(folder: Path) -> str:
 
 def latency_table(path: Path) -> str:
     """Markdown."""
+    if not path.exists():
+        return "Not yet measured."
     found = json.loads(path.read_text())
     rows = ["| | narrow / original |", "|---|---|", f"| MACs | {found['macs_ratio']:.3f} |"]
     for batch in (1, 64):
