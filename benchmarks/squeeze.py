@@ -89,6 +89,7 @@ def data(seed: int) -> tuple[SeededBatches, Tensor, Tensor]:
 
 def train(net: nn.Module, epochs: int, loader: SeededBatches, callbacks: Sequence[Callback] = ()) -> nn.Module:
     """Train ``net`` in place."""
+    net.train()  # judged before, it is in eval mode, and Lightning leaves modes as they are
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, logger=False, callbacks=list(callbacks),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

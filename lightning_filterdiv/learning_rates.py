@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -148,7 +149,9 @@ class _Simulation:
 
     def _advance(self) -> None:
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns of a wrong order
-        self._scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the copy's optimizer is not the one torch has wrapped
+            self._scheduler.step()
 
 
 def _plain_scheduler_step(module: pl.LightningModule) -> Any:

@@ -88,8 +88,10 @@ def solve_strength(
 ) -> Solution:
     """The smallest strength whose recursion reaches ``K = target`` in every group.
 
-    Above ``lr * (eps + eta) = (1 - sqrt(mu))^2`` momentum makes the deviation oscillate, and no strength shrinks it by
-    much more than ``sqrt(mu)`` a step: a short fit may have no solution.
+    Above ``lr * (eps + eta) = (1 - sqrt(mu))^2`` momentum makes the deviation oscillate; heavy-ball momentum then
+    shrinks it by about ``sqrt(mu)`` a step at most, whatever the strength, so that a short fit may have no solution.
+    Nesterov's shrinks it by ``sqrt(mu * (1 - lr * (eps + eta)))``, so that a strength near ``1 / lr`` ties clusters
+    almost at once.
 
     Args:
         groups: settings of the parameter groups that hold clustered tensors, step by step.

@@ -238,8 +238,10 @@ def test_a_budget_that_is_too_short_is_told_before_the_first_step() -> None:
 
 
 def test_a_fit_that_no_strength_can_save_is_told_so() -> None:
+    model = Classifier()
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.05, 0.9)  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match=r"no strength reaches it in 12 steps.*train longer"):
-        fit([CentripetalSGD()], max_epochs=2)
+        fit([CentripetalSGD()], model=model, max_epochs=2)
 
 
 def test_norm_clipping_is_measured_and_the_forecast_corrected(tmp_path: Path) -> None:
