@@ -24,11 +24,19 @@ def _overhead() -> str:
     return f"{overhead.table(costs)}\n\n{result['device']}, torch {result['torch']}, batch {result['batch']}, 32x32."
 
 
+def _peers() -> str:
+    path = ROOT / "benchmarks" / "results" / "channel_graph_peers.md"
+    if not path.exists():
+        return "Not yet run."
+    return "\n".join(line for line in path.read_text().splitlines() if line.startswith("|"))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" not in m]),
     "fm5k_repr": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" in m or m == "baseline"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
     "overhead": _overhead,
+    "channel_graph_peers": _peers,
     "squeeze": lambda: squeeze.table(squeeze.RESULTS),
     "squeeze_merge": lambda: squeeze.merge_table(squeeze.RESULTS),
     "squeeze_latency": lambda: squeeze.latency_table(squeeze.RESULTS / "latency.json"),
