@@ -155,8 +155,6 @@ def _csgd(seed: int, folder: Path) -> dict[str, Any]:
         "largest_deviation": callback.largest_deviation,
         "projection": report.projection,
         "trim": report.trim,
-        "macs_before": report.macs_before,
-        "parameters_before": report.parameters_before,
     }
 
 
@@ -267,6 +265,7 @@ def merge_table(folder: Path) -> str:
     runs = results(folder).get("csgd", [])
     if not runs:
         return "Not yet run."
+    start = {run["seed"]: run for run in results(folder)["trained"]}
     lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "accuracy before the merge": lambda r: f"{100 * r['accuracy_before_merge']:.2f} %",
         "accuracy after the merge": lambda r: f"{100 * r['test_accuracy']:.2f} %",
@@ -276,8 +275,8 @@ def merge_table(folder: Path) -> str:
         "largest measured deviation of a tensor": lambda r: f"{r['largest_deviation']:.1e}",
         "projection changes outputs by (relative)": lambda r: f"{r['projection']:.1e}",
         "trimming changes outputs by (relative, float64)": lambda r: f"{r['trim']:.1e}",
-        "MACs": lambda r: f"{100 * (r['macs'] / r['macs_before'] - 1):+.1f} %",
-        "parameters": lambda r: f"{100 * (r['parameters'] / r['parameters_before'] - 1):+.1f} %",
+        "MACs": lambda r: f"{100 * (r['macs'] / start[r['seed']]['macs'] - 1):+.1f} %",
+        "parameters": lambda r: f"{100 * (r['parameters'] / start[r['seed']]['parameters'] - 1):+.1f} %",
     }
     seeds = " | ".join(f"seed {run['seed']}" for run in runs)
     rows = [f"| | {seeds} |", f"|---{'|---' * len(runs)}|"]
