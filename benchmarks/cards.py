@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import channel_graph_cost, channel_graph_peers, events, launches, overhead, quality
+from benchmarks import channel_graph_cost, channel_graph_peers, events, launches, overhead, quality, squeeze
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -36,6 +36,9 @@ TABLES: dict[str, Callable[[], str]] = {
         json.loads(channel_graph_peers.RESULT.read_text())["rows"]
     ),
     "overhead": _overhead,
+    "squeeze": lambda: squeeze.table(squeeze.RESULTS),
+    "squeeze_merge": lambda: squeeze.merge_table(squeeze.RESULTS),
+    "squeeze_latency": lambda: squeeze.latency_table(squeeze.RESULTS / "latency.json"),
     "launches": lambda: launches.table(json.loads(launches.RESULT.read_text())["counts"]),
 }
 

@@ -26,6 +26,12 @@ from torch.optim import Optimizer
 
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.async_update import AsynchronousUpdate
+from lightning_filterdiv.centripetal import (
+    CentripetalUpdate,
+    ClusteredTensor,
+    cluster_channels,
+    clustered_tensors,
+)
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import filter_matrix, select_filters
 from lightning_filterdiv.repr_.functional import rank_filters, select_dropped
@@ -72,6 +78,38 @@ def sub_network_phase(model: nn.Module, optimizer: Optimizer) -> Hooks:
     return (lambda step: hold.before_step(optimizer)), (lambda: hold.after_step(optimizer))
 
 
+def _clustered(model: nn.Module) -> list[ClusteredTensor]:
+    """Everything that C-SGD acts on in a ResNet, 5/8 as many clusters as channels."""
+    graph = ChannelGraph.trace(model, torch.zeros(2, 3, 32, 32, device=next(model.parameters()).device))
+    return clustered_tensors(model, graph, cluster_channels(model, graph, 0.625, method="even"))
+
+
+def centripetal(model: nn.Module, optimizer: Optimizer) -> Hooks:
+    """C-SGD, batched by shape."""
+    update = CentripetalUpdate(_clustered(model), optimizer, strength=0.03)
+    return (lambda step: update.before_step()), update.after_step
+
+
+def per_layer_products(model: nn.Module, optimizer: Optimizer) -> Hooks:
+    """C-SGD as the official code has it: two matrix products per tensor, with Gamma and with eps (1 - Gamma)."""
+    entries: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+    for tensor in _clustered(model):
+        same = torch.tensor(tensor.clusters)[:, None] == torch.tensor(tensor.clusters)[None]
+        average = (same / same.sum(1, keepdim=True)).to(tensor.parameter.device)
+        pull = 0.03 * (torch.eye(len(average), device=average.device) - average)
+        entries.append((tensor.parameter, average, pull))
+
+    def before(step: int) -> None:
+        with torch.no_grad():
+            for parameter, average, pull in entries:
+                if parameter.grad is not None:
+                    rows = parameter.grad.reshape(len(average), -1)
+                    edited = average @ rows + pull @ parameter.reshape(len(average), -1)
+                    parameter.grad.copy_(edited.view_as(parameter))
+
+    return before, lambda: None
+
+
 METHODS: dict[str, Callable[[nn.Module, Optimizer], Hooks]] = {
     "A/A": lambda model, optimizer: (lambda step: None, lambda: None),
     "wau": _update(),
@@ -79,6 +117,8 @@ METHODS: dict[str, Callable[[nn.Module, Optimizer], Hooks]] = {
     "wau official": _update(axis="in", sampling="with_replacement"),
     "repr sub-network phase": sub_network_phase,
     "naive per-layer wau": naive_update,
+    "csgd": centripetal,
+    "official per-layer csgd": per_layer_products,
 }
 
 

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 import lightning_filterdiv
+from lightning_filterdiv.centripetal import command as merge
 from lightning_filterdiv.demo import run as demo
+from lightning_filterdiv.model_source import ModelSourceError
 
 __all__ = ["main"]
 
@@ -49,12 +51,15 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
+    merge.add_arguments(
+        commands.add_parser("merge", help="make the narrow network from a checkpoint of a fit with CentripetalSGD")
+    )
     for name, text in _TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run}
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run, "merge": merge.run}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in _TRAINING:
         return _training(arguments)
     options = _parser().parse_args(arguments)
-    return _COMMANDS[options.command](options)
+    try:
+        return _COMMANDS[options.command](options)
+    except ModelSourceError as error:
+        print(f"filterdiv {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -3,66 +3,155 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import math
+import warnings
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from torch.optim import Optimizer
 
-__all__ = ["forecast_learning_rates"]
+__all__ = ["StepSettings", "forecast_learning_rates", "forecast_settings", "steps_per_epoch"]
+
+
+class StepSettings(NamedTuple):
+    """What a parameter group has at one optimizer step: rates as numbers, options as the optimizer names them."""
+
+    lr: float
+    weight_decay: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    decoupled_weight_decay: bool = False
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> StepSettings:
+        """Settings of an optimizer's parameter group; what it does not have counts as zero."""
+        return cls(
+            float(group["lr"]),
+            float(group.get("weight_decay", 0.0)),
+            float(group.get("momentum", 0.0)),
+            float(group.get("dampening", 0.0)),
+            bool(group.get("nesterov", False)),
+            bool(group.get("decoupled_weight_decay", False)),
+        )
+
+
+def steps_per_epoch(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps in an epoch, the last one possibly on fewer batches; ``None``: nobody knows."""
+    batches = trainer.num_training_batches
+    return None if batches == float("inf") else max(1, math.ceil(batches / trainer.accumulate_grad_batches))
 
 
 def forecast_learning_rates(trainer: pl.Trainer, epochs: int) -> list[float] | str:
     """Learning rate of the first optimizer's first parameter group in each of ``epochs`` epochs from epoch 0.
 
-    The scheduler is simulated on a copy that shares the parameters (a plain deepcopy would duplicate them and the
-    momentum) and has no optimizer state; interval and frequency are honoured. Within an epoch the mean is taken.
+    Within an epoch the mean is taken.
 
     Returns:
         ``epochs`` numbers, or a string with the reason why no forecast can be made.
     """
-    module = trainer.lightning_module
-    if not module.automatic_optimization:
-        return "manual optimization steps its schedulers itself"
-    if trainer.current_epoch > 0 or trainer.global_step > 0:
+    if trainer.lightning_module.automatic_optimization and (trainer.current_epoch > 0 or trainer.global_step > 0):
         return "the fit is already under way"
-    if not trainer.optimizers:
-        return "there is no optimizer"
-    if type(module).lr_scheduler_step is not _plain_scheduler_step(module):
-        return "lr_scheduler_step is overridden"
-    optimizer = trainer.optimizers[0]
-    rate = float(optimizer.param_groups[0]["lr"])
-    configs = [config for config in trainer.lr_scheduler_configs if config.scheduler.optimizer is optimizer]
-    if not configs:
-        return [rate] * epochs
-    if len(configs) > 1:
-        return "the optimizer has several schedulers"
-    config = configs[0]
-    if config.reduce_on_plateau:
-        return "the schedule depends on a metric"
-    steps = trainer.num_training_batches
-    if config.interval == "step" and steps == float("inf"):
+    simulation = _Simulation.of(trainer, 0) if trainer.optimizers else "there is no optimizer"
+    if isinstance(simulation, str):
+        return simulation
+    # Without a schedule that moves inside an epoch, its number of steps is not needed.
+    per_epoch = (steps_per_epoch(trainer) if simulation.interval == "step" else 1) or 1
+    steps = simulation.steps(0, per_epoch)
+    return [fmean(next(steps)[0].lr for _ in range(per_epoch)) for _ in range(epochs)]
+
+
+def forecast_settings(trainer: pl.Trainer, index: int = 0) -> list[list[StepSettings]] | str:
+    """Settings of every parameter group of one optimizer at every step from now to the end of the fit.
+
+    Args:
+        trainer: in a fit, before the step that comes first.
+        index: which of ``trainer.optimizers``.
+
+    Returns:
+        One list per step with one entry per group, or a string with the reason why no forecast can be made.
+    """
+    simulation = _Simulation.of(trainer, index)
+    if isinstance(simulation, str):
+        return simulation
+    per_epoch = steps_per_epoch(trainer)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    if any(type(c).__name__ == "GradientAccumulationScheduler" and len(c.scheduling) > 1 for c in callbacks):
+        return "the number of accumulated batches changes during the fit"
+    limits: list[int] = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        if per_epoch is None:
+            return "the number of steps per epoch is unknown"
+        limits.append(trainer.max_epochs * per_epoch)
+    if not limits:
+        return "the length of the fit is unknown (neither max_epochs nor max_steps)"
+    if per_epoch is None and simulation.interval:
         return "the number of steps per epoch is unknown"
-    memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    memo[id(optimizer.state)] = type(optimizer.state)(dict)
-    memo |= {id(child): child for child in (module, trainer)}
-    try:
-        scheduler = copy.deepcopy(config.scheduler, memo)
-    except Exception as error:  # whatever a user's scheduler holds on to
-        return f"the scheduler cannot be copied ({type(error).__name__})"
-    shadow = scheduler.optimizer
-    rates: list[float] = []
-    per_epoch = max(1, -(-int(steps) // trainer.accumulate_grad_batches)) if config.interval == "step" else 1
-    done = 0
-    for epoch in range(epochs):
-        total = 0.0
-        for _ in range(per_epoch):
-            total += float(shadow.param_groups[0]["lr"])
-            done += 1
-            if config.interval == "step" and done % config.frequency == 0:
-                _advance(scheduler, shadow)
-        rates.append(total / per_epoch)
-        if config.interval == "epoch" and (epoch + 1) % config.frequency == 0:
-            _advance(scheduler, shadow)
-    return rates
+    done = trainer.global_step
+    steps = simulation.steps(done, per_epoch or max(limits))
+    return [next(steps) for _ in range(max(0, min(limits) - done))]
+
+
+class _Simulation:
+    """A copy of an optimizer's schedule that shares the parameters and has no optimizer state."""
+
+    def __init__(self, trainer: pl.Trainer, optimizer: Optimizer, scheduler: Any, config: Any) -> None:
+        self._trainer, self._optimizer, self._scheduler = trainer, optimizer, scheduler
+        self._frequency = 1 if config is None else int(config.frequency)
+        #: "step", "epoch", or "" without a schedule.
+        self.interval: str = "" if config is None else str(config.interval)
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer, index: int) -> _Simulation | str:
+        """The simulation, or why there can be none."""
+        module = trainer.lightning_module
+        if not module.automatic_optimization:
+            return "manual optimization steps its schedulers itself"
+        if type(module).lr_scheduler_step is not _plain_scheduler_step(module):
+            return "lr_scheduler_step is overridden"
+        optimizer = trainer.optimizers[index]
+        configs = [config for config in trainer.lr_scheduler_configs if config.scheduler.optimizer is optimizer]
+        if not configs:
+            return cls(trainer, optimizer, None, None)
+        if len(configs) > 1:
+            return "the optimizer has several schedulers"
+        config = configs[0]
+        if config.reduce_on_plateau:
+            return "the schedule depends on a metric"
+        if config.interval == "step" and trainer.num_training_batches == float("inf"):
+            return "the number of steps per epoch is unknown"
+        # A plain deepcopy would duplicate the parameters and the momentum.
+        memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        memo[id(optimizer.state)] = type(optimizer.state)(dict)
+        memo |= {id(child): child for child in (module, trainer)}
+        try:
+            scheduler = copy.deepcopy(config.scheduler, memo)
+        except Exception as error:  # whatever a user's scheduler holds on to
+            return f"the scheduler cannot be copied ({type(error).__name__})"
+        return cls(trainer, scheduler.optimizer, scheduler, config)
+
+    def steps(self, done: int, per_epoch: int) -> Iterator[list[StepSettings]]:
+        """Settings of all groups at step ``done``, ``done + 1``, ... for ever."""
+        batches, accumulate = self._trainer.num_training_batches, self._trainer.accumulate_grad_batches
+        epoch, step = divmod(done, per_epoch)
+        while True:
+            yield [StepSettings.of(group) for group in self._optimizer.param_groups]
+            step += 1
+            # Lightning counts batches, not steps, against the frequency.
+            if self.interval == "step" and min(step * accumulate, batches) % self._frequency == 0:
+                self._advance()
+            if step == per_epoch:
+                epoch, step = epoch + 1, 0
+                if self.interval == "epoch" and epoch % self._frequency == 0:
+                    self._advance()
+
+    def _advance(self) -> None:
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns of a wrong order
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the copy's optimizer is not the one torch has wrapped
+            self._scheduler.step()
 
 
 def _plain_scheduler_step(module: pl.LightningModule) -> Any:
@@ -71,8 +160,3 @@ def _plain_scheduler_step(module: pl.LightningModule) -> Any:
         if base.__name__ == "LightningModule":
             return vars(base)["lr_scheduler_step"]
     return None
-
-
-def _advance(scheduler: Any, optimizer: Any) -> None:
-    optimizer._opt_called = True  # else torch warns that the scheduler ran before the optimizer
-    scheduler.step()

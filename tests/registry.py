@@ -10,8 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_filterdiv import FilterCallback, FilterSimilarityMonitor, RePr, WeightAsynchronousUpdate
+from lightning_filterdiv import (
+    CentripetalSGD,
+    FilterCallback,
+    FilterSimilarityMonitor,
+    RePr,
+    WeightAsynchronousUpdate,
+)
 from lightning_filterdiv.async_update import AsynchronousUpdate
+from lightning_filterdiv.centripetal import CentripetalUpdate, ClusteredTensor
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold
 
@@ -32,6 +39,7 @@ class Case:
         trains_differently: whether weights differ from a run without the callback.
         per_step: its per-step path without Lightning, for the fake-GPU and launch-count suites; ``None``: it has none.
         gradients_only: it writes gradients back, one operation per tensor on a CPU (one kernel for all on a GPU).
+        refused_precisions: values of Trainer's ``precision`` that it refuses.
     """
 
     name: str
@@ -41,6 +49,7 @@ class Case:
     trains_differently: bool = True
     per_step: PerStep | None = None
     gradients_only: bool = False
+    refused_precisions: tuple[str, ...] = ()
 
     def make(self, **overrides: Any) -> FilterCallback:
         return self.cls(**(self.arguments | overrides))
@@ -64,6 +73,17 @@ def _hold_step(model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[int], 
                 rows.append(HeldRows(parameter, torch.arange(3, device=parameter.device), dim=1))
     hold = RowHold(rows)
     return (lambda step: hold.before_step(optimizer)), (lambda: hold.after_step(optimizer))
+
+
+def _centripetal_step(model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """Every kernel and norm in even clusters, 5/8 as many as filters."""
+    tensors = []
+    for name, parameter in model.named_parameters():
+        if "classifier" not in name:
+            clusters = tuple(i * 5 // 8 for i in range(len(parameter)))
+            tensors.append(ClusteredTensor(name, parameter, 0, clusters))
+    update = CentripetalUpdate(tensors, optimizer, strength=0.05)
+    return (lambda step: update.before_step()), update.after_step
 
 
 _SELECTION: tuple[Wrong, ...] = (
@@ -129,6 +149,34 @@ CASES: tuple[Case, ...] = (
         ),
         per_step=_hold_step,
         gradients_only=True,
+    ),
+    Case(
+        name="csgd",
+        cls=CentripetalSGD,
+        arguments={"strength": 0.05},
+        wrong=(
+            *_SELECTION,
+            ({"keep_fraction": 0}, ValueError, "0 < keep_fraction <= 1, got 0"),
+            ({"keep_fraction": 1.2}, ValueError, "0 < keep_fraction <= 1, got 1.2"),
+            ({"keep_fraction": "most"}, TypeError, "keep_fraction must be a number"),
+            ({"keep_fraction": {}}, ValueError, "keep_fraction={} squeezes no layer"),
+            ({"keep_fraction": {"net.3": 1.2}}, ValueError, "0 < keep_fraction['net.3'] <= 1, got 1.2"),
+            (
+                {"keep_fraction": {3: 0.5}},
+                TypeError,
+                "keep_fraction must map name patterns to fractions, got the key 3",
+            ),
+            ({"strength": 0}, ValueError, "0 < strength, got 0"),
+            ({"strength": "strong"}, ValueError, "strength must be a number > 0 or 'auto', got 'strong'"),
+            ({"strength": float("nan")}, ValueError, "strength must be a finite number"),
+            ({"vector_strength": -1.0}, ValueError, "0 < vector_strength, got -1.0"),
+            ({"clustering": "fuzzy"}, ValueError, "clustering must be one of 'kmeans', 'even', 'imbalanced'"),
+            ({"network": 3}, TypeError, "network must be the name of a submodule"),
+            ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+        ),
+        per_step=_centripetal_step,
+        gradients_only=True,
+        refused_precisions=("bf16-true",),
     ),
     Case(
         name="monitor",

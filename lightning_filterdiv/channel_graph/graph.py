@@ -157,6 +157,12 @@ class ChannelGraph:
         self._check()
         return model
 
+    @property
+    def current(self) -> bool:
+        """Whether the traced network still exists and has the structure that was traced."""
+        model = self._model()
+        return model is not None and structure(model) == self._structure
+
     def _check(self) -> None:
         """Raise if the model (as far as it still exists) is not what was traced."""
         model = self._model()

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.callback import FilterCallback, optimizer_index
+from lightning_filterdiv.example_inputs import ExampleInputs
 from lightning_filterdiv.filters import (
     Conv,
     NoLayersError,
@@ -28,7 +29,6 @@ from lightning_filterdiv.filters import (
 )
 from lightning_filterdiv.optimizer_state import RowHold
 from lightning_filterdiv.randomness import keyed_generator
-from lightning_filterdiv.repr_.example_inputs import ExampleInputs
 from lightning_filterdiv.repr_.functional import (
     Criterion,
     RePrEvent,

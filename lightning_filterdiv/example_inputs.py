@@ -59,12 +59,12 @@ class ExampleInputs:
         return self._graph is not None or not self._captured or self._called() is not None
 
     def trace(self) -> ChannelGraph:
-        """The channel graph; traced once.
+        """The channel graph; traced once, and again where the structure of the model changed since.
 
         Raises:
             ExampleInputsError: no example inputs are known; the message says how to give them.
         """
-        if self._graph is None:
+        if self._graph is None or not self._graph.current:
             if not self._captured:
                 self._graph = ChannelGraph.trace(self._module)
             elif (called := self._called()) is not None:

@@ -1,0 +1,469 @@
+"""The ``CentripetalSGD`` callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_filterdiv.arguments import check_choice, check_integer, check_number
+from lightning_filterdiv.callback import FilterCallback, optimizer_index
+from lightning_filterdiv.centripetal.budget import Budget, ClipMeter
+from lightning_filterdiv.centripetal.clusters import (
+    ClusteredTensor,
+    Clustering,
+    KeepFraction,
+    check_keep_fraction,
+    cluster_channels,
+    clustered_tensors,
+    kept_fractions,
+)
+from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
+from lightning_filterdiv.centripetal.functional import CentripetalUpdate, relative_deviations
+from lightning_filterdiv.centripetal.merge import MergeReport, merge_with_report
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
+from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.example_inputs import ExampleInputs
+from lightning_filterdiv.filters import CONVOLUTIONS, Conv, NoLayersError, canonical_name, select_filters
+
+__all__ = ["CentripetalSGD"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class CentripetalSGD(FilterCallback):
+    """Train filters of a cluster to become equal (C-SGD), so that they can be merged without any loss.
+
+    Ding, Ding, Guo, Han: "Centripetal SGD for Pruning Very Deep Convolutional Networks with Complicated Structure",
+    CVPR 2019. Channels are clustered once, after the first forward call; from then on every gradient is averaged inside
+    its cluster and its members are pulled together, in every tensor that holds something for that channel. After the
+    fit :meth:`merge` returns the narrow network.
+
+    Args:
+        keep_fraction: share of every layer's channels to keep, in (0, 1], or a dict of layer pattern -> share (layers
+            that no pattern matches keep all).
+        strength: eps, the centripetal strength, or ``"auto"``: the smallest that reaches ``K = 18`` in this fit.
+        vector_strength: eps for biases and for scales and shifts of norms; ``None``: the same (the official code: a
+            tenth).
+        clustering: ``"kmeans"`` on the kernels, ``"even"`` blocks, or ``"imbalanced"``: one large cluster.
+        network: trace only this submodule, for example ``"backbone"`` of a detector.
+        include: patterns of layers; ``None`` for every convolution. Channels are squeezed where every convolution that
+            shares them is chosen.
+        exclude: patterns of layers to leave out.
+        seed: of k-means.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    gradient_stage = 20
+
+    def __init__(
+        self,
+        *,
+        keep_fraction: float | dict[str, float] = 0.625,
+        strength: float | Literal["auto"] = "auto",
+        vector_strength: float | None = None,
+        clustering: Clustering = "kmeans",
+        network: str | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        seed: int = 0,
+        check_ranks_every_n_steps: int = 0,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
+        self.keep_fraction: KeepFraction = check_keep_fraction(keep_fraction)
+        if isinstance(strength, str) and strength != "auto":
+            raise ValueError(f"strength must be a number > 0 or 'auto', got {strength!r}")
+        self.strength: float | str = (
+            strength if isinstance(strength, str) else check_number("strength", strength, above=0)
+        )
+        self.vector_strength = (
+            None if vector_strength is None else check_number("vector_strength", vector_strength, above=0.0)
+        )
+        self.clustering = check_choice("clustering", clustering, Clustering)
+        if network is not None and not isinstance(network, str):
+            raise TypeError(f"network must be the name of a submodule or None, got {network!r}")
+        self.network = network
+        self.seed = check_integer("seed", seed, low=0)
+        #: Group name -> (size,) cluster index of each channel; empty before the first forward call.
+        self.clusters: dict[str, Tensor] = {}
+        #: The strength in use; ``None`` before the first step.
+        self.resolved_strength: float | None = None
+        #: Layer -> why (some of) its channels are left alone.
+        self.left_alone: dict[str, str] = {}
+        self._seen: list[str] = []  # groups that a clustering was decided for, also those that keep all channels
+        self._budget = Budget()
+        self._clip = ClipMeter()
+        self._tensors: list[ClusteredTensor] = []
+        self._updates: dict[int, CentripetalUpdate] = {}
+        self._announced: set[int] = set()
+        self._inputs: ExampleInputs | None = None
+        self._saved_inputs: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ what a user may ask
+
+    @property
+    def forecast_k(self) -> float | None:
+        """The smallest K forecast for a tensor of this fit; ``None``: no forecast."""
+        return min(self._budget.forecast.values(), default=None)
+
+    @property
+    def forecast(self) -> dict[str, float]:
+        """Tensor name -> K forecast at the start: its deviation shrinks by ``exp(-K)`` over the fit."""
+        return dict(self._budget.forecast)
+
+    def deviations(self) -> dict[str, float]:
+        """Tensor name -> ``|w - cluster mean| / |w|`` now, of every clustered tensor, kernels and vectors."""
+        return relative_deviations(self._tensors) if self._tensors else dict(self._budget.measured)
+
+    @property
+    def largest_deviation(self) -> float | None:
+        """The largest of :meth:`deviations`; ``None`` before the first step."""
+        return max(self.deviations().values(), default=None)
+
+    # ------------------------------------------------------------------ start
+
+    def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
+        """Every convolution, transposed ones too, inside ``network``."""
+        prefix = "" if self.network is None else f"{self.network}."
+        found = select_filters(pl_module, ["*"] if self.include is None else self.include, self.exclude)
+        inside = {name: conv for name, conv in found.items() if name.startswith(prefix)}
+        if not inside:
+            raise NoLayersError(
+                f"network={self.network!r} is no submodule with convolutions that include and exclude leave; "
+                f"the selected layers are {', '.join(list(found)[:6])}"
+            )
+        return inside
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check optimizers and precision, wait for the first forward call or start at once if its inputs are known."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise MisconfigurationException(
+                    "CentripetalSGD edits the gradient of single filters, and LBFGS mixes those of the whole network; "
+                    "use SGD, or Adam and its relatives"
+                )
+            if any(group.get("maximize") for group in optimizer.param_groups):
+                raise MisconfigurationException(
+                    f"CentripetalSGD needs {type(optimizer).__name__} with maximize=False: maximizing would push the "
+                    f"members of a cluster apart; negate the loss instead"
+                )
+        for name, conv in self.layers.items():
+            if conv.weight.dtype in _HALF:
+                raise MisconfigurationException(
+                    f"CentripetalSGD needs parameters in float32 or float64, {name!r} is {conv.weight.dtype}: the pull "
+                    f"would be rounded away. Use precision='bf16-mixed' or '16-mixed'"
+                )
+        self._clip.watch(trainer)
+        for index, optimizer in enumerate(trainer.optimizers):
+            self.after_optimizer_step(optimizer, partial(self._after_step, index))
+        self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
+        if self._inputs.known:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Trace, cluster what is not clustered yet, forecast, and get ready to edit gradients."""
+        assert self._inputs is not None
+        graph = self._inputs.trace()
+        groups = self._choose_groups(graph, trainer, pl_module)
+        # On every rank: an error on one of them alone would leave the others waiting.
+        kept_fractions(graph.groups, self.keep_fraction)
+        new = [name for name in groups if name not in self._seen]
+        if new:
+            found: dict[str, Tensor] | None = None
+            if trainer.is_global_zero:
+                found = cluster_channels(
+                    pl_module, graph, self.keep_fraction, method=self.clustering, seed=self.seed, groups=new
+                )
+            found = trainer.strategy.broadcast(found)
+            assert found is not None
+            self.clusters |= {name: index.cpu() for name, index in found.items()}
+            self._seen += new
+        active = {name: index for name, index in self.clusters.items() if name in groups}
+        self._check_clusters(graph, active)
+        if not active:
+            raise NoLayersError(
+                f"CentripetalSGD would leave every channel as it is: keep_fraction={self.keep_fraction!r} removes none"
+                + "".join(f"; {layer}: {reason}" for layer, reason in list(self.left_alone.items())[:3])
+            )
+        self._tensors = clustered_tensors(pl_module, graph, active)
+        self._start(trainer, first=bool(new))
+
+    def _choose_groups(
+        self, graph: ChannelGraph, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, ChannelGroup]:
+        """Groups of channels to squeeze; what stays as it is gets a reason in :attr:`left_alone`."""
+        tensors = named_tensors(pl_module)
+        owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        convolutions = {
+            canonical_name(name) for name, module in pl_module.named_modules() if isinstance(module, CONVOLUTIONS)
+        }
+        self.left_alone = {name: reason for name, reason in graph.pinned.items() if name in self.layers}
+        chosen: dict[str, ChannelGroup] = {}
+        for group in graph.groups:
+            own = [layer for layer in group.layers if layer in convolutions]
+            outside = [layer for layer in own if layer not in self.layers]
+            frozen = [
+                part.tensor
+                for part in group.parts
+                if part.kind != "consumer"
+                and isinstance(parameter := tensors[part.tensor], nn.Parameter)
+                and not (parameter.requires_grad and id(parameter) in owned)
+            ]
+            if not own or len(outside) == len(own):
+                continue
+            if outside or frozen:
+                what = f"{outside[0]!r} is not chosen" if outside else f"{frozen[0]!r} is frozen or in no optimizer"
+                self.left_alone |= {layer: f"it shares channels and {what}" for layer in own if layer in self.layers}
+            else:
+                chosen[group.name] = group
+        for name in self.layers:
+            if name not in graph.layers:
+                self.left_alone[name] = "it is not part of the traced network"
+        if self.left_alone:
+            listed = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_alone.items())
+            rank_zero_info(f"CentripetalSGD leaves channels of these layers alone: {listed}")
+        return chosen
+
+    def _check_clusters(self, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> None:
+        wrong = [name for name, index in clusters.items() if index.shape != (graph.group(name).size,)]
+        if wrong:
+            raise MisconfigurationException(
+                f"the clusters in the checkpoint belong to another network: {wrong[0]!r} has "
+                f"{len(clusters[wrong[0]])} channels there, {graph.group(wrong[0]).size} here"
+            )
+
+    def _start(self, trainer: pl.Trainer, first: bool) -> None:
+        if self.resolved_strength is None:
+            self.resolved_strength = self._budget.resolve(trainer, self._tensors, self.strength, self.vector_strength)
+        if first:
+            self._budget.announce(trainer, self._tensors, self.resolved_strength, self.vector_strength, self.clusters)
+        for index, optimizer in enumerate(trainer.optimizers):
+            update = CentripetalUpdate(
+                self._tensors, optimizer, strength=self.resolved_strength, vector_strength=self.vector_strength
+            )
+            if not update.tensors:
+                continue
+            self._updates[index] = update
+            if first:
+                try:
+                    update.equalise_state()
+                except ValueError as error:
+                    raise MisconfigurationException(f"CentripetalSGD cannot use this optimizer: {error}") from error
+
+    # ------------------------------------------------------------------ steps
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Average gradients inside clusters and add the pull."""
+        if not self._tensors:
+            self._begin(trainer, pl_module)
+        index = optimizer_index(trainer, optimizer)
+        self._announced.add(index)
+        if (update := self._updates.get(index)) is not None:
+            update.before_step(_gradient_scale(trainer, update))
+            self._clip.before_step(update)
+
+    def _after_step(self, index: int) -> None:
+        if index not in self._announced:
+            raise RuntimeError(
+                "an optimizer step reached CentripetalSGD without on_before_optimizer_step: in manual optimization "
+                "call "
+                "step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
+            )
+        self._announced.discard(index)
+        if (update := self._updates.get(index)) is not None:
+            self._clip.after_step(update)
+            update.after_step()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the deviation of every tensor, and the forecast corrected for gradient clipping."""
+        if not self._tensors:
+            return
+        self._budget.measured = relative_deviations(self._tensors)
+        numbers = self._budget.metrics(self._tensors)
+        if (coefficient := self._clip.mean) is not None:
+            numbers["clip_coefficient"] = coefficient
+            corrected = self._budget.corrected(coefficient)
+            if corrected is not None:
+                numbers["forecast_k_clipped"] = corrected
+                if trainer.current_epoch == 0 and corrected < LOSSLESS_K <= (self.forecast_k or 0.0):
+                    rank_zero_warn(
+                        f"gradient clipping multiplies the pull of CentripetalSGD by {coefficient:.2f} on average: K "
+                        f"will "
+                        f"be about {corrected:.1f}, not {self.forecast_k:.1f}, and below {LOSSLESS_K:.0f} merging is "
+                        f"not "
+                        f"lossless. Raise gradient_clip_val, the strength or the number of epochs"
+                    )
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {f"filterdiv/centripetal/{name}": value for name, value in numbers.items()}, trainer.global_step
+                )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how far the clusters got."""
+        if self._tensors:
+            self._budget.measured = relative_deviations(self._tensors)
+            worst = max(self._budget.measured, key=self._budget.measured.__getitem__)
+            rank_zero_info(
+                f"CentripetalSGD: the largest deviation from a cluster's mean is {self._budget.measured[worst]:.1e} "
+                f"of the "
+                f"norm ({worst})"
+            )
+
+    # ------------------------------------------------------------------ end, state
+
+    def release(self) -> None:
+        """Stop editing and capturing; clusters stay in the state."""
+        self._updates, self._tensors, self._announced = {}, [], set()
+        self._clip.release()
+        if self._inputs is not None:
+            self._saved_inputs = self._inputs.state() or self._saved_inputs
+            self._inputs.close()
+            self._inputs = None
+
+    def reset(self) -> None:
+        """Forget the clusters of an earlier fit."""
+        self.clusters, self._seen, self.resolved_strength, self._saved_inputs = {}, [], None, None
+        self._budget, self._clip = Budget(), ClipMeter()
+
+    def touched_tensors(self) -> dict[str, Tensor]:
+        """Every clustered tensor."""
+        return {tensor.name: tensor.parameter for tensor in self._tensors}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Clusters, strength, forecast, and the shapes to trace with."""
+        return {
+            "clusters": {name: index.clone() for name, index in self.clusters.items()},
+            "seen": list(self._seen),
+            "strength": self.resolved_strength,
+            "forecast": dict(self._budget.forecast),
+            "clip": self._clip.state(),
+            "inputs": (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs,
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`extra_state`."""
+        clusters, strength = state["clusters"], state["strength"]
+        if not isinstance(clusters, dict) or not all(isinstance(index, Tensor) for index in clusters.values()):
+            raise TypeError("clusters must be a dict of tensors, and clip must be a list of two numbers")
+        if strength is not None and not isinstance(strength, float):
+            raise TypeError(f"strength must be a number or None, got {strength!r}")
+        self._clip.load(state["clip"])
+        self._seen = [str(name) for name in state["seen"]]
+        self.clusters, self.resolved_strength = {name: index.clone() for name, index in clusters.items()}, strength
+        self._budget = Budget(forecast=dict(state["forecast"]))
+        self._saved_inputs = state["inputs"]
+
+    @staticmethod
+    def clusters_from(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The clusters in a loaded Lightning checkpoint, for :func:`~lightning_filterdiv.centripetal.merge_channels`.
+
+        Args:
+            checkpoint: what ``torch.load(path, weights_only=True)`` returns.
+
+        Returns:
+            Group name -> ``(size,)`` cluster index; those of several callbacks together.
+
+        Raises:
+            KeyError: the checkpoint holds no clusters of CentripetalSGD.
+        """
+        clusters: dict[str, Tensor] = {}
+        for state in saved_states(checkpoint):
+            clusters |= state["extra"]["clusters"]
+        if not clusters:
+            raise KeyError(
+                "the checkpoint holds no clusters of CentripetalSGD: it must be saved in a fit with that callback, "
+                "after "
+                "its first step"
+            )
+        return clusters
+
+    # ------------------------------------------------------------------ merge
+
+    def merge(self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3) -> nn.Module:
+        """The narrow network: one channel per cluster. See :meth:`merge_with_report`."""
+        merged, report = self.merge_with_report(model, example_inputs, tolerance=tolerance)
+        rank_zero_info(f"CentripetalSGD merged {type(model).__name__}\n{report}")
+        return merged
+
+    def merge_with_report(
+        self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3
+    ) -> tuple[nn.Module, MergeReport]:
+        """The narrow network and what merging did.
+
+        Args:
+            model: the LightningModule that was trained, or the network inside it. It is left as it was.
+            example_inputs: for the trace; ``None``: ``example_input_array``, else the shapes seen in training.
+            tolerance: largest relative change of the outputs by setting members to their mean; ``float("inf")`` to
+                merge whatever it does.
+
+        Returns:
+            See :func:`~lightning_filterdiv.centripetal.merge.merge_with_report`.
+
+        Raises:
+            RuntimeError: nothing was clustered yet.
+            NotTiedError, NarrowingError, ExampleInputsError, TraceError: see there.
+        """
+        if not self.clusters:
+            raise RuntimeError("CentripetalSGD has no clusters to merge: they are made at the first step of a fit")
+        network = self.network
+        if example_inputs is None and getattr(model, "example_input_array", None) is None:
+            state = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs
+            example_inputs, network = inputs_from_state(state, network)
+        clusters, network = relative_to(model, self.clusters, network)
+        return merge_with_report(model, clusters, example_inputs, network=network, tolerance=tolerance)
+
+
+def saved_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What checkpoints keep of every CentripetalSGD."""
+    saved = checkpoint.get("callbacks") or {}
+    return [state for key, state in saved.items() if str(key).startswith(f"{CentripetalSGD.__qualname__}{{")]
+
+
+def inputs_from_state(state: dict[str, Any] | None, network: str | None) -> tuple[Any, str | None]:
+    """Example inputs (zeros) and the submodule they belong to, from what a checkpoint keeps; ``None``: it has none."""
+    if state is None:
+        return None, network
+    args = tuple(state["args"])
+    return (dict(state["kwargs"]) if state["kwargs"] and not args else args), state["network"]
+
+
+def relative_to(
+    model: nn.Module, clusters: Mapping[str, Tensor], network: str | None
+) -> tuple[dict[str, Tensor], str | None]:
+    """``clusters`` and ``network`` as names of ``model``: they may be those of the LightningModule around it."""
+    names = {canonical_name(name) for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def fits(prefix: str) -> bool:
+        return all(name.removeprefix(prefix).split("[")[0] in names for name in clusters)
+
+    if fits(""):
+        return dict(clusters), network
+    parts = next(iter(clusters)).split(".")
+    for depth in range(1, len(parts)):
+        prefix = ".".join(parts[:depth]) + "."
+        if all(name.startswith(prefix) for name in clusters) and fits(prefix):
+            inner = None if network is None or f"{network}." == prefix else network.removeprefix(prefix)
+            return {name.removeprefix(prefix): index for name, index in clusters.items()}, inner
+    return dict(clusters), network
+
+
+def _gradient_scale(trainer: pl.Trainer, update: CentripetalUpdate) -> Tensor | None:
+    """By what gradients are still multiplied: fused optimizers divide inside their step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(update.optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=update.tensors[0].parameter.device))
+    return scale
