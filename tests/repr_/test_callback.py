@@ -399,6 +399,24 @@ def test_a_training_step_that_never_calls_forward() -> None:
     assert len(callback.history) == 2
 
 
+class _Grows(Classifier):
+    """A buffer beside the network changes its shape at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen_so_far", torch.zeros(0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen_so_far = torch.cat([self.seen_so_far, torch.zeros(1)])
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_module_whose_structure_changes_is_traced_again() -> None:
+    callback = RePr(full_epochs=1, sub_epochs=1, cycles=2)
+    fit([callback], model=_Grows(), max_epochs=5)
+    assert [event["kind"] for event in callback.history] == ["drop", "regrow"] * 2
+
+
 class _TwoParts(Classifier):
     """Two children with convolutions, called one after the other, never through the module."""
 
