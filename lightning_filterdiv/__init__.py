@@ -4,9 +4,17 @@ from importlib.metadata import version
 
 from lightning_filterdiv.async_update import WeightAsynchronousUpdate
 from lightning_filterdiv.callback import FilterCallback
+from lightning_filterdiv.entropy_depth import EntropyDepthBound
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.repr_ import RePr
 
 __version__ = version("lightning-filterdiv")
 
-__all__ = ["FilterCallback", "FilterSimilarityMonitor", "RePr", "WeightAsynchronousUpdate", "__version__"]
+__all__ = [
+    "EntropyDepthBound",
+    "FilterCallback",
+    "FilterSimilarityMonitor",
+    "RePr",
+    "WeightAsynchronousUpdate",
+    "__version__",
+]

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_filterdiv import FilterCallback, FilterSimilarityMonitor, RePr, WeightAsynchronousUpdate
+from lightning_filterdiv import (
+    EntropyDepthBound,
+    FilterCallback,
+    FilterSimilarityMonitor,
+    RePr,
+    WeightAsynchronousUpdate,
+)
 from lightning_filterdiv.async_update import AsynchronousUpdate
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold
@@ -140,6 +146,21 @@ CASES: tuple[Case, ...] = (
             ({"scalars": 1}, TypeError, "scalars must be True or False"),
             ({"figures": "all"}, TypeError, "figures must be True or False"),
             ({"max_figures": 0}, ValueError, "max_figures must be an integer >= 1"),
+        ),
+        trains_differently=False,
+    ),
+    Case(
+        name="entropy",
+        cls=EntropyDepthBound,
+        arguments={"rounding": "floor", "max_images": 64},
+        wrong=(
+            *_SELECTION,
+            ({"unit": "bytes"}, ValueError, "unit must be one of 'nats', 'bits', got 'bytes'"),
+            ({"rounding": "up"}, ValueError, "rounding must be one of 'ceil', 'floor', 'round'"),
+            ({"max_images": 0}, ValueError, "max_images must be an integer >= 1"),
+            ({"max_images": "all"}, TypeError, "max_images must be an integer >= 1"),
+            ({"action": "shout"}, ValueError, "action must be one of 'warn', 'error', 'log'"),
+            ({"network": 3}, TypeError, "network must be the name of a submodule"),
         ),
         trains_differently=False,
     ),
