@@ -127,7 +127,7 @@ def widths_at_equal_parameters(
             scaled[stage] = multiple_of * max(1, round(widths[stage] * factor / multiple_of))
         return scaled
 
-    low, high = 2.0**-10, 2.0**10
+    low, high = 2.0**-20, 2.0**20
     for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if parameters(depths, rounded(middle)) < target else (low, middle)
