@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import lightning_filterdiv
 from lightning_filterdiv.demo import run as demo
+from lightning_filterdiv.entropy_depth import command as entropy
+from lightning_filterdiv.model_source import ModelSourceError
 
 __all__ = ["main"]
 
@@ -49,12 +51,19 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
+    entropy.add_arguments(
+        commands.add_parser(
+            "entropy",
+            help="how deep a network can usefully be for a data set",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
     for name, text in _TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run}
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run, "entropy": entropy.run}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in _TRAINING:
         return _training(arguments)
     options = _parser().parse_args(arguments)
-    return _COMMANDS[options.command](options)
+    try:
+        return _COMMANDS[options.command](options)
+    except ModelSourceError as error:
+        print(f"filterdiv {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
