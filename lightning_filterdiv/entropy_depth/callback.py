@@ -162,9 +162,9 @@ class EntropyDepthBound(FilterCallback):
         if advice := found.advice(self.bound.bound):
             deep = len(found.beyond(self.bound.bound))
             self._report(
-                f"EntropyDepthBound: {deep} of {len(found.stages)} stages are deeper than {self.bound.bound}, the bound "
-                f"from the entropy of the training images ({RULE}). A shallower, broader network with as many weights: "
-                f"{advice}"
+                f"EntropyDepthBound: {deep} of {len(found.stages)} stages are deeper than {self.bound.bound}, the "
+                f"bound from the entropy of the training images ({RULE}). A shallower, broader network with as many "
+                f"weights: {advice}"
             )
 
     def _depth_or_reason(self) -> NetworkDepth | str:
