@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import events, launches, overhead, quality
+from benchmarks import entropy_depth, entropy_speed, events, launches, overhead, quality
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -24,11 +24,18 @@ def _overhead() -> str:
     return f"{overhead.table(costs)}\n\n{result['device']}, torch {result['torch']}, batch {result['batch']}, 32x32."
 
 
+def _entropy_depth() -> str:
+    speed = json.loads(entropy_speed.RESULT.read_text())
+    return entropy_depth.table(entropy_depth.RESULTS, speed["rows"]["raw 8-bit array"]["bound"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" not in m]),
     "fm5k_repr": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" in m or m == "baseline"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
     "overhead": _overhead,
+    "entropy_depth": _entropy_depth,
+    "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
     "launches": lambda: launches.table(json.loads(launches.RESULT.read_text())["counts"]),
 }
 

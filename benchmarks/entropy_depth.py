@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from benchmarks import entropy_speed
 from benchmarks.loader import SeededBatches
 from benchmarks.models import StagedResNet, count_parameters
 from lightning_filterdiv.demo import FashionMNIST
@@ -128,6 +129,7 @@ def table(folder: Path, bound: int) -> str:
                "difference to the bound", "p", "CPU s per epoch")  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     base = accuracy.get(bound, {})
+    p_values: dict[int, float] = {}
     for depth in sorted(accuracy, reverse=True):
         by_seed = accuracy[depth]
         runs = [result for result in results if result["depth"] == depth]
@@ -136,7 +138,8 @@ def table(folder: Path, bound: int) -> str:
         if depth != bound and len(shared) > 1:
             pairs = [by_seed[seed] for seed in shared], [base[seed] for seed in shared]
             mean, half = _interval([left - right for left, right in zip(*pairs, strict=True)])
-            delta, p_value = f"{mean:+.2f} ± {half:.2f}", f"{stats.ttest_rel(*pairs).pvalue:.3f}"
+            p_values[depth] = float(stats.ttest_rel(*pairs).pvalue)
+            delta, p_value = f"{mean:+.2f} ± {half:.2f}", f"{p_values[depth]:.3f}"
         mean, half = _interval(list(by_seed.values()))
         widths = ", ".join(map(str, runs[0]["widths"]))
         seconds = fmean(result["cpu_seconds_per_epoch"] for result in runs)
@@ -144,7 +147,29 @@ def table(folder: Path, bound: int) -> str:
             f"| {depth} | {depth / bound:.2g} | {widths} | {runs[0]['parameters']:,} | {len(by_seed)} "
             f"| {mean:.2f} ± {half:.2f} | {delta} | {p_value} | {seconds:.1f} |"
         )
-    return "\n".join(rows)
+    return "\n".join([*rows, "", _verdict(accuracy, p_values, bound)])
+
+
+def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], bound: int) -> str:
+    """Whether accuracy rises up to the bound and no further, in one sentence that follows from the runs."""
+    means = {depth: fmean(by_seed.values()) for depth, by_seed in accuracy.items()}
+    best = max(means, key=lambda depth: means[depth])
+    if bound not in means or len(means) < 3:
+        return "Too few runs to say whether the bound marks a knee."
+    deeper = [depth for depth in means if depth > bound]
+    shallower = [depth for depth in means if depth < bound]
+    gains_before = all(means[bound] > means[depth] for depth in shallower)
+    gains_after = any(means[depth] > means[bound] for depth in deeper)
+    knee = "looks like" if gains_before and not gains_after else "does not look like"
+    return (
+        f"The best mean is that of {best} convolutions per stage ({best / bound:.2g} times the bound); by the means "
+        f"alone, the bound {knee} a knee (better than every shallower network, not worse than any deeper one). "
+        + (
+            f"Differences with p < 0.05, uncorrected: depth {', '.join(clear)}."
+            if (clear := [str(depth) for depth in sorted(p_values) if p_values[depth] < 0.05])
+            else "No difference has p < 0.05: with so few seeds the runs neither show a knee nor exclude one."
+        )
+    )
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
@@ -161,7 +186,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of finished runs and stop")
     options = parser.parse_args()
     if options.table:
-        print(table(options.out, bound=3))
+        bound = json.loads(entropy_speed.RESULT.read_text())["rows"]["raw 8-bit array"]["bound"]
+        print(table(options.out, bound))
         return
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)

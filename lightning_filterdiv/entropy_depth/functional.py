@@ -20,8 +20,8 @@ RULE = (
     "the depth equation of the EBCLE paper could not be read"
 )
 
-# Values of a chunk are counted at once, in a table of 64-bit integers: about 32 MiB.
-_CHUNK = 1 << 22
+# Values of a chunk are counted at once, as 64-bit integers: tens of MiB in all.
+_CHUNK = 1 << 20
 _LEVELS = 256
 
 
