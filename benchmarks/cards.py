@@ -12,7 +12,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import channel_graph_cost, channel_graph_peers, events, launches, overhead, quality, squeeze
+from benchmarks import (
+    channel_graph_cost,
+    channel_graph_peers,
+    entropy_depth,
+    entropy_speed,
+    events,
+    launches,
+    overhead,
+    quality,
+    squeeze,
+)
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -22,6 +32,11 @@ def _overhead() -> str:
     result = json.loads(overhead.RESULT.read_text())
     costs = [overhead.Cost(**cost) for cost in result["costs"]]
     return f"{overhead.table(costs)}\n\n{result['device']}, torch {result['torch']}, batch {result['batch']}, 32x32."
+
+
+def _entropy_depth() -> str:
+    speed = json.loads(entropy_speed.RESULT.read_text())
+    return entropy_depth.table(entropy_depth.RESULTS, speed["rows"]["raw 8-bit array"]["bound"])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -39,6 +54,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "squeeze": lambda: squeeze.table(squeeze.RESULTS),
     "squeeze_merge": lambda: squeeze.merge_table(squeeze.RESULTS),
     "squeeze_latency": lambda: squeeze.latency_table(squeeze.RESULTS / "latency.json"),
+    "entropy_depth": _entropy_depth,
+    "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
     "launches": lambda: launches.table(json.loads(launches.RESULT.read_text())["counts"]),
 }
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from lightning_filterdiv.async_update import WeightAsynchronousUpdate
 from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.centripetal import CentripetalSGD
+from lightning_filterdiv.entropy_depth import EntropyDepthBound
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.repr_ import RePr
 
@@ -12,6 +13,7 @@ __version__ = version("lightning-filterdiv")
 
 __all__ = [
     "CentripetalSGD",
+    "EntropyDepthBound",
     "FilterCallback",
     "FilterSimilarityMonitor",
     "RePr",

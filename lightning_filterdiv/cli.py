@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import lightning_filterdiv
 from lightning_filterdiv.centripetal import command as merge
 from lightning_filterdiv.demo import run as demo
+from lightning_filterdiv.entropy_depth import command as entropy
 from lightning_filterdiv.model_source import ModelSourceError
 
 __all__ = ["main"]
@@ -54,12 +55,23 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_arguments(
         commands.add_parser("merge", help="make the narrow network from a checkpoint of a fit with CentripetalSGD")
     )
+    entropy.add_arguments(
+        commands.add_parser(
+            "entropy",
+            help="how deep a network can usefully be for a data set",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
     for name, text in _TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run, "merge": merge.run}
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": demo.run,
+    "merge": merge.run,
+    "entropy": entropy.run,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

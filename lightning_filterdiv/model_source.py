@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.filters import canonical_name
 
-__all__ = ["ModelSourceError", "add_model_arguments", "build_model", "load_weights", "read_checkpoint"]
+__all__ = ["ModelSourceError", "add_model_arguments", "build_model", "load_weights", "read_checkpoint", "search_here"]
 
 _FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
 
@@ -100,14 +100,15 @@ def _from_timm(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False)
 
 
-def _search_here() -> None:
+def search_here() -> None:
+    """Let imports find what lies in the current folder."""
     # A console script does not search the current folder, where users keep the classes that they name.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
 
 def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn.Module:
-    _search_here()
+    search_here()
     try:
         module = importlib.import_module(path)
     except ImportError as error:
@@ -146,7 +147,7 @@ def _from_config(config: Path) -> nn.Module:
     section = next((s["model"] for s in sections if s.get("model") is not None), None)
     if section is None:
         raise ModelSourceError(f"--config {config} has no entry 'model'")
-    _search_here()
+    search_here()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(pl.LightningModule, "model", required=True)
     try:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_filterdiv import (
     CentripetalSGD,
+    EntropyDepthBound,
     FilterCallback,
     FilterSimilarityMonitor,
     RePr,
@@ -188,6 +189,21 @@ CASES: tuple[Case, ...] = (
             ({"scalars": 1}, TypeError, "scalars must be True or False"),
             ({"figures": "all"}, TypeError, "figures must be True or False"),
             ({"max_figures": 0}, ValueError, "max_figures must be an integer >= 1"),
+        ),
+        trains_differently=False,
+    ),
+    Case(
+        name="entropy",
+        cls=EntropyDepthBound,
+        arguments={"rounding": "floor", "max_images": 64},
+        wrong=(
+            *_SELECTION,
+            ({"unit": "bytes"}, ValueError, "unit must be one of 'nats', 'bits', got 'bytes'"),
+            ({"rounding": "up"}, ValueError, "rounding must be one of 'ceil', 'floor', 'round'"),
+            ({"max_images": 0}, ValueError, "max_images must be an integer >= 1"),
+            ({"max_images": "all"}, TypeError, "max_images must be an integer >= 1"),
+            ({"action": "shout"}, ValueError, "action must be one of 'warn', 'error', 'log'"),
+            ({"network": 3}, TypeError, "network must be the name of a submodule"),
         ),
         trains_differently=False,
     ),

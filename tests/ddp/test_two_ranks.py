@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_filterdiv import RePr, WeightAsynchronousUpdate
+from lightning_filterdiv import EntropyDepthBound, RePr, WeightAsynchronousUpdate
 from lightning_filterdiv.rank_check import RankDivergenceError, check_ranks_agree
 from tests.registry import CASES, Case
 from tests.suites.test_resume import KINDS
@@ -212,3 +212,33 @@ def test_the_monitor_writes_once(tmp_path: Path) -> None:
     fit_ddp([FilterSimilarityMonitor(max_figures=1)], max_steps=6, logger=TensorBoardLogger(folder))
     dist.barrier()
     assert len(list(folder.rglob("events.out.tfevents*"))) == 1
+
+
+def test_the_depth_bound_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rank 0; every rank has its bound and depth."""
+    from lightning_filterdiv.entropy_depth import callback
+
+    calls: list[int] = []
+    original = callback.measure
+    monkeypatch.setattr(callback, "measure", lambda *a, **o: (calls.append(RANK), original(*a, **o))[1])
+    bound = EntropyDepthBound(action="log")
+    fit_ddp([SeedsPerRank(), bound], max_steps=3)
+    assert bound.bound is not None
+    assert bound.depth is not None
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, (calls, bound.bound, bound.depth))
+    assert [part[0] for part in found] == [[0], []]
+    assert found[0][1:] == found[1][1:]
+    assert found[0][2].total == 4
+    assert "that of rank 0 was measured" in found[0][1].notes[-2]
+
+
+def test_a_bound_that_cannot_be_measured_ends_every_rank() -> None:
+    """An error on rank 0 alone would leave the others waiting."""
+    broken = batches(rank=RANK, world_size=2)
+    broken.tensors = (torch.full_like(broken.tensors[0], torch.nan), broken.tensors[1])
+    options: dict[str, Any] = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2, "max_epochs": 1}
+    message = raises_on_every_rank(
+        lambda: fit([EntropyDepthBound()], loader=broken, **options), (ValueError, RuntimeError)
+    )
+    assert "image 0 holds NaN" in message

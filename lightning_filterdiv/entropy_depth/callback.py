@@ -1,0 +1,228 @@
+"""The ``EntropyDepthBound`` callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_filterdiv.arguments import check_choice, check_integer
+from lightning_filterdiv.callback import FilterCallback
+from lightning_filterdiv.channel_graph import ChannelGraphError
+from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
+from lightning_filterdiv.entropy_depth.estimate import Measured, measure
+from lightning_filterdiv.entropy_depth.functional import RULE, DepthBound, Rounding, Unit
+from lightning_filterdiv.entropy_depth.images import ImageDataError
+from lightning_filterdiv.entropy_depth.loaders import image_source
+from lightning_filterdiv.entropy_depth.source import undisturbed
+from lightning_filterdiv.example_inputs import ExampleInputs
+from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
+
+__all__ = ["Action", "EntropyDepthBound"]
+
+Action = Literal["warn", "error", "log"]
+T = TypeVar("T")
+
+
+class EntropyDepthBound(FilterCallback):
+    """Measure the training images at fit start and say which stages of the network are deeper than they can use.
+
+    The bound is the rounded mean entropy of the images (EBCLE, Gowdra et al., Pattern Recognition 2021). **A
+    reconstruction: the paper's depth equation could not be read.** It is compared with each stage, the convolutions of
+    one spatial resolution on the longest path; the total depth is logged beside it. Deeper stages come with a
+    shallower, broader plan of equal weights. Nothing about training changes: no weight, no batch, no random number.
+
+    Where the module has no ``example_input_array``, the network is traced after its first training batch. The images
+    are measured on rank 0 only, and once per data set: the result is part of the checkpoint.
+
+    Args:
+        unit: of the entropy that is rounded; nats allow at most 6 for 8-bit images, bits at most 8.
+        rounding: of the mean entropy.
+        max_images: measure so many images, evenly spaced over the data set; ``None`` for all.
+        action: what a stage that is too deep leads to.
+        network: name of the submodule to trace, ``None`` for the whole module.
+        include: patterns of the convolutions that count towards depth; ``None`` for all.
+        exclude: patterns of convolutions that do not.
+
+    Attributes:
+        bound: the measured :class:`DepthBound`, from fit start on.
+        depth: the :class:`NetworkDepth`, once the network was traced.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+        ImageDataError: at fit start, when the training data hold no images or can be read only once.
+        MisconfigurationException: with ``action="error"``: a stage is too deep, or the network cannot be traced.
+    """
+
+    trainable_only = False
+    shares_layers = True
+
+    def __init__(
+        self,
+        *,
+        unit: Unit = "nats",
+        rounding: Rounding = "ceil",
+        max_images: int | None = None,
+        action: Action = "warn",
+        network: str | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude)
+        self.unit = check_choice("unit", unit, Unit)
+        self.rounding = check_choice("rounding", rounding, Rounding)
+        self.max_images = None if max_images is None else check_integer("max_images", max_images, low=1)
+        self.action = check_choice("action", action, Action)
+        if network is not None and not isinstance(network, str):
+            raise TypeError(f"network must be the name of a submodule or None, got {network!r}")
+        self.network = network
+        self.bound: DepthBound | None = None
+        self.depth: NetworkDepth | None = None
+        # Fingerprint, whether it is that of a stream, and what was measured.
+        self._known: list[tuple[str, bool, Measured]] = []
+        self._inputs: ExampleInputs | None = None
+
+    def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
+        """The convolutions of ``network`` that ``include`` and ``exclude`` leave."""
+        selected = select_filters(pl_module, self.include, self.exclude)
+        if self.network is None:
+            return selected
+        found = {name: conv for name, conv in selected.items() if name.startswith(f"{self.network}.")}
+        if not found:
+            raise NoLayersError(
+                f"network={self.network!r} is no submodule with convolutions that include and exclude leave; "
+                f"the selected layers are {', '.join(list(selected)[:6])}"
+            )
+        return found
+
+    # ------------------------------------------------------------------ the two measurements
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the images; compare with the network, if it can be traced without a batch."""
+        fingerprint, stream, measured = _from_rank_zero(trainer, lambda: self._measure(trainer))
+        self._known = [known for known in self._known if known[0] != fingerprint]
+        self._known.append((fingerprint, stream, measured))
+        mean, std, count, source, notes = measured
+        self.bound = DepthBound.from_nats(
+            mean, std, count, unit=self.unit, rounding=self.rounding, source=source, notes=tuple(notes)
+        )
+        self.depth = None
+        rank_zero_info(f"EntropyDepthBound: {self.bound.describe()}")
+        self._log(trainer, {"entropy": self.bound.entropy, "entropy_std": self.bound.std, "bound": self.bound.bound})
+        self._inputs = ExampleInputs(pl_module, self.network)
+        if self._inputs.known:
+            self._compare(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the first batch its input is known."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._inputs is not None:
+            self._compare(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer) -> tuple[str, bool, Measured]:
+        with undisturbed():
+            source = image_source(trainer.train_dataloader, self.max_images, loader=True)
+        for known in self._known:
+            if known[0] == source.fingerprint:
+                return known
+        if source.once:
+            raise ImageDataError(
+                f"{source.description}: they can be read only once, and measuring would leave nothing to train on. "
+                f"Measure another copy with estimate_depth_bound, and train without EntropyDepthBound"
+            )
+        if source.stream and trainer.world_size > 1:
+            source.notes.append("every rank reads a share of its own; that of rank 0 was measured")
+        measured = measure(source, progress=trainer.progress_bar_callback is not None)
+        return source.fingerprint, source.stream, measured
+
+    def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.bound is not None
+        found = _from_rank_zero(trainer, self._depth_or_reason)
+        self._stop_waiting()
+        if isinstance(found, str):
+            message = f"EntropyDepthBound cannot count the depth of {type(pl_module).__name__}: {found}"
+            if self.action == "error":
+                raise MisconfigurationException(message)
+            rank_zero_warn(message)
+            return
+        self.depth = found
+        numbers: dict[str, float] = {"depth/total": found.total}
+        numbers |= {f"depth/stage{index}": stage.depth for index, stage in enumerate(found.stages, start=1)}
+        self._log(trainer, numbers)
+        rank_zero_info(f"EntropyDepthBound: {found.describe()}; the bound is {self.bound.bound} per stage")
+        if advice := found.advice(self.bound.bound):
+            deep = len(found.beyond(self.bound.bound))
+            self._report(
+                f"EntropyDepthBound: {deep} of {len(found.stages)} stages are deeper than {self.bound.bound}, the "
+                f"bound from the entropy of the training images ({RULE}). A shallower, broader network with as many "
+                f"weights: {advice}"
+            )
+
+    def _depth_or_reason(self) -> NetworkDepth | str:
+        assert self._inputs is not None
+        everything = self.include is None and self.exclude is None
+        try:
+            return network_depth(self._inputs.trace(), None if everything else self.layers)
+        except (ChannelGraphError, ValueError) as error:
+            return str(error)
+
+    def _report(self, message: str) -> None:
+        if self.action == "error":
+            raise MisconfigurationException(message)
+        (rank_zero_warn if self.action == "warn" else rank_zero_info)(message)
+
+    def _log(self, trainer: pl.Trainer, numbers: dict[str, float]) -> None:
+        if trainer.is_global_zero:
+            flat = {f"filterdiv/entropy_depth/{name}": float(value) for name, value in numbers.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(flat, step=trainer.global_step)
+
+    # ------------------------------------------------------------------ end, state
+
+    def _stop_waiting(self) -> None:
+        if self._inputs is not None:
+            self._inputs.close()
+            self._inputs = None
+
+    def release(self) -> None:
+        """Stop waiting for a forward call."""
+        self._stop_waiting()
+
+    def reset(self) -> None:
+        """Forget streams: their fingerprint tells two of one type and length not apart."""
+        self._known = [known for known in self._known if not known[1]]
+
+    def extra_state(self) -> dict[str, Any]:
+        """What was measured, by fingerprint of the data."""
+        return {"measured": [[mark, stream, list(measured)] for mark, stream, measured in self._known]}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`extra_state`."""
+        if not isinstance(state["measured"], list):
+            raise TypeError(f"measured must be a list, got {state['measured']!r}")
+        known: list[tuple[str, bool, Measured]] = []
+        for mark, stream, (mean, std, count, source, notes) in state["measured"]:
+            known.append((str(mark), bool(stream), (float(mean), float(std), int(count), str(source), list(notes))))
+        self._known = known
+
+
+def _from_rank_zero(trainer: pl.Trainer, action: Callable[[], T]) -> T:
+    """The result of ``action`` on rank 0, on every rank; an error there is an error everywhere, or all others wait."""
+    outcome: tuple[T | None, str] = (None, "")
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            outcome = (action(), "")
+        except Exception as error:  # passed on to the other ranks, then raised
+            failure, outcome = error, (None, f"{type(error).__name__}: {error}")
+    result, message = trainer.strategy.broadcast(outcome)
+    if failure is not None:
+        raise failure
+    if message:
+        raise RuntimeError(f"rank 0 failed: {message}")
+    return cast(T, result)
