@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 
 import lightning_filterdiv
 from lightning_filterdiv.demo import run as demo
+from lightning_filterdiv.filters import NoLayersError
+from lightning_filterdiv.model_source import ModelSourceError
+from lightning_filterdiv.monitor import inspect
 
 __all__ = ["main"]
 
@@ -49,12 +52,13 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
+    inspect.add_arguments(commands.add_parser("inspect", help="say how redundant the filters of a network are"))
     for name, text in _TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run}
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"demo": demo.run, "inspect": inspect.run}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,13 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program name; ``None`` for the command line.
 
     Returns:
-        The exit status.
+        The exit status: 2 when a network, a file or a folder cannot be used, which one line on stderr explains.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _TRAINING:
         return _training(arguments)
     options = _parser().parse_args(arguments)
-    return _COMMANDS[options.command](options)
+    try:
+        return _COMMANDS[options.command](options)
+    except (ModelSourceError, NoLayersError, OSError) as error:
+        print(f"filterdiv {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Figures of layers at one moment. Plain matplotlib objects: no pyplot, no global state, safe in any thread.
 
 TensorBoard shows every image 350 pixels wide, so all are 3.6 inches wide at 180 dots per inch: text keeps about 11
-pixels when they are halved, and is sharp at full size. White background, dark text: the same on a light and a dark page.
+pixels when they are halved, and is sharp at full size. White background, dark text, on a light and a dark page.
 The title says what is seen without a legend.
 """
 
