@@ -115,7 +115,8 @@ class FilterSimilarityMonitor(FilterCallback):
     def _open(self, trainer: pl.Trainer, folder: Path) -> None:
         reason = ""
         if trainer.is_global_zero:
-            self._writer = FigureWriter(trainer.loggers, folder)
+            # fast_dev_run has no loggers: everything is drawn, nothing is written.
+            self._writer = FigureWriter(trainer.loggers, folder, discard=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
             reason = check_writable(folder) if self._writer.writes_files else ""
         # All ranks must fail together, or the others would wait for rank 0 for ever.
         if reason := trainer.strategy.broadcast(reason):

@@ -29,8 +29,6 @@ Sink = Callable[[str, Pixels, int], None]
 def _sink(logger: Any) -> Sink | None:
     """How this logger takes images; ``None``: it does not."""
     experiment: Any = getattr(logger, "experiment", None)
-    if type(logger).__name__ == "DummyLogger":  # fast_dev_run: everything is drawn, nothing is written
-        return lambda tag, pixels, step: None
     if hasattr(experiment, "add_image"):  # TensorBoard
         return lambda tag, pixels, step: experiment.add_image(tag, pixels, step, dataformats="HWC")
     if hasattr(logger, "log_image"):  # Weights & Biases
@@ -48,12 +46,13 @@ class FigureWriter:
     Args:
         loggers: of the trainer; on other ranks than 0 none may be touched.
         folder: where PNG files go, ``<tag>-step<step>.png``.
+        discard: draw, but write nothing.
     """
 
-    def __init__(self, loggers: Sequence[Any], folder: Path) -> None:
-        self._sinks = [sink for logger in loggers if (sink := _sink(logger)) is not None]
+    def __init__(self, loggers: Sequence[Any], folder: Path, discard: bool = False) -> None:
+        self._sinks = [] if discard else [sink for logger in loggers if (sink := _sink(logger)) is not None]
         self.folder = folder
-        self.writes_files = not self._sinks
+        self.writes_files = not self._sinks and not discard
 
     def write(self, tag: str, figure: Figure, step: int) -> None:
         """Draw ``figure`` and give it away.

@@ -31,7 +31,7 @@ p, li { color: var(--ink); } .faint { color: var(--faint); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { cursor: pointer; position: sticky; top: 0; background: var(--page); } th:hover { text-decoration: underline; }
-.text { text-align: left; } td.bar { position: relative; min-width: 9rem; }
+th.text, td.text { text-align: left; } td.bar { position: relative; min-width: 9rem; }
 td.bar i { position: absolute; left: 0; top: 20%; height: 60%; background: var(--bar); }
 td.bar b { position: absolute; top: 10%; height: 80%; width: 2px; background: var(--mark); }
 td.bar span { position: relative; }

@@ -70,13 +70,13 @@ def advice(filters: int, mean: float, random: float, rank: float, mergeable: int
     if mean != mean:
         return "not finite: training diverged"
     if dead >= _WORTH_REVIVING:
-        return "RePr: brings dead filters back"
+        return "RePr to bring dead filters back"
     if mergeable >= max(1.0, _WORTH_MERGING * filters):
-        return f"CentripetalSGD: makes {mergeable} removable; RePr: puts them to use"
+        return f"CentripetalSGD to remove {mergeable}, RePr to use them"
     if mean > _ALIKE * random:
-        return "WeightAsynchronousUpdate, RePr: more diverse filters"
+        return "WeightAsynchronousUpdate or RePr for diversity"
     if rank < _LOW_RANK:
-        return "RePr: more directions"
+        return "RePr for more directions"
     return "nothing: diverse already"
 
 

@@ -45,7 +45,8 @@ class LayerView:
 
     def pairs(self) -> npt.NDArray[np.float32]:
         """Absolute cosines of the ``J (J - 1) / 2`` pairs of distinct filters."""
-        values: npt.NDArray[np.float32] = self.cosine.numpy()[np.triu_indices(self.count, k=1)]
+        above = np.triu(np.ones((self.count, self.count), dtype=bool), k=1)
+        values: npt.NDArray[np.float32] = self.cosine.numpy()[above]
         return values
 
 
