@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import events, launches, overhead, quality
+from benchmarks import events, launches, monitor, overhead, quality
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" not in m]),
     "fm5k_repr": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" in m or m == "baseline"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
+    "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
     "overhead": _overhead,
     "launches": lambda: launches.table(json.loads(launches.RESULT.read_text())["counts"]),
 }

@@ -97,9 +97,17 @@ class FilterSimilarityMonitor(FilterCallback):
             self._lay_out(trainer)
         self._drawn = [name for name in self._drawn if name in self.layers]
         if not self._looks:
-            self._look(
-                trainer, trainer.current_epoch, "before training" if trainer.global_step == 0 else "at the start"
-            )
+            when = "before training" if trainer.global_step == 0 else "at the start"
+            self._look(trainer, trainer.current_epoch, when)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Make up a look: a checkpoint of an epoch's last batch resumes here, without the hook at the epoch's end."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        completed = trainer.current_epoch
+        if batch_idx == 0 and self._looks and self._looks[-1].epoch < completed and self.should_look(completed):
+            self._look(trainer, completed, f"after epoch {completed}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look again after the epoch's last step; callbacks that average weights have put the trained ones back."""
@@ -116,7 +124,8 @@ class FilterSimilarityMonitor(FilterCallback):
         reason = ""
         if trainer.is_global_zero:
             # fast_dev_run has no loggers: everything is drawn, nothing is written.
-            self._writer = FigureWriter(trainer.loggers, folder, discard=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
+            dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
+            self._writer = FigureWriter(trainer.loggers, folder, discard=dry)
             reason = check_writable(folder) if self._writer.writes_files else ""
         # All ranks must fail together, or the others would wait for rank 0 for ever.
         if reason := trainer.strategy.broadcast(reason):
