@@ -78,6 +78,7 @@ class FilterSimilarityMonitor(FilterCallback):
         self._drawn: list[str] = []
         self._looks: list[Look] = []
         self._writer: FigureWriter | None = None
+        self._trains = True
 
     # ------------------------------------------------------------------ when
 
@@ -105,13 +106,17 @@ class FilterSimilarityMonitor(FilterCallback):
     ) -> None:
         """Make up a look: a checkpoint of an epoch's last batch resumes here, without the hook at the epoch's end."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx > 0:
+            return
+        # The epoch that StochasticWeightAveraging appends trains nothing: it puts the averages in and updates norms.
+        self._trains = not trainer.fit_loop._skip_backward
         completed = trainer.current_epoch
-        if batch_idx == 0 and self._looks and self._looks[-1].epoch < completed and self.should_look(completed):
+        if self._trains and self._looks and self._looks[-1].epoch < completed and self.should_look(completed):
             self._look(trainer, completed, f"after epoch {completed}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look again after the epoch's last step; callbacks that average weights have put the trained ones back."""
-        if self.should_look(trainer.current_epoch + 1):
+        if self._trains and self.should_look(trainer.current_epoch + 1):
             self._look(trainer, trainer.current_epoch + 1, f"after epoch {trainer.current_epoch + 1}")
 
     def should_look(self, completed: int) -> bool:
