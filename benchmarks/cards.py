@@ -19,6 +19,7 @@ from benchmarks import (
     entropy_speed,
     events,
     launches,
+    monitor,
     overhead,
     quality,
     squeeze,
@@ -50,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "channel_graph_peers": lambda: channel_graph_peers.table(
         json.loads(channel_graph_peers.RESULT.read_text())["rows"]
     ),
+    "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
     "overhead": _overhead,
     "squeeze": lambda: squeeze.table(squeeze.RESULTS),
     "squeeze_merge": lambda: squeeze.merge_table(squeeze.RESULTS),

@@ -11,7 +11,9 @@ import lightning_filterdiv
 from lightning_filterdiv.centripetal import command as merge
 from lightning_filterdiv.demo import run as demo
 from lightning_filterdiv.entropy_depth import command as entropy
+from lightning_filterdiv.filters import NoLayersError
 from lightning_filterdiv.model_source import ModelSourceError
+from lightning_filterdiv.monitor import inspect
 
 __all__ = ["main"]
 
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
+    inspect.add_arguments(commands.add_parser("inspect", help="say how redundant the filters of a network are"))
     for name, text in _TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
@@ -71,6 +74,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": demo.run,
     "merge": merge.run,
     "entropy": entropy.run,
+    "inspect": inspect.run,
 }
 
 
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program name; ``None`` for the command line.
 
     Returns:
-        The exit status.
+        The exit status: 2 when a network, a file or a folder cannot be used, which one line on stderr explains.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _TRAINING:
@@ -89,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)
-    except ModelSourceError as error:
+    except (ModelSourceError, NoLayersError, OSError) as error:
         print(f"filterdiv {options.command}: {error}", file=sys.stderr)
         return 2
 

@@ -189,6 +189,8 @@ CASES: tuple[Case, ...] = (
             ({"scalars": 1}, TypeError, "scalars must be True or False"),
             ({"figures": "all"}, TypeError, "figures must be True or False"),
             ({"max_figures": 0}, ValueError, "max_figures must be an integer >= 1"),
+            ({"figure_layers": "conv1"}, TypeError, "figure_layers must be a list of name patterns"),
+            ({"figure_layers": []}, ValueError, "figure_layers=[] selects no layer"),
         ),
         trains_differently=False,
     ),

@@ -44,7 +44,7 @@ def _known(line: str) -> bool:
     """Whether a shell line names things that exist; the two set-up commands are run by the CI script itself."""
     words = shlex.split(line.split("&&")[-1])
     words = words[2:] if words[:2] == ["uv", "run"] else words
-    if words[0] == "filterdiv" and words[1] == "demo":
+    if words[0] == "filterdiv" and words[1] in {"demo", "inspect"}:
         _parser().parse_args(words[1:])
         return True
     if words[:2] == ["python", "-m"]:

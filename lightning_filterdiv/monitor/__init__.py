@@ -1,5 +1,6 @@
-"""See how alike the filters are while the network trains."""
+"""See how alike the filters are: while the network trains, and in a checkpoint."""
 
 from lightning_filterdiv.monitor.callback import FilterSimilarityMonitor
+from lightning_filterdiv.monitor.metrics import EffectiveRank, FilterCoherence
 
-__all__ = ["FilterSimilarityMonitor"]
+__all__ = ["EffectiveRank", "FilterCoherence", "FilterSimilarityMonitor"]

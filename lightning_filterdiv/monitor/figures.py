@@ -1,68 +1,230 @@
-"""Figures of filter similarity. Plain matplotlib objects: no pyplot, no global state, safe in any thread."""
+"""Figures of layers at one moment. Plain matplotlib objects: no pyplot, no global state, safe in any thread.
+
+TensorBoard shows every image 350 pixels wide, so all are 3.6 inches wide at 180 dots per inch: text keeps about 11
+pixels when they are halved, and is sharp at full size. White background, dark text, on a light and a dark page.
+The title says what is seen without a legend.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
+import numpy.typing as npt
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
+from lightning_filterdiv.monitor.views import LayerView
+from lightning_filterdiv.similarity import expected_abs_cosine
 
-__all__ = ["similarity_heat_map", "similarity_order"]
+__all__ = [
+    "BLUE",
+    "RED",
+    "cosine_distribution",
+    "kernel_mosaic",
+    "new_figure",
+    "shorten",
+    "similarity_heat_map",
+    "title",
+    "to_rgb",
+]
 
-
-def similarity_order(cosine: Tensor) -> list[int]:
-    """Order of the filters that puts alike ones next to each other (average-linkage clustering on ``1 - |cos|``).
-
-    Args:
-        cosine: ``(J, J)`` cosine similarities.
-
-    Returns:
-        A permutation of ``0..J-1``.
-    """
-    count = cosine.shape[0]
-    if count < 3:
-        return list(range(count))
-    distance = (1.0 - cosine.abs().double().cpu().numpy()).clip(0.0, 1.0)
-    distance = (distance + distance.T) / 2
-    np.fill_diagonal(distance, 0.0)
-    order: list[int] = leaves_list(linkage(squareform(distance, checks=False), method="average")).tolist()
-    return order
+BLUE, RED = "#2166ac", "#c0392b"
+_MOSAIC_KERNELS = 256
+_DIRECTIONS = 32
+_HEAT_MAP_CELLS = 400
 
 
-@torch.no_grad()
-def similarity_heat_map(filters: Tensor, name: str, subtitle: str = "") -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty white figure 3.6 inches wide and ``height`` inches high."""
+    return Figure(figsize=(3.6, height), dpi=180, facecolor="white", layout="constrained")
+
+
+def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
+    """Pixels ``(height, width, 3)`` of a figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
+
+
+def shorten(name: str, limit: int = 17) -> str:
+    """A layer name that fits beside an axis: the end tells layers apart."""
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+
+
+def title(figure: Figure, *lines: str) -> None:
+    """Say what is seen, over the whole width of the figure; empty lines are left out."""
+    figure.suptitle("\n".join(line for line in lines if line), x=0.02, ha="left", fontsize=8)
+
+
+def _heading(view: LayerView, when: str) -> str:
+    return f"{shorten(view.name, 36)}{f', {when}' if when else ''}"
+
+
+def similarity_heat_map(view: LayerView, when: str = "") -> Figure:
     """Heat map of ``|cos|`` between the filters of one layer; duplicates show as bright blocks on the diagonal.
 
     Args:
-        filters: ``(J, d)``.
-        name: layer name, for the title.
-        subtitle: a second title line, for example the epoch.
-
-    Returns:
-        A figure of 3.9 x 3.5 inches with a white background: legible at TensorBoard's default size, light and dark.
+        view: the layer.
+        when: the moment, for the title.
     """
-    cosine = cosine_similarity(filters).cpu()
-    count, fan_in = filters.shape
-    order = similarity_order(cosine)
-    ordered = cosine.abs()[order][:, order].numpy()
-    figure = Figure(figsize=(3.9, 3.5), dpi=130, facecolor="white", layout="constrained")
+    figure = new_figure(3.6)
     axes = figure.add_subplot()
-    image = axes.imshow(ordered, vmin=0.0, vmax=1.0, cmap="magma", interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, shrink=0.9)
-    bar.ax.tick_params(labelsize=8)
-    bar.set_label("|cos| (1: same direction)", fontsize=8)
-    off_diagonal = (cosine.abs().sum() - cosine.abs().diagonal().sum()) / max(1, count * (count - 1))
-    axes.set_title(
-        f"{name}: {count} filters of {fan_in} weights{f', {subtitle}' if subtitle else ''}\n"
-        f"mean |cos| {float(off_diagonal):.3f} (random filters: {expected_abs_cosine(fan_in):.3f})",
-        fontsize=8.5,
+    ordered = view.cosine[view.order][:, view.order]
+    if view.count > _HEAT_MAP_CELLS:
+        # More filters than pixels: average over blocks of pairs, many times faster than matplotlib's resampling.
+        ordered = torch.nn.functional.adaptive_avg_pool2d(ordered[None], _HEAT_MAP_CELLS)[0]
+    extent = (-0.5, view.count - 0.5, view.count - 0.5, -0.5)
+    image = axes.imshow(ordered.numpy(), vmin=0.0, vmax=1.0, cmap="magma", interpolation="nearest", extent=extent)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.ax.tick_params(labelsize=7.5)
+    bar.set_label("|cos|:  0 unrelated,  1 same direction", fontsize=8)
+    pairs = view.count * (view.count - 1)
+    mean = float(view.cosine.sum() - view.cosine.diagonal().sum()) / max(1, pairs)
+    title(
+        figure,
+        _heading(view, when),
+        f"Which of the {view.count} filters (of {view.fan_in} weights) are alike?",
+        f"mean |cos| {mean:.3f}; of random filters {expected_abs_cosine(view.fan_in):.3f}",
     )
-    axes.set_xlabel("filters, alike ones side by side", fontsize=8.5)
-    axes.set_ylabel("same order", fontsize=8.5)
-    axes.tick_params(labelsize=8)
+    axes.set_xlabel("filters, alike ones side by side", fontsize=8)
+    axes.set_ylabel("the same filters", fontsize=8)
+    axes.tick_params(labelsize=7.5)
     axes.locator_params(integer=True, nbins=8)
     return figure
+
+
+def cosine_distribution(views: Sequence[LayerView], when: str = "") -> Figure:
+    """How often each ``|cos|`` occurs between two filters, one row per layer, and the mean of random filters as a line.
+
+    The line is the exact ``E|cos|`` of random directions, ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``.
+
+    Args:
+        views: layers with at least one pair of filters are drawn.
+        when: the moment, for the title.
+    """
+    rows = [view for view in views if view.count > 1]
+    figure = new_figure(1.2 + 0.48 * max(1, len(rows)))
+    axes = figure.add_subplot()
+    edges = np.linspace(0.0, 1.0, 81)
+    for row, view in enumerate(rows):
+        base = len(rows) - 1 - row
+        pairs = view.pairs()
+        counts = np.histogram(pairs, edges)[0].astype(float)
+        heights = base + 0.86 * counts / max(1.0, counts.max())
+        axes.stairs(heights, edges, baseline=base, fill=True, color=BLUE, alpha=0.75, linewidth=0)
+        expected, mean = expected_abs_cosine(view.fan_in), float(pairs.mean())
+        axes.plot([expected] * 2, [base, base + 0.93], color=RED, linestyle=(0, (3, 1.5)), linewidth=1.5)
+        axes.plot([mean] * 2, [base, base + 0.93], color="black", linewidth=1.2)
+        axes.text(1.0, base + 0.52, f"mean {mean:.3f}", fontsize=7, ha="right", va="center", transform=axes.transData)
+        axes.text(1.0, base + 0.2, f"random {expected:.3f}", fontsize=7, ha="right", va="center", color=RED)
+        axes.axhline(base, color="0.7", linewidth=0.6)
+    axes.set_yticks([len(rows) - 1 - row + 0.35 for row in range(len(rows))])
+    axes.set_yticklabels([shorten(view.name) for view in rows], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=7.5)
+    axes.set(xlim=(0.0, 1.02), ylim=(0.0, max(1, len(rows))))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("|cos|:  0 unrelated,  1 same direction", fontsize=8)
+    title(
+        figure,
+        f"How alike are two filters of a layer{f' {when}' if when else ''}?",
+        "blue: pairs;  black: their mean;  dashed red: random filters",
+    )
+    return figure
+
+
+def kernel_mosaic(view: LayerView, when: str = "") -> Figure:
+    """The kernels themselves, in the order of the heat map.
+
+    Kernels over three input channels are shown in colour (grey is 0). Others are projected on the layer's first
+    principal input direction, blue negative, red positive. Kernels of one weight per channel are rows of coefficients
+    in the leading principal directions. Of 3-D kernels the middle slice is shown.
+
+    Args:
+        view: the layer.
+        when: the moment, for the title.
+    """
+    kernels = view.kernels[view.order]
+    shown = kernels
+    if len(kernels) > _MOSAIC_KERNELS:
+        shown = kernels[torch.linspace(0, len(kernels) - 1, _MOSAIC_KERNELS).long()]
+    figure = new_figure(3.6)
+    axes = figure.add_subplot()
+    part = "" if len(shown) == len(kernels) else f"{len(shown)} of "
+    size = "x".join(map(str, kernels.shape[2:]))
+    heading = (_heading(view, when), f"{part}{len(kernels)} kernels {size}, alike ones side by side")
+    if kernels[0, 0].numel() == 1:
+        coefficients = _project(shown, min(_DIRECTIONS, *kernels.shape[:2])).flatten(2).squeeze(-1)
+        _paint(axes, coefficients.numpy(), aspect="auto")
+        title(figure, *heading, "one row per kernel;  red +, blue -")
+        axes.set_xlabel("principal input directions, the strongest first", fontsize=8)
+        axes.set_ylabel("kernels", fontsize=8)
+        axes.tick_params(labelsize=7.5)
+        return figure
+    colour = kernels.shape[1] == 3 and kernels.dim() == 4
+    cells = _planes(shown if colour else _project(shown, 1))
+    grid = _tile(cells)
+    if colour:
+        axes.imshow(grid.numpy(), interpolation="nearest")
+        title(figure, *heading, "in the colours they respond to;  grey is 0")
+    else:
+        _paint(axes, grid[..., 0].numpy())
+        what = "their weights" if kernels.shape[1] == 1 else "along their main input direction"
+        title(figure, *heading, f"{what};  red +, blue -, grey: gaps")
+    axes.set_axis_off()
+    return figure
+
+
+def _paint(axes: Axes, values: npt.NDArray[np.float32], aspect: Literal["equal", "auto"] = "equal") -> None:
+    finite = np.abs(values[np.isfinite(values)])
+    limit = float(finite.max()) if finite.size else 0.0
+    colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
+    axes.imshow(values, cmap=colours, vmin=-(limit or 1.0), vmax=limit or 1.0, interpolation="nearest", aspect=aspect)
+
+
+def _project(kernels: Tensor, directions: int) -> Tensor:
+    """``(J, C, *k) -> (J, directions, *k)``: coefficients in the leading principal directions of the input channels."""
+    if kernels.shape[1] == 1:
+        return kernels
+    columns = kernels.flatten(2).transpose(0, 1).flatten(1).double()  # (C, J * k)
+    tall = columns.shape[0] > columns.shape[1]
+    _, vectors = torch.linalg.eigh(columns.mT @ columns if tall else columns @ columns.mT)
+    leading = vectors[:, -directions:].flip(1)
+    if tall:
+        leading = torch.nn.functional.normalize(columns @ leading, dim=0)
+    # Eigenvectors have no sign: take the one in which most weight is positive, or pictures would flip between epochs.
+    leading = leading * torch.where(leading.sum(dim=0) < 0, -1.0, 1.0)
+    return torch.einsum("jc...,cn->jn...", kernels.double(), leading).float()
+
+
+def _planes(kernels: Tensor) -> Tensor:
+    """``(J, C, *k) -> (J, h, w, C)``, the middle slice of 3-D kernels, one row for 1-D kernels."""
+    if kernels.dim() == 5:
+        kernels = kernels[:, :, kernels.shape[2] // 2]
+    if kernels.dim() == 3:
+        kernels = kernels.unsqueeze(2)
+    return kernels.float().permute(0, 2, 3, 1)
+
+
+def _tile(cells: Tensor) -> Tensor:
+    """``(J, h, w, C) -> (H, W, C)``: a near-square grid with gaps; colours scaled to [0, 1] around grey, else as is."""
+    count, height, width, channels = cells.shape
+    columns = max(1, round(math.sqrt(count * height / width)))
+    rows = math.ceil(count / columns)
+    fill = math.nan
+    if channels == 3:
+        peak = cells.abs().amax()
+        cells = 0.5 + cells / (2 * peak if peak > 0 else 1.0)
+        fill = 1.0
+    grid = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), fill)
+    for index, cell in enumerate(cells):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        grid[top : top + height, left : left + width] = cell
+    return grid

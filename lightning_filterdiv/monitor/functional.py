@@ -49,19 +49,21 @@ def redundancy_metrics(layers: Mapping[str, Conv]) -> dict[str, dict[str, float]
 def _measure(filters: Tensor) -> Tensor:
     """``(B, J, d)`` -> ``(B, len(METRICS))``."""
     _, count, fan_in = filters.shape
-    cosine = cosine_similarity(filters).abs()
-    overlap = cosine - torch.diag_embed(cosine.diagonal(dim1=-2, dim2=-1))
-    score = (cosine - torch.eye(count, device=cosine.device, dtype=cosine.dtype)).abs().mean(dim=(-2, -1))
-    wide = filters.to(cosine.dtype)
+    overlap = cosine_similarity(filters).abs_()
+    diagonal = overlap.diagonal(dim1=-2, dim2=-1)
+    own = (diagonal - 1).abs().sum(dim=-1)  # 1 for a zero filter, whose own cosine is 0
+    diagonal.zero_()
+    total = overlap.sum(dim=(-2, -1))
+    wide = filters.to(overlap.dtype)
     norm = torch.linalg.vector_norm(wide, dim=-1)
     return torch.stack(
         [
-            overlap.sum(dim=(-2, -1)) / max(1, count * (count - 1)),
+            total / max(1, count * (count - 1)),
             overlap.amax(dim=(-2, -1)),
-            score,
+            (total + own) / count**2,
             effective_rank(wide) / min(count, fan_in),
-            (overlap > _NEAR_DUPLICATE).any(dim=-1).to(cosine.dtype).mean(dim=-1),
-            (norm <= _DEAD * norm.median(dim=-1, keepdim=True).values).to(cosine.dtype).mean(dim=-1),
+            (overlap.amax(dim=-1) > _NEAR_DUPLICATE).to(overlap.dtype).mean(dim=-1),
+            (norm <= _DEAD * norm.median(dim=-1, keepdim=True).values).to(overlap.dtype).mean(dim=-1),
         ],
         dim=-1,
     )

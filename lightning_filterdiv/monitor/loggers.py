@@ -1,35 +1,86 @@
-"""Where figures go: Lightning's loggers have no common call for them."""
+"""Where figures go: Lightning's loggers have no common call for them.
+
+A figure is drawn once, and its pixels are handed to every logger that takes images. Loggers are recognised by what they
+can do, so that both of Lightning's namespaces and subclasses work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
+from PIL import Image
 
-__all__ = ["log_figure"]
+from lightning_filterdiv.monitor.figures import to_rgb
+
+__all__ = ["FigureWriter", "check_writable"]
+
+Pixels = npt.NDArray[np.uint8]
+#: Takes (tag, pixels, global step).
+Sink = Callable[[str, Pixels, int], None]
 
 
-def log_figure(trainer: pl.Trainer, folder: Path, tag: str, make: Callable[[], Figure], step: int) -> None:
-    """Draw one figure and hand it to every TensorBoard logger; without one, write a PNG under ``folder``.
+def _sink(logger: Any) -> Sink | None:
+    """How this logger takes images; ``None``: it does not."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image"):  # TensorBoard
+        return lambda tag, pixels, step: experiment.add_image(tag, pixels, step, dataformats="HWC")
+    if hasattr(logger, "log_image"):  # Weights & Biases
+        return lambda tag, pixels, step: logger.log_image(tag, [Image.fromarray(pixels)], step=step)
+    if hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow
+        return lambda tag, pixels, step: experiment.log_image(
+            logger.run_id, Image.fromarray(pixels), key=tag, step=step
+        )
+    return None
+
+
+class FigureWriter:
+    """Hands figures to every logger that takes images; if none does, writes PNG files.
 
     Args:
-        trainer: its loggers decide.
-        folder: where PNG files go when no logger takes figures.
-        tag: for example ``filterdiv/figures/similarity/conv1``; the path of the PNG file follows it.
-        make: draws the figure.
-        step: global step.
-
-    Raises:
-        OSError: the PNG file cannot be written.
+        loggers: of the trainer; on other ranks than 0 none may be touched.
+        folder: where PNG files go, ``<tag>-step<step>.png``.
+        discard: draw, but write nothing.
     """
-    figure = make()
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    boards = [experiment for experiment in experiments if experiment is not None and hasattr(experiment, "add_figure")]
-    for board in boards:
-        board.add_figure(tag, figure, global_step=step, close=False)
-    if not boards:
-        path = folder / f"{tag}-step{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+
+    def __init__(self, loggers: Sequence[Any], folder: Path, discard: bool = False) -> None:
+        self._sinks = [] if discard else [sink for logger in loggers if (sink := _sink(logger)) is not None]
+        self.folder = folder
+        self.writes_files = not self._sinks and not discard
+
+    def write(self, tag: str, figure: Figure, step: int) -> None:
+        """Draw ``figure`` and give it away.
+
+        Args:
+            tag: for example ``filterdiv/figures/similarity/conv1``.
+            figure: is not kept.
+            step: global step.
+
+        Raises:
+            OSError: the PNG file cannot be written.
+        """
+        pixels = to_rgb(figure)
+        for sink in self._sinks:
+            sink(tag, pixels, step)
+        if self.writes_files:
+            path = self.folder / f"{tag}-step{step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+
+
+def check_writable(folder: Path) -> str:
+    """Create ``folder`` and try it; the reason why it cannot be written, or ``""``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -154,6 +154,10 @@ class RePr(FilterCallback):
         """Events carried out so far: kind, cycle, epoch, step, and which filters of which layer."""
         return [happened._asdict() for happened in self._history]
 
+    def filterdiv_events(self) -> list[dict[str, Any]]:
+        """The history, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
+        return self.history
+
     @property
     def dropped(self) -> dict[str, Tensor]:
         """Filters that are out at the moment: layer name -> ``(n,)`` indices."""

@@ -203,15 +203,19 @@ def test_accumulation_under_ddp() -> None:
 
 
 def test_the_monitor_writes_once(tmp_path: Path) -> None:
+    """Beside RePr, with figures: one writer, no hang, and rank 0 alone has looked."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from lightning_filterdiv import FilterSimilarityMonitor
 
     folder = shared(tmp_path)
     pl.seed_everything(0, verbose=False)
-    fit_ddp([FilterSimilarityMonitor(max_figures=1)], max_steps=6, logger=TensorBoardLogger(folder))
+    monitor = FilterSimilarityMonitor(max_figures=1)
+    method = RePr(full_epochs=1, sub_epochs=1, cycles=1)
+    fit_ddp([method, monitor, Witness()], max_steps=18, logger=TensorBoardLogger(folder))
     dist.barrier()
     assert len(list(folder.rglob("events.out.tfevents*"))) == 1
+    assert [look.step for look in monitor._looks] == ([0, 6, 12, 18] if RANK == 0 else [])
 
 
 def test_the_depth_bound_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,3 +246,15 @@ def test_a_bound_that_cannot_be_measured_ends_every_rank() -> None:
         lambda: fit([EntropyDepthBound()], loader=broken, **options), (ValueError, RuntimeError)
     )
     assert "image 0 holds NaN" in message
+
+
+def test_an_unwritable_folder_fails_on_every_rank(tmp_path: Path) -> None:
+    from lightning_filterdiv import FilterSimilarityMonitor
+
+    blocked = shared(tmp_path) / "file"
+    blocked.write_text("not a folder")
+    dist.barrier()
+    message = raises_on_every_rank(
+        lambda: fit_ddp([FilterSimilarityMonitor()], max_steps=3, default_root_dir=blocked / "logs"), OSError
+    )
+    assert "cannot write figures to" in message

@@ -1,0 +1,82 @@
+"""What other callbacks tell the monitor, by duck typing: a method of the right name, no import and no base class.
+
+A callback that changes filters at certain moments implements :meth:`ReportsEvents.filterdiv_events`, one that pulls
+them together :meth:`ReportsDeviation.filterdiv_deviation`. The monitor asks every callback of the trainer at each look;
+the answers are complete histories, so nothing is lost on a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+__all__ = ["Deviations", "FilterEvent", "ReportsDeviation", "ReportsEvents", "collect_deviations", "collect_events"]
+
+#: Layer -> (global step, measured deviation, forecast deviation), steps ascending; both relative to the start.
+Deviations = dict[str, list[tuple[int, float, float]]]
+
+
+class FilterEvent(NamedTuple):
+    """Something that happened to filters.
+
+    Attributes:
+        source: class of the callback, for example ``"RePr"``.
+        kind: what happened, in a word or two: ``"drop"``, ``"regrow"``.
+        cycle: which repetition, from 1 (0: the method has none).
+        epoch: epochs completed when it happened.
+        step: global step.
+        filters: layer name -> filter indices concerned; may be empty.
+    """
+
+    source: str
+    kind: str
+    cycle: int
+    epoch: int
+    step: int
+    filters: dict[str, list[int]]
+
+
+@runtime_checkable
+class ReportsEvents(Protocol):
+    """A callback with a history of events."""
+
+    def filterdiv_events(self) -> list[dict[str, Any]]:
+        """All events so far in order: dicts with ``kind``, ``cycle``, ``epoch``, ``step`` and ``filters``."""
+        ...
+
+
+@runtime_checkable
+class ReportsDeviation(Protocol):
+    """A callback that makes filters of a cluster equal."""
+
+    def filterdiv_deviation(self) -> Deviations:
+        """Distance of filters from their cluster's mean so far, and what the method forecasts for the same steps."""
+        ...
+
+
+def collect_events(callbacks: Iterable[object]) -> list[FilterEvent]:
+    """Events of all callbacks, ordered by step.
+
+    Raises:
+        ValueError: a callback reports an event without one of the entries; it is named.
+    """
+    found: list[FilterEvent] = []
+    for callback in callbacks:
+        if not isinstance(callback, ReportsEvents):
+            continue
+        source = type(callback).__name__
+        for event in callback.filterdiv_events():
+            missing = [field for field in FilterEvent._fields if field not in event and field != "source"]
+            if missing:
+                raise ValueError(f"{source}.filterdiv_events() reports an event without {missing[0]!r}: {event!r}")
+            found.append(FilterEvent(source, *(event[field] for field in FilterEvent._fields[1:])))
+    return sorted(found, key=lambda event: event.step)
+
+
+def collect_deviations(callbacks: Iterable[object]) -> Deviations:
+    """Deviations of all callbacks by layer; layers without a measurement are left out."""
+    found: Deviations = {}
+    for callback in callbacks:
+        if isinstance(callback, ReportsDeviation):
+            found |= {layer: list(points) for layer, points in callback.filterdiv_deviation().items() if points}
+    return found

@@ -1,0 +1,109 @@
+"""Redundancy of filters as torchmetrics ``Metric`` objects, for ``self.log`` and for plain loops."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_filterdiv.arguments import check_choice, check_flag
+from lightning_filterdiv.filters import CONVOLUTIONS, filter_matrix
+from lightning_filterdiv.similarity import cosine_similarity, effective_rank
+
+__all__ = ["EffectiveRank", "FilterCoherence"]
+
+Reduction = Literal["mean", "max"]
+
+
+def _filters(layer: Tensor | nn.Module) -> Tensor:
+    """``(B, J, d)`` filters of a convolution, a matrix or a batch of matrices."""
+    if isinstance(layer, CONVOLUTIONS):
+        layer = filter_matrix(layer)
+    if not isinstance(layer, Tensor) or layer.dim() not in (2, 3):
+        given = f"shape {tuple(layer.shape)}" if isinstance(layer, Tensor) else type(layer).__name__
+        raise TypeError(f"update() takes a convolution, a (J, d) matrix or a (B, J, d) batch of layers, got {given}")
+    layer = layer.detach()
+    return layer.unsqueeze(0) if layer.dim() == 2 else layer
+
+
+class FilterCoherence(Metric):
+    """Absolute cosine between distinct filters of a layer, averaged over the layers seen.
+
+    Args:
+        reduction: over the pairs of one layer: ``"mean"`` (0.1 for random 3x3 kernels of 7 channels) or ``"max"`` (the
+            mutual coherence; 1 as soon as two filters are parallel or opposite).
+        kwargs: for :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: another reduction.
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    layers: Tensor
+
+    def __init__(self, reduction: Reduction = "mean", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.reduction = check_choice("reduction", reduction, Reduction)
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("layers", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, filters: Tensor | nn.Module) -> None:
+        """Look at one layer, or at a batch of layers of equal shape.
+
+        Args:
+            filters: a convolution, ``(J, d)`` or ``(B, J, d)``.
+        """
+        batch = _filters(filters)
+        overlap = cosine_similarity(batch).abs().triu(diagonal=1)
+        count = batch.shape[-2]
+        if self.reduction == "mean":
+            value = overlap.sum(dim=(-2, -1)) / max(1, count * (count - 1) // 2)
+        else:
+            value = overlap.amax(dim=(-2, -1))
+        self.total += value.sum().to(self.total)
+        self.layers += batch.shape[0]
+
+    def compute(self) -> Tensor:
+        """Mean over layers, in [0, 1]; NaN before the first :meth:`update`."""
+        return self.total / self.layers
+
+
+class EffectiveRank(Metric):
+    """Effective rank of the filters of a layer, averaged over the layers seen (Roy and Vetterli, EUSIPCO 2007).
+
+    Args:
+        normalize: as a fraction of ``min(J, d)``, so that layers of different size compare.
+        kwargs: for :class:`torchmetrics.Metric`.
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    layers: Tensor
+
+    def __init__(self, normalize: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.normalize = check_flag("normalize", normalize)
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("layers", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, filters: Tensor | nn.Module) -> None:
+        """Look at one layer, or at a batch of layers of equal shape.
+
+        Args:
+            filters: a convolution, ``(J, d)`` or ``(B, J, d)``.
+        """
+        batch = _filters(filters)
+        rank = effective_rank(batch).sum()
+        self.total += (rank / min(batch.shape[-2:]) if self.normalize else rank).to(self.total)
+        self.layers += batch.shape[0]
+
+    def compute(self) -> Tensor:
+        """Mean over layers: between 0 and 1 if normalised, else up to ``min(J, d)``; NaN before the first update."""
+        return self.total / self.layers

@@ -1,0 +1,105 @@
+"""One layer as the figures and the report see it: kernels, similarities and an order that shows groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from lightning_filterdiv.filters import Conv, filter_matrix
+from lightning_filterdiv.similarity import cosine_similarity
+
+__all__ = ["LayerView", "look_at", "mergeable_filters", "similarity_order"]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A snapshot on the CPU.
+
+    Attributes:
+        name: of the layer.
+        kernels: ``(J, in/groups, *kernel_size)``, float32 or wider; NaN and infinity are shown as 0.
+        cosine: ``(J, J)`` absolute cosine, diagonal 1 (0 for a zero filter).
+        order: permutation of the filters that puts alike ones side by side.
+    """
+
+    name: str
+    kernels: Tensor
+    cosine: Tensor
+    order: list[int]
+
+    @property
+    def count(self) -> int:
+        """J, the number of filters."""
+        return len(self.order)
+
+    @property
+    def fan_in(self) -> int:
+        """d, the number of weights of a filter."""
+        return self.kernels[0].numel()
+
+    def pairs(self) -> npt.NDArray[np.float32]:
+        """Absolute cosines of the ``J (J - 1) / 2`` pairs of distinct filters."""
+        above = np.triu(np.ones((self.count, self.count), dtype=bool), k=1)
+        values: npt.NDArray[np.float32] = self.cosine.numpy()[above]
+        return values
+
+
+@torch.no_grad()
+def look_at(name: str, conv: Conv) -> LayerView:
+    """Snapshot of a layer; similarities are computed where its weights are."""
+    matrix = filter_matrix(conv)
+    matrix = torch.nan_to_num(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), posinf=0.0, neginf=0.0)
+    cosine = cosine_similarity(matrix).abs().float().cpu()
+    kernels = matrix.cpu().view(matrix.shape[0], -1, *conv.kernel_size)
+    return LayerView(name, kernels, cosine, similarity_order(cosine))
+
+
+def _distances(cosine: Tensor) -> npt.NDArray[np.float64]:
+    """Condensed ``1 - |cos|`` of all pairs."""
+    distance = (1.0 - cosine.abs().double().cpu().numpy()).clip(0.0, 1.0)
+    distance += distance.T
+    distance /= 2
+    np.fill_diagonal(distance, 0.0)
+    condensed: npt.NDArray[np.float64] = squareform(distance, checks=False)
+    return condensed
+
+
+def similarity_order(cosine: Tensor) -> list[int]:
+    """Order of the filters that puts alike ones next to each other (average-linkage clustering on ``1 - |cos|``).
+
+    Args:
+        cosine: ``(J, J)`` cosine similarities.
+
+    Returns:
+        A permutation of ``0..J-1``.
+    """
+    count = cosine.shape[0]
+    if count < 3:
+        return list(range(count))
+    order: list[int] = leaves_list(linkage(_distances(cosine), method="average")).tolist()
+    return order
+
+
+def mergeable_filters(cosine: Tensor, threshold: float) -> int:
+    """Filters that could go if filters at ``|cos| > threshold`` were merged.
+
+    Groups are formed by complete linkage: within one, *all* pairs are above the threshold. A group of ``n`` filters
+    gives ``n - 1``.
+
+    Args:
+        cosine: ``(J, J)`` cosine similarities.
+        threshold: in [0, 1).
+    """
+    count = cosine.shape[0]
+    if count < 2:
+        return 0
+    # Merging happens at distance <= t; the next float below makes "above the threshold" strict.
+    limit = float(np.nextafter(1.0 - threshold, 0.0))
+    groups = fcluster(linkage(_distances(cosine), method="complete"), limit, criterion="distance")
+    return count - int(groups.max())
