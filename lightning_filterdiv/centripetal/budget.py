@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.optim import SGD
 
 from lightning_filterdiv.centripetal.clusters import ClusteredTensor
-from lightning_filterdiv.centripetal.forecast import LOSSLESS_K, TARGET_K, reached_k, safe_strength, solve_strength
+from lightning_filterdiv.centripetal.forecast import (
+    LOSSLESS_K,
+    TARGET_K,
+    deviation_factors,
+    reached_k,
+    safe_strength,
+    solve_strength,
+)
 from lightning_filterdiv.centripetal.functional import CentripetalUpdate
 from lightning_filterdiv.learning_rates import StepSettings, forecast_settings
 
@@ -53,6 +60,7 @@ class Budget:
     forecast: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     _known: list[tuple[list[StepSettings], float, bool]] = field(default_factory=list)
+    _paths: list[tuple[list[str], list[float]]] = field(default_factory=list)
 
     def resolve(
         self, trainer: pl.Trainer, tensors: Sequence[ClusteredTensor], strength: float | str, vector: float | None
@@ -97,7 +105,9 @@ class Budget:
                 rank_zero_info(f"{text}; forecast unavailable: {share.settings}. The measured deviation is logged")
                 return
             eps = vector if vector is not None and share.vectors else strength
-            k = reached_k(share.settings, eps, decoupled=share.decoupled)
+            factors = deviation_factors(share.settings, eps, decoupled=share.decoupled)
+            self._paths.append((share.names, factors))
+            k = -math.log(abs(factors[-1])) if factors[-1] else math.inf
             self.forecast |= dict.fromkeys(share.names, k)
             self._known.append((share.settings, eps, share.decoupled))
             if k < LOSSLESS_K:
@@ -131,6 +141,10 @@ class Budget:
             f"merging "
             f"is not lossless; {advice}"
         )
+
+    def paths(self) -> list[tuple[list[str], list[float]]]:
+        """Tensor names with their forecast factors after 0, 1, ... steps; empty without a forecast."""
+        return list(self._paths)
 
     def corrected(self, coefficient: float) -> float | None:
         """The smallest K if gradient clipping multiplies the pull by ``coefficient`` at every step."""

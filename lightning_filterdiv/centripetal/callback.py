@@ -16,6 +16,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_filterdiv.arguments import check_choice, check_integer, check_number
 from lightning_filterdiv.callback import FilterCallback, optimizer_index
 from lightning_filterdiv.centripetal.budget import Budget, ClipMeter
+from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
 from lightning_filterdiv.centripetal.clusters import (
     ClusteredTensor,
     Clustering,
@@ -25,13 +26,14 @@ from lightning_filterdiv.centripetal.clusters import (
     clustered_tensors,
     kept_fractions,
 )
+from lightning_filterdiv.centripetal.course import Course
 from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
-from lightning_filterdiv.centripetal.functional import CentripetalUpdate, relative_deviations
+from lightning_filterdiv.centripetal.functional import CentripetalUpdate, cluster_distances, relative_deviations
 from lightning_filterdiv.centripetal.merge import MergeReport, merge_with_report
-from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
-from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.centripetal.selection import choose_groups
+from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.example_inputs import ExampleInputs
-from lightning_filterdiv.filters import CONVOLUTIONS, Conv, NoLayersError, canonical_name, select_filters
+from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
 
 __all__ = ["CentripetalSGD"]
 
@@ -103,6 +105,8 @@ class CentripetalSGD(FilterCallback):
         self._seen: list[str] = []  # groups that a clustering was decided for, also those that keep all channels
         self._budget = Budget()
         self._clip = ClipMeter()
+        self._course = Course()
+        self._began: list[int] = []  # epoch and step of the clustering
         self._tensors: list[ClusteredTensor] = []
         self._updates: dict[int, CentripetalUpdate] = {}
         self._announced: set[int] = set()
@@ -174,7 +178,11 @@ class CentripetalSGD(FilterCallback):
         """Trace, cluster what is not clustered yet, forecast, and get ready to edit gradients."""
         assert self._inputs is not None
         graph = self._inputs.trace()
-        groups = self._choose_groups(graph, trainer, pl_module)
+        owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        groups, self.left_alone = choose_groups(pl_module, graph, self.layers, owned)
+        if self.left_alone:
+            listed = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_alone.items())
+            rank_zero_info(f"CentripetalSGD leaves channels of these layers alone: {listed}")
         # On every rank: an error on one of them alone would leave the others waiting.
         kept_fractions(graph.groups, self.keep_fraction)
         new = [name for name in groups if name not in self._seen]
@@ -198,42 +206,6 @@ class CentripetalSGD(FilterCallback):
         self._tensors = clustered_tensors(pl_module, graph, active)
         self._start(trainer, first=bool(new))
 
-    def _choose_groups(
-        self, graph: ChannelGraph, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, ChannelGroup]:
-        """Groups of channels to squeeze; what stays as it is gets a reason in :attr:`left_alone`."""
-        tensors = named_tensors(pl_module)
-        owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        convolutions = {
-            canonical_name(name) for name, module in pl_module.named_modules() if isinstance(module, CONVOLUTIONS)
-        }
-        self.left_alone = {name: reason for name, reason in graph.pinned.items() if name in self.layers}
-        chosen: dict[str, ChannelGroup] = {}
-        for group in graph.groups:
-            own = [layer for layer in group.layers if layer in convolutions]
-            outside = [layer for layer in own if layer not in self.layers]
-            frozen = [
-                part.tensor
-                for part in group.parts
-                if part.kind != "consumer"
-                and isinstance(parameter := tensors[part.tensor], nn.Parameter)
-                and not (parameter.requires_grad and id(parameter) in owned)
-            ]
-            if not own or len(outside) == len(own):
-                continue
-            if outside or frozen:
-                what = f"{outside[0]!r} is not chosen" if outside else f"{frozen[0]!r} is frozen or in no optimizer"
-                self.left_alone |= {layer: f"it shares channels and {what}" for layer in own if layer in self.layers}
-            else:
-                chosen[group.name] = group
-        for name in self.layers:
-            if name not in graph.layers:
-                self.left_alone[name] = "it is not part of the traced network"
-        if self.left_alone:
-            listed = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_alone.items())
-            rank_zero_info(f"CentripetalSGD leaves channels of these layers alone: {listed}")
-        return chosen
-
     def _check_clusters(self, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> None:
         wrong = [name for name, index in clusters.items() if index.shape != (graph.group(name).size,)]
         if wrong:
@@ -247,6 +219,8 @@ class CentripetalSGD(FilterCallback):
             self.resolved_strength = self._budget.resolve(trainer, self._tensors, self.strength, self.vector_strength)
         if first:
             self._budget.announce(trainer, self._tensors, self.resolved_strength, self.vector_strength, self.clusters)
+            self._began = [trainer.current_epoch, trainer.global_step]
+            self._course.begin(trainer.global_step, self._distances(), self._budget.paths())
         for index, optimizer in enumerate(trainer.optimizers):
             update = CentripetalUpdate(
                 self._tensors, optimizer, strength=self.resolved_strength, vector_strength=self.vector_strength
@@ -290,7 +264,7 @@ class CentripetalSGD(FilterCallback):
         """Log the deviation of every tensor, and the forecast corrected for gradient clipping."""
         if not self._tensors:
             return
-        self._budget.measured = relative_deviations(self._tensors)
+        self._course.look(trainer.global_step, self._distances())
         numbers = self._budget.metrics(self._tensors)
         if (coefficient := self._clip.mean) is not None:
             numbers["clip_coefficient"] = coefficient
@@ -314,13 +288,32 @@ class CentripetalSGD(FilterCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how far the clusters got."""
         if self._tensors:
-            self._budget.measured = relative_deviations(self._tensors)
+            self._course.look(trainer.global_step, self._distances())
             worst = max(self._budget.measured, key=self._budget.measured.__getitem__)
             rank_zero_info(
                 f"CentripetalSGD: the largest deviation from a cluster's mean is {self._budget.measured[worst]:.1e} "
                 f"of the "
                 f"norm ({worst})"
             )
+
+    def _distances(self) -> dict[str, float]:
+        """Distance of every tensor from its clusters' means; the relative ones are kept as measured last."""
+        found = cluster_distances(self._tensors)
+        self._budget.measured = {name: off / norm if norm > 0 else 0.0 for name, (off, norm) in found.items()}
+        return {name: off for name, (off, _) in found.items()}
+
+    # ------------------------------------------------------------------ for the monitor
+
+    def filterdiv_events(self) -> list[dict[str, Any]]:
+        """When filters were clustered, for :class:`~lightning_filterdiv.FilterSimilarityMonitor`."""
+        if not self._began:
+            return []
+        epoch, step = self._began
+        return [{"kind": "cluster", "cycle": 0, "epoch": epoch, "step": step, "filters": {}}]
+
+    def filterdiv_deviation(self) -> dict[str, list[tuple[int, float, float]]]:
+        """Layer -> (step, measured, forecast), both relative to the start, for the monitor."""
+        return self._course.of_layers(list(self.layers))
 
     # ------------------------------------------------------------------ end, state
 
@@ -336,7 +329,7 @@ class CentripetalSGD(FilterCallback):
     def reset(self) -> None:
         """Forget the clusters of an earlier fit."""
         self.clusters, self._seen, self.resolved_strength, self._saved_inputs = {}, [], None, None
-        self._budget, self._clip = Budget(), ClipMeter()
+        self._budget, self._clip, self._course, self._began = Budget(), ClipMeter(), Course(), []
 
     def touched_tensors(self) -> dict[str, Tensor]:
         """Every clustered tensor."""
@@ -349,6 +342,8 @@ class CentripetalSGD(FilterCallback):
             "seen": list(self._seen),
             "strength": self.resolved_strength,
             "forecast": dict(self._budget.forecast),
+            "course": self._course.state(),
+            "began": list(self._began),
             "clip": self._clip.state(),
             "inputs": (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs,
         }
@@ -364,6 +359,7 @@ class CentripetalSGD(FilterCallback):
         self._seen = [str(name) for name in state["seen"]]
         self.clusters, self.resolved_strength = {name: index.clone() for name, index in clusters.items()}, strength
         self._budget = Budget(forecast=dict(state["forecast"]))
+        self._course, self._began = Course.of_state(state["course"]), [int(number) for number in state["began"]]
         self._saved_inputs = state["inputs"]
 
     @staticmethod
@@ -424,40 +420,6 @@ class CentripetalSGD(FilterCallback):
             example_inputs, network = inputs_from_state(state, network)
         clusters, network = relative_to(model, self.clusters, network)
         return merge_with_report(model, clusters, example_inputs, network=network, tolerance=tolerance)
-
-
-def saved_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What checkpoints keep of every CentripetalSGD."""
-    saved = checkpoint.get("callbacks") or {}
-    return [state for key, state in saved.items() if str(key).startswith(f"{CentripetalSGD.__qualname__}{{")]
-
-
-def inputs_from_state(state: dict[str, Any] | None, network: str | None) -> tuple[Any, str | None]:
-    """Example inputs (zeros) and the submodule they belong to, from what a checkpoint keeps; ``None``: it has none."""
-    if state is None:
-        return None, network
-    args = tuple(state["args"])
-    return (dict(state["kwargs"]) if state["kwargs"] and not args else args), state["network"]
-
-
-def relative_to(
-    model: nn.Module, clusters: Mapping[str, Tensor], network: str | None
-) -> tuple[dict[str, Tensor], str | None]:
-    """``clusters`` and ``network`` as names of ``model``: they may be those of the LightningModule around it."""
-    names = {canonical_name(name) for name, _ in model.named_modules(remove_duplicate=False)}
-
-    def fits(prefix: str) -> bool:
-        return all(name.removeprefix(prefix).split("[")[0] in names for name in clusters)
-
-    if fits(""):
-        return dict(clusters), network
-    parts = next(iter(clusters)).split(".")
-    for depth in range(1, len(parts)):
-        prefix = ".".join(parts[:depth]) + "."
-        if all(name.startswith(prefix) for name in clusters) and fits(prefix):
-            inner = None if network is None or f"{network}." == prefix else network.removeprefix(prefix)
-            return {name.removeprefix(prefix): index for name, index in clusters.items()}, inner
-    return dict(clusters), network
 
 
 def _gradient_scale(trainer: pl.Trainer, update: CentripetalUpdate) -> Tensor | None:

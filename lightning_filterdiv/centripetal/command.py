@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_filterdiv.centripetal.callback import CentripetalSGD, inputs_from_state, relative_to, saved_states
+from lightning_filterdiv.centripetal.callback import CentripetalSGD
+from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
 from lightning_filterdiv.centripetal.files import save_merged
 from lightning_filterdiv.centripetal.measure import latency_ratio
 from lightning_filterdiv.centripetal.merge import NotTiedError, merge_with_report

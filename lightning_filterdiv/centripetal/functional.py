@@ -20,7 +20,14 @@ from lightning_filterdiv.centripetal.clusters import ClusteredTensor
 from lightning_filterdiv.optimizer_state import row_state
 from lightning_filterdiv.stacking import gather, group_by, scatter
 
-__all__ = ["CentripetalUpdate", "centripetal_gradient", "cluster_means", "equalise", "relative_deviations"]
+__all__ = [
+    "CentripetalUpdate",
+    "centripetal_gradient",
+    "cluster_distances",
+    "cluster_means",
+    "equalise",
+    "relative_deviations",
+]
 
 
 @torch.no_grad()
@@ -236,15 +243,20 @@ def equalise(values: Tensor, tensor: ClusteredTensor) -> None:
 
 
 @torch.no_grad()
-def relative_deviations(tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
-    """Tensor name -> ``|w - Gamma w| / |w|`` (Frobenius norms), 0 where all members are equal. Synchronises once."""
+def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[float, float]]:
+    """Tensor name -> (``|w - Gamma w|``, ``|w|``), Frobenius norms in float32 or wider. Synchronises once."""
     measured: list[Tensor] = []
     for tensor in tensors:
         rows = tensor.parameter.detach().movedim(tensor.dim, 0)
         wide = rows if rows.dtype == torch.float64 else rows.float()
-        off = torch.linalg.vector_norm(wide - cluster_means(wide, torch.tensor(tensor.clusters)))
-        tiny = torch.finfo(wide.dtype).tiny
-        measured.append((off / torch.linalg.vector_norm(wide).clamp_min(tiny)).double())
+        off = wide - cluster_means(wide, torch.tensor(tensor.clusters))
+        measured.append(torch.stack([torch.linalg.vector_norm(off), torch.linalg.vector_norm(wide)]).double())
     if not measured:
         return {}
-    return dict(zip([t.name for t in tensors], torch.stack(measured).tolist(), strict=True))
+    pairs = torch.stack(measured).tolist()
+    return {tensor.name: (off, norm) for tensor, (off, norm) in zip(tensors, pairs, strict=True)}
+
+
+def relative_deviations(tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
+    """Tensor name -> ``|w - Gamma w| / |w|``, 0 where all members are equal. Synchronises once."""
+    return {name: off / norm if norm > 0 else 0.0 for name, (off, norm) in cluster_distances(tensors).items()}

@@ -1,0 +1,77 @@
+"""How far the members of clusters were apart at every look, beside what was forecast for that step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Course"]
+
+# Enough for a figure; between them the logarithm of the forecast is interpolated.
+_KEPT = 400
+
+
+@dataclass
+class Course:
+    """Deviations of tensors from their clusters' means over a fit, all relative to its start.
+
+    Attributes:
+        points: tensor name -> ``[step, measured, forecast]`` in order; the forecast is NaN where there is none.
+    """
+
+    points: dict[str, list[list[float]]] = field(default_factory=dict)
+    _start: dict[str, float] = field(default_factory=dict)
+    _forecasts: list[tuple[list[str], list[float], list[float]]] = field(default_factory=list)
+
+    def begin(
+        self, step: int, deviations: Mapping[str, float], paths: Sequence[tuple[Sequence[str], Sequence[float]]]
+    ) -> None:
+        """Start at ``step``.
+
+        Args:
+            step: global step before the first edit.
+            deviations: tensor name -> ``|w - Gamma w|``.
+            paths: tensor names with their forecast factors after 0, 1, ... steps.
+        """
+        self.points, self._start, self._forecasts = {}, dict(deviations), []
+        for names, factors in paths:
+            kept = np.unique(np.linspace(0, len(factors) - 1, min(len(factors), _KEPT)).astype(np.int64))
+            logs = [math.log(max(abs(factors[i]), 1e-300)) for i in kept.tolist()]
+            self._forecasts.append((list(names), (step + kept).astype(float).tolist(), logs))
+        self.look(step, deviations)
+
+    def look(self, step: int, deviations: Mapping[str, float]) -> None:
+        """Add what was measured at ``step``; tensors that were equal at the start have nothing to shrink."""
+        for name, value in deviations.items():
+            start = self._start.get(name, 0.0)
+            if start > 0 and not (self.points.get(name) and self.points[name][-1][0] == step):
+                self.points.setdefault(name, []).append([step, value / start, self._forecast(name, step)])
+
+    def _forecast(self, name: str, step: int) -> float:
+        for names, steps, logs in self._forecasts:
+            if name in names:
+                return float(math.exp(np.interp(step, steps, logs)))
+        return math.nan
+
+    def of_layers(self, layers: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
+        """The kernels of ``layers`` only: layer -> (step, measured, forecast)."""
+        found = {layer: self.points.get(f"{layer}.weight", []) for layer in layers}
+        return {layer: [(int(s), m, f) for s, m, f in points] for layer, points in found.items() if points}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "points": {name: [list(point) for point in points] for name, points in self.points.items()},
+            "start": dict(self._start),
+            "forecasts": [list(entry) for entry in self._forecasts],
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Course:
+        """Inverse of :meth:`state`."""
+        points = {name: [list(point) for point in points] for name, points in state["points"].items()}
+        return cls(points, dict(state["start"]), [(names, steps, logs) for names, steps, logs in state["forecasts"]])

@@ -1,0 +1,52 @@
+"""Which groups of channels a fit squeezes, and why the others stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
+from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.filters import CONVOLUTIONS, Conv, canonical_name
+
+__all__ = ["choose_groups"]
+
+
+def choose_groups(
+    model: nn.Module, graph: ChannelGraph, layers: Mapping[str, Conv], owned: Collection[int]
+) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
+    """Groups whose convolutions are all among ``layers`` and whose tensors are all trained.
+
+    Args:
+        model: the module whose names ``graph`` and ``layers`` use.
+        graph: its channel graph.
+        layers: chosen convolutions.
+        owned: ``id`` of every parameter that some optimizer updates.
+
+    Returns:
+        Group name -> group, and layer name -> why (some of) its channels stay as they are.
+    """
+    tensors = named_tensors(model)
+    convolutions = {canonical_name(name) for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
+    left_alone = {name: reason for name, reason in graph.pinned.items() if name in layers}
+    chosen: dict[str, ChannelGroup] = {}
+    for group in graph.groups:
+        own = [layer for layer in group.layers if layer in convolutions]
+        outside = [layer for layer in own if layer not in layers]
+        frozen = [
+            part.tensor
+            for part in group.parts
+            if part.kind != "consumer"
+            and isinstance(parameter := tensors[part.tensor], nn.Parameter)
+            and not (parameter.requires_grad and id(parameter) in owned)
+        ]
+        if not own or len(outside) == len(own):
+            continue
+        if outside or frozen:
+            what = f"{outside[0]!r} is not chosen" if outside else f"{frozen[0]!r} is frozen or in no optimizer"
+            left_alone |= {layer: f"it shares channels and {what}" for layer in own if layer in layers}
+        else:
+            chosen[group.name] = group
+    left_alone |= {name: "it is not part of the traced network" for name in layers if name not in graph.layers}
+    return chosen, left_alone
