@@ -195,7 +195,7 @@ class _LastTrained(Callback):
     step = 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step > self.step:  # not in the epoch that SWA appends for its norms
+        if not trainer.fit_loop._skip_backward:  # not in the epoch that SWA appends for its norms
             self.model, self.step = Classifier(), trainer.global_step
             self.model.load_state_dict(pl_module.state_dict())
 
