@@ -82,8 +82,8 @@ class Budget:
         value = min(safe_strength([share.now], decoupled=share.decoupled) for share in shares)
         rank_zero_warn(
             f"CentripetalSGD: strength='auto' needs a forecast, which is unavailable: {reason}. It uses {value:.3g}, "
-            f"which "
-            f"does not oscillate at the current learning rate; watch filterdiv/centripetal/deviation, and give a number"
+            f"which does not oscillate at the current learning rate; watch filterdiv/centripetal/deviation, and give a "
+            f"number"
         )
         return value
 
@@ -136,10 +136,8 @@ class Budget:
                 )
         return (
             f"the budget of CentripetalSGD is too short: K = {self.forecast[lowest]:.1f} for {lowest}, that is, its "
-            f"clusters "
-            f"will be e^-{self.forecast[lowest]:.1f} of their present distance apart, and below K = {LOSSLESS_K:.0f} "
-            f"merging "
-            f"is not lossless; {advice}"
+            f"clusters will be e^-{self.forecast[lowest]:.1f} of their present distance apart, and below K = "
+            f"{LOSSLESS_K:.0f} merging is not lossless; {advice}"
         )
 
     def paths(self) -> list[tuple[list[str], list[float]]]:
@@ -190,8 +188,7 @@ class ClipMeter:
         self._active = True
         rank_zero_warn(
             "gradient clipping by norm also shrinks the pull of CentripetalSGD: the forecast is an upper bound. The "
-            "measured "
-            "mean clip coefficient and the corrected K are logged after every epoch"
+            "measured mean clip coefficient and the corrected K are logged after every epoch"
         )
 
     @torch.no_grad()

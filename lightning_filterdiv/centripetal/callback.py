@@ -252,8 +252,7 @@ class CentripetalSGD(FilterCallback):
         if index not in self._announced:
             raise RuntimeError(
                 "an optimizer step reached CentripetalSGD without on_before_optimizer_step: in manual optimization "
-                "call "
-                "step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
+                "call step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
             )
         self._announced.discard(index)
         if (update := self._updates.get(index)) is not None:
@@ -274,10 +273,8 @@ class CentripetalSGD(FilterCallback):
                 if trainer.current_epoch == 0 and corrected < LOSSLESS_K <= (self.forecast_k or 0.0):
                     rank_zero_warn(
                         f"gradient clipping multiplies the pull of CentripetalSGD by {coefficient:.2f} on average: K "
-                        f"will "
-                        f"be about {corrected:.1f}, not {self.forecast_k:.1f}, and below {LOSSLESS_K:.0f} merging is "
-                        f"not "
-                        f"lossless. Raise gradient_clip_val, the strength or the number of epochs"
+                        f"will be about {corrected:.1f}, not {self.forecast_k:.1f}, and below {LOSSLESS_K:.0f} merging "
+                        f"is not lossless. Raise gradient_clip_val, the strength or the number of epochs"
                     )
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -291,9 +288,8 @@ class CentripetalSGD(FilterCallback):
             self._course.look(trainer.global_step, self._distances())
             worst = max(self._budget.measured, key=self._budget.measured.__getitem__)
             rank_zero_info(
-                f"CentripetalSGD: the largest deviation from a cluster's mean is {self._budget.measured[worst]:.1e} "
-                f"of the "
-                f"norm ({worst})"
+                f"CentripetalSGD: the largest deviation from a cluster's mean is {self._budget.measured[worst]:.1e} of "
+                f"the norm ({worst})"
             )
 
     def _distances(self) -> dict[str, float]:
@@ -381,8 +377,7 @@ class CentripetalSGD(FilterCallback):
         if not clusters:
             raise KeyError(
                 "the checkpoint holds no clusters of CentripetalSGD: it must be saved in a fit with that callback, "
-                "after "
-                "its first step"
+                "after its first step"
             )
         return clusters
 

@@ -150,10 +150,9 @@ def merge_with_report(
     if not projection <= tolerance:
         raise NotTiedError(
             f"the clusters are not tied: setting their members to the mean changes the outputs by {projection:.1e} "
-            f"(relative), more than tolerance={tolerance:g}; {worst} is {deviation:.1e} of its norm away. Train "
-            f"longer or "
-            f"with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to merge anyway and "
-            f"fine-tune"
+            f"(relative), more than tolerance={tolerance:g}; {worst} is {deviation:.1e} of its norm away. Train longer "
+            f"or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to merge anyway "
+            f"and fine-tune"
         )
     return merged, MergeReport(
         channels_before=sum(len(index) for index in clusters.values()),
