@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_filterdiv.monitor.views import LayerView
+from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.similarity import expected_abs_cosine
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 BLUE, RED = "#2166ac", "#c0392b"
 _MOSAIC_KERNELS = 256
 _DIRECTIONS = 32
+_ITERATIONS = 8  # of the subspace: more would not show
 _HEAT_MAP_CELLS = 400
 
 
@@ -193,15 +195,27 @@ def _project(kernels: Tensor, directions: int) -> Tensor:
     """``(J, C, *k) -> (J, directions, *k)``: coefficients in the leading principal directions of the input channels."""
     if kernels.shape[1] == 1:
         return kernels
-    columns = kernels.flatten(2).transpose(0, 1).flatten(1).double()  # (C, J * k)
-    tall = columns.shape[0] > columns.shape[1]
-    _, vectors = torch.linalg.eigh(columns.mT @ columns if tall else columns @ columns.mT)
-    leading = vectors[:, -directions:].flip(1)
-    if tall:
-        leading = torch.nn.functional.normalize(columns @ leading, dim=0)
+    columns = kernels.flatten(2).transpose(0, 1).flatten(1).float()  # (C, J * k)
+    leading = _leading_directions(columns, directions)
     # Eigenvectors have no sign: take the one in which most weight is positive, or pictures would flip between epochs.
     leading = leading * torch.where(leading.sum(dim=0) < 0, -1.0, 1.0)
-    return torch.einsum("jc...,cn->jn...", kernels.double(), leading).float()
+    return torch.einsum("jc...,cn->jn...", kernels.float(), leading)
+
+
+def _leading_directions(columns: Tensor, count: int) -> Tensor:
+    """``(C, n) -> (C, count)``, orthonormal: the left singular directions of the ``count`` largest singular values.
+
+    By subspace iteration: all directions of a 2048-channel layer would cost seconds, and a picture needs one or a few.
+    """
+    extra = min(count + 8, *columns.shape)
+    start = torch.randn(columns.shape[1], extra, generator=keyed_generator("directions"), dtype=columns.dtype)
+    basis = torch.linalg.qr(columns @ start.to(columns.device)).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(columns @ (columns.mT @ basis)).Q
+    left, _, _ = torch.linalg.svd(basis.mT @ columns, full_matrices=False)
+    found = basis @ left[:, :count]
+    missing = count - found.shape[1]
+    return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
 
 
 def _planes(kernels: Tensor) -> Tensor:

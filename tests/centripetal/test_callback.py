@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_filterdiv import CentripetalSGD
+from lightning_filterdiv import CentripetalSGD, FilterSimilarityMonitor
 from lightning_filterdiv.centripetal import (
     NotTiedError,
     centripetal_gradient,
@@ -286,6 +286,31 @@ def test_every_deviation_is_logged(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- which channels
+
+
+def test_the_monitor_sees_measured_and_forecast(tmp_path: Path) -> None:
+    """Relative to the start and in absolute distance, so that the two agree to rounding until float32 ends it."""
+    callback, monitor = CentripetalSGD(), FilterSimilarityMonitor(max_figures=1)
+    fit([callback, monitor], max_epochs=4, default_root_dir=tmp_path, precision="64-true")
+    found = callback.filterdiv_deviation()
+    assert set(found) == {"net.0", "net.3", "net.5", "net.7"}
+    for points in found.values():
+        assert [step for step, _, _ in points] == [0, 6, 12, 18, 24]
+        assert points[0][1:] == (1.0, 1.0)
+        for _, measured, forecast in points[1:]:
+            assert measured == pytest.approx(forecast, rel=1e-6, abs=1e-12)
+    assert [event["kind"] for event in callback.filterdiv_events()] == ["cluster"]
+    figures = {path.name.split("-step")[0] for path in tmp_path.rglob("*.png")}
+    assert {"deviation", "timeline"} <= figures
+
+
+def test_what_the_monitor_sees_survives_a_resume(tmp_path: Path) -> None:
+    whole, again = CentripetalSGD(), CentripetalSGD()
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1)
+    fit([whole, saving], max_epochs=4)
+    fit([again], max_epochs=4, ckpt_path=str(tmp_path / "step=12.ckpt"))
+    assert again.filterdiv_deviation() == whole.filterdiv_deviation()
+    assert again.filterdiv_events() == whole.filterdiv_events()
 
 
 def test_pinned_layers_are_reported_and_left_alone(caplog: pytest.LogCaptureFixture) -> None:
