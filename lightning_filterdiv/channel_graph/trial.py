@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,17 +28,11 @@ def groups_that_do_not_run(graph: ChannelGraph) -> list[ChannelGroup]:
     """
     bound = frozenset().union(*graph.constrained)
     groups = [g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound]
-    # On meta several times faster; fake tensors also let forward make tensors of its own on the model's device, and let
-    # a channel map keep its index.
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    mode: FakeTensorMode | None
-    for mode in (fake,) if graph.map_sites else (None, fake):
-        with quiet():
-            blank = _weightless(graph.model, mode)
-            expected = _shapes(graph, blank, mode)
-        if expected is not None:
-            break
-    else:  # forward insists on real values; the numerical check of a merge has the last word
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with quiet():
+        blank = _weightless(graph.model, mode)
+        expected = _shapes(graph, blank, mode)
+    if expected is None:  # forward insists on real values; the numerical check of a merge has the last word
         return []
 
     def culprits(part: Sequence[ChannelGroup]) -> list[ChannelGroup]:
@@ -55,13 +48,12 @@ def groups_that_do_not_run(graph: ChannelGraph) -> list[ChannelGroup]:
         return culprits(groups)
 
 
-def _weightless(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
-    """A copy whose floating tensors have shapes but no memory: fake ones of the same device, or on meta."""
+def _weightless(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy whose floating tensors have shapes and devices but no memory."""
     blank: dict[int, object] = {}
-    with mode or nullcontext():
+    with mode:
         for tensor in [*model.parameters(), *model.buffers()]:
-            device = torch.device("meta") if mode is None else tensor.device
-            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             if isinstance(tensor, nn.Parameter):
                 blank[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad)
             elif tensor.is_floating_point():
@@ -69,7 +61,7 @@ def _weightless(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
     return copy_network(model, blank).eval()
 
 
-def _shapes(graph: ChannelGraph, model: nn.Module, mode: FakeTensorMode | None) -> list[torch.Size] | None:
+def _shapes(graph: ChannelGraph, model: nn.Module, mode: FakeTensorMode) -> list[torch.Size] | None:
     """Shapes of the network's outputs; None if it does not run."""
     network = find_submodule(model, graph.network)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -78,7 +70,7 @@ def _shapes(graph: ChannelGraph, model: nn.Module, mode: FakeTensorMode | None) 
         return torch.empty(leaf.shape, dtype=leaf.dtype, device=device) if isinstance(leaf, Tensor) else leaf
 
     try:
-        with mode or nullcontext(), torch.no_grad():
+        with mode, torch.no_grad():
             args, kwargs = tree_map(fake, graph.inputs)
             return [tensor.shape for tensor in find_tensors(network(*args, **kwargs))]
     except Exception:  # whatever it is, forward does not run at these widths
