@@ -7,11 +7,13 @@ from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.centripetal import CentripetalSGD
 from lightning_filterdiv.entropy_depth import EntropyDepthBound
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
+from lightning_filterdiv.orthonormality import BasisOrthonormality
 from lightning_filterdiv.repr_ import RePr
 
 __version__ = version("lightning-filterdiv")
 
 __all__ = [
+    "BasisOrthonormality",
     "CentripetalSGD",
     "EntropyDepthBound",
     "FilterCallback",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -30,7 +31,7 @@ from lightning_filterdiv.filters import (
 )
 from lightning_filterdiv.rank_check import check_ranks_agree
 
-__all__ = ["FilterCallback", "optimizer_index"]
+__all__ = ["FilterCallback", "gradient_scale", "optimizer_index"]
 
 _STATE_VERSION = 1
 
@@ -55,6 +56,19 @@ def optimizer_index(trainer: pl.Trainer, optimizer: Any) -> int:
         f"a step of {type(optimizer).__name__} was announced, which is none of the optimizers of configure_optimizers; "
         f"step those, or Lightning's wrappers of them from self.optimizers()"
     )
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
+    """By what gradients are still multiplied: fused optimizers divide by the loss scale inside their step.
+
+    Returns:
+        A scalar on the device of the optimizer's parameters, ``None`` where gradients are unscaled already.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=optimizer.param_groups[0]["params"][0].device))
+    return scale
 
 
 class FilterCallback(Callback):

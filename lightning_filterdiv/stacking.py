@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ParameterStack", "gather", "group_by", "scatter"]
+__all__ = ["ParameterStack", "gather", "group_by", "scatter", "storage_order"]
 
 T = TypeVar("T")
 # cuDNN and vectorised CPU kernels choose by alignment: every parameter starts where an allocation of its own would.
@@ -29,7 +29,7 @@ def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     return list(groups.values())
 
 
-def _storage_order(tensor: Tensor) -> list[int]:
+def storage_order(tensor: Tensor) -> list[int]:
     """Dims from the slowest to the fastest in memory: the permutation that makes a dense tensor contiguous."""
     strides = tensor.stride()
     return sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
@@ -41,7 +41,7 @@ def gather(tensors: Sequence[Tensor]) -> Tensor:
     The inverse, :func:`scatter`, then copies between tensors of equal strides, which is what ``_foreach`` needs to use
     one kernel for all of them.
     """
-    order = _storage_order(tensors[0])
+    order = storage_order(tensors[0])
     stacked = torch.stack([tensor.detach().permute(order) for tensor in tensors])
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return stacked.permute(0, *(1 + dim for dim in inverse))
@@ -55,7 +55,7 @@ def scatter(tensors: Sequence[Tensor], stacked: Tensor) -> None:
 
 def _is_dense(tensor: Tensor) -> bool:
     expected = 1
-    for dim in reversed(_storage_order(tensor)):
+    for dim in reversed(storage_order(tensor)):
         if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
             return False
         expected *= tensor.shape[dim]

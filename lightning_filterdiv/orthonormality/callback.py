@@ -1,0 +1,210 @@
+"""The ``BasisOrthonormality`` callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
+
+from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
+from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index
+from lightning_filterdiv.filters import Conv, canonical_name, select_filters
+from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty, check_form
+from lightning_filterdiv.orthonormality.targets import FilterBlock, filter_blocks
+from lightning_filterdiv.shared_basis.modules import shared_bases
+
+__all__ = ["BasisOrthonormality"]
+
+
+class BasisOrthonormality(FilterCallback):
+    """Push filters towards orthonormality by a penalty whose gradient is added in closed form.
+
+    In a network with shared filter bases (:func:`~lightning_filterdiv.shared_basis.share_filter_bases`) it acts on the
+    bases, as DSFB does (Kang, Kim, NeurIPS 2021); elsewhere on every convolution that ``include`` and ``exclude``
+    leave, which then stay diverse (Bansal, Chen, Wang, NeurIPS 2018; Wang et al., CVPR 2020).
+
+    Args:
+        weight: of the penalty, > 0; ``None``: the form's own, see
+            :data:`~lightning_filterdiv.orthonormality.DEFAULT_WEIGHTS`.
+        milestones: epoch (from 0) -> factor: from that epoch on, the weight times the factor. The published decay of
+            SRIP is ``{20: 1e-3, 50: 1e-4, 70: 1e-6, 120: 0}``.
+        form: ``"basis"`` (a mean over entries), ``"soft"``, ``"double_soft"``, ``"mutual_coherence"``, ``"srip"`` or
+            ``"convolutional"``.
+        decoupled: move the weights after the step, by learning rate times weight times gradient, instead of adding to
+            the gradient.
+        squared: of ``"srip"``: the square of the spectral norm, as in the released code.
+        unique: compare shared filters also with the unique filters of the layers that use them (CIFAR-10 experiments of
+            DSFB); ``"basis"`` only.
+        include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none.
+        exclude: patterns of layers to leave out.
+        seed: of the starting vectors of ``"srip"``, a function of the seed and the step.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    gradient_stage = 10
+
+    def __init__(
+        self,
+        *,
+        weight: float | None = None,
+        milestones: dict[int, float] | None = None,
+        form: Form = "basis",
+        decoupled: bool = False,
+        squared: bool = False,
+        unique: bool = False,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        seed: int = 0,
+        check_ranks_every_n_steps: int = 0,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
+        self.form = check_choice("form", form, Form)
+        self.weight = None if weight is None else check_number("weight", weight, above=0.0)
+        self.milestones = _check_milestones(milestones)
+        self.decoupled = check_flag("decoupled", decoupled)
+        self.squared = check_flag("squared", squared)
+        self.unique = check_flag("unique", unique)
+        if self.squared and self.form != "srip":
+            raise ValueError(f"squared=True belongs to form='srip', got form={form!r}")
+        if self.unique and self.form != "basis":
+            raise ValueError(f"unique=True belongs to form='basis', got form={form!r}")
+        self.seed = check_integer("seed", seed, low=0)
+        self._penalties: dict[int, OrthonormalityPenalty] = {}
+        self._announced: set[int] = set()
+        self._looked = -1
+
+    @property
+    def base_weight(self) -> float:
+        """``weight``, or the form's own."""
+        return DEFAULT_WEIGHTS[self.form] if self.weight is None else self.weight
+
+    def weight_at(self, epoch: int, step: int) -> float:
+        """Weight of the penalty at a step; override it for a schedule.
+
+        Args:
+            epoch: the current epoch, from 0.
+            step: optimizer steps of the fit so far.
+
+        Returns:
+            A number >= 0; 0 switches the penalty off.
+        """
+        reached = [at for at in self.milestones or {} if at <= epoch]
+        return self.base_weight * ((self.milestones or {})[max(reached)] if reached else 1.0)
+
+    def values(self) -> dict[str, float]:
+        """Layer or Gram name -> the penalty now, above its reachable minimum, not weighted; ``"total"`` for all."""
+        found: dict[str, float] = {}
+        total = 0.0
+        for penalty in self._penalties.values():
+            values = penalty.values(self._looked)
+            numbers = torch.stack([v.double() for v in [*values.values(), penalty.total(values)]]).tolist()
+            found |= dict(zip(values, numbers, strict=False))
+            total += numbers[-1]
+        return found | {"total": total} if found else {}
+
+    # ------------------------------------------------------------------ start
+
+    def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
+        """The shared bases where there are any and ``include`` names nothing else."""
+        bases = [canonical_name(name) for name, _, _ in shared_bases(pl_module)]
+        return select_filters(pl_module, bases if bases and self.include is None else self.include, self.exclude)
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Build one :class:`OrthonormalityPenalty` per optimizer that owns chosen layers."""
+        try:
+            blocks = filter_blocks(pl_module, self.layers, unique=self.unique)
+            check_form(self.form, blocks)
+            for index, optimizer in enumerate(trainer.optimizers):
+                penalty = self._penalty(blocks, optimizer, index)
+                if penalty.blocks:
+                    self._penalties[index] = penalty
+                self.after_optimizer_step(optimizer, partial(self._after_step, index))
+        except ValueError as error:
+            raise MisconfigurationException(f"BasisOrthonormality: {error}") from error
+        self._announced = set()
+        source = "the form's own" if self.weight is None else "given"
+        rank_zero_info(f"BasisOrthonormality: form {self.form!r}, weight {self.base_weight:g} ({source})")
+
+    def _penalty(self, blocks: list[FilterBlock], optimizer: Optimizer, index: int) -> OrthonormalityPenalty:
+        return OrthonormalityPenalty(
+            blocks,
+            optimizer,
+            form=self.form,
+            squared=self.squared,
+            decoupled=self.decoupled,
+            seed=self.seed,
+            stream=f"{self.state_key}/{index}",
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the penalty's gradient, unscaled and once per real step, after DDP has averaged the loss's."""
+        index = optimizer_index(trainer, optimizer)
+        self._announced.add(index)
+        if (penalty := self._penalties.get(index)) is None:
+            return
+        step = trainer.global_step
+        weight = check_number("weight_at(epoch, step)", self.weight_at(trainer.current_epoch, step), low=0.0)
+        if step % max(1, trainer.log_every_n_steps) == 0 and step != self._looked:  # type: ignore[attr-defined]
+            self._log(trainer, step, weight)
+        scale = None if self.decoupled else gradient_scale(trainer, trainer.optimizers[index])
+        penalty.before_step(weight=weight, step=step, gradient_scale=scale)
+
+    def _after_step(self, index: int) -> None:
+        if index not in self._announced:
+            raise RuntimeError(
+                "an optimizer step reached BasisOrthonormality without on_before_optimizer_step: in manual "
+                "optimization call step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
+            )
+        self._announced.discard(index)
+        if (penalty := self._penalties.get(index)) is not None:
+            penalty.after_step()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the epoch reached."""
+        self._log(trainer, trainer.global_step, self.weight_at(trainer.current_epoch, trainer.global_step))
+
+    def _log(self, trainer: pl.Trainer, step: int, weight: float) -> None:
+        self._looked = step
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        numbers = {f"filterdiv/orthonormality/{name}": value for name, value in self.values().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({**numbers, "filterdiv/orthonormality/weight": weight}, step)
+
+    def release(self) -> None:
+        """Nothing of the model was changed; the penalties are forgotten."""
+        self._penalties, self._announced = {}, set()
+
+    def reset(self) -> None:
+        """A new fit logs from its first step."""
+        self._looked = -1
+
+    def extra_state(self) -> dict[str, Any]:
+        """Nothing to keep: everything is a function of weights, epoch and step."""
+        return {}
+
+
+def _check_milestones(milestones: object) -> dict[int, float] | None:
+    if milestones is None:
+        return None
+    if not isinstance(milestones, Mapping):
+        raise TypeError(f"milestones must be a dict of epoch -> factor such as {{20: 1e-3}}, got {milestones!r}")
+    if not milestones:
+        raise ValueError("milestones={} changes nothing; use milestones=None for a constant weight")
+    return {
+        check_integer("an epoch of milestones", epoch, low=0): check_number(f"milestones[{epoch!r}]", factor, low=0.0)
+        for epoch, factor in sorted(milestones.items(), key=lambda item: str(item[0]))
+    }

@@ -1,0 +1,388 @@
+"""Put shared filter bases into a network: which layers of which stage share, and how many filters."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_filterdiv.arguments import check_flag, check_integer
+from lightning_filterdiv.filters import canonical_name
+from lightning_filterdiv.shared_basis.modules import FilterBasis, SharedBasisConv2d, SharedConv2d, _UsesBasis
+
+__all__ = ["SharingError", "share_filter_bases"]
+
+Kind = Literal["basic", "bottleneck", "inverted"]
+
+
+class SharingError(ValueError):
+    """A basis cannot be shared as asked. The message names the layer, or the argument, and the fix."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Blocks of one resolution: the first keeps its layers, the others share.
+
+    Attributes:
+        name: of the container, or ``stage3`` where the network has none.
+        kind: of its blocks.
+        blocks: name -> block, in order.
+    """
+
+    name: str
+    kind: Kind
+    blocks: Mapping[str, nn.Module]
+
+    @property
+    def can_share(self) -> bool:
+        """Whether at least two layers would use a basis."""
+        return len(self.blocks) > (1 if self.kind == "basic" else 2)
+
+    def sharing(self) -> list[dict[str, nn.Module]]:
+        """The layers that may share, one dict per position in the block (conv1, conv2)."""
+        positions: list[dict[str, nn.Module]] = []
+        for name, block in list(self.blocks.items())[1:]:
+            for position, layer in enumerate(_positions(self.kind, block)):
+                if position == len(positions):
+                    positions.append({})
+                positions[position][f"{name}.{layer}"] = block.get_submodule(layer)
+        return positions
+
+
+def _positions(kind: Kind, block: nn.Module) -> list[str]:
+    if kind == "basic":
+        return ["conv1", "conv2"]
+    if kind == "bottleneck":
+        return ["conv2", "conv3"]
+    return ["conv.0.0", "conv.2"]
+
+
+# What the layers of a position are called where the basis is a whole convolution.
+_ROLES: dict[Kind, list[str]] = {"bottleneck": ["conv2", "conv3"], "inverted": ["expansion", "projection"]}
+
+
+def _kind(block: nn.Module) -> Kind | None:
+    """What a block is, by its layers; ``None`` for anything else."""
+    layers = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
+    convs = [isinstance(layer, nn.Conv2d | _UsesBasis) for layer in layers]
+    if convs == [True, True, False]:
+        return "basic"
+    if convs == [True, True, True]:
+        return "bottleneck"
+    body = getattr(block, "conv", None)
+    if not isinstance(body, nn.Sequential) or len(body) != 4 or not isinstance(body[0], nn.Sequential):
+        return None
+    return "inverted" if isinstance(body[2], nn.Conv2d | _UsesBasis) else None
+
+
+def _stages(model: nn.Module) -> list[_Stage]:
+    """Stages in order: containers of basic or bottleneck blocks; runs of inverted residuals of one width."""
+    found: list[_Stage] = []
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{prefix}.") for prefix in inside):
+            continue
+        children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
+        kinds = {_kind(child) for child in children.values()}
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(kinds) == 1 and (kind := kinds.pop()) is not None:
+            inside.append(name)
+            if kind != "inverted":
+                found.append(_Stage(canonical_name(name) or "stage", kind, children))
+                continue
+        runs: list[dict[str, nn.Module]] = []
+        width = None
+        for key, child in children.items():
+            if _kind(child) == "inverted":
+                inside.append(key)
+                if not runs or _outputs(child) != width:
+                    runs.append({})
+                width = _outputs(child)
+                runs[-1][key] = child
+        found += [_Stage(f"stage{i}", "inverted", run) for i, run in enumerate(_with_first(runs, children), start=1)]
+    return found
+
+
+def _with_first(runs: list[dict[str, nn.Module]], children: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    # MobileNetV2 counts a first block without expansion as stage 1; it has nothing to share.
+    if not runs:
+        return runs
+    names = list(children)
+    before = names.index(next(iter(runs[0]))) - 1
+    first = children[names[before]] if before >= 0 else None
+    body = getattr(first, "conv", None)
+    return [{names[before]: first}, *runs] if isinstance(body, nn.Sequential) and first is not None else runs
+
+
+def _outputs(block: nn.Module) -> int:
+    projection = block.get_submodule("conv.2")
+    return projection.basis.out_channels if isinstance(projection, _UsesBasis) else int(projection.out_channels)  # type: ignore[arg-type]
+
+
+def _check(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
+    """The layers as convolutions that can share filters.
+
+    Raises:
+        SharingError: one cannot, by name.
+    """
+    checked: dict[str, nn.Conv2d] = {}
+    for name, layer in layers.items():
+        shown = canonical_name(name)
+        if isinstance(layer, _UsesBasis):
+            raise SharingError(
+                f"{shown!r} shares its filters already; call share_filter_bases once, on a fresh network"
+            )
+        if not isinstance(layer, nn.Conv2d):
+            raise SharingError(f"{shown!r} is a {type(layer).__name__}; only nn.Conv2d can share filters")
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise SharingError(f"the weight of {shown!r} is computed by a parametrization; remove it before sharing")
+        if is_lazy(weight):
+            raise SharingError(f"{shown!r} is lazy and has no weight yet; run one forward pass before sharing")
+        if layer.groups != 1:
+            raise SharingError(
+                f"{shown!r} is a grouped convolution (groups={layer.groups}), whose filters see different channels and "
+                f"cannot share a basis; leave it out"
+            )
+        if max(layer.stride) != 1:
+            raise SharingError(
+                f"{shown!r} has stride {tuple(layer.stride)}; layers that share a basis need stride 1. The first block "
+                f"of a stage keeps its own convolutions: leave this layer out"
+            )
+        checked[name] = layer
+    first_name, first = next(iter(checked.items()))
+    for name, conv in checked.items():
+        for what in ("in_channels", "out_channels", "kernel_size", "padding", "dilation", "padding_mode"):
+            mine, expected = getattr(conv, what), getattr(first, what)
+            if mine != expected:
+                raise SharingError(
+                    f"{canonical_name(name)!r} has {what}={mine}, {canonical_name(first_name)!r} {expected}: layers "
+                    f"that share a basis must be alike (channels, kernel, padding, dilation). Leave one of them out, "
+                    f"or give them to different groups"
+                )
+    return checked
+
+
+def _basis(like: nn.Conv2d, filters: int, gram: str, pool: str = "") -> FilterBasis:
+    return FilterBasis(
+        like.in_channels,
+        filters,
+        (like.kernel_size[0], like.kernel_size[1]),
+        padding=like.padding if isinstance(like.padding, str) else (like.padding[0], like.padding[1]),
+        dilation=(like.dilation[0], like.dilation[1]),
+        padding_mode=like.padding_mode,
+        gram=gram,
+        pool=pool,
+        device=like.weight.device,
+        dtype=like.weight.dtype,
+    )
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    container = model.get_submodule(parent)
+    layer.train(container.training)
+    # setattr keeps the position among its siblings, also in a Sequential, whose keys are numbers.
+    setattr(container, key, layer)
+
+
+def _orthonormal(bases: Sequence[FilterBasis]) -> None:
+    """Draw the bases as one orthonormal set, to be split between them."""
+    rows = sum(basis.out_channels for basis in bases)
+    drawn = bases[0].weight.new_empty((rows, *bases[0].weight.shape[1:]), dtype=torch.float32)
+    nn.init.orthogonal_(drawn)
+    with torch.no_grad():
+        for basis, part in zip(bases, drawn.split([basis.out_channels for basis in bases]), strict=True):
+            basis.weight.copy_(part)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One Gram: bases that are orthonormal together, and who uses which."""
+
+    name: str
+    users: list[dict[str, nn.Conv2d]]  # one dict per basis
+    filters: int
+    unique: int
+    pool: str = ""
+    whole: bool = False  # the basis is the layer
+
+    def check_rank(self) -> None:
+        conv = next(iter(self.users[0].values()))
+        d = conv.weight[0].numel()
+        rows = self.filters * len(self.users)
+        if not self.whole and max(rows, self.filters + self.unique) > d:
+            what = f"two bases of {self.filters}" if len(self.users) == 2 else f"shared={self.filters}"
+            raise SharingError(
+                f"{self.name}: {what} and unique={self.unique} filters per layer are more than the {d} numbers of one "
+                f"filter ({conv.in_channels} channels, kernel {tuple(conv.kernel_size)}), so they cannot be "
+                f"independent; shared and unique count for the first stage and grow with the width"
+            )
+
+    def apply(self, model: nn.Module) -> None:
+        bases = []
+        for users in self.users:
+            basis = _basis(next(iter(users.values())), self.filters, self.name, self.pool)
+            bases.append(basis)
+            for name, conv in users.items():
+                if self.whole:
+                    _replace(model, name, SharedConv2d(basis))
+                else:
+                    bias = conv.bias is not None
+                    layer = SharedBasisConv2d(basis, conv.out_channels, unique=self.unique, bias=bias)
+                    _replace(model, name, layer)
+        _orthonormal(bases)
+
+
+def share_filter_bases(
+    model: nn.Module,
+    *,
+    shared: int | None = None,
+    unique: int | None = None,
+    double: bool = False,
+    stages: Sequence[str] | None = None,
+    layers: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+) -> nn.Module:
+    """Let the convolutions of a stage share one basis of filters (DSFB), in place.
+
+    Kang, Kim, NeurIPS 2021. Call it on a fresh network, before an optimizer is made: weights are drawn anew
+    (Kaiming-normal, fan-out; the bases orthonormal), from torch's global generator.
+
+    =========================  ======================================================================================
+    blocks                     what blocks 2, 3, ... of a stage share (the first keeps its convolutions)
+    =========================  ======================================================================================
+    basic (ResNet-18/34,       ``conv1`` and ``conv2`` become :class:`SharedBasisConv2d` over ``shared`` filters per
+    CIFAR ResNets)             stage; ``double``: two bases per stage, one for each, drawn as one orthonormal set
+    bottleneck (ResNet-50)     the 3x3 convolution; ``double``: also the last 1x1 ("Shared++")
+    inverted residual          the expansion 1x1; ``double``: also the projection ("Shared++")
+    (MobileNetV2)
+    =========================  ======================================================================================
+
+    Stages are found by their blocks, whatever their names: containers of blocks with ``conv1`` and ``conv2`` (and
+    ``conv3``), or runs of torchvision's inverted residuals of one width, called ``stage1``, ``stage2``, ... as in the
+    paper. A stage with too few blocks for two layers to share is left as it is.
+
+    Args:
+        model: the network (a ``LightningModule`` works too).
+        shared: ``S``, filters in the basis of the first stage; later stages have as many times more as they are wider.
+            ``None``: 16.
+        unique: ``U``, further filters of each layer's own, growing alike. ``None``: 1.
+        double: see the table.
+        stages: only these; ``None``: all.
+        layers: share between exactly these layers instead: a list of module names, or a dict name -> list for several
+            bases. ``shared`` and ``unique`` are then taken as they are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        SharingError: no stage is found, a name does not exist, a layer is strided, grouped, parametrized or unlike the
+            others, or there are more filters than a filter has numbers. The network is then unchanged.
+        TypeError, ValueError: a bad argument, by name.
+    """
+    filters = 16 if shared is None else check_integer("shared", shared, low=1)
+    own = 1 if unique is None else check_integer("unique", unique, low=0)
+    double = check_flag("double", double)
+    if layers is not None:
+        if stages is not None or double:
+            raise ValueError("layers says which layers share; give neither stages nor double beside it")
+        plans = [_Plan(name, [_check(_named(model, names))], filters, own) for name, names in _groups(layers)]
+    else:
+        plans = list(
+            _stage_plans(model, filters, own, double, stages, counted=shared is not None or unique is not None)
+        )
+    taken: dict[str, str] = {}
+    for plan in plans:
+        plan.check_rank()
+        for name in (name for users in plan.users for name in users):
+            if name in taken:
+                raise SharingError(f"{canonical_name(name)!r} is in two groups, {taken[name]!r} and {plan.name!r}")
+            taken[name] = plan.name
+    for plan in plans:
+        plan.apply(model)
+    return model
+
+
+def _groups(layers: object) -> Iterator[tuple[str, Sequence[str]]]:
+    groups = dict(layers) if isinstance(layers, Mapping) else {"shared": layers}
+    for name, names in groups.items():
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"layers must be a list of module names or a dict of such lists, got {names!r}")
+        if len(names) < 2:
+            raise SharingError(f"layers={list(names)!r}: a basis is shared by at least two layers")
+        yield str(name), names
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    known = {canonical_name(name): (name, module) for name, module in model.named_modules()}
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        if name not in known:
+            convs = [key for key, (_, module) in known.items() if isinstance(module, nn.Conv2d)]
+            near = difflib.get_close_matches(name, convs, n=1, cutoff=0.3)
+            raise SharingError(f"layers: there is no module {name!r}{f'; the closest is {near[0]!r}' if near else ''}")
+        path, module = known[name]
+        if path in found:
+            raise SharingError(f"layers: {name!r} is named twice")
+        found[path] = module
+    return found
+
+
+def _stage_plans(
+    model: nn.Module, shared: int, unique: int, double: bool, chosen: Sequence[str] | None, counted: bool
+) -> Iterator[_Plan]:
+    found = _stages(model)
+    usable = [stage for stage in found if stage.can_share]
+    names = [stage.name for stage in usable]
+    if not usable:
+        raise SharingError(
+            f"{type(model).__name__} has no stage in which blocks with conv1 and conv2 (ResNet) or inverted "
+            f"residuals (MobileNetV2) could share a basis; name the convolutions that are to share in layers=[...]"
+        )
+    if chosen is not None:
+        if isinstance(chosen, str) or not isinstance(chosen, Sequence):
+            raise TypeError(f"stages must be a list of stage names, got {chosen!r}; write stages=[{chosen!r}]")
+        if not chosen:
+            raise ValueError("stages=[] shares nothing; use stages=None for every stage")
+        for name in chosen:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.3)
+                single = " (it has too few blocks)" if name in [s.name for s in found] else ""
+                raise SharingError(
+                    f"stages: {name!r} is no stage that can share{single}"
+                    f"{f'; the closest is {near[0]!r}' if near else ''}. Available: {', '.join(map(repr, names))}"
+                )
+    kinds = {stage.kind for stage in usable if chosen is None or stage.name in chosen}
+    if counted and kinds != {"basic"}:
+        raise ValueError(
+            "shared and unique count filters of basic blocks; bottleneck and inverted residual blocks share their "
+            "whole convolutions, so leave both at None"
+        )
+    first = next((stage for stage in found if stage.kind == "basic"), None)
+    narrow = _width(first) if first is not None else 1
+    for stage in usable:
+        if chosen is not None and stage.name not in chosen:
+            continue
+        positions = stage.sharing()
+        if stage.kind != "basic":
+            for role, layer in list(zip(_ROLES[stage.kind], positions, strict=True))[: 2 if double else 1]:
+                convs = _check(layer)
+                width = next(iter(convs.values())).out_channels
+                yield _Plan(f"{stage.name}.{role}", [convs], width, 0, pool=role, whole=True)
+            continue
+        ratio = _width(stage) / narrow
+        together = _check({**positions[0], **positions[1]})
+        users = [_check(position) for position in positions] if double else [together]
+        yield _Plan(stage.name, users, round(shared * ratio), round(unique * ratio))
+
+
+def _width(stage: _Stage) -> int:
+    """Output channels of a stage of basic blocks."""
+    layer = list(stage.blocks.values())[-1].get_submodule("conv2")
+    channels = layer.coefficients.out_channels if isinstance(layer, SharedBasisConv2d) else layer.out_channels
+    assert isinstance(channels, int)
+    return channels
