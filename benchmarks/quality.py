@@ -156,6 +156,8 @@ def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
     assert data._test is not None
     loader = SeededBatches(data._train.tensors, BATCH, seed)
     model = Classifier(width=32, image_size=28, lr=LEARNING_RATE, weight_decay=1e-4, milestones=MILESTONES)
+    # Faster on a CPU, the same up to rounding; files without "memory_format" are older and contiguous.
+    model.to(memory_format=torch.channels_last)
     before = redundancy_metrics(select_filters(model))
     curve = Curve(*data._test.tensors)
     checkpoint = ModelCheckpoint(dirpath=partial, filename="last", every_n_epochs=10, enable_version_counter=False)
@@ -180,6 +182,7 @@ def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
         "seed": seed,
         "protocol": "FM5k/C3(32)",
         "callbacks": [repr(c) for c in METHODS[method]() if not isinstance(c, ScaledConvolutions)],
+        "memory_format": "channels_last",
         "test_accuracy": test["test_acc"],
         "seconds": round(seconds, 1),
         "curve": curve.rows,
