@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_filterdiv import (
+    BasisOrthonormality,
     CentripetalSGD,
     EntropyDepthBound,
     FilterCallback,
@@ -22,6 +24,7 @@ from lightning_filterdiv.async_update import AsynchronousUpdate
 from lightning_filterdiv.centripetal import CentripetalUpdate, ClusteredTensor
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold
+from lightning_filterdiv.orthonormality import OrthonormalityPenalty, filter_blocks
 
 Wrong = tuple[dict[str, Any], type[Exception], str]
 #: One step's hooks in framework-free form: (before the step, after the step).
@@ -40,6 +43,8 @@ class Case:
         trains_differently: whether weights differ from a run without the callback.
         per_step: its per-step path without Lightning, for the fake-GPU and launch-count suites; ``None``: it has none.
         gradients_only: it writes gradients back, one operation per tensor on a CPU (one kernel for all on a GPU).
+        kernels: most kernels that one step of ``per_step`` may start on a GPU for a CIFAR ResNet.
+        variant: another configuration of a callback that has a case already; the slowest suites run it under ``soak``.
         refused_precisions: values of Trainer's ``precision`` that it refuses.
     """
 
@@ -50,6 +55,8 @@ class Case:
     trains_differently: bool = True
     per_step: PerStep | None = None
     gradients_only: bool = False
+    kernels: int = 90
+    variant: bool = False
     refused_precisions: tuple[str, ...] = ()
 
     def make(self, **overrides: Any) -> FilterCallback:
@@ -118,6 +125,48 @@ def _wau(name: str, gradients_only: bool = False, **arguments: Any) -> Case:
         wrong=_WAU_WRONG,
         per_step=_wau_step(**arguments),
         gradients_only=gradients_only,
+        variant=name != "wau",
+    )
+
+
+def _penalty_step(**arguments: Any) -> PerStep:
+    def build(model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[int], None], Callable[[], None]]:
+        penalty = OrthonormalityPenalty(filter_blocks(model, select_filters(model)), optimizer, **arguments)
+        return (lambda step: penalty.before_step(weight=1e-2, step=step)), penalty.after_step
+
+    return build
+
+
+_ORTHONORMALITY_WRONG: tuple[Wrong, ...] = (
+    *_SELECTION,
+    ({"weight": 0}, ValueError, "0 < weight, got 0"),
+    ({"weight": -10.0}, ValueError, "weight must be a finite number with 0 < weight, got -10.0"),
+    ({"weight": float("nan")}, ValueError, "weight must be a finite number"),
+    ({"weight": "auto"}, TypeError, "weight must be a number"),
+    ({"form": "hard"}, ValueError, "form must be one of 'basis', 'soft', 'double_soft', 'mutual_coherence'"),
+    ({"milestones": {}}, ValueError, "milestones={} changes nothing"),
+    ({"milestones": [20, 50]}, TypeError, "milestones must be a dict of epoch -> factor"),
+    ({"milestones": {-1: 0.1}}, ValueError, "an epoch of milestones must be an integer >= 0, got -1"),
+    ({"milestones": {"late": 0.1}}, TypeError, "an epoch of milestones must be an integer >= 0"),
+    ({"milestones": {20: -0.1}}, ValueError, "0 <= milestones[20], got -0.1"),
+    ({"decoupled": 1}, TypeError, "decoupled must be True or False"),
+    ({"squared": True}, ValueError, "squared=True belongs to form='srip', got form='basis'"),
+    ({"unique": True, "form": "soft"}, ValueError, "unique=True belongs to form='basis', got form='soft'"),
+    ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+)
+
+
+def _orthonormality(name: str, kernels: int = 90, **arguments: Any) -> Case:
+    step = {key: value for key, value in arguments.items() if key in ("form", "squared", "decoupled")}
+    return Case(
+        name=name,
+        cls=BasisOrthonormality,
+        arguments=arguments,
+        wrong=_ORTHONORMALITY_WRONG,
+        per_step=_penalty_step(**step),
+        gradients_only=True,
+        kernels=kernels,
+        variant=name != "basis",
     )
 
 
@@ -179,6 +228,13 @@ CASES: tuple[Case, ...] = (
         gradients_only=True,
         refused_precisions=("bf16-true",),
     ),
+    _orthonormality("basis"),
+    _orthonormality("soft_decoupled", form="soft", decoupled=True, weight=0.05, milestones={1: 0.5}),
+    _orthonormality("double_soft", form="double_soft"),
+    _orthonormality("mutual_coherence", form="mutual_coherence", weight=0.1),
+    # Six shapes of twenty-two operations on vectors each.
+    _orthonormality("srip", kernels=132, form="srip", squared=True, milestones={1: 0.1}),
+    _orthonormality("convolutional", form="convolutional"),
     Case(
         name="monitor",
         cls=FilterSimilarityMonitor,
@@ -210,6 +266,8 @@ CASES: tuple[Case, ...] = (
         trains_differently=False,
     ),
 )
+#: Cases of the slowest suites: variants of a callback run under ``soak``.
+SLOW_CASES = tuple(pytest.param(case, marks=pytest.mark.soak) if case.variant else case for case in CASES)
 #: One configuration per callback, for suites where more would only cost time.
 ONE_EACH: tuple[Case, ...] = tuple({case.cls: case for case in reversed(CASES)}.values())
 PER_STEP: tuple[Case, ...] = tuple(case for case in CASES if case.per_step is not None)

@@ -193,8 +193,15 @@ class BasisOrthonormality(FilterCallback):
         self._looked = -1
 
     def extra_state(self) -> dict[str, Any]:
-        """Nothing to keep: everything is a function of weights, epoch and step."""
-        return {}
+        """The step of the last log; all else is a function of weights, epoch and step."""
+        return {"logged": [self._looked]}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`extra_state`."""
+        logged = state["logged"]
+        if not isinstance(logged, list) or len(logged) != 1 or not isinstance(logged[0], int):
+            raise TypeError(f"logged must be a list of one step, got {logged!r}")
+        self._looked = logged[0]
 
 
 def _check_milestones(milestones: object) -> dict[int, float] | None:

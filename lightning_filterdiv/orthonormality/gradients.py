@@ -75,7 +75,7 @@ def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False) 
     """Of two-step power iteration, differentiated through both steps, in products of matrices with four vectors.
 
     With ``a = A start``, ``v = a / |a|``, ``b = A v``, ``u = b / |b|`` the value is ``|b|`` and
-    ``d value / d A = u v^T + g start^T``, ``g = (A u - (v . A u) v) / |a|``.
+    ``d value / d A = u v^T + g start^T``, ``g = (A u - |b| v) / |a|``.
 
     Args:
         filters: ``(B, J, d)``.
@@ -94,16 +94,15 @@ def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False) 
     moved = apply(v)
     sigma = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     u = moved / sigma.clamp_min(_EPSILON)
-    back = apply(u)
-    g = (back - (v * back).sum(dim=1, keepdim=True) * v) / norm
-    # (D + D^T) W with D = u v^T + g start^T, never formed.
-    left = torch.cat([u, v, g, start], dim=2)
-    right = torch.cat([v, u, start, g], dim=2)
+    g = torch.addcmul(apply(u), sigma, v, value=-1).div_(norm)
+    # (D + D^T) W with D = u v^T + g start^T, never formed: u meets v and g meets start when the order is reversed.
+    vectors = torch.cat([u, g, start, v], dim=2)
+    partners = vectors.flip(2)
     if squared:
-        left = left * (2 * sigma)
+        vectors = vectors * (2 * sigma)
     if rows is filters:
-        return torch.bmm(left, torch.bmm(right.mT, filters))
-    return torch.bmm(torch.bmm(filters, left), right.mT)
+        return torch.bmm(vectors, torch.bmm(partners.mT, filters))
+    return torch.bmm(torch.bmm(filters, vectors), partners.mT)
 
 
 def convolutional_gradient(kernels: Tensor, stride: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_filterdiv import EntropyDepthBound, RePr, WeightAsynchronousUpdate
 from lightning_filterdiv.rank_check import RankDivergenceError, check_ranks_agree
-from tests.registry import CASES, Case
+from tests.registry import SLOW_CASES, Case
 from tests.suites.test_resume import KINDS
 from tests.support.training import Classifier, Run, batches, differing, fit
 
@@ -88,7 +88,7 @@ def raises_on_every_rank(action: Callable[[], Any], error: type[Exception] | tup
     return message
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_ranks_stay_identical(case: Case) -> None:
     witness = Witness()
     fit_ddp([SeedsPerRank(), case.make(), witness])
@@ -170,7 +170,7 @@ def test_resume_without_a_callback(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_resume(case: Case, kind: str, tmp_path: Path) -> None:
     check_resume(lambda: [case.make()], kind, shared(tmp_path))
 

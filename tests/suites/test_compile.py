@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch._dynamo.utils import counters
 
 from lightning_filterdiv import WeightAsynchronousUpdate
-from tests.registry import CASES, Case
+from tests.registry import SLOW_CASES, Case
 from tests.support.training import Classifier, fit
 
 Make = Callable[[], list[Callback]]
@@ -45,7 +45,7 @@ def check_compile(make: Make, backend: str = "aot_eager") -> None:
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_compile(case: Case) -> None:
     check_compile(lambda: [case.make(include=["net.*"])])
 

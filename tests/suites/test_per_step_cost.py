@@ -14,7 +14,7 @@ from tests.registry import PER_STEP, Case
 from tests.support.kernels import DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
 
 #: Modules that import ``stage``.
-STAGING = ["lightning_filterdiv.async_update.functional"]
+STAGING = ["lightning_filterdiv.async_update.functional", "lightning_filterdiv.orthonormality.penalty"]
 
 
 def _with_gradients(model: nn.Module) -> torch.optim.Optimizer:
@@ -44,7 +44,7 @@ def test_kernels_do_not_depend_on_depth(case: Case, monkeypatch: pytest.MonkeyPa
     shallow = fake_gpu_kernels(case, 20, monkeypatch.setattr)
     deep = fake_gpu_kernels(case, 110, monkeypatch.setattr)
     assert shallow.kernels == deep.kernels
-    assert 0 < shallow.kernels.total() <= 90
+    assert 0 < shallow.kernels.total() <= case.kernels
 
 
 @pytest.mark.parametrize("case", [c for c in PER_STEP if not c.gradients_only], ids=lambda case: case.name)

@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_filterdiv import WeightAsynchronousUpdate
-from tests.registry import CASES, Case
+from tests.registry import SLOW_CASES, Case
 from tests.support.training import STEPS_PER_EPOCH, Classifier, batches, differing, fit
 
 Make = Callable[[], list[Callback]]
@@ -59,7 +59,7 @@ def test_the_harness_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_resume(case: Case, optimizer: str, kind: str, tmp_path: Path) -> None:
     check_resume(lambda: [case.make()], kind, optimizer, tmp_path)
 
