@@ -188,8 +188,14 @@ class FilterCallback(Callback):
     # ------------------------------------------------------------------ identity, repr, state
 
     def arguments(self) -> dict[str, Any]:
-        """Constructor arguments by name."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        """Constructor arguments by name; those that a subclass passes on as ``**kwargs`` are its parent's."""
+        found: dict[str, Any] = {}
+        for cls in type(self).__mro__:
+            parameters = inspect.signature(cls).parameters.values()
+            found |= {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+            if cls is FilterCallback or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        return found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments().items())})"

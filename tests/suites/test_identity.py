@@ -186,3 +186,19 @@ class _SharesLayers(WeightAsynchronousUpdate):
 
 def test_the_overlap_check_is_what_refuses() -> None:
     fit([_SharesLayers(include=["net.3"]), _SharesLayers(include=["net.*"])])
+
+
+class _PassesArgumentsOn(WeightAsynchronousUpdate):
+    """A user's subclass with an argument of its own."""
+
+    def __init__(self, *, every: int = 2, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.every = every
+
+
+def test_a_subclass_may_pass_arguments_on() -> None:
+    callback = _PassesArgumentsOn(every=3, update_fraction=0.25)
+    assert list(callback.arguments())[:2] == ["every", "update_fraction"]
+    assert "update_fraction=0.25" in repr(callback)
+    again = eval(repr(callback), {"_PassesArgumentsOn": _PassesArgumentsOn})
+    assert again.arguments() == callback.arguments()

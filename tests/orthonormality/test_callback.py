@@ -1,0 +1,162 @@
+"""The callback: what it acts on, its schedule, what it logs, and whom it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from benchmarks.models import CifarResNet
+from lightning_filterdiv import BasisOrthonormality, WeightAsynchronousUpdate
+from lightning_filterdiv.orthonormality import DEFAULT_WEIGHTS
+from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
+from tests.support.training import STEPS_PER_EPOCH, Classifier, ManualClassifier, fit
+
+
+def sharing_classifier(**options: Any) -> Classifier:
+    torch.manual_seed(0)
+    net = CifarResNet(14, channels=1, width=8, classes=4)
+    return Classifier(net=share_filter_bases(net, shared=4, **options))
+
+
+def _excess(model: nn.Module) -> float:
+    found = [basis.weight.detach().flatten(1) for _, basis, _ in shared_bases(model)]
+    return max(float((rows @ rows.T - torch.eye(len(rows))).square().mean()) for rows in found)
+
+
+def test_shared_bases_are_the_default_targets_and_stay_orthonormal() -> None:
+    callback = BasisOrthonormality()
+    run = fit([callback], model=sharing_classifier(), max_epochs=4)
+    plain = fit(model=sharing_classifier(), max_epochs=4)
+    names = [f"net.stage{i}.1.conv1.shared" for i in (1, 2, 3)]
+    assert list(callback.layers) == names
+    assert _excess(run.model) < 0.2 * _excess(plain.model)
+    seen: dict[str, float] = {}
+
+    class Looks(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.update(callback.values())
+
+    fit([callback, Looks()], model=sharing_classifier(), max_epochs=1)
+    assert list(seen) == ["stage1", "stage2", "stage3", "total"]
+    entries = [4**2, 8**2, 16**2]
+    pooled = sum(seen[f"stage{i}"] * n for i, n in zip((1, 2, 3), entries, strict=True)) / sum(entries)
+    assert seen["total"] == pytest.approx(pooled)
+
+
+def test_include_overrides_the_default() -> None:
+    callback = BasisOrthonormality(form="soft", include=["net.conv", "net.stage3.0.*"])
+    fit([callback], model=sharing_classifier(), max_epochs=1)
+    assert list(callback.layers) == ["net.conv", "net.stage3.0.conv1", "net.stage3.0.conv2"]
+    unique = BasisOrthonormality(unique=True, exclude=["net.stage1.*"])
+    fit([unique], model=sharing_classifier(), max_epochs=1)
+    assert list(unique.layers) == [f"net.stage{i}.1.conv1.shared" for i in (2, 3)]
+
+
+def test_weight_at_follows_the_milestones() -> None:
+    callback = BasisOrthonormality(form="srip", weight=0.5, milestones={20: 1e-3, 5: 0.1, 120: 0.0})
+    found = [callback.weight_at(epoch, 0) for epoch in (0, 4, 5, 19, 20, 119, 120, 500)]
+    assert found == pytest.approx([0.5, 0.5, 0.05, 0.05, 5e-4, 5e-4, 0, 0])
+    assert {form: BasisOrthonormality(form=form).weight_at(0, 0) for form in DEFAULT_WEIGHTS} == dict(DEFAULT_WEIGHTS)  # type: ignore[arg-type]
+
+
+class _Ramp(BasisOrthonormality):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.asked: list[tuple[int, int]] = []
+
+    def weight_at(self, epoch: int, step: int) -> float:
+        self.asked.append((epoch, step))
+        return 0.0 if step < 8 else 1.0
+
+
+def test_weight_at_is_the_method_to_override() -> None:
+    callback = _Ramp(form="soft")
+    fit([callback], max_epochs=2, logger=False)
+    steps = [step for _, step in callback.asked]
+    assert set(range(2 * STEPS_PER_EPOCH)) <= set(steps)
+    assert {epoch for epoch, _ in callback.asked} == {0, 1}
+    switched_off = fit([_Ramp(form="soft")], max_epochs=1).tensors()
+    plain = fit(max_epochs=1).tensors()
+    assert all(torch.equal(plain[name], value) for name, value in switched_off.items())
+
+
+class _Negative(BasisOrthonormality):
+    def weight_at(self, epoch: int, step: int) -> float:
+        return -1.0
+
+
+def test_a_negative_weight_of_a_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight_at\(epoch, step\)"):
+        fit([_Negative()], max_epochs=1)
+
+
+def test_logs_every_layer_and_the_total(tmp_path: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    callback = BasisOrthonormality(form="soft", weight=0.25)
+    fit([callback], max_epochs=2, logger=logger, log_every_n_steps=4)
+    logger.save()
+    lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    names = [f"filterdiv/orthonormality/{name}" for name in ("net.0", "net.3", "net.5", "net.7", "total", "weight")]
+    assert set(names) <= set(header)
+    rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
+    ours = [row for row in rows if row[names[-2]]]
+    assert [int(row["step"]) for row in ours] == [0, 4, 6, 8, 12]
+    for row in ours:
+        parts = [float(row[name]) for name in names[:4]]
+        assert float(row[names[4]]) == pytest.approx(sum(parts))
+        assert float(row[names[5]]) == 0.25
+    assert float(ours[-1][names[4]]) < float(ours[0][names[4]])
+
+
+def test_accumulation_adds_the_penalty_once() -> None:
+    """Four micro-batches of the same images equal one step; the penalty must not count four times."""
+
+    class Zero(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return 0 * super().training_step(batch, batch_idx)
+
+    once = fit([BasisOrthonormality(form="soft")], model=Zero(), max_steps=3, max_epochs=-1)
+    four = fit([BasisOrthonormality(form="soft")], model=Zero(), max_steps=3, max_epochs=-1, accumulate_grad_batches=4)
+    for name, value in once.model.state_dict().items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(four.model.state_dict()[name], value, msg=name)
+
+
+def test_the_penalty_is_logged_and_decays_under_manual_optimization() -> None:
+    fit([BasisOrthonormality(form="soft")], model=ManualClassifier(), max_epochs=1)
+    with pytest.raises(RuntimeError, match="an optimizer step reached BasisOrthonormality without"):
+        fit([BasisOrthonormality(form="soft")], model=ManualClassifier(wrapped=False), max_epochs=1)
+
+
+def test_penalties_come_before_masks() -> None:
+    fit([BasisOrthonormality(), WeightAsynchronousUpdate()], max_epochs=1)
+    with pytest.raises(
+        MisconfigurationException, match="BasisOrthonormality must come before WeightAsynchronousUpdate"
+    ):
+        fit([WeightAsynchronousUpdate(), BasisOrthonormality()], max_epochs=1)
+
+
+class _Searches(Classifier):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters(), lr=0.05, line_search_fn=self.optimizer_name or None)
+
+
+def test_lbfgs() -> None:
+    fit([BasisOrthonormality(form="soft")], model=_Searches(""), max_epochs=1)
+    with pytest.raises(MisconfigurationException, match="LBFGS with a line search"):
+        fit([BasisOrthonormality(form="soft")], model=_Searches("strong_wolfe"), max_epochs=1)
+
+
+def test_refusals_name_the_layer() -> None:
+    model = Classifier(net=nn.Sequential(nn.ConvTranspose2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 4)))
+    with pytest.raises(MisconfigurationException, match=r"net\.0 is a transposed convolution"):
+        fit([BasisOrthonormality(form="convolutional", include=["net.0"])], model=model, max_epochs=1)
+    with pytest.raises(MisconfigurationException, match="unique=True, but no layer"):
+        fit([BasisOrthonormality(unique=True)], max_epochs=1)
