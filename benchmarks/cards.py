@@ -21,17 +21,27 @@ from benchmarks import (
     monitor,
     overhead,
     quality,
+    shared_basis,
     squeeze,
 )
+from lightning_filterdiv import orthonormality
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _overhead() -> str:
+def _overhead(*beginnings: str) -> str:
+    """The A/A row and the methods whose names begin like this."""
     result = json.loads(overhead.RESULT.read_text())
     costs = [overhead.Cost(**cost) for cost in result["costs"]]
+    costs = [cost for cost in costs if cost.method.startswith(("A/A", *beginnings))]
     return f"{overhead.table(costs)}\n\n{result['device']}, torch {result['torch']}, batch {result['batch']}, 32x32."
+
+
+def _launches(*beginnings: str) -> str:
+    """The methods whose names begin like this."""
+    counts = json.loads(launches.RESULT.read_text())["counts"]
+    return launches.table({method: of for method, of in counts.items() if method.startswith(beginnings)})
 
 
 def _entropy_depth() -> str:
@@ -39,22 +49,35 @@ def _entropy_depth() -> str:
     return entropy_depth.table(entropy_depth.RESULTS, speed["rows"]["raw 8-bit array"]["bound"])
 
 
+def _quality(*beginnings: str) -> str:
+    """The baseline and the methods whose names begin like this."""
+    return quality.table(quality.RESULTS, [m for m in quality.METHODS if m == "baseline" or m.startswith(beginnings)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "fm5k_wau": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" not in m]),
-    "fm5k_repr": lambda: quality.table(quality.RESULTS, [m for m in quality.METHODS if "repr" in m or m == "baseline"]),
+    "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
+    "fm5k_repr": lambda: _quality("repr"),
+    "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
     "fm5k_repr_events": lambda: quality.event_table(quality.RESULTS, ["baseline", "repr", "repr_early"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
     "channel_graph_peers": lambda: channel_graph_peers.table(
         json.loads(channel_graph_peers.RESULT.read_text())["rows"]
     ),
     "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
-    "overhead": _overhead,
+    "overhead_wau": lambda: _overhead("wau", "naive per-layer wau"),
+    "overhead_repr": lambda: _overhead("repr"),
+    "overhead_csgd": lambda: _overhead("csgd", "official per-layer csgd"),
+    "overhead_orthonormality": lambda: _overhead(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
     "squeeze": lambda: squeeze.table(squeeze.RESULTS),
     "squeeze_merge": lambda: squeeze.merge_table(squeeze.RESULTS),
     "squeeze_latency": lambda: squeeze.latency_table(squeeze.RESULTS / "latency.json"),
+    "shared_basis": lambda: shared_basis.table(shared_basis.RESULTS),
+    "shared_basis_gradients": lambda: shared_basis.profile_table(shared_basis.RESULTS),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
-    "launches": lambda: launches.table(json.loads(launches.RESULT.read_text())["counts"]),
+    "launches_wau": lambda: _launches("wau", "naive per-layer wau"),
+    "launches_csgd": lambda: _launches("csgd", "official per-layer csgd"),
+    "launches_orthonormality": lambda: _launches(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
 }
 
 

@@ -34,6 +34,7 @@ from lightning_filterdiv.centripetal import (
 )
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import filter_matrix, select_filters
+from lightning_filterdiv.orthonormality import OrthonormalityPenalty, filter_blocks, soft_orthogonality
 from lightning_filterdiv.repr_.functional import rank_filters, select_dropped
 from lightning_filterdiv.repr_.network import DroppedFilters
 
@@ -110,6 +111,37 @@ def per_layer_products(model: nn.Module, optimizer: Optimizer) -> Hooks:
     return before, lambda: None
 
 
+def _penalty(**arguments: Any) -> Callable[[nn.Module, Optimizer], Hooks]:
+    def build(model: nn.Module, optimizer: Optimizer) -> Hooks:
+        penalty = OrthonormalityPenalty(filter_blocks(model, select_filters(model)), optimizer, **arguments)
+        return (lambda step: penalty.before_step(weight=1e-2, step=step)), penalty.after_step
+
+    return build
+
+
+def _autograd_penalty(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module, Optimizer], Hooks]:
+    """A penalty the usual way: layer by layer, its gradient by autograd."""
+
+    def build(model: nn.Module, optimizer: Optimizer) -> Hooks:
+        layers = list(select_filters(model).values())
+
+        def before(step: int) -> None:
+            torch.stack([1e-2 * value(conv.weight.flatten(1)) for conv in layers]).sum().backward()
+
+        return before, lambda: None
+
+    return build
+
+
+def _official_srip(rows: torch.Tensor) -> torch.Tensor:
+    """The released code's way: the d x d matrix, a fresh start, two steps of power iteration."""
+    off = rows.T @ rows - torch.eye(rows.shape[1], device=rows.device)
+    u = nn.functional.normalize(torch.randn(len(off), device=rows.device), dim=0)
+    v = nn.functional.normalize(off.T @ u, dim=0)
+    u = nn.functional.normalize(off @ v, dim=0)
+    return torch.dot(u, off @ v) ** 2
+
+
 METHODS: dict[str, Callable[[nn.Module, Optimizer], Hooks]] = {
     "A/A": lambda model, optimizer: (lambda step: None, lambda: None),
     "wau": _update(),
@@ -119,6 +151,14 @@ METHODS: dict[str, Callable[[nn.Module, Optimizer], Hooks]] = {
     "naive per-layer wau": naive_update,
     "csgd": centripetal,
     "official per-layer csgd": per_layer_products,
+    "basis": _penalty(form="basis"),
+    "soft": _penalty(form="soft"),
+    "soft decoupled": _penalty(form="soft", decoupled=True),
+    "mutual_coherence": _penalty(form="mutual_coherence"),
+    "srip": _penalty(form="srip"),
+    "convolutional": _penalty(form="convolutional"),
+    "per-layer autograd soft": _autograd_penalty(soft_orthogonality),
+    "per-layer autograd srip": _autograd_penalty(_official_srip),
 }
 
 

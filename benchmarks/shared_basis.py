@@ -7,6 +7,7 @@ after the last epoch.
 
     python -m benchmarks.shared_basis --seeds 1 2 3     # skips runs whose file exists
     python -m benchmarks.shared_basis --table
+    python -m benchmarks.shared_basis --figure gradients.png
 
 Arms: ``plain``, ``shared`` (16 shared and 1 unique filters in the first stage, "S16U1"), ``shared_penalty`` (the same
 with BasisOrthonormality, weight 10). After some epochs the norm of the loss's gradient with respect to the output of
@@ -27,6 +28,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -187,14 +189,36 @@ def profile_table(folder: Path) -> str:
     return "\n".join(rows)
 
 
+def figure(folder: Path, path: Path) -> None:
+    """Gradient norms over depth, one panel per look, one line per arm (mean over seeds), as PNG."""
+    results = _results(folder)
+    looks = list(next(iter(results.values()))[0]["profiles"])
+    drawn = Figure(figsize=(3.2 * len(looks), 3.0), layout="constrained")
+    panels = drawn.subplots(1, len(looks), sharey=True)
+    for panel, look in zip(panels, looks, strict=True):
+        for arm, runs in results.items():
+            profile = [fmean(column) for column in zip(*(run["profiles"][look] for run in runs), strict=True)]
+            panel.plot(range(1, len(profile) + 1), profile, marker="o", markersize=3, label=arm.replace("_", " + "))
+        panel.set_yscale("log")
+        panel.set_title("before training" if look == "0" else f"after epoch {look}")
+        panel.set_xlabel("block, from the input")
+    panels[0].set_ylabel("gradient norm at the block's output")
+    panels[-1].legend(fontsize="small")
+    drawn.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path, help="write the figure of finished runs and stop")
     parser.add_argument("--table", action="store_true", help="print the tables of finished runs and stop")
     options = parser.parse_args()
+    if options.figure:
+        figure(options.out, options.figure)
+        return
     if options.table:
         print(table(options.out), profile_table(options.out), sep="\n\n")
         return

@@ -202,6 +202,31 @@ def test_accumulation_under_ddp() -> None:
     assert callback.extra_state() == {"steps": [6]}
 
 
+def test_shared_bases_stay_one_parameter_in_sync(tmp_path: Path) -> None:
+    """Several layers use a basis: DDP reduces its gradient once, and a resume ends bit-identical."""
+    from benchmarks.models import CifarResNet
+    from lightning_filterdiv import BasisOrthonormality
+    from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
+
+    def classifier(seed: int) -> Classifier:
+        torch.manual_seed(seed)
+        net = share_filter_bases(CifarResNet(14, channels=1, width=8, classes=4), shared=4)
+        return Classifier(net=net)
+
+    options: dict[str, Any] = {"validation": batches(steps=1), "max_steps": -1, "max_epochs": 3}
+    arguments, step = KINDS["mid_epoch"]
+    checkpoint = ModelCheckpoint(dirpath=shared(tmp_path), filename="{step}", save_top_k=-1, **arguments)
+    whole = fit_ddp([SeedsPerRank(), BasisOrthonormality(), checkpoint, Witness()], model=classifier(0), **options)
+    names = [name for name, _ in whole.model.named_parameters() if "shared" in name]
+    assert names == [f"net.stage{i}.1.conv1.shared.weight" for i in (1, 2, 3)]
+    path = shared(tmp_path) / f"step={step}.ckpt"
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert [key for key in saved if "shared" in key] == names
+    again = fit_ddp([BasisOrthonormality(), Witness()], model=classifier(1), ckpt_path=str(path), **options)
+    assert not differing(whole.tensors(), again.tensors())
+    assert len(list(shared_bases(again.model))) == 3
+
+
 def test_the_monitor_writes_once(tmp_path: Path) -> None:
     """Beside RePr, with figures: one writer, no hang, and rank 0 alone has looked."""
     from lightning.pytorch.loggers import TensorBoardLogger
