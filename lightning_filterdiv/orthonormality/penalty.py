@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -16,7 +17,7 @@ from lightning_filterdiv.orthonormality.targets import FilterBlock
 from lightning_filterdiv.randomness import keyed_generator, stage
 from lightning_filterdiv.stacking import gather, group_by, storage_order
 
-__all__ = ["DEFAULT_WEIGHTS", "Form", "OrthonormalityPenalty", "check_form", "penalty_values"]
+__all__ = ["DEFAULT_WEIGHTS", "Form", "OrthonormalityPenalty", "check_form"]
 
 Form = Literal["basis", "soft", "double_soft", "mutual_coherence", "srip", "convolutional"]
 #: What ``weight=None`` means. Published: "basis" (DSFB) and "srip" (released code, for the squared value). The others
@@ -56,7 +57,8 @@ class _Batch:
     blocks: list[FilterBlock]
     learning: Mapping[str, Any] | None  # the optimizer's group, where its learning rate is needed
     identity: Tensor | None = None
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # (B, n, n) of ones and zeros
+    twice: Tensor | None = None  # with its transpose added, for the gradient
     _segments: list[list[nn.Parameter]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,8 +71,9 @@ class _Batch:
         side = n if mask is not None else min(n, d)
         self.identity = torch.eye(side, dtype=dtype, device=first.device)
         if mask is not None:
-            both = torch.stack([block.mask for block in self.blocks if block.mask is not None])
-            self.mask = (both.int() + both.mT.int()).to(first.device, dtype)
+            both = np.stack([block.mask for block in self.blocks if block.mask is not None]).astype(np.float32)
+            self.mask = torch.tensor(both, device="cpu").to(first.device, dtype)
+            self.twice = self.mask + self.mask.mT
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -247,8 +250,8 @@ class OrthonormalityPenalty:
         if self.form == "convolutional" and any(functional.self_padding(kernels.shape[3:], batch.blocks[0].stride)):
             return gradients.convolutional_gradient(kernels, batch.blocks[0].stride)
         rows = kernels.flatten(2)
-        if batch.mask is not None:
-            found = gradients.masked_gradient(rows, batch.mask, batch.identity)
+        if batch.twice is not None:
+            found = gradients.masked_gradient(rows, batch.twice, batch.identity)
         elif self.form == "mutual_coherence":
             found = gradients.mutual_coherence_gradient(rows)
         elif self.form == "srip":
@@ -283,9 +286,7 @@ class OrthonormalityPenalty:
         found: dict[str, Tensor] = {}
         for batch in self._batches:
             with torch.autocast(batch.parameters[0].device.type, enabled=False):
-                per_matrix = penalty_values(
-                    batch.read(), batch.blocks[0], self.form, starts.get(id(batch)), self.squared
-                )
+                per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
             groups = batch.blocks[0].groups
             found |= {b.name: v for b, v in zip(batch.blocks, per_matrix.view(-1, groups).sum(1).unbind(), strict=True)}
         if self.form == "basis":
@@ -300,29 +301,20 @@ class OrthonormalityPenalty:
         return torch.stack([part.double() for part in parts]).sum()
 
 
-def penalty_values(
-    kernels: Tensor, block: FilterBlock, form: Form, start: Tensor | None = None, squared: bool = False
-) -> Tensor:
-    """What each matrix of a batch of blocks like ``block`` is above the reachable minimum, ``(B,)``.
-
-    Args:
-        kernels: ``(B, n, C, *k)``, float32 or wider.
-        block: says mask and stride.
-        form: which penalty; ``"basis"`` as a sum over entries, not a mean.
-        start: ``(B, min(n, d))`` for ``"srip"``.
-        squared: of ``"srip"``.
-    """
+def _values(batch: _Batch, form: Form, start: Tensor | None, squared: bool) -> Tensor:
+    """What each matrix of a batch is above the reachable minimum, ``(B,)``; ``"basis"`` as a sum over entries."""
+    kernels = batch.read()
     rows = kernels.flatten(2)
-    n, d = rows.shape[1:]
     if form == "convolutional":
-        return functional.convolutional_orthogonality(kernels, block.stride) - max(0, n - d)
+        unreachable = max(0, rows.shape[1] - rows.shape[2])
+        return functional.convolutional_orthogonality(kernels, batch.blocks[0].stride) - unreachable
     if form == "mutual_coherence":
         return functional.mutual_coherence_penalty(rows)
     if form == "srip":
         assert start is not None
         return functional.spectral_restricted_isometry(rows, start, squared=squared)
-    if block.mask is not None:
-        return (functional.off_identity(rows).square() * block.mask).sum(dim=(1, 2))
+    if batch.mask is not None:
+        return (functional.off_identity(rows).square() * batch.mask).sum(dim=(1, 2))
     # By the identity of the two sides this is |W W^T - I|^2 - max(0, n - d), without cancellation.
     value = functional.soft_orthogonality(rows)
     return 2 * value if form == "double_soft" else value

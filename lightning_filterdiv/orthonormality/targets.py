@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+import numpy.typing as npt
+from torch import nn
 
 from lightning_filterdiv.filters import CONVOLUTIONS, Conv, canonical_name
 from lightning_filterdiv.orthonormality.functional import tap_stride
@@ -35,7 +36,7 @@ class FilterBlock:
 
     name: str
     segments: tuple[tuple[nn.Parameter, ...], ...]
-    mask: Tensor | None = field(default=None, compare=False)
+    mask: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
     pool: str = ""
     groups: int = 1
     transposed: bool = False
@@ -115,11 +116,11 @@ def _shared(bases: list[nn.Conv2d], name: str, layers: list[SharedBasisConv2d]) 
         return FilterBlock(name, tuple(segments), pool=pool, stride=stride)
     shared_rows = sum(len(basis.weight) for basis in bases)
     rows = shared_rows + sum(len(weight) for weight in own)
-    mask = torch.zeros(rows, rows, dtype=torch.bool)
+    mask = np.zeros((rows, rows), dtype=np.bool_)
     mask[:shared_rows] = True  # shared with shared and with unique; (unique, shared) is left out: counted once
     start = shared_rows
     for weight in own:
         mask[start : start + len(weight), start : start + len(weight)] = True
         start += len(weight)
     segments += [tuple(members) for members in group_by(own, lambda p: p.shape)]
-    return FilterBlock(name, tuple(segments), mask.to(bases[0].weight.device), pool, stride=stride)
+    return FilterBlock(name, tuple(segments), mask, pool, stride=stride)

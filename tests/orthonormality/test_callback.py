@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -15,7 +16,8 @@ from benchmarks.models import CifarResNet
 from lightning_filterdiv import BasisOrthonormality, WeightAsynchronousUpdate
 from lightning_filterdiv.orthonormality import DEFAULT_WEIGHTS
 from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
-from tests.support.training import STEPS_PER_EPOCH, Classifier, ManualClassifier, fit
+from tests.suites.test_resume import KINDS
+from tests.support.training import STEPS_PER_EPOCH, Classifier, ManualClassifier, batches, differing, fit
 
 
 def sharing_classifier(**options: Any) -> Classifier:
@@ -158,3 +160,21 @@ def test_refusals_name_the_layer() -> None:
         fit([BasisOrthonormality(form="convolutional", include=["net.0"])], model=model, max_epochs=1)
     with pytest.raises(MisconfigurationException, match="unique=True, but no layer"):
         fit([BasisOrthonormality(unique=True)], max_epochs=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_with_shared_bases_resumes_exactly(kind: str, tmp_path: Any) -> None:
+    arguments, step = KINDS[kind]
+
+    def run(seed: int, *callbacks: pl.Callback, **options: Any) -> Any:
+        model = sharing_classifier()
+        for parameter in model.parameters():
+            parameter.data.add_(seed)
+        used = [BasisOrthonormality(unique=True), *callbacks]
+        return fit(used, model=model, max_epochs=3, validation=batches(steps=1), **options)
+
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, **arguments)
+    whole = run(0, checkpoint)
+    resumed = run(1, ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+    assert min(resumed.model.losses) == step
+    assert not differing(whole.tensors(), resumed.tensors())

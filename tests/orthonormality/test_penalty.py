@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.filters import filter_matrix, select_filters
@@ -23,6 +24,7 @@ from lightning_filterdiv.orthonormality import (
 )
 from lightning_filterdiv.orthonormality.penalty import Form
 from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
+from tests.support.kernels import KernelCounter
 
 FORMS: tuple[Form, ...] = ("basis", "soft", "double_soft", "mutual_coherence", "srip", "convolutional")
 
@@ -285,6 +287,25 @@ def test_srip_is_deterministic_for_seed_and_step() -> None:
     assert torch.equal(gradient(0, 3), gradient(0, 3))
     assert not torch.equal(gradient(0, 3), gradient(0, 4))
     assert not torch.equal(gradient(0, 3), gradient(1, 3))
+
+
+@pytest.mark.parametrize("unique", [False, True])
+def test_kernels_follow_stages_not_layers(unique: bool) -> None:
+    """On a fake GPU: nothing crosses to the host, and a deeper network starts as many kernels."""
+    counts = []
+    for depth in (20, 44):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+            model = share_filter_bases(CifarResNet(depth), shared=4, double=True)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            layers = select_filters(model, [name for name, _, _ in shared_bases(model)])
+            blocks = filter_blocks(model, layers, unique=unique)
+            penalty = OrthonormalityPenalty(blocks, torch.optim.SGD(model.parameters(), lr=0.1))
+            with KernelCounter() as counter:
+                penalty.before_step(weight=1, step=0)
+            counts.append(counter.kernels)
+    assert counts[0] == counts[1]
+    assert 0 < counts[0].total() <= 40
 
 
 def test_refusals() -> None:
