@@ -233,7 +233,7 @@ CASES: tuple[Case, ...] = (
     _orthonormality("double_soft", form="double_soft"),
     _orthonormality("mutual_coherence", form="mutual_coherence", weight=0.1),
     # Six shapes of twenty-two operations on vectors each.
-    _orthonormality("srip", kernels=132, form="srip", squared=True, milestones={1: 0.1}),
+    _orthonormality("srip", kernels=132, form="srip", squared=True),
     _orthonormality("convolutional", form="convolutional"),
     Case(
         name="monitor",
