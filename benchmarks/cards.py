@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import (
+    channel_graph_cost,
     channel_graph_peers,
     entropy_depth,
     entropy_speed,
@@ -60,6 +61,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
     "fm5k_repr_events": lambda: quality.event_table(quality.RESULTS, ["baseline", "repr", "repr_early"]),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
+    "channel_graph_cost": lambda: channel_graph_cost.table(
+        json.loads(channel_graph_cost.RESULT.read_text())["results"]
+    ),
     "channel_graph_peers": lambda: channel_graph_peers.table(
         json.loads(channel_graph_peers.RESULT.read_text())["rows"]
     ),

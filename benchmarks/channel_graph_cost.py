@@ -2,15 +2,17 @@
 
     python -m benchmarks.channel_graph_cost
 
-Each figure comes from a process of its own, so that memory freed by one does not hide what another needs. The forward
-pass is one of training (activations are kept). Modules that a first trace imports are imported before the measurement.
+Each figure comes from a process of its own, so that memory freed by one does not hide what another needs. Memory is the
+highest resident set during the call less the one before it (Linux only: the high-water mark is set back in between).
+The forward pass keeps its activations, as in training. What a first trace imports is imported before the measurement.
+Seconds are those of the process (CPU, one thread), which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -33,24 +35,32 @@ def measure(network: str, what: str, size: int) -> dict[str, float]:
     ChannelGraph.trace(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8))
     model: torch.nn.Module = torchvision.models.get_model(network, weights=None)
     images = torch.zeros(1, 3, size, size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    start, cpu = time.perf_counter(), time.process_time()
     if what == "trace":
         ChannelGraph.trace(model, images)
     else:
         model.eval()(images).sum()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    seconds = {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - cpu}
+    return {**seconds, "MiB": _resident("VmHWM") - before}
+
+
+def _resident(field: str) -> float:
+    """MiB of resident memory now (``VmRSS``) or at most (``VmHWM``)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
-    rows = ["| network | image | trace | peak extra memory | one forward pass, batch 1 |", "|---|---|---|---|---|"]
+    rows = ["| network | image | trace, CPU | peak extra memory | one forward pass, batch 1 |", "|---|---|---|---|---|"]
     for key, row in results.items():
         trace, forward = row["trace"], row["forward"]
         network, size = key.split("@")
         rows.append(
-            f"| {network} | {size} | {trace['seconds']:.1f} s | {trace['MiB']:.0f} MiB | {forward['MiB']:.0f} MiB |"
+            f"| {network} | {size} | {trace['CPU seconds']:.1f} s | {trace['MiB']:.0f} MiB | {forward['MiB']:.0f} MiB |"
         )
     return "\n".join(rows)
 

@@ -98,6 +98,11 @@ class Table:
         bounds = [0, *(np.flatnonzero(np.diff(self.root)) + 1).tolist(), len(self.root)]
         return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
+    def entries_by_tensor(self) -> list[Ints]:
+        """The entries of each tensor, in order."""
+        order = np.argsort(self.tensor, kind="stable")
+        return np.split(order, np.searchsorted(self.tensor[order], np.arange(1, len(self.tensors))))
+
     def kinds(self) -> dict[int, bytes]:
         """Channel -> what it is made of, the same for interchangeable channels and in a narrowed network."""
         return {int(self.root[part.start]): np.sort(self.key[part]).tobytes() for part in self.channels()}
@@ -207,25 +212,22 @@ def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str
         obstacles: tensor name -> why it cannot be narrowed.
     """
     pins = state.table.pins
-    for index, name in enumerate(table.tensors):
-        here = table.tensor == index
+    for name, here in zip(table.tensors, table.entries_by_tensor(), strict=True):
+        root_of, kind, dims = table.root[here], table.kind[here], table.dim[here]
         reason = obstacles.get(name)
         if reason is not None:
-            for root in np.unique(table.root[here]).tolist():
+            for root in np.unique(root_of).tolist():
                 pins.setdefault(root, reason)
-        filters = table.root[here & (table.kind == 0)]
         if name in state.read_elsewhere:
-            for root in np.unique(table.root[here & (table.kind != 1)]).tolist():
+            for root in np.unique(root_of[kind != 1]).tolist():
                 pins.setdefault(
                     root, f"{name} is also read by {state.read_elsewhere[name]}, not as the weight of a layer"
                 )
         for dim in (0, 1):  # one dimension cannot lose rows and add up columns at once (tied encoder and decoder)
-            along = here & (table.dim == dim)
-            for root in np.intersect1d(
-                table.root[along & (table.kind < 2)], table.root[along & (table.kind == 2)]
-            ).tolist():
+            along = dims == dim
+            for root in np.intersect1d(root_of[along & (kind < 2)], root_of[along & (kind == 2)]).tolist():
                 pins.setdefault(root, f"{name} is the weight of layers that use it in different ways")
-        roots, counts = np.unique(filters, return_counts=True)
+        roots, counts = np.unique(root_of[kind == 0], return_counts=True)
         for root in roots[counts > 1].tolist():
             pins.setdefault(root, f"several filters of {name.rpartition('.')[0]} meet in one channel")
 

@@ -18,7 +18,7 @@ class TraceError(ChannelGraphError):
 
 
 class StaleGraphError(ChannelGraphError):
-    """The model changed its structure after it was traced (or no longer exists)."""
+    """The model changed its structure after it was traced."""
 
 
 class NarrowingError(ChannelGraphError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -69,8 +68,8 @@ def structure(model: nn.Module) -> dict[str, object]:
 class ChannelGraph:
     """Exact, fail-closed answers about the channels of a network. Made by :meth:`trace`.
 
-    All names are canonical (without ``_orig_mod.``, ``module.``). The model is held weakly, nothing of it is copied;
-    every question raises :class:`StaleGraphError` once its structure has changed.
+    All names are canonical (without ``_orig_mod.``, ``module.``). The model is held, nothing of it is copied; every
+    question raises :class:`StaleGraphError` once its structure has changed.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class ChannelGraph:
         inputs: Any,
         network: str,
     ) -> None:
-        self._model = weakref.ref(model)
+        self._model = model
         self._structure = structure(model)
         self._groups, self._pinned, self._regions = groups, pinned, regions
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
@@ -140,7 +139,7 @@ class ChannelGraph:
 
     def rebind(self, model: nn.Module) -> None:
         """Make this the graph of ``model``, another network with the same tensor names and shapes."""
-        self._model, self._structure = weakref.ref(model), structure(model)
+        self._model, self._structure = model, structure(model)
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
@@ -149,24 +148,19 @@ class ChannelGraph:
         """The traced network.
 
         Raises:
-            StaleGraphError: it no longer exists, or its structure changed since the trace.
+            StaleGraphError: its structure changed since the trace.
         """
-        model = self._model()
-        if model is None:
-            raise StaleGraphError("the traced model no longer exists; the channel graph holds it weakly")
         self._check()
-        return model
+        return self._model
 
     @property
     def current(self) -> bool:
-        """Whether the traced network still exists and has the structure that was traced."""
-        model = self._model()
-        return model is not None and structure(model) == self._structure
+        """Whether the traced network still has the structure that was traced."""
+        return structure(self._model) == self._structure
 
     def _check(self) -> None:
-        """Raise if the model (as far as it still exists) is not what was traced."""
-        model = self._model()
-        now = self._structure if model is None else structure(model)
+        """Raise if the model is not what was traced."""
+        now = structure(self._model)
         if now != self._structure:
             names = [n for n in {**self._structure, **now} if self._structure.get(n) != now.get(n)]
             raise StaleGraphError(

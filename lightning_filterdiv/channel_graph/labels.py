@@ -205,7 +205,10 @@ class ValueTable:
 
     def expose_leaks(self, values: Ints) -> None:
         """Values that reach a join or a consumer: whatever leaks there cannot be silenced."""
-        values = np.unique(values[values > 0])
+        self.expose_leaks_in_order(np.unique(values[values > 0]))
+
+    def expose_leaks_in_order(self, values: Ints) -> None:
+        """:meth:`expose_leaks` of positive ``values``; the first reason that is met for a filter stays."""
         for value in values[self.leak[values] > 0].tolist():
             self.exposed.setdefault(int(self.origin[value]), self.leak_reasons[int(self.leak[value])])
 

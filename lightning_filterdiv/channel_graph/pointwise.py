@@ -103,11 +103,44 @@ class _Join:
                 wide = [w.narrow(d, 0, 1) for w in wide]
         meetings = np.stack([w.reshape(-1).numpy() for w in wide], axis=1)
         columns, inverse = np.unique(meetings, axis=0, return_inverse=True)
-        results = np.fromiter((self._meet(column) for column in columns), dtype=np.int64, count=len(columns))
+        results = self._meet_alike(columns)
+        if results is None:
+            results = np.fromiter((self._meet(column) for column in columns), dtype=np.int64, count=len(columns))
         for tensor, pairs in self.private.items():
             rows, values = np.asarray(pairs, dtype=np.int64).T
             self.state.record(Event("private", tensor, FLAT, rows, values, silence=True))
         return torch.from_numpy(results[inverse.reshape(-1)]).reshape(wide[0].shape).expand(out)
+
+    def _meet_alike(self, columns: Ints) -> Ints | None:
+        """:meth:`_meet` of all ``columns`` (n, operands) at once, where only channels meet in one order of positions.
+
+        None if a zero, a parameter, an unowned value or a function that exposes what it joins is among them.
+        """
+        table = self.table
+        if self.is_parameter.any() or (columns <= 0).any() or table.zero[columns].any():
+            return None
+        slots, origins, leaks = table.slot[columns], table.origin[columns], table.leak[columns]
+        if (slots != slots[:, :1]).any():
+            return None
+        apart = (origins != origins[:, :1]).any(axis=1)
+        if apart.any() and not self.product and self.name not in _SUMS:
+            return None
+        private = ~apart & (origins[:, 0] >= 0)
+        table.expose_leaks_in_order(np.sort(columns[~private], axis=1).reshape(-1))
+        leak = leaks.min(axis=1) if self.product else leaks.max(axis=1)
+        if not self.product and not self.keeps_zero and (private & (leak == 0)).any():
+            leak = np.where(leak > 0, leak, table.add_leak(f"{self.where} does not map zero to zero"))
+        owners = table.owner[columns]
+        for i in range(1, columns.shape[1]):
+            for first, other in np.unique(owners[:, [0, i]], axis=0).tolist():
+                table.unite(first, other)
+        return table.add(
+            owner=owners[:, 0],
+            trail=mix(self.key or 0, *table.trail[columns].T),
+            slot=slots[:, 0],
+            origin=np.where(private, origins[:, 0], -1),
+            leak=np.where(private, leak, 0),
+        )
 
     def _meet(self, column: Ints) -> int:
         """The value that results where ``column[i]`` of operand ``i`` meet."""

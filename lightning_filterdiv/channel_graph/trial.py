@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +27,23 @@ def groups_that_do_not_run(graph: ChannelGraph) -> list[ChannelGroup]:
 
     Groups whose counts forward ties together are left out: they have been traced at other widths already.
     """
-    bound = frozenset().union(*graph.constrained)
-    groups = [g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with quiet():
-        blank = _weightless(graph.model, mode)
-        expected = _shapes(graph, blank, mode)
-    if expected is None:  # forward insists on real values; the numerical check of a merge has the last word
-        return []
+    # Several times faster on meta; fake tensors also let forward make tensors of its own on the model's device, and let
+    # a channel map keep its index.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for mode in (fake,) if graph.map_sites else (None, fake):
+        with quiet():
+            stuck = _stuck(graph, mode)
+        if stuck is not None:
+            return stuck
+    return []  # forward insists on real values; the numerical check of a merge has the last word
+
+
+def _stuck(graph: ChannelGraph, mode: FakeTensorMode | None) -> list[ChannelGroup] | None:
+    """The groups on fake tensors of ``mode``, or on meta tensors; None if forward does not run on them at all."""
+    blank = _weightless(graph.model, mode)
+    expected = _shapes(graph, blank, mode)
+    if expected is None:
+        return None
 
     def culprits(part: Sequence[ChannelGroup]) -> list[ChannelGroup]:
         # Keep two thirds: a count that rarely divides what the full one divides.
@@ -44,16 +54,17 @@ def groups_that_do_not_run(graph: ChannelGraph) -> list[ChannelGroup]:
             return list(part)
         return culprits(part[: len(part) // 2]) + culprits(part[len(part) // 2 :])
 
-    with quiet():
-        return culprits(groups)
+    bound = frozenset().union(*graph.constrained)
+    return culprits([g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound])
 
 
-def _weightless(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy whose floating tensors have shapes and devices but no memory."""
+def _weightless(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
+    """A copy whose floating tensors have shapes but no memory: fake ones of the same device, or on meta."""
     blank: dict[int, object] = {}
-    with mode:
+    with mode or nullcontext():
         for tensor in [*model.parameters(), *model.buffers()]:
-            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            device = torch.device("meta") if mode is None else tensor.device
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 blank[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad)
             elif tensor.is_floating_point():
@@ -61,7 +72,7 @@ def _weightless(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copy_network(model, blank).eval()
 
 
-def _shapes(graph: ChannelGraph, model: nn.Module, mode: FakeTensorMode) -> list[torch.Size] | None:
+def _shapes(graph: ChannelGraph, model: nn.Module, mode: FakeTensorMode | None) -> list[torch.Size] | None:
     """Shapes of the network's outputs; None if it does not run."""
     network = find_submodule(model, graph.network)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -70,7 +81,7 @@ def _shapes(graph: ChannelGraph, model: nn.Module, mode: FakeTensorMode) -> list
         return torch.empty(leaf.shape, dtype=leaf.dtype, device=device) if isinstance(leaf, Tensor) else leaf
 
     try:
-        with mode, torch.no_grad():
+        with mode or nullcontext(), torch.no_grad():
             args, kwargs = tree_map(fake, graph.inputs)
             return [tensor.shape for tensor in find_tensors(network(*args, **kwargs))]
     except Exception:  # whatever it is, forward does not run at these widths

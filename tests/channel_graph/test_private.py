@@ -256,8 +256,7 @@ def test_what_maps_zero_to_zero_is_silent(kind: str) -> None:
 
 def test_a_border_of_ones_can_still_be_merged() -> None:
     """It keeps equal channels equal, though not silent ones silent."""
-    model = Reasons("border of ones")
-    graph = ChannelGraph.trace(model, IMAGE)
+    graph = ChannelGraph.trace(Reasons("border of ones"), IMAGE)
     assert [group.name for group in graph.groups] == ["conv"]
     assert graph.verify() < 1e-9
 
