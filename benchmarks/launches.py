@@ -2,8 +2,9 @@
 
     python -m benchmarks.launches
 
-Counts what torch.profiler records, inner operations included, views left out. On a CPU, writing gradients back is one
-operation per tensor, on a GPU one kernel per chunk of tensors; ``--device cuda`` shows the latter.
+Counts what torch.profiler records, inner operations included, views left out. On a CPU, copying gradients, weights and
+optimizer state to a buffer or back is one operation per tensor, on a GPU one kernel per chunk of tensors; ``--device
+cuda`` shows the latter.
 """
 
 from __future__ import annotations

@@ -7,16 +7,20 @@ before the step, put them back after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, Rprop
 
-from lightning_filterdiv.stacking import gather, group_by, scatter
+from lightning_filterdiv.flat_buffer import FlatBuffer
+from lightning_filterdiv.stacking import group_by
 
 __all__ = ["HeldRows", "RowHold", "initial_state", "reset_rows", "row_state"]
+
+_Slot = tuple[str, torch.dtype, torch.device]  # key of optimizer state, where and in what
 
 
 def row_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -91,28 +95,78 @@ class HeldRows:
         part.index_fill_(self.dim, self.index.to(tensor.device), value)
 
 
-@dataclass
 class _Group:
-    """Parameters of one layout with their mask ``(L, 1, .., n, .., 1)``: true where a row is held."""
+    """Parameters of one dtype on one device whose rows are held, with buffers that every step uses again."""
 
-    parameters: list[nn.Parameter]
-    masks: list[Tensor]
-    stacked: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    def __init__(self, held: Sequence[Sequence[HeldRows]]) -> None:
+        self.held = held
+        self.parameters = [rows[0].parameter for rows in held]
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], FlatBuffer] = {}
+        # Parameter (by place) -> the optimizer's state of it when last looked at, and what row_state found there.
+        self._known: dict[int, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+        self.keep(self.parameters[0])  # made now, not in a step; refuses rows that are not there
 
-    def mask(self, members: Sequence[int]) -> Tensor:
-        key = tuple(members)
-        if key not in self.stacked:
-            self.stacked[key] = torch.stack([self.masks[member] for member in members])
-        return self.stacked[key]
+    def buffer(self, use: str, like: Tensor) -> FlatBuffer:
+        """The buffer for ``use`` in the dtype and on the device of ``like``."""
+        key = (use, like.dtype, like.device)
+        if key not in self._buffers:
+            self._buffers[key] = FlatBuffer(self.parameters, like.dtype, like.device)
+        return self._buffers[key]
+
+    def keep(self, like: Tensor) -> Tensor:
+        """Bits of a :class:`FlatBuffer`: all set where an entry may move, none where it is held."""
+        known = ("keep", like.dtype, like.device) in self._buffers
+        buffer = self.buffer("keep", like)
+        if not known:
+            buffer.bits.fill_(-1)
+            for view, rows in zip(buffer.views, self.held, strict=True):
+                for held in rows:
+                    held.fill(view, 0.0)
+        return buffer.bits
+
+    def row_state(self, optimizer: Optimizer, place: int) -> dict[str, Tensor]:
+        """:func:`row_state` of a parameter, looked up anew only if other objects are filed there."""
+        parameter = self.parameters[place]
+        state = optimizer.state.get(parameter)
+        if not state:
+            return row_state(optimizer, parameter)
+        seen, found = self._known.get(place, ({}, {}))
+        if len(seen) != len(state) or any(seen.get(key) is not value for key, value in state.items()):
+            found = row_state(optimizer, parameter)
+            self._known[place] = dict(state), found
+        return found
+
+    def slots(self, optimizer: Optimizer, members: Sequence[int]) -> dict[_Slot, tuple[list[int], list[Tensor]]]:
+        """State of ``members``: the places that have it and the tensors, by key, dtype and device."""
+        found: dict[_Slot, tuple[list[int], list[Tensor]]] = {}
+        for i in members:
+            for key, value in self.row_state(optimizer, i).items():
+                places, tensors = found.setdefault((key, value.dtype, value.device), ([], []))
+                places.append(i)
+                tensors.append(value)
+        return found
+
+    def zero(self, tensors: list[Tensor], members: Sequence[int]) -> None:
+        """Assign zero to the held rows of ``tensors``: not a product, after an fp16 overflow inf * 0 would be NaN."""
+        work = self.buffer("work", tensors[0])
+        work.read(tensors, members)
+        work.bits.bitwise_and_(self.keep(tensors[0]))
+        work.write(tensors, members)
+
+    def restore(self, tensors: list[Tensor], members: Sequence[int], saved: FlatBuffer) -> None:
+        """Put the held rows of ``saved`` back, bit for bit; ``saved`` is used up."""
+        work = self.buffer("work", tensors[0])
+        work.read(tensors, members)
+        # saved ^ ((now ^ saved) & keep) is now where an entry may move, saved where it is held.
+        saved.bits.bitwise_xor_(work.bits.bitwise_xor_(saved.bits).bitwise_and_(self.keep(tensors[0])))
+        saved.write(tensors, members)
 
 
-@dataclass
-class _Saved:
+class _Saved(NamedTuple):
     group: _Group
     members: list[int]
-    values: Tensor
-    # state key -> (members that had it, their values)
-    states: dict[str, tuple[list[int], Tensor]]
+    values: FlatBuffer
+    states: dict[_Slot, tuple[list[int], FlatBuffer]]  # places that had such state, and its values
 
 
 class RowHold:
@@ -123,32 +177,17 @@ class RowHold:
     overflow) leaves a pending snapshot, which the next :meth:`before_step` discards. Parameters without gradient are
     skipped and never given one. State that the step creates gets zero rows.
 
+    The number of operations depends neither on the number nor on the shapes of the parameters. The buffers for it, made
+    in the first step, are as large as three copies of the parameters and one of every element-wise state.
+
     Args:
-        rows: what to hold; the same parameter may be named several times, along any dims of equal layout.
+        rows: what to hold; the same parameter may be named several times, along any dims.
     """
 
     def __init__(self, rows: Iterable[HeldRows]) -> None:
-        rows = list(rows)
-        self._groups: list[_Group] = []
-        by_parameter = group_by(rows, lambda held: id(held.parameter))
-        entries: list[tuple[nn.Parameter, Tensor]] = []
-        for held_rows in by_parameter:
-            parameter = held_rows[0].parameter
-            mask = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-            for held in held_rows:
-                held.fill(mask, True)
-            # One dim is enough to broadcast from; rows along several dims need the whole mask.
-            dims = {range(mask.dim())[held.dim] for held in held_rows}
-            if len(dims) == 1 and all(held.block is None for held in held_rows):
-                keep = dims.pop()
-                for dim in range(mask.dim()):
-                    if dim != keep:
-                        mask = mask.narrow(dim, 0, 1)
-                mask = mask.clone()
-            entries.append((parameter, mask))
-        for members in group_by(entries, lambda e: (e[0].shape, e[0].stride(), e[0].dtype, e[0].device, e[1].shape)):
-            self._groups.append(_Group([parameter for parameter, _ in members], [mask for _, mask in members]))
+        self._held = {id(held[0].parameter): held for held in group_by(rows, lambda held: id(held.parameter))}
         self._saved: list[_Saved] | None = None
+        self._group(self._held.keys())
 
     @property
     def pending(self) -> bool:
@@ -159,6 +198,11 @@ class RowHold:
         """Forget a pending snapshot: the step it was taken for did not happen."""
         self._saved = None
 
+    def _group(self, owned: Collection[int]) -> None:
+        mine = [held for key, held in self._held.items() if key in owned]
+        kinds = group_by(mine, lambda held: (held[0].parameter.dtype, held[0].parameter.device))
+        self._groups, self._owned = [_Group(members) for members in kinds], set(owned)
+
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
         """Snapshot the held rows of the parameters that ``optimizer`` is about to update and zero their gradients.
@@ -167,19 +211,24 @@ class RowHold:
             ValueError: the optimizer keeps state whose rows cannot be held, see :func:`row_state`.
         """
         self.discard()
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]} & self._held.keys()
+        if owned != self._owned:
+            self._group(owned)
         saved: list[_Saved] = []
         for group in self._groups:
-            members = [i for i, parameter in enumerate(group.parameters) if id(parameter) in owned]
-            if not members:
+            gradients = [(i, p.grad) for i, p in enumerate(group.parameters) if p.grad is not None]
+            if not gradients:
                 continue
-            parameters = [group.parameters[i] for i in members]
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            scatter(gradients, gather(gradients).masked_fill_(group.mask(members), 0))
-            states: dict[str, tuple[list[int], Tensor]] = {}
-            for key, holders in self._states(optimizer, group, members).items():
-                states[key] = (holders, gather([optimizer.state[group.parameters[i]][key] for i in holders]))
-            saved.append(_Saved(group, members, gather(parameters), states))
+            members = [i for i, _ in gradients]
+            for alike in group_by(gradients, lambda item: (item[1].dtype, item[1].device)):
+                group.zero([gradient for _, gradient in alike], [i for i, _ in alike])
+            states: dict[_Slot, tuple[list[int], FlatBuffer]] = {}
+            for slot, (holders, tensors) in group.slots(optimizer, members).items():
+                states[slot] = holders, group.buffer(f"state {slot[0]}", tensors[0])
+                states[slot][1].read(tensors, holders)
+            parameters: list[Tensor] = [group.parameters[i] for i in members]
+            saved.append(_Saved(group, members, group.buffer("value", parameters[0]), states))
+            saved[-1].values.read(parameters, members)
         self._saved = saved
 
     @torch.no_grad()
@@ -191,28 +240,16 @@ class RowHold:
         """
         if self._saved is None:
             raise RuntimeError("optimizer.step() ran without RowHold.before_step(optimizer) before it")
-        for saved in self._saved:
-            group, members = saved.group, saved.members
-            self._restore([group.parameters[i] for i in members], group.mask(members), saved.values)
-            for key, holders in self._states(optimizer, group, members).items():
-                known, values = saved.states.get(key, ([], None))
-                born = [i for i in holders if i not in known]
-                for names, before in ((known, values), (born, None)):
-                    if names:
-                        tensors = [optimizer.state[group.parameters[i]][key] for i in names]
-                        self._restore(tensors, group.mask(names), before)
+        for group, members, values, states in self._saved:
+            group.restore([group.parameters[i] for i in members], members, values)
+            for slot, (holders, tensors) in group.slots(optimizer, members).items():
+                known = states[slot][0] if slot in states else []
+                if known == holders:
+                    group.restore(tensors, holders, states[slot][1])
+                    continue
+                by_place = dict(zip(holders, tensors, strict=True))
+                if before := [i for i in holders if i in known]:
+                    group.restore([by_place[i] for i in before], before, states[slot][1])
+                if born := [i for i in holders if i not in known]:
+                    group.zero([by_place[i] for i in born], born)
         self._saved = None
-
-    @staticmethod
-    def _states(optimizer: Optimizer, group: _Group, members: Sequence[int]) -> dict[str, list[int]]:
-        holders: dict[str, list[int]] = {}
-        for i in members:
-            for key in row_state(optimizer, group.parameters[i]):
-                holders.setdefault(key, []).append(i)
-        return holders
-
-    @staticmethod
-    def _restore(tensors: Sequence[Tensor], mask: Tensor, values: Tensor | None) -> None:
-        current = gather(tensors)
-        restored = current.masked_fill(mask, 0) if values is None else torch.where(mask, values, current)
-        scatter(tensors, restored)

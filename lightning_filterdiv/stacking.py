@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ParameterStack", "gather", "group_by", "scatter", "storage_order"]
+__all__ = ["ParameterStack", "gather", "group_by", "is_dense", "scatter", "storage_order"]
 
 T = TypeVar("T")
 # cuDNN and vectorised CPU kernels choose by alignment: every parameter starts where an allocation of its own would.
@@ -53,7 +53,8 @@ def scatter(tensors: Sequence[Tensor], stacked: Tensor) -> None:
         torch._foreach_copy_([tensor.detach() for tensor in tensors], list(stacked.unbind()))
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the entries fill one block of memory, each once, in whatever order of dims."""
     expected = 1
     for dim in reversed(storage_order(tensor)):
         if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
@@ -63,7 +64,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _owns_storage(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and _is_dense(tensor)
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and is_dense(tensor)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.arguments import check_choice, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, optimizer_index
+from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index
 from lightning_filterdiv.centripetal.budget import Budget, ClipMeter
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
 from lightning_filterdiv.centripetal.clusters import (
@@ -245,7 +245,7 @@ class CentripetalSGD(FilterCallback):
         index = optimizer_index(trainer, optimizer)
         self._announced.add(index)
         if (update := self._updates.get(index)) is not None:
-            update.before_step(_gradient_scale(trainer, update))
+            update.before_step(gradient_scale(trainer, update.optimizer))
             self._clip.before_step(update)
 
     def _after_step(self, index: int) -> None:
@@ -415,12 +415,3 @@ class CentripetalSGD(FilterCallback):
             example_inputs, network = inputs_from_state(state, network)
         clusters, network = relative_to(model, self.clusters, network)
         return merge_with_report(model, clusters, example_inputs, network=network, tolerance=tolerance)
-
-
-def _gradient_scale(trainer: pl.Trainer, update: CentripetalUpdate) -> Tensor | None:
-    """By what gradients are still multiplied: fused optimizers divide inside their step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(update.optimizer, "_step_supports_amp_scaling", False):
-        return None
-    scale: Tensor = scaler.scale(torch.ones((), device=update.tensors[0].parameter.device))
-    return scale

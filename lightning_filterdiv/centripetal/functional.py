@@ -6,8 +6,8 @@ kernels that depends on the number of distinct shapes only. No Lightning here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_filterdiv.centripetal.clusters import ClusteredTensor
+from lightning_filterdiv.flat_buffer import FlatBuffer
 from lightning_filterdiv.optimizer_state import row_state
-from lightning_filterdiv.stacking import gather, group_by, scatter
+from lightning_filterdiv.stacking import group_by
 
 __all__ = [
     "CentripetalUpdate",
@@ -63,50 +64,76 @@ def centripetal_gradient(gradient: Tensor, weight: Tensor, clusters: Tensor, str
     return cluster_means(gradient, clusters) + strength * (weight - cluster_means(weight, clusters))
 
 
-@dataclass
 class _Batch:
-    """Tensors of one layout with what averages their clusters in one matrix product."""
+    """Neighbours of one layout in a buffer, with what averages their clusters in one matrix product."""
 
-    tensors: list[ClusteredTensor]
-    strength: float
-    group: dict[str, Any]  # the optimizer's parameter group; one per batch only where its learning rate is needed
-    made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self, tensors: Sequence[ClusteredTensor], buffer: FlatBuffer, first: int, group: dict[str, Any]):
+        self.is_vector, self.group = tensors[0].is_vector, group
+        clusters = [tensor.clusters for tensor in tensors]
+        count = max(max(index) + 1 for index in clusters)
+        # Tensors of one group are averaged by one matrix, which then is stored once.
+        distinct = list(dict.fromkeys(clusters))
+        matrices = torch.tensor(np.stack([_averaging(index, count) for index in distinct]), dtype=buffer.flat.dtype)
+        self._matrices = matrices.to(buffer.flat.device)
+        if len(distinct) == 1:
+            self._matrices = self._matrices.expand(len(clusters), -1, -1)
+        elif len(distinct) < len(clusters):
+            order = torch.tensor([distinct.index(index) for index in clusters]).to(buffer.flat.device)
+            self._matrices = self._matrices.index_select(0, order)
+        members = np.concatenate([np.array(index) + count * i for i, index in enumerate(clusters)])
+        self._members = torch.tensor(members).to(buffer.flat.device)
+        # (L, n, ...), rows first; (L, n, d) without a copy where a row is one block of memory.
+        self._stack = buffer.stack(first, len(tensors)).movedim(tensors[0].dim + 1, 1)
+        block = math.prod(self._stack.shape[2:])
+        self._shape = (len(tensors), len(clusters[0]), block)
+        self._view: Tensor | None = None
+        if self._stack.stride()[:2] == (block * len(clusters[0]), block):
+            self._view = buffer.flat.narrow(0, buffer.start(first), self._stack.numel()).view(self._shape)
 
-    def averaging(self, members: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(L, k, n) averaging matrices, padded to the largest number of clusters, and (L * n,) rows to expand by."""
-        if members not in self.made:
-            first = self.tensors[0].parameter
-            clusters = [self.tensors[i].clusters for i in members]
-            count = max(max(index) + 1 for index in clusters)
-            dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-            # Tensors of one group are averaged by one matrix, which then is stored once.
-            distinct = list(dict.fromkeys(clusters))
-            matrices = torch.tensor(np.stack([_averaging(index, count) for index in distinct]), dtype=dtype)
-            matrices = matrices.to(first.device)
-            if len(distinct) == 1:
-                matrices = matrices.expand(len(members), -1, -1)
-            elif len(distinct) < len(clusters):
-                order = torch.tensor([distinct.index(index) for index in clusters]).to(first.device)
-                matrices = matrices.index_select(0, order)
-            rows = np.concatenate([np.array(index) + count * i for i, index in enumerate(clusters)])
-            self.made[members] = (matrices, torch.tensor(rows).to(first.device))
-        return self.made[members]
+    def rows(self) -> Tensor:
+        """The buffer's values as ``(L, n, d)``: a view of them or a copy."""
+        return self._stack.reshape(self._shape).contiguous() if self._view is None else self._view
 
-    def rows(self, stacked: Tensor) -> Tensor:
-        """``(L, *shape)`` to ``(L, n, d)`` in float32 or wider."""
-        wide = stacked if stacked.dtype == torch.float64 else stacked.float()
-        wide = wide.movedim(self.tensors[0].dim + 1, 1)
-        return wide.reshape(*wide.shape[:2], -1)
+    def store(self, rows: Tensor) -> None:
+        """Put ``rows`` back, unless they are the buffer's own memory."""
+        if self._view is None:
+            self._stack.copy_(rows.view(self._stack.shape))
 
-    def means(self, rows: Tensor, members: tuple[int, ...]) -> Tensor:
-        """``(L, n, d)`` cluster means, bit-equal inside a cluster: each is computed once and copied."""
-        matrices, index = self.averaging(members)
-        return torch.bmm(matrices, rows).flatten(0, 1).index_select(0, index).view_as(rows)
+    def means(self, rows: Tensor, out: Tensor) -> Tensor:
+        """``(L, n, d)`` cluster means in ``out``, bit-equal inside a cluster: each is computed once and copied."""
+        means = torch.bmm(self._matrices, rows).flatten(0, 1)
+        return torch.index_select(means, 0, self._members, out=out.view(-1, out.shape[-1])).view_as(out)
 
-    def restore(self, rows: Tensor, like: Tensor) -> Tensor:
-        """``(L, n, d)`` back to the shape and dtype of ``like``, ``(L, *shape)``."""
-        dim = self.tensors[0].dim + 1
-        return rows.view(like.movedim(dim, 1).shape).movedim(1, dim).to(like.dtype)
+
+class _Bank:
+    """Tensors of one dtype on one device, in one buffer for gradients and one for weights."""
+
+    def __init__(self, batches: Sequence[Sequence[ClusteredTensor]], groups: Mapping[int, dict[str, Any]]) -> None:
+        # Kernels before vectors, which may have another strength.
+        batches = sorted(batches, key=lambda tensors: tensors[0].is_vector)
+        self.parameters: list[Tensor] = [tensor.parameter for tensors in batches for tensor in tensors]
+        dtype = torch.float64 if self.parameters[0].dtype == torch.float64 else torch.float32
+        self.values = FlatBuffer(self.parameters, dtype)
+        self.batches: list[_Batch] = []
+        first = 0
+        for tensors in batches:
+            self.batches.append(_Batch(tensors, self.values, first, groups[id(tensors[0].parameter)]))
+            first += len(tensors)
+        kernels = sum(len(tensors) for tensors in batches if not tensors[0].is_vector)
+        self._first_vector = self.values.start(kernels)
+        self._pull: FlatBuffer | None = None
+
+    def pull(self, members: list[int], strength: float, vector_strength: float) -> Tensor:
+        """``eps w`` of ``members``, laid out as :attr:`values`."""
+        if self._pull is None:
+            self._pull = FlatBuffer(self.parameters, self.values.flat.dtype)
+        self._pull.read([self.parameters[i] for i in members], members)
+        pull = self._pull.flat
+        if strength == vector_strength:
+            return pull.mul_(strength)
+        pull[: self._first_vector].mul_(strength)
+        pull[self._first_vector :].mul_(vector_strength)
+        return pull
 
 
 def _averaging(clusters: Sequence[int], count: int) -> npt.NDArray[np.float64]:
@@ -154,20 +181,19 @@ class CentripetalUpdate:
         self.decoupled = not isinstance(optimizer, SGD)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.tensors = [tensor for tensor in tensors if id(tensor.parameter) in groups]
-        vector = strength if vector_strength is None else vector_strength
+        self._strengths = strength, strength if vector_strength is None else vector_strength
 
         def layout(tensor: ClusteredTensor) -> Hashable:
             p = tensor.parameter
             group = id(groups[id(p)]) if self.decoupled else None
-            return p.shape, p.stride(), p.dtype, p.device, tensor.dim, group
+            return p.shape, p.stride(), tensor.dim, group
 
-        self._batches = [
-            _Batch(members, vector if members[0].is_vector else strength, groups[id(members[0].parameter)])
-            for members in group_by(self.tensors, layout)
+        # What is sent to the device is sent here, not in a step.
+        self._banks = [
+            _Bank(group_by(alike, layout), groups)
+            for alike in group_by(self.tensors, lambda t: (t.parameter.dtype, t.parameter.device))
         ]
-        for batch in self._batches:  # what is sent to the device is sent here, not in a step
-            batch.averaging(tuple(range(len(batch.tensors))))
-        self._stepping: list[tuple[_Batch, tuple[int, ...]]] = []
+        self._stepping: list[tuple[_Bank, list[int]]] = []
 
     @torch.no_grad()
     def before_step(self, gradient_scale: Tensor | None = None) -> None:
@@ -177,25 +203,28 @@ class CentripetalUpdate:
             gradient_scale: scalar on the device by which gradients are still multiplied (fused optimizers under AMP).
         """
         self._stepping = []
-        for batch in self._batches:
-            members = tuple(i for i, t in enumerate(batch.tensors) if t.parameter.grad is not None)
-            if not members:
+        for bank in self._banks:
+            present = [(i, p.grad) for i, p in enumerate(bank.parameters) if p.grad is not None]
+            if not present:
                 continue
-            self._stepping.append((batch, members))
-            gradients = [g for i in members if (g := batch.tensors[i].parameter.grad) is not None]
-            stacked = gather(gradients)
-            with torch.autocast(stacked.device.type, enabled=False):
-                rows = batch.rows(stacked)
-                if self.decoupled:
-                    edited = batch.means(rows, members)
-                else:
-                    # Gamma (g - eps w) + eps w: members that are equal get bit-equal gradients.
-                    weights = batch.rows(gather([batch.tensors[i].parameter for i in members]))
-                    weights = weights * batch.strength
-                    if gradient_scale is not None:
-                        weights = weights * gradient_scale
-                    edited = batch.means(rows - weights, members).add_(weights)
-                scatter(gradients, batch.restore(edited, stacked))
+            members, gradients = [i for i, _ in present], [gradient for _, gradient in present]
+            self._stepping.append((bank, members))
+            bank.values.read(gradients, members)
+            values = bank.values.flat
+            # Gamma (g - eps w) + eps w: members that are equal get bit-equal gradients.
+            pull: Tensor | None = None
+            if not self.decoupled:
+                pull = bank.pull(members, *self._strengths)
+                if gradient_scale is not None:
+                    pull.mul_(gradient_scale)
+                values.sub_(pull)
+            with torch.autocast(values.device.type, enabled=False):
+                for batch in bank.batches:
+                    rows = batch.rows()
+                    batch.store(batch.means(rows, out=rows))
+            if pull is not None:
+                values.add_(pull)
+            bank.values.write(gradients, members)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -204,23 +233,25 @@ class CentripetalUpdate:
         if not self.decoupled:
             return
         skipped: Tensor | None = getattr(self.optimizer, "found_inf", None)
-        for batch, members in stepping:
-            parameters = [batch.tensors[i].parameter for i in members]
-            stacked = gather(parameters)
-            factor = batch.group["lr"] * batch.strength
-            if skipped is not None:
-                factor = factor * (1 - skipped)
-            with torch.autocast(stacked.device.type, enabled=False):
-                rows = batch.rows(stacked)
-                pulled = rows + (batch.means(rows, members) - rows) * factor
-                scatter(parameters, batch.restore(pulled, stacked))
+        for bank, members in stepping:
+            parameters = [bank.parameters[i] for i in members]
+            bank.values.read(parameters, members)
+            with torch.autocast(bank.values.flat.device.type, enabled=False):
+                for batch in bank.batches:
+                    factor = batch.group["lr"] * self._strengths[batch.is_vector]
+                    if skipped is not None:
+                        factor = factor * (1 - skipped)
+                    rows = batch.rows()
+                    means = batch.means(rows, out=torch.empty_like(rows))
+                    batch.store(rows.add_(means.sub_(rows).mul_(factor)))
+            bank.values.write(parameters, members)
 
     def first_gradient(self) -> Tensor | None:
         """One of the gradients of the step under way; ``None`` outside a step."""
         if not self._stepping:
             return None
-        batch, members = self._stepping[0]
-        return batch.tensors[members[0]].parameter.grad
+        bank, members = self._stepping[0]
+        return bank.parameters[members[0]].grad
 
     @torch.no_grad()
     def equalise_state(self) -> None:
