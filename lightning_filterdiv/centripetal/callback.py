@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_filterdiv.arguments import check_choice, check_integer, check_number
 from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index
@@ -30,14 +29,13 @@ from lightning_filterdiv.centripetal.course import Course
 from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
 from lightning_filterdiv.centripetal.functional import CentripetalUpdate, cluster_distances, relative_deviations
 from lightning_filterdiv.centripetal.merge import MergeReport, merge_with_report
-from lightning_filterdiv.centripetal.selection import choose_groups
+from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.example_inputs import ExampleInputs
 from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
+from lightning_filterdiv.network_argument import check_network, layers_inside
 
 __all__ = ["CentripetalSGD"]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class CentripetalSGD(FilterCallback):
@@ -92,9 +90,7 @@ class CentripetalSGD(FilterCallback):
             None if vector_strength is None else check_number("vector_strength", vector_strength, above=0.0)
         )
         self.clustering = check_choice("clustering", clustering, Clustering)
-        if network is not None and not isinstance(network, str):
-            raise TypeError(f"network must be the name of a submodule or None, got {network!r}")
-        self.network = network
+        self.network = check_network(network)
         self.seed = check_integer("seed", seed, low=0)
         #: Group name -> (size,) cluster index of each channel; empty before the first forward call.
         self.clusters: dict[str, Tensor] = {}
@@ -138,35 +134,12 @@ class CentripetalSGD(FilterCallback):
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """Every convolution, transposed ones too, inside ``network``."""
-        prefix = "" if self.network is None else f"{self.network}."
         found = select_filters(pl_module, ["*"] if self.include is None else self.include, self.exclude)
-        inside = {name: conv for name, conv in found.items() if name.startswith(prefix)}
-        if not inside:
-            raise NoLayersError(
-                f"network={self.network!r} is no submodule with convolutions that include and exclude leave; "
-                f"the selected layers are {', '.join(list(found)[:6])}"
-            )
-        return inside
+        return layers_inside(self.network, found)
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check optimizers and precision, wait for the first forward call or start at once if its inputs are known."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, LBFGS):
-                raise MisconfigurationException(
-                    "CentripetalSGD edits the gradient of single filters, and LBFGS mixes those of the whole network; "
-                    "use SGD, or Adam and its relatives"
-                )
-            if any(group.get("maximize") for group in optimizer.param_groups):
-                raise MisconfigurationException(
-                    f"CentripetalSGD needs {type(optimizer).__name__} with maximize=False: maximizing would push the "
-                    f"members of a cluster apart; negate the loss instead"
-                )
-        for name, conv in self.layers.items():
-            if conv.weight.dtype in _HALF:
-                raise MisconfigurationException(
-                    f"CentripetalSGD needs parameters in float32 or float64, {name!r} is {conv.weight.dtype}: the pull "
-                    f"would be rounded away. Use precision='bf16-mixed' or '16-mixed'"
-                )
+        check_usable(trainer.optimizers, self.layers)
         self._clip.watch(trainer)
         for index, optimizer in enumerate(trainer.optimizers):
             self.after_optimizer_step(optimizer, partial(self._after_step, index))

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.narrow import named_tensors
 from lightning_filterdiv.filters import CONVOLUTIONS, Conv, canonical_name
 
-__all__ = ["choose_groups"]
+__all__ = ["check_usable", "choose_groups"]
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def check_usable(optimizers: Sequence[Optimizer], layers: Mapping[str, Conv]) -> None:
+    """Refuse optimizers and precisions under which members of a cluster would not become equal.
+
+    Raises:
+        MisconfigurationException: naming the optimizer or the layer, and the way out.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise MisconfigurationException(
+                "CentripetalSGD edits the gradient of single filters, and LBFGS mixes those of the whole network; "
+                "use SGD, or Adam and its relatives"
+            )
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise MisconfigurationException(
+                f"CentripetalSGD needs {type(optimizer).__name__} with maximize=False: maximizing would push the "
+                f"members of a cluster apart; negate the loss instead"
+            )
+    for name, conv in layers.items():
+        if conv.weight.dtype in _HALF:
+            raise MisconfigurationException(
+                f"CentripetalSGD needs parameters in float32 or float64, {name!r} is {conv.weight.dtype}: the pull "
+                f"would be rounded away. Use precision='bf16-mixed' or '16-mixed'"
+            )
 
 
 def choose_groups(

@@ -19,7 +19,8 @@ from lightning_filterdiv.entropy_depth.images import ImageDataError
 from lightning_filterdiv.entropy_depth.loaders import image_source
 from lightning_filterdiv.entropy_depth.source import undisturbed
 from lightning_filterdiv.example_inputs import ExampleInputs
-from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
+from lightning_filterdiv.filters import Conv, select_filters
+from lightning_filterdiv.network_argument import check_network, layers_inside
 
 __all__ = ["Action", "EntropyDepthBound"]
 
@@ -76,9 +77,7 @@ class EntropyDepthBound(FilterCallback):
         self.rounding = check_choice("rounding", rounding, Rounding)
         self.max_images = None if max_images is None else check_integer("max_images", max_images, low=1)
         self.action = check_choice("action", action, Action)
-        if network is not None and not isinstance(network, str):
-            raise TypeError(f"network must be the name of a submodule or None, got {network!r}")
-        self.network = network
+        self.network = check_network(network)
         self.bound: DepthBound | None = None
         self.depth: NetworkDepth | None = None
         # Fingerprint, whether it is that of a stream, and what was measured.
@@ -87,16 +86,7 @@ class EntropyDepthBound(FilterCallback):
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """The convolutions of ``network`` that ``include`` and ``exclude`` leave."""
-        selected = select_filters(pl_module, self.include, self.exclude)
-        if self.network is None:
-            return selected
-        found = {name: conv for name, conv in selected.items() if name.startswith(f"{self.network}.")}
-        if not found:
-            raise NoLayersError(
-                f"network={self.network!r} is no submodule with convolutions that include and exclude leave; "
-                f"the selected layers are {', '.join(list(selected)[:6])}"
-            )
-        return found
+        return layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
 
     # ------------------------------------------------------------------ the two measurements
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from statistics import fmean
@@ -10,10 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adafactor, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
@@ -27,6 +25,7 @@ from lightning_filterdiv.filters import (
     named_convolutions,
     select_filters,
 )
+from lightning_filterdiv.network_argument import check_network, layers_inside
 from lightning_filterdiv.optimizer_state import RowHold
 from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.repr_.functional import (
@@ -40,12 +39,11 @@ from lightning_filterdiv.repr_.functional import (
     select_dropped,
 )
 from lightning_filterdiv.repr_.network import DroppedFilters, NextLayer
-from lightning_filterdiv.repr_.plan import Happened, check_plan
+from lightning_filterdiv.repr_.plan import Happened, check_plan, events_missed
+from lightning_filterdiv.repr_.selection import check_optimizers, default_layers, rankable, restore_dropped
 from lightning_filterdiv.similarity import orthogonality_score
 
 __all__ = ["RePr"]
-
-_SHORTCUT = re.compile(r"downsample|shortcut|skip|identity", re.IGNORECASE)
 
 
 class RePr(FilterCallback):
@@ -118,9 +116,7 @@ class RePr(FilterCallback):
         self.gain = check_number("gain", gain, above=0.0)
         self.next_layer = check_choice("next_layer", next_layer, NextLayer)
         self.hold_consumers = check_flag("hold_consumers", hold_consumers)
-        if network is not None and not isinstance(network, str):
-            raise TypeError(f"network must be the name of a submodule or None, got {network!r}")
-        self.network = network
+        self.network = check_network(network)
         self.seed = check_integer("seed", seed, low=0)
         self._events: list[RePrEvent] = []
         self._applied = 0
@@ -167,25 +163,9 @@ class RePr(FilterCallback):
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """Ungrouped convolutions but the first one and 1x1 shortcuts, or what ``include`` names."""
-        prefix = "" if self.network is None else f"{self.network}."
-        selected = select_filters(pl_module, self.include, self.exclude)
-        found = {name: conv for name, conv in selected.items() if name.startswith(prefix)}
-        if not found and self.network is not None:
-            raise NoLayersError(
-                f"network={self.network!r} is no submodule with convolutions that include and exclude leave; "
-                f"the selected layers are {', '.join(list(selected)[:6])}"
-            )
+        found = layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
         if self.include is None:
-            # A frozen network beside the one that is trained (a teacher, a loss network) may be registered first.
-            everyone = {n: c for n, c in select_filters(pl_module).items() if n.startswith(prefix)}
-            first = next((n for n, c in everyone.items() if c.weight.requires_grad), "")
-            found = {
-                name: conv
-                for name, conv in found.items()
-                if name != first
-                and conv.groups == 1
-                and not (conv.weight[0, 0].numel() == 1 and _SHORTCUT.search(name))
-            }
+            found = default_layers(found, layers_inside(self.network, select_filters(pl_module)))
         if not found:
             raise NoLayersError(
                 "RePr has no layer to rank: by default it leaves out the network's first convolution, grouped ones and "
@@ -197,12 +177,7 @@ class RePr(FilterCallback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check and print the plan; take up a phase that a checkpoint was saved in."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, LBFGS | Adafactor):
-                raise MisconfigurationException(
-                    f"RePr needs optimizer state per filter, and {type(optimizer).__name__} keeps a history of the "
-                    f"whole network or factors of whole matrices; use SGD, Adam or another element-wise optimizer"
-                )
+        check_optimizers(trainer.optimizers)
         self._events = self.schedule()
         check_plan(trainer, self._events)
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
@@ -216,17 +191,8 @@ class RePr(FilterCallback):
 
     def _skip_missed(self, trainer: pl.Trainer) -> None:
         """Added to a run that is past some events, RePr starts with the next whole cycle."""
-        if self._applied or trainer.current_epoch == 0:
-            return
-        ahead = [
-            i for i, event in enumerate(self._events) if event.kind == "drop" and event.epoch >= trainer.current_epoch
-        ]
-        self._applied = ahead[0] if ahead else len(self._events)
-        if self._applied:
-            rank_zero_warn(
-                f"RePr joins the run at epoch {trainer.current_epoch} without a saved state: the first "
-                f"{self._applied} of {len(self._events)} events are past and skipped"
-            )
+        if self._applied == 0 and trainer.current_epoch > 0:
+            self._applied = events_missed(self._events, trainer.current_epoch)
 
     # ------------------------------------------------------------------ events
 
@@ -263,15 +229,10 @@ class RePr(FilterCallback):
             return
         assert self._inputs is not None
         graph = self._inputs.trace()
-        matrices: dict[str, Tensor] = {}
-        for name, conv in self.layers.items():
-            reason = graph.private(name) if name in graph.layers else "it is not part of the traced network"
-            if isinstance(reason, str):
-                if name not in self._unsilenceable:
-                    rank_zero_warn(f"RePr leaves {name!r} out: its filters cannot be silenced exactly ({reason})")
-                    self._unsilenceable.add(name)
-                continue
-            matrices[name] = filter_matrix(conv)
+        matrices, reasons = rankable(graph, self.layers)
+        for name in [name for name in reasons if name not in self._unsilenceable]:
+            rank_zero_warn(f"RePr leaves {name!r} out: its filters cannot be silenced exactly ({reasons[name]})")
+        self._unsilenceable |= reasons.keys()
         if not matrices:
             raise NoLayersError(
                 "RePr has no layer to rank: none of the chosen layers can be silenced exactly (see the warnings); "
@@ -436,18 +397,4 @@ class RePr(FilterCallback):
         Raises:
             KeyError: the checkpoint holds no state of RePr.
         """
-        saved_extras = [
-            state["extra"]
-            for state in (checkpoint.get("callbacks") or {}).values()
-            if isinstance(state, dict) and isinstance(state.get("extra"), dict)
-        ]
-        states = [extra for extra in saved_extras if "dropped" in extra]
-        if not states:
-            raise KeyError("the checkpoint holds no state of RePr: there is nothing to bring back")
-        count = 0
-        for state in states:
-            if (saved := state["dropped"]) is not None:
-                dropped = DroppedFilters.from_state(model, saved)
-                dropped.restore()
-                count += dropped.count
-        return count
+        return restore_dropped(model, checkpoint)

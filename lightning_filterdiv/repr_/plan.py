@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_filterdiv.learning_rates import forecast_learning_rates
 from lightning_filterdiv.repr_.functional import RePrEvent, remaining_rate_share
 
-__all__ = ["Happened", "check_plan", "fit_epochs"]
+__all__ = ["Happened", "check_plan", "events_missed", "fit_epochs"]
 
 # Below this share of the summed learning rate, filters regrown last were seen to stay untrained.
 _ENOUGH_RATE = 0.15
@@ -78,3 +78,23 @@ def check_plan(trainer: pl.Trainer, events: Sequence[RePrEvent]) -> None:
             f"of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter phases, or keep the "
             f"learning rate up for longer"
         )
+
+
+def events_missed(events: Sequence[RePrEvent], epoch: int) -> int:
+    """How many events a run that RePr joins at ``epoch``, without a saved state, has to skip; said in a warning.
+
+    Args:
+        events: of the whole plan, in order.
+        epoch: of the run.
+
+    Returns:
+        The position of the first drop that is not past: half a cycle is never begun.
+    """
+    ahead = [i for i, event in enumerate(events) if event.kind == "drop" and event.epoch >= epoch]
+    missed = ahead[0] if ahead else len(events)
+    if missed:
+        rank_zero_warn(
+            f"RePr joins the run at epoch {epoch} without a saved state: the first {missed} of {len(events)} events "
+            f"are past and skipped"
+        )
+    return missed
