@@ -41,6 +41,7 @@ _MOSAIC_KERNELS = 256
 _DIRECTIONS = 32
 _ITERATIONS = 8  # of the subspace: more would not show
 _HEAT_MAP_CELLS = 400
+_TICKS = 4  # at most, per axis: drawing labels takes longer than drawing the picture
 # A square figure under a title of three lines, in fractions of its side. These figures are alike but for the width of
 # their tick labels: laying each out anew takes half of the time it takes to draw it.
 _MARGIN, _BELOW_TITLE = 0.0116, 0.854
@@ -98,7 +99,7 @@ def similarity_heat_map(view: LayerView, when: str = "") -> Figure:
     extent = (-0.5, view.count - 0.5, view.count - 0.5, -0.5)
     image = axes.imshow(ordered.numpy(), vmin=0.0, vmax=1.0, cmap="magma", interpolation="nearest", extent=extent)
     beside = figure.add_axes((0.8115, 0.093, 0.036, 0.721))
-    bar = figure.colorbar(image, cax=beside, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar = figure.colorbar(image, cax=beside, ticks=[0, 0.5, 1])
     bar.ax.tick_params(labelsize=7.5)
     bar.set_label("|cos|:  0 unrelated,  1 same direction", fontsize=8)
     pairs = view.count * (view.count - 1)
@@ -112,7 +113,7 @@ def similarity_heat_map(view: LayerView, when: str = "") -> Figure:
     axes.set_xlabel("filters, alike ones side by side", fontsize=8)
     axes.set_ylabel("the same filters", fontsize=8)
     axes.tick_params(labelsize=7.5)
-    axes.locator_params(integer=True, nbins=8)
+    axes.locator_params(integer=True, nbins=_TICKS)
     return figure
 
 
@@ -184,6 +185,7 @@ def kernel_mosaic(view: LayerView, when: str = "") -> Figure:
         axes.set_xlabel("principal input directions, the strongest first", fontsize=8)
         axes.set_ylabel("kernels", fontsize=8)
         axes.tick_params(labelsize=7.5)
+        axes.locator_params(integer=True, nbins=_TICKS)
         return figure
     axes = figure.add_axes((_MARGIN, _MARGIN, 1 - 2 * _MARGIN, _BELOW_TITLE - _MARGIN))
     colour = kernels.shape[1] == 3 and kernels.dim() == 4
