@@ -27,12 +27,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
 from benchmarks.models import CifarResNet, count_parameters
 from lightning_filterdiv import BasisOrthonormality
@@ -47,32 +47,6 @@ ARMS: dict[str, tuple[bool, Callable[[], list[Callback]]]] = {
     "shared": (True, list),
     "shared_penalty": (True, lambda: [BasisOrthonormality()]),
 }
-
-
-class Classifier(pl.LightningModule):
-    """Cross-entropy and the protocol's optimizer around ``net``."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 1, 14, 14)`` images to ``(B, 10)`` logits."""
-        logits: Tensor = self.net(images)
-        return logits
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with step decay."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        milestones = [round(0.6 * EPOCHS), round(0.87 * EPOCHS)]
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1),
-        }
 
 
 def gradient_profile(net: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
@@ -122,7 +96,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     excess: dict[str, float] = {}
-    module = Classifier(net)
+    module = Classifier(net, EPOCHS, LEARNING_RATE)
     if shares:
         looks.on_train_end = lambda *_: excess.update(_excess(net))  # type: ignore[method-assign]
     trainer.fit(module, SeededBatches((train_x, train_y), BATCH, seed))

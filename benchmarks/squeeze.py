@@ -29,10 +29,9 @@ import lightning.pytorch as pl
 import torch
 import torch_pruning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
 from benchmarks.models import CifarResNet
 from lightning_filterdiv import CentripetalSGD
@@ -45,31 +44,6 @@ START_EPOCHS, EPOCHS, LEARNING_RATE, BATCH, KEEP = 15, 10, 0.05, 64, 0.625
 RESULTS = Path(__file__).parent / "results" / "squeeze"
 EXAMPLE = torch.zeros(2, 1, 28, 28)
 ARMS = ("trained", "csgd", "scratch", "tie", "prune", "full")
-
-
-class Classifier(pl.LightningModule):
-    """Cross-entropy and the protocol's optimizer around ``net``; the schedule spans ``epochs``."""
-
-    def __init__(self, net: nn.Module, epochs: int) -> None:
-        super().__init__()
-        self.net, self.epochs = net, epochs
-        self.example_input_array = EXAMPLE
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 1, 28, 28)`` images to ``(B, 10)`` logits."""
-        logits: Tensor = self.net(images)
-        return logits
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with step decay."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        milestones = [round(0.6 * self.epochs), round(0.87 * self.epochs)]
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 def resnet(width: int = 16) -> nn.Module:
@@ -94,7 +68,7 @@ def train(net: nn.Module, epochs: int, loader: SeededBatches, callbacks: Sequenc
         accelerator="cpu", devices=1, max_epochs=epochs, logger=False, callbacks=list(callbacks),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Classifier(net, epochs), loader)
+    trainer.fit(Classifier(net, epochs, LEARNING_RATE, EXAMPLE), loader)
     return net
 
 
