@@ -12,7 +12,6 @@ clock.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import time
@@ -33,6 +32,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from benchmarks import entropy_speed
 from benchmarks.loader import SeededBatches
 from benchmarks.models import StagedResNet, count_parameters
+from benchmarks.runs import run_missing, run_parser
 from lightning_filterdiv.demo import FashionMNIST
 from lightning_filterdiv.entropy_depth import DepthPlan, plan_depth
 
@@ -179,28 +179,12 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the table of finished runs and stop")
-    options = parser.parse_args()
+    options = run_parser(__doc__, "--depths", DEPTHS, [1, 2, 3], RESULTS).parse_args()
     if options.table:
         bound = json.loads(entropy_speed.RESULT.read_text())["rows"]["raw 8-bit array"]["bound"]
         print(table(options.out, bound))
         return
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for depth in options.depths:
-            path = options.out / f"depth{depth}-seed{seed}.json"
-            if path.exists():
-                continue
-            result = run(depth, seed)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(result, indent=1) + "\n")
-            scratch.replace(path)
-            print(f"depth {depth} seed {seed}: {100 * result['test_accuracy']:.2f} %", flush=True)
+    run_missing(options, run, prefix="depth")
 
 
 if __name__ == "__main__":

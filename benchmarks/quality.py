@@ -10,7 +10,6 @@ epochs 48 and 55. The figure is the test accuracy after the last epoch, not the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -30,6 +29,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks.loader import SeededBatches
+from benchmarks.runs import run_missing, run_parser
 from lightning_filterdiv import BasisOrthonormality, RePr, WeightAsynchronousUpdate
 from lightning_filterdiv.demo import FashionMNIST, SmallConvNet
 from lightning_filterdiv.filters import select_filters
@@ -272,29 +272,11 @@ def event_table(folder: Path, methods: Sequence[str]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the table of finished runs and stop")
-    options = parser.parse_args()
+    options = run_parser(__doc__, "--methods", list(METHODS), [1, 2, 3], RESULTS).parse_args()
     if options.table:
         print(table(options.out))
         return
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for method in options.methods:
-            path = options.out / f"{method}-seed{seed}.json"
-            if path.exists():
-                continue
-            result = run(method, seed, options.out)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(compact(result))
-            scratch.replace(path)
-            print(
-                f"{method} seed {seed}: {100 * result['test_accuracy']:.2f} % in {result['seconds']:.0f} s", flush=True
-            )
+    run_missing(options, lambda method, seed: run(method, seed, options.out), text=compact)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ every block is measured on 256 training images, batch statistics as in training.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Callable, Sequence
@@ -35,9 +34,11 @@ from torch.nn import functional as F
 from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
 from benchmarks.models import CifarResNet, count_parameters
+from benchmarks.runs import run_missing, run_parser
 from lightning_filterdiv import BasisOrthonormality
 from lightning_filterdiv.demo import FashionMNIST
-from lightning_filterdiv.shared_basis import share_filter_bases
+from lightning_filterdiv.orthonormality import basis_penalty
+from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
 
 EPOCHS, LEARNING_RATE, BATCH, SHARED, UNIQUE = 15, 0.1, 64, 16, 1
 LOOKS = (0, 1, 5, 15)  # epochs after which gradients are looked at
@@ -61,7 +62,7 @@ def gradient_profile(net: nn.Module, images: Tensor, labels: Tensor) -> list[flo
 
 
 class Looks(Callback):
-    """Gradient profiles after the epochs of ``LOOKS``, and the penalty's value."""
+    """Gradient profiles after the epochs of ``LOOKS``."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.batch = images, labels
@@ -95,11 +96,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
         accelerator="cpu", devices=1, max_epochs=EPOCHS, logger=False, callbacks=[*used, looks],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    excess: dict[str, float] = {}
-    module = Classifier(net, EPOCHS, LEARNING_RATE)
-    if shares:
-        looks.on_train_end = lambda *_: excess.update(_excess(net))  # type: ignore[method-assign]
-    trainer.fit(module, SeededBatches((train_x, train_y), BATCH, seed))
+    trainer.fit(Classifier(net, EPOCHS, LEARNING_RATE), SeededBatches((train_x, train_y), BATCH, seed))
     net.eval()
     with torch.no_grad():
         hits = torch.cat([net(part).argmax(1) for part in test_x.split(500)]) == test_y
@@ -109,16 +106,14 @@ def run(arm: str, seed: int) -> dict[str, Any]:
         "test_accuracy": float(hits.double().mean()),
         "parameters": count_parameters(net),
         "profiles": looks.profiles,
-        "excess": excess,
+        "excess": _excess(net),
         "callbacks": [repr(callback) for callback in used],
         "torch": torch.__version__,
     }
 
 
 def _excess(net: nn.Module) -> dict[str, float]:
-    from lightning_filterdiv.orthonormality import basis_penalty
-    from lightning_filterdiv.shared_basis import shared_bases
-
+    """Stage -> penalty of its basis; empty for a plain network."""
     return {basis.gram: float(f"{basis_penalty(basis.weight.detach().flatten(1)):.4g}")
             for _, basis, _ in shared_bases(net)}  # fmt: skip
 
@@ -183,12 +178,8 @@ def figure(folder: Path, path: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = run_parser(__doc__, "--arms", list(ARMS), [1, 2, 3], RESULTS)
     parser.add_argument("--figure", type=Path, help="write the figure of finished runs and stop")
-    parser.add_argument("--table", action="store_true", help="print the tables of finished runs and stop")
     options = parser.parse_args()
     if options.figure:
         figure(options.out, options.figure)
@@ -196,17 +187,7 @@ def main() -> None:
     if options.table:
         print(table(options.out), profile_table(options.out), sep="\n\n")
         return
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for arm in options.arms:
-            path = options.out / f"{arm}-seed{seed}.json"
-            if path.exists():
-                continue
-            result = run(arm, seed)
-            path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-            path.with_suffix(".tmp").replace(path)
-            print(f"{arm} seed {seed}: {100 * result['test_accuracy']:.2f} %", flush=True)
+    run_missing(options, run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ merged at once, by the same clusters, then 10 epochs), ``prune`` (torch-pruning'
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
 from benchmarks.models import CifarResNet
+from benchmarks.runs import run_missing, run_parser
 from lightning_filterdiv import CentripetalSGD
 from lightning_filterdiv.centripetal import cluster_channels, merge_with_report
 from lightning_filterdiv.centripetal.measure import count_macs, count_parameters, latency_ratio
@@ -273,33 +273,19 @@ def latency_table(path: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = run_parser(__doc__, "--arms", ARMS, [1], RESULTS)
     parser.add_argument("--latency", action="store_true", help="measure latency and stop")
     parser.add_argument("--pairs", type=int, default=60, help="of --latency")
-    parser.add_argument("--table", action="store_true", help="print the tables of finished runs and stop")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.table:
         print(f"{table(options.out)}\n\n{merge_table(options.out)}")
         return
     if options.latency:
+        torch.set_num_threads(1)
         (options.out / "latency.json").write_text(json.dumps(latency(options.pairs), indent=1) + "\n")
         print(latency_table(options.out / "latency.json"))
         return
-    for seed in options.seeds:
-        for arm in options.arms:
-            path = options.out / f"{arm}-seed{seed}.json"
-            if path.exists():
-                continue
-            result = run(arm, seed, options.out)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(result, indent=1) + "\n")
-            scratch.replace(path)
-            print(f"{arm} seed {seed}: {100 * result['test_accuracy']:.2f} % in {result['seconds']:.0f} s", flush=True)
+    run_missing(options, lambda arm, seed: run(arm, seed, options.out))
 
 
 if __name__ == "__main__":
