@@ -65,7 +65,7 @@ class FilterBasis(nn.Conv2d):
         return y
 
 
-class _UsesBasis(nn.Module):
+class BasisUser(nn.Module):
     """Holds a basis; the first of its users registers it, so that it has one name in the network.
 
     Registered in every layer, it would be in the ``state_dict`` once per layer. The others keep a plain reference: a
@@ -98,7 +98,7 @@ class _UsesBasis(nn.Module):
         return "" if self.owns_basis else f"shared=({self.basis}) of another layer"
 
 
-class SharedConv2d(_UsesBasis):
+class SharedConv2d(BasisUser):
     """A convolution that *is* the shared one: ``y = shared(x)``, its norm and activation stay the layer's own.
 
     For networks whose next 1x1 convolution already combines the filters (bottleneck and mobile blocks).
@@ -113,7 +113,7 @@ class SharedConv2d(_UsesBasis):
         return y
 
 
-class SharedBasisConv2d(_UsesBasis):
+class SharedBasisConv2d(BasisUser):
     """A convolution made of shared filters, some of its own, and coefficients.
 
     ``y = coefficients(BN(cat(unique(x), shared(x))))``: section 3 of the paper, without a non-linearity between, so
@@ -183,7 +183,7 @@ def shared_bases(model: nn.Module) -> Iterator[tuple[str, FilterBasis, list[tupl
     """
     found: dict[int, tuple[str, FilterBasis, list[tuple[str, SharedBasisConv2d]]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, _UsesBasis):
+        if isinstance(module, BasisUser):
             basis = module.basis
             found.setdefault(id(basis), ("", basis, []))
             if module.owns_basis:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -13,114 +12,20 @@ from torch.nn.parameter import is_lazy
 
 from lightning_filterdiv.arguments import check_flag, check_integer
 from lightning_filterdiv.filters import canonical_name
-from lightning_filterdiv.shared_basis.modules import FilterBasis, SharedBasisConv2d, SharedConv2d, _UsesBasis
+from lightning_filterdiv.shared_basis.modules import (
+    BasisUser,
+    FilterBasis,
+    SharedBasisConv2d,
+    SharedConv2d,
+    shared_bases,
+)
+from lightning_filterdiv.shared_basis.stages import ROLES, find_stages, stage_width
 
 __all__ = ["SharingError", "share_filter_bases"]
-
-Kind = Literal["basic", "bottleneck", "inverted"]
 
 
 class SharingError(ValueError):
     """A basis cannot be shared as asked. The message names the layer, or the argument, and the fix."""
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """Blocks of one resolution: the first keeps its layers, the others share.
-
-    Attributes:
-        name: of the container, or ``stage3`` where the network has none.
-        kind: of its blocks.
-        blocks: name -> block, in order.
-    """
-
-    name: str
-    kind: Kind
-    blocks: Mapping[str, nn.Module]
-
-    @property
-    def can_share(self) -> bool:
-        """Whether at least two layers would use a basis."""
-        return len(self.blocks) > (1 if self.kind == "basic" else 2)
-
-    def sharing(self) -> list[dict[str, nn.Module]]:
-        """The layers that may share, one dict per position in the block (conv1, conv2)."""
-        positions: list[dict[str, nn.Module]] = []
-        for name, block in list(self.blocks.items())[1:]:
-            for position, layer in enumerate(_positions(self.kind, block)):
-                if position == len(positions):
-                    positions.append({})
-                positions[position][f"{name}.{layer}"] = block.get_submodule(layer)
-        return positions
-
-
-def _positions(kind: Kind, block: nn.Module) -> list[str]:
-    if kind == "basic":
-        return ["conv1", "conv2"]
-    if kind == "bottleneck":
-        return ["conv2", "conv3"]
-    return ["conv.0.0", "conv.2"]
-
-
-# What the layers of a position are called where the basis is a whole convolution.
-_ROLES: dict[Kind, list[str]] = {"bottleneck": ["conv2", "conv3"], "inverted": ["expansion", "projection"]}
-
-
-def _kind(block: nn.Module) -> Kind | None:
-    """What a block is, by its layers; ``None`` for anything else."""
-    layers = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
-    convs = [isinstance(layer, nn.Conv2d | _UsesBasis) for layer in layers]
-    if convs == [True, True, False]:
-        return "basic"
-    if convs == [True, True, True]:
-        return "bottleneck"
-    body = getattr(block, "conv", None)
-    if not isinstance(body, nn.Sequential) or len(body) != 4 or not isinstance(body[0], nn.Sequential):
-        return None
-    return "inverted" if isinstance(body[2], nn.Conv2d | _UsesBasis) else None
-
-
-def _stages(model: nn.Module) -> list[_Stage]:
-    """Stages in order: containers of basic or bottleneck blocks; runs of inverted residuals of one width."""
-    found: list[_Stage] = []
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{prefix}.") for prefix in inside):
-            continue
-        children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
-        kinds = {_kind(child) for child in children.values()}
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(kinds) == 1 and (kind := kinds.pop()) is not None:
-            inside.append(name)
-            if kind != "inverted":
-                found.append(_Stage(canonical_name(name) or "stage", kind, children))
-                continue
-        runs: list[dict[str, nn.Module]] = []
-        width = None
-        for key, child in children.items():
-            if _kind(child) == "inverted":
-                inside.append(key)
-                if not runs or _outputs(child) != width:
-                    runs.append({})
-                width = _outputs(child)
-                runs[-1][key] = child
-        found += [_Stage(f"stage{i}", "inverted", run) for i, run in enumerate(_with_first(runs, children), start=1)]
-    return found
-
-
-def _with_first(runs: list[dict[str, nn.Module]], children: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
-    # MobileNetV2 counts a first block without expansion as stage 1; it has nothing to share.
-    if not runs:
-        return runs
-    names = list(children)
-    before = names.index(next(iter(runs[0]))) - 1
-    first = children[names[before]] if before >= 0 else None
-    body = getattr(first, "conv", None)
-    return [{names[before]: first}, *runs] if isinstance(body, nn.Sequential) and first is not None else runs
-
-
-def _outputs(block: nn.Module) -> int:
-    projection = block.get_submodule("conv.2")
-    return projection.basis.out_channels if isinstance(projection, _UsesBasis) else int(projection.out_channels)  # type: ignore[arg-type]
 
 
 def _check(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
@@ -132,7 +37,7 @@ def _check(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
     checked: dict[str, nn.Conv2d] = {}
     for name, layer in layers.items():
         shown = canonical_name(name)
-        if isinstance(layer, _UsesBasis):
+        if isinstance(layer, BasisUser):
             raise SharingError(
                 f"{shown!r} shares its filters already; call share_filter_bases once, on a fresh network"
             )
@@ -273,8 +178,9 @@ def share_filter_bases(
         unique: ``U``, further filters of each layer's own, growing alike. ``None``: 1.
         double: see the table.
         stages: only these; ``None``: all.
-        layers: share between exactly these layers instead: a list of module names, or a dict name -> list for several
-            bases. ``shared`` and ``unique`` are then taken as they are.
+        layers: share between exactly these layers instead: a list of module names, or a dict name of the basis -> list
+            for several bases (the basis of a bare list is called after its first layer). ``shared`` and ``unique`` are
+            then taken as they are.
 
     Returns:
         ``model``.
@@ -296,8 +202,14 @@ def share_filter_bases(
             _stage_plans(model, filters, own, double, stages, counted=shared is not None or unique is not None)
         )
     taken: dict[str, str] = {}
+    present = {basis.gram for _, basis, _ in shared_bases(model)}
     for plan in plans:
         plan.check_rank()
+        if plan.name in present:
+            raise SharingError(
+                f"the network has a shared basis called {plan.name!r} already, and bases of one name are orthonormal "
+                f"together; call this group something else in layers={{...}}"
+            )
         for name in (name for users in plan.users for name in users):
             if name in taken:
                 raise SharingError(f"{canonical_name(name)!r} is in two groups, {taken[name]!r} and {plan.name!r}")
@@ -308,13 +220,13 @@ def share_filter_bases(
 
 
 def _groups(layers: object) -> Iterator[tuple[str, Sequence[str]]]:
-    groups = dict(layers) if isinstance(layers, Mapping) else {"shared": layers}
+    groups = dict(layers) if isinstance(layers, Mapping) else {None: layers}
     for name, names in groups.items():
         if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
             raise TypeError(f"layers must be a list of module names or a dict of such lists, got {names!r}")
         if len(names) < 2:
             raise SharingError(f"layers={list(names)!r}: a basis is shared by at least two layers")
-        yield str(name), names
+        yield names[0] if name is None else str(name), names
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -335,7 +247,7 @@ def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 def _stage_plans(
     model: nn.Module, shared: int, unique: int, double: bool, chosen: Sequence[str] | None, counted: bool
 ) -> Iterator[_Plan]:
-    found = _stages(model)
+    found = find_stages(model)
     usable = [stage for stage in found if stage.can_share]
     names = [stage.name for stage in usable]
     if not usable:
@@ -363,26 +275,18 @@ def _stage_plans(
             "whole convolutions, so leave both at None"
         )
     first = next((stage for stage in found if stage.kind == "basic"), None)
-    narrow = _width(first) if first is not None else 1
+    narrow = stage_width(first) if first is not None else 1
     for stage in usable:
         if chosen is not None and stage.name not in chosen:
             continue
         positions = stage.sharing()
         if stage.kind != "basic":
-            for role, layer in list(zip(_ROLES[stage.kind], positions, strict=True))[: 2 if double else 1]:
+            for role, layer in list(zip(ROLES[stage.kind], positions, strict=True))[: 2 if double else 1]:
                 convs = _check(layer)
                 width = next(iter(convs.values())).out_channels
                 yield _Plan(f"{stage.name}.{role}", [convs], width, 0, pool=role, whole=True)
             continue
-        ratio = _width(stage) / narrow
+        ratio = stage_width(stage) / narrow
         together = _check({**positions[0], **positions[1]})
         users = [_check(position) for position in positions] if double else [together]
         yield _Plan(stage.name, users, round(shared * ratio), round(unique * ratio))
-
-
-def _width(stage: _Stage) -> int:
-    """Output channels of a stage of basic blocks."""
-    layer = list(stage.blocks.values())[-1].get_submodule("conv2")
-    channels = layer.coefficients.out_channels if isinstance(layer, SharedBasisConv2d) else layer.out_channels
-    assert isinstance(channels, int)
-    return channels

@@ -348,6 +348,19 @@ def test_a_refusal_leaves_the_network_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_bases_made_by_separate_calls_are_separate() -> None:
+    """One name would make their filters orthonormal together."""
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(6)))
+    share_filter_bases(model, shared=4, layers=["0", "1"])
+    share_filter_bases(model, shared=4, layers=["2", "3"])
+    assert [basis.gram for _, basis, _ in shared_bases(model)] == ["0", "2"]
+    with pytest.raises(SharingError, match="shared basis called '2' already"):
+        share_filter_bases(model, shared=4, layers={"2": ["4", "5"]})
+    twins = nn.ModuleDict({side: on_meta(torchvision.models.mobilenet_v2) for side in ("left", "right")})
+    share_filter_bases(twins, stages=["left.stage3", "right.stage3"])
+    assert [basis.gram for _, basis, _ in shared_bases(twins)] == ["left.stage3.expansion", "right.stage3.expansion"]
+
+
 def test_inside_another_module() -> None:
     model = _Wrapped()
     share_filter_bases(model, shared=4, stages=["backbone.stage3"])
