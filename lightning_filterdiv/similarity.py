@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "as_wide",
     "cosine_similarity",
     "effective_rank",
     "expected_abs_cosine",
@@ -23,7 +24,12 @@ __all__ = [
 _BLOCK = 256  # rows of the Gram matrix at a time: it then stays in the cache
 
 
-def _as_wide(filters: Tensor) -> Tensor:
+def as_wide(filters: Tensor) -> Tensor:
+    """``filters`` in float32 or wider.
+
+    Raises:
+        ValueError: neither ``(J, d)`` nor ``(B, J, d)``.
+    """
     if filters.dim() not in (2, 3):
         raise ValueError(
             f"filters must be a (J, d) matrix or a (B, J, d) batch, got shape {tuple(filters.shape)}; "
@@ -43,7 +49,7 @@ def normalize_rows(filters: Tensor) -> Tensor:
         weights under- or overflow when they are squared.
     """
     with torch.autocast(filters.device.type, enabled=False):
-        wide = _as_wide(filters)
+        wide = as_wide(filters)
         peak = wide.abs().amax(dim=-1, keepdim=True)
         unit = wide / torch.where(peak > 0, peak, torch.ones_like(peak))
         norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
@@ -116,7 +122,7 @@ def effective_rank(filters: Tensor) -> Tensor:
         with the device.
     """
     with torch.autocast(filters.device.type, enabled=False):
-        wide = _as_wide(filters)
+        wide = as_wide(filters)
         finite = wide.isfinite().all(dim=-1).all(dim=-1)
         # LAPACK raises on NaN: a diverged layer is measured as zeros and answered with NaN; the other layers stay.
         wide = torch.where(finite[..., None, None], wide, torch.zeros_like(wide))

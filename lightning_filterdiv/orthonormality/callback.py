@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index
 from lightning_filterdiv.filters import Conv, canonical_name, select_filters
-from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty, check_form
+from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty
 from lightning_filterdiv.orthonormality.targets import FilterBlock, filter_blocks
 from lightning_filterdiv.shared_basis.modules import shared_bases
 
@@ -105,7 +105,10 @@ class BasisOrthonormality(FilterCallback):
         found: dict[str, float] = {}
         total = 0.0
         for penalty in self._penalties.values():
-            values = penalty.values(self._looked)
+            # A Gram whose filters are in two optimizers counts once.
+            values = {name: value for name, value in penalty.values(self._looked).items() if name not in found}
+            if not values:
+                continue
             numbers = torch.stack([v.double() for v in [*values.values(), penalty.total(values)]]).tolist()
             found |= dict(zip(values, numbers, strict=False))
             total += numbers[-1]
@@ -122,11 +125,10 @@ class BasisOrthonormality(FilterCallback):
         """Build one :class:`OrthonormalityPenalty` per optimizer that owns chosen layers."""
         try:
             blocks = filter_blocks(pl_module, self.layers, unique=self.unique)
-            check_form(self.form, blocks)
             for index, optimizer in enumerate(trainer.optimizers):
-                penalty = self._penalty(blocks, optimizer, index)
-                if penalty.blocks:
-                    self._penalties[index] = penalty
+                owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+                if any(id(p) in owned for block in blocks for p in block.parameters):
+                    self._penalties[index] = self._penalty(blocks, optimizer, index)
                 self.after_optimizer_step(optimizer, partial(self._after_step, index))
         except ValueError as error:
             raise MisconfigurationException(f"BasisOrthonormality: {error}") from error
@@ -157,7 +159,8 @@ class BasisOrthonormality(FilterCallback):
             return
         step = trainer.global_step
         weight = check_number("weight_at(epoch, step)", self.weight_at(trainer.current_epoch, step), low=0.0)
-        if step % max(1, trainer.log_every_n_steps) == 0 and step != self._looked:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector; 0: never
+        if every and step % every == 0 and step != self._looked:
             self._log(trainer, step, weight)
         scale = None if self.decoupled else gradient_scale(trainer, trainer.optimizers[index])
         penalty.before_step(weight=weight, step=step, gradient_scale=scale)
@@ -213,5 +216,5 @@ def _check_milestones(milestones: object) -> dict[int, float] | None:
         raise ValueError("milestones={} changes nothing; use milestones=None for a constant weight")
     return {
         check_integer("an epoch of milestones", epoch, low=0): check_number(f"milestones[{epoch!r}]", factor, low=0.0)
-        for epoch, factor in sorted(milestones.items(), key=lambda item: str(item[0]))
+        for epoch, factor in milestones.items()
     }

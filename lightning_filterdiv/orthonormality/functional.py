@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_filterdiv.similarity import as_wide
+
 __all__ = [
     "basis_penalty",
     "convolutional_orthogonality",
@@ -24,22 +26,8 @@ __all__ = [
     "tap_stride",
 ]
 
-_EPSILON = 1e-12  # of torch's normalize, which the released SRIP code uses
+EPSILON = 1e-12  # of torch's normalize, which the released SRIP code uses
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def as_wide(filters: Tensor) -> Tensor:
-    """``filters`` in float32 or wider.
-
-    Raises:
-        ValueError: neither ``(J, d)`` nor ``(B, J, d)``.
-    """
-    if filters.dim() not in (2, 3):
-        raise ValueError(
-            f"filters must be a (J, d) matrix or a (B, J, d) batch, got shape {tuple(filters.shape)}; "
-            f"use filter_matrix(conv) to get the matrix of a layer"
-        )
-    return filters.to(torch.promote_types(filters.dtype, torch.float32))
 
 
 def off_identity(rows: Tensor) -> Tensor:
@@ -158,9 +146,9 @@ def spectral_restricted_isometry(filters: Tensor, start: Tensor, *, squared: boo
         def apply(x: Tensor) -> Tensor:  # A x without forming A
             return (rows @ (rows.mT @ x[..., None])).squeeze(-1) - x
 
-        v = F.normalize(apply(start.to(rows.dtype)), dim=-1, eps=_EPSILON)
+        v = F.normalize(apply(start.to(rows.dtype)), dim=-1, eps=EPSILON)
         moved = apply(v)
-        u = F.normalize(moved, dim=-1, eps=_EPSILON)
+        u = F.normalize(moved, dim=-1, eps=EPSILON)
         sigma = (u * moved).sum(dim=-1)
         return sigma.square() if squared else sigma
 

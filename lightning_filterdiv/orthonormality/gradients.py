@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_filterdiv.orthonormality.functional import _EPSILON, self_convolution, self_padding, smaller_side
+from lightning_filterdiv.orthonormality.functional import EPSILON, self_convolution, self_padding, smaller_side
 
 __all__ = [
     "convolutional_gradient",
@@ -89,11 +89,11 @@ def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False) 
         return torch.baddbmm(x, rows, torch.bmm(rows.mT, x), beta=-1)
 
     first = apply(start)
-    norm = torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min_(_EPSILON)
+    norm = torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min_(EPSILON)
     v = first / norm
     moved = apply(v)
     sigma = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-    u = moved / sigma.clamp_min(_EPSILON)
+    u = moved / sigma.clamp_min(EPSILON)
     g = torch.addcmul(apply(u), sigma, v, value=-1).div_(norm)
     # (D + D^T) W with D = u v^T + g start^T, never formed: u meets v and g meets start when the order is reversed.
     vectors = torch.cat([u, g, start, v], dim=2)

@@ -55,8 +55,8 @@ class _Batch:
     """Blocks of one layout, and how their parameters become one ``(B, n, d)`` batch and back."""
 
     blocks: list[FilterBlock]
-    learning: Mapping[str, Any] | None  # the optimizer's group, where its learning rate is needed
-    identity: Tensor | None = None
+    form: Form
+    identity: Tensor = field(init=False)  # of the side whose Gram matrix the form takes
     mask: Tensor | None = None  # (B, n, n) of ones and zeros
     twice: Tensor | None = None  # with its transpose added, for the gradient
     _segments: list[list[nn.Parameter]] = field(default_factory=list)
@@ -68,7 +68,7 @@ class _Batch:
         dtype = torch.promote_types(first.dtype, torch.float32)
         n, d = self.blocks[0].shape
         mask = self.blocks[0].mask
-        side = n if mask is not None else min(n, d)
+        side = n if mask is not None or self.form == "mutual_coherence" else min(n, d)
         self.identity = torch.eye(side, dtype=dtype, device=first.device)
         if mask is not None:
             both = np.stack([block.mask for block in self.blocks if block.mask is not None]).astype(np.float32)
@@ -140,8 +140,9 @@ class OrthonormalityPenalty:
         stream: tells objects with equal seeds apart.
 
     Raises:
-        ValueError: the form is unknown or not defined for a block, the optimizer makes a line search (its loss lacks
-            the penalty), or LBFGS with ``decoupled``.
+        ValueError: the form is unknown or not defined for a block, no block has a trainable parameter in the optimizer,
+            the blocks are on several devices, the optimizer makes a line search (its loss lacks the penalty), or LBFGS
+            with ``decoupled``.
     """
 
     def __init__(
@@ -170,21 +171,21 @@ class OrthonormalityPenalty:
                 )
         self.form, self.squared, self.decoupled = form, squared, decoupled
         self.seed, self.stream, self.optimizer = seed, stream, optimizer
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        self._owned = set(groups)
-        self.blocks = [block for block in blocks if any(id(p) in groups for p in block.parameters)]
+        # Parameter that may be moved -> its group, which knows the learning rate.
+        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        self.blocks = [block for block in blocks if any(id(p) in self._groups for p in block.parameters)]
+        if not self.blocks:
+            raise ValueError("none of the layers has a trainable weight in this optimizer")
+        devices = {p.device for block in self.blocks for p in block.parameters}
+        if len(devices) > 1:
+            raise ValueError(f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}")
+        self._device = devices.pop()
 
         def layout(block: FilterBlock) -> Hashable:
             kinds = tuple((len(s), s[0].shape, s[0].stride(), s[0].dtype, s[0].device) for s in block.segments)
-            rates = tuple(id(groups.get(id(p))) for p in block.parameters) if decoupled else None
-            return kinds, block.groups, block.transposed, block.stride, block.mask is None, rates
+            return kinds, block.groups, block.transposed, block.stride, block.mask is None, block.pool
 
-        self._batches = [
-            _Batch(
-                members, groups[next(id(p) for p in members[0].parameters if id(p) in groups)] if decoupled else None
-            )
-            for members in group_by(self.blocks, layout)
-        ]
+        self._batches = [_Batch(members, form) for members in group_by(self.blocks, layout)]
         # "basis" is a mean over the entries of all blocks of a pool, whatever optimizer owns them.
         self._entries: dict[str, int] = {}
         for block in blocks:
@@ -213,32 +214,34 @@ class OrthonormalityPenalty:
 
     @torch.no_grad()
     def _move(self, weight: float, step: int, factor: Tensor | None) -> None:
-        starts = self._starts(step)
-        for batch in self._batches:
-            targets = [self._target(parameter) for parameter in batch.parameters]
-            present = [target for target in targets if target is not None]
-            if not present:
-                continue
-            with torch.autocast(present[0].device.type, enabled=False):
-                parts = batch.split(self._gradient(batch, starts))
-                parts = [part for part, target in zip(parts, targets, strict=True) if target is not None]
-                amount: Any = weight * self._share(batch.blocks[0])
-                if batch.learning is not None:
-                    amount = -amount * batch.learning["lr"]
-                if factor is not None:
-                    amount = amount * factor
-                if isinstance(amount, Tensor):  # a learning rate on the device stays there
-                    parts = list(torch._foreach_mul(parts, amount.to(parts[0].dtype)))
-                    amount = 1.0
-                if parts[0].dtype != present[0].dtype:
-                    parts = [part.to(present[0].dtype) for part in parts]
-                torch._foreach_add_(present, parts, alpha=amount)
+        with torch.autocast(self._device.type, enabled=False):
+            starts = self._starts(step)
+            for batch in self._batches:
+                moved = [p for p in batch.parameters if p.grad is not None and id(p) in self._groups]
+                if not moved:
+                    continue
+                parts = dict(zip(map(id, batch.parameters), batch.split(self._gradient(batch, starts)), strict=True))
+                amount = weight * self._share(batch.blocks[0])
+                if not self.decoupled:
+                    self._add(
+                        [p.grad for p in moved if p.grad is not None], [parts[id(p)] for p in moved], amount, factor
+                    )
+                    continue
+                for alike in group_by(moved, lambda p: id(self._groups[id(p)])):
+                    rate = -amount * self._groups[id(alike[0])]["lr"]
+                    self._add([p.detach() for p in alike], [parts[id(p)] for p in alike], rate, factor)
 
-    def _target(self, parameter: nn.Parameter) -> Tensor | None:
-        """What to add to: the gradient or, decoupled, the parameter; nothing where the optimizer moves nothing."""
-        if parameter.grad is None or id(parameter) not in self._owned:
-            return None
-        return parameter.detach() if self.decoupled else parameter.grad
+    @staticmethod
+    def _add(targets: list[Tensor], parts: list[Tensor], amount: Any, factor: Tensor | None) -> None:
+        """Add ``amount * factor * parts`` to ``targets`` in place; a learning rate on the device stays there."""
+        if factor is not None:
+            amount = amount * factor
+        if isinstance(amount, Tensor):
+            parts = list(torch._foreach_mul(parts, amount.to(parts[0].dtype)))
+            amount = 1.0
+        if parts[0].dtype != targets[0].dtype:
+            parts = [part.to(targets[0].dtype) for part in parts]
+        torch._foreach_add_(targets, parts, alpha=amount)
 
     def _share(self, block: FilterBlock) -> float:
         if self.form == "basis":
@@ -253,7 +256,7 @@ class OrthonormalityPenalty:
         if batch.twice is not None:
             found = gradients.masked_gradient(rows, batch.twice, batch.identity)
         elif self.form == "mutual_coherence":
-            found = gradients.mutual_coherence_gradient(rows)
+            found = gradients.mutual_coherence_gradient(rows, batch.identity)
         elif self.form == "srip":
             found = gradients.spectral_gradient(rows, starts[id(batch)], squared=self.squared)
         else:  # the side of the Gram matrix changes no gradient, so the basis form shares it
@@ -266,9 +269,8 @@ class OrthonormalityPenalty:
             return {}
         shapes = [(len(b.blocks) * b.blocks[0].groups, min(b.blocks[0].shape)) for b in self._batches]
         sizes = [count * n for count, n in shapes]
-        first = self._batches[0].parameters[0]
         drawn = torch.randn(sum(sizes), generator=keyed_generator(self.seed, self.stream, "srip", step))
-        parts = stage(drawn, first.device).split(sizes)
+        parts = stage(drawn, self._device).split(sizes)
         wide = [
             part.view(shape).to(torch.promote_types(batch.parameters[0].dtype, torch.float32))
             for batch, part, shape in zip(self._batches, parts, shapes, strict=True)
@@ -285,7 +287,7 @@ class OrthonormalityPenalty:
         starts = self._starts(step)
         found: dict[str, Tensor] = {}
         for batch in self._batches:
-            with torch.autocast(batch.parameters[0].device.type, enabled=False):
+            with torch.autocast(self._device.type, enabled=False):
                 per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
             groups = batch.blocks[0].groups
             found |= {b.name: v for b, v in zip(batch.blocks, per_matrix.view(-1, groups).sum(1).unbind(), strict=True)}
@@ -294,11 +296,9 @@ class OrthonormalityPenalty:
         return {block.name: found[block.name] for block in self.blocks}
 
     def total(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The penalty of all blocks from :meth:`values`: pooled means for ``"basis"``, else the sum."""
-        parts = [
-            values[b.name] * (b.entries / self._entries[b.pool] if self.form == "basis" else 1) for b in self.blocks
-        ]
-        return torch.stack([part.double() for part in parts]).sum()
+        """The penalty of the blocks in ``values``, from :meth:`values`: pooled means for ``"basis"``, else the sum."""
+        shares = {b.name: b.entries / self._entries[b.pool] if self.form == "basis" else 1.0 for b in self.blocks}
+        return torch.stack([value.double() * shares[name] for name, value in values.items()]).sum()
 
 
 def _values(batch: _Batch, form: Form, start: Tensor | None, squared: bool) -> Tensor:

@@ -112,6 +112,11 @@ def _shared(bases: list[nn.Conv2d], name: str, layers: list[SharedBasisConv2d]) 
     own = [_parameter(layer.unique) for layer in layers if layer.unique is not None]
     pool = getattr(bases[0], "pool", "")
     stride = tuple(tap_stride(s, d) for s, d in zip(bases[0].stride, bases[0].dilation, strict=True))
+    if len({weight.shape[1:] for segment in segments for weight in segment}) > 1:
+        raise ValueError(
+            f"the shared bases of {name!r} have filters of different shapes, {[tuple(b.weight.shape) for b in bases]}, "
+            f"which cannot be orthonormal together; give them different names in gram"
+        )
     if not own:
         return FilterBlock(name, tuple(segments), pool=pool, stride=stride)
     shared_rows = sum(len(basis.weight) for basis in bases)

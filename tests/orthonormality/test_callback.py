@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,23 +99,58 @@ def test_a_negative_weight_of_a_schedule_is_refused() -> None:
         fit([_Negative()], max_epochs=1)
 
 
+def _logged(folder: Any) -> list[dict[str, str]]:
+    """Rows of the CSV file in which the penalty was logged."""
+    with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["filterdiv/orthonormality/total"]]
+
+
 def test_logs_every_layer_and_the_total(tmp_path: Any) -> None:
     logger = CSVLogger(tmp_path)
     callback = BasisOrthonormality(form="soft", weight=0.25)
     fit([callback], max_epochs=2, logger=logger, log_every_n_steps=4)
-    logger.save()
-    lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    header = lines[0].split(",")
     names = [f"filterdiv/orthonormality/{name}" for name in ("net.0", "net.3", "net.5", "net.7", "total", "weight")]
-    assert set(names) <= set(header)
-    rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
-    ours = [row for row in rows if row[names[-2]]]
+    ours = _logged(tmp_path)
+    assert set(names) <= ours[0].keys()
     assert [int(row["step"]) for row in ours] == [0, 4, 6, 8, 12]
     for row in ours:
         parts = [float(row[name]) for name in names[:4]]
         assert float(row[names[4]]) == pytest.approx(sum(parts))
         assert float(row[names[5]]) == 0.25
     assert float(ours[-1][names[4]]) < float(ours[0][names[4]])
+
+
+def test_logging_every_zero_steps_means_at_the_end_of_epochs_only(tmp_path: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    fit([BasisOrthonormality()], max_epochs=2, logger=logger, log_every_n_steps=0)
+    assert [int(row["step"]) for row in _logged(tmp_path)] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+
+
+class _TwoOptimizers(ManualClassifier):
+    """The basis is in one optimizer, what its layers add to it in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = sharing_classifier().net
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        unique = [p for name, p in self.named_parameters() if ".unique." in name]
+        others = [p for name, p in self.named_parameters() if ".unique." not in name]
+        return [torch.optim.SGD(others, lr=0.05), torch.optim.SGD(unique, lr=0.05)], []
+
+
+def test_a_gram_in_two_optimizers_counts_once() -> None:
+    callback = BasisOrthonormality(unique=True)
+    seen: list[dict[str, float]] = []
+
+    class Looks(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(callback.values())
+
+    fit([callback, Looks()], model=_TwoOptimizers(), max_epochs=1)
+    parts = [value for name, value in seen[0].items() if name != "total"]
+    assert len(parts) == 3
+    assert min(parts) <= seen[0]["total"] <= max(parts), "a mean over pooled entries"
 
 
 def test_accumulation_adds_the_penalty_once() -> None:

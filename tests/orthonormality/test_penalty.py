@@ -23,7 +23,7 @@ from lightning_filterdiv.orthonormality import (
     spectral_restricted_isometry,
 )
 from lightning_filterdiv.orthonormality.penalty import Form
-from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
+from lightning_filterdiv.shared_basis import FilterBasis, SharedBasisConv2d, share_filter_bases, shared_bases
 from tests.support.kernels import KernelCounter
 
 FORMS: tuple[Form, ...] = ("basis", "soft", "double_soft", "mutual_coherence", "srip", "convolutional")
@@ -197,6 +197,32 @@ def test_decoupled_moves_weights_after_the_step_by_rate_times_weight_times_gradi
         torch.testing.assert_close(mine["exp_avg"], theirs["exp_avg"])  # the moments never saw the penalty
 
 
+def test_decoupled_uses_the_learning_rate_of_every_parameter() -> None:
+    """Shared and unique filters of one Gram may be in different groups, or in no group at all."""
+    torch.manual_seed(0)
+    model = share_filter_bases(CifarResNet(14), shared=4, stages=["stage1"])
+    ((name, basis, own),) = shared_bases(model)
+    uniques = [layer.unique.weight for _, layer in own if layer.unique is not None]
+    rates = [0.1, 0.01]
+    groups = [{"params": [basis.weight], "lr": rates[0]}, {"params": uniques[:1], "lr": rates[1]}]
+    optimizer = torch.optim.SGD(groups)
+    for weight in (basis.weight, *uniques):
+        nn.init.normal_(weight, std=0.3)
+        weight.grad = torch.zeros_like(weight)
+    blocks = filter_blocks(model, select_filters(model, [name]), unique=True)
+    coupled = OrthonormalityPenalty(blocks, optimizer)
+    coupled.before_step(weight=10, step=0)
+    gradients = [basis.weight.grad.clone(), uniques[0].grad.clone()]
+    before = [weight.detach().clone() for weight in (basis.weight, *uniques)]
+    decoupled = OrthonormalityPenalty(blocks, optimizer, decoupled=True)
+    decoupled.before_step(weight=10, step=0)
+    decoupled.after_step()
+    for weight, old, gradient, rate in zip((basis.weight, uniques[0]), before, gradients, rates, strict=False):
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(weight.detach(), old - rate * gradient)
+    assert all(torch.equal(weight, old) for weight, old in zip(uniques[1:], before[2:], strict=True))
+
+
 def test_a_step_that_did_not_happen_is_forgotten() -> None:
     model, optimizer = _two_layers()
     before = copy.deepcopy(model.state_dict())
@@ -318,6 +344,17 @@ def test_refusals() -> None:
         OrthonormalityPenalty(blocks, optimizer, form="hard")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="squared=True belongs to form='srip'"):
         OrthonormalityPenalty(blocks, optimizer, form="soft", squared=True)
+    with pytest.raises(ValueError, match="none of the layers has a trainable weight in this optimizer"):
+        OrthonormalityPenalty(blocks, torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    elsewhere = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, device="meta"))
+    both = filter_blocks(elsewhere, select_filters(elsewhere))
+    with pytest.raises(ValueError, match="must be on one device"):
+        OrthonormalityPenalty(both, torch.optim.SGD(elsewhere.parameters(), lr=0.1))
+    clash = nn.Sequential(
+        SharedBasisConv2d(FilterBasis(2, 3, 3, gram="one"), 4), SharedBasisConv2d(FilterBasis(4, 3, 3, gram="one"), 4)
+    )
+    with pytest.raises(ValueError, match="'one' have filters of different shapes"):
+        filter_blocks(clash, select_filters(clash))
     search = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
     with pytest.raises(ValueError, match="line search compares losses that lack the penalty"):
         OrthonormalityPenalty(blocks, search, form="soft")
