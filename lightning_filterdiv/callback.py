@@ -192,7 +192,9 @@ class FilterCallback(Callback):
         found: dict[str, Any] = {}
         for cls in type(self).__mro__:
             parameters = inspect.signature(cls).parameters.values()
-            found |= {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+            found |= {
+                p.name: getattr(self, p.name) for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            }
             if cls is FilterCallback or not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
         return found

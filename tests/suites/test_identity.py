@@ -191,7 +191,7 @@ def test_the_overlap_check_is_what_refuses() -> None:
 class _PassesArgumentsOn(WeightAsynchronousUpdate):
     """A user's subclass with an argument of its own."""
 
-    def __init__(self, *, every: int = 2, **arguments: Any) -> None:
+    def __init__(self, every: int = 2, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.every = every
 
