@@ -103,7 +103,10 @@ def filter_blocks(model: nn.Module, layers: Mapping[str, Conv], *, unique: bool 
         blocks.append(_shared([basis for _, basis, _ in members], members[0][1].gram or members[0][0],
                               [layer for _, _, own in members for _, layer in own] if unique else []))  # fmt: skip
     if unique and all(block.mask is None for block in blocks):
-        raise ValueError("unique=True, but no layer of the chosen shared bases has unique filters")
+        raise ValueError(
+            "unique=True, but no layer of the chosen shared bases has filters of its own to compare; share with "
+            "share_filter_bases(model, unique=1), or use unique=False"
+        )
     return blocks
 
 
