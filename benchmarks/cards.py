@@ -21,13 +21,14 @@ from benchmarks import (
     launches,
     monitor,
     overhead,
-    quality,
+    report,
     shared_basis,
     squeeze,
 )
 from lightning_filterdiv import orthonormality
 
 ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -51,15 +52,22 @@ def _entropy_depth() -> str:
 
 
 def _quality(*beginnings: str) -> str:
-    """The baseline and the methods whose names begin like this."""
-    return quality.table(quality.RESULTS, [m for m in quality.METHODS if m == "baseline" or m.startswith(beginnings)])
+    """FM5k: the baseline and the methods whose names begin like this, p-values corrected over them."""
+    runs = report.read(RESULTS / "fm5k-c3")
+    return report.table(
+        report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)})
+    )
+
+
+def _events(*methods: str) -> str:
+    return report.event_table(report.read(RESULTS / "fm5k-c3", methods))
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
-    "fm5k_repr_events": lambda: quality.event_table(quality.RESULTS, ["baseline", "repr", "repr_early"]),
+    "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
