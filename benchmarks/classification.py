@@ -32,6 +32,7 @@ class Classification(pl.LightningModule):
         milestones: epochs at which the learning rate is multiplied by ``gamma``.
         gamma: see ``milestones``.
         convolution_lr: learning rate of convolutions relative to ``lr``; a control for methods that move filters less.
+        weights: checkpoint of a finished run of the same network to start from (``checkpoints/last.ckpt``).
         shared_filter_bases: arguments of ``share_filter_bases`` to apply to the network.
         channels_last: memory format; the same numbers up to rounding.
         image_shape: channels, height and width; comes from the data.
@@ -49,6 +50,7 @@ class Classification(pl.LightningModule):
         milestones: list[int] | None = None,
         gamma: float = 0.1,
         convolution_lr: float = 1.0,
+        weights: str | None = None,
         shared_filter_bases: dict[str, Any] | None = None,
         channels_last: bool = False,
         image_shape: tuple[int, int, int] = (1, 28, 28),
@@ -60,10 +62,25 @@ class Classification(pl.LightningModule):
         self.net = build_network(network, image_shape, classes, **(options or {}))
         if shared_filter_bases is not None:
             share_filter_bases(self.net, **shared_filter_bases)
+        if weights is not None:
+            self._start_from(weights)
         self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")
         self.example_input_array = torch.zeros(2, *image_shape)
         if channels_last:
             self.to(memory_format=torch.channels_last)
+
+    def _start_from(self, path: str) -> None:
+        """Load the network of another run.
+
+        Raises:
+            ValueError: it is of another network.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        net = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+        try:
+            self.net.load_state_dict(net)
+        except RuntimeError as error:
+            raise ValueError(f"--model.weights {path} is not of this network: {error}") from error
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` images to ``(B, classes)`` logits."""

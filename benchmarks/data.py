@@ -211,7 +211,7 @@ class ImageNet(pl.LightningDataModule):
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=self.workers,
-            pin_memory=True,
+            pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )
 

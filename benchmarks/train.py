@@ -30,6 +30,7 @@ import benchmarks.data
 import lightning_filterdiv  # noqa: F401  # registers the callbacks' short names
 from benchmarks.classification import Classification
 from benchmarks.record import LastCheckpoint, Record, SeededSteps, differences
+from benchmarks.requeue import RequeueAtStep
 
 __all__ = ["BenchmarkCLI", "compact", "run_settings"]
 
@@ -133,7 +134,8 @@ class BenchmarkCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         at = next((i for i, c in enumerate(callbacks) if isinstance(c, LastCheckpoint)), len(callbacks))
-        callbacks[at:at] = [SeededSteps(int(options["seed_everything"])), self.record]
+        self.requeue = RequeueAtStep()
+        callbacks[at:at] = [SeededSteps(int(options["seed_everything"])), self.record, self.requeue]
         return trainer
 
     def result_path(self) -> Path:
@@ -157,6 +159,7 @@ class BenchmarkCLI(LightningCLI):
         if self.options["resume"] and arguments.get("ckpt_path") is None and last.exists():
             arguments["ckpt_path"] = str(last)
         arguments["weights_only"] = True
+        self.requeue.listen()
         started = time.perf_counter()
         self.trainer.fit(**arguments)
         self.seconds = time.perf_counter() - started
