@@ -1,10 +1,11 @@
-"""Counting what a per-step path launches, and catching what would wait for the device."""
+"""Count what a per-step path starts and moves on a device that need not exist; catch what would wait for it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -34,13 +35,33 @@ def _one_kernel(lists: Sequence[Sequence[Tensor]]) -> bool:
     )
 
 
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    """Of the elements that the tensors name (an expanded one is read once), every tensor once."""
+    total = 0
+    for tensor in {id(t): t for t in tensors}.values():
+        sides = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+        total += prod(sides) * tensor.element_size()
+    return total
+
+
 class KernelCounter(TorchDispatchMode):
-    """Counts kernels on a device; raises on traffic between host and device."""
+    """Counts kernels on a device; raises on traffic between host and device.
+
+    Args:
+        device: type of the device that is counted; with ``"cpu"`` real tensors show what a GPU would start.
+
+    Attributes:
+        kernels: by operation.
+        bytes: read and written by them.
+        flops: of matrix products.
+    """
 
     def __init__(self, device: str = "cuda") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.kernels: Counter[str] = Counter()
+        self.bytes = 0
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,6 +83,9 @@ class KernelCounter(TorchDispatchMode):
             self.kernels[name] += 1 if _one_kernel(lists) else len(lists[0])
         else:
             self.kernels[name] += 1
+        self.bytes += _bytes([t for t in tensors if t.device.type == self.device])
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            self.flops += 2 * result.numel() * args[1 if "add" in name else 0].shape[-1]
         return result
 
 
