@@ -109,13 +109,11 @@ def forward_flops(workload: Workload) -> int:
     return int(counter.get_total_flops())
 
 
-def hook_seconds(count: Count, gpu: Gpu) -> float:
+def hook_seconds(count: Count, gpu: Gpu, tf32: bool = False) -> float:
     """Time inside the hooks of a step, nothing overlapped."""
-    return (
-        count.kernels * GAP
-        + count.bytes / (REACHED_BANDWIDTH * gpu.bandwidth)
-        + count.flops / (REACHED_FP32 * gpu.fp32)
-    )
+    rate = gpu.tf32 if tf32 else gpu.fp32
+    moved, computed = count.bytes / (REACHED_BANDWIDTH * gpu.bandwidth), count.flops / (REACHED_PRODUCTS * rate)
+    return count.kernels * GAP + moved + computed
 
 
 def step_seconds(workload: Workload, gpu: Gpu, flops: int) -> float:
@@ -154,8 +152,11 @@ def step_table(result: dict[str, Any]) -> str:
         workload = WORKLOADS[name]
         for method, counts in of["hooks"].items():
             count = Count(**counts)
-            shares = [100 * hook_seconds(count, gpu) / step_seconds(workload, gpu, of["forward_flops"]) for gpu in GPUS]
-            numbers = " | ".join(f"{share:.2f}" for share in shares)
+            shares = [
+                100 * hook_seconds(count, gpu, tf32) / step_seconds(workload, gpu, of["forward_flops"])
+                for gpu, tf32 in columns
+            ]
+            numbers = " | ".join(f"{share:.1f}" for share in shares)
             rows.append(
                 f"| {name} | {method} | {count.kernels} | {count.bytes / 1e6:.0f} | {count.flops / 1e9:.1f} "
                 f"| {numbers} |"
