@@ -14,14 +14,16 @@ from pathlib import Path
 
 from benchmarks import (
     channel_graph_cost,
-    channel_graph_peers,
+    communication,
     entropy_depth,
     entropy_speed,
     events,
     launches,
     monitor,
     overhead,
+    peers,
     report,
+    scaling,
     shared_basis,
     squeeze,
 )
@@ -72,9 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),
-    "channel_graph_peers": lambda: channel_graph_peers.table(
-        json.loads(channel_graph_peers.RESULT.read_text())["rows"]
-    ),
+    "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
     "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
     "overhead_wau": lambda: _overhead("wau", "naive per-layer wau"),
     "overhead_repr": lambda: _overhead("repr"),
@@ -87,6 +87,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "shared_basis_gradients": lambda: shared_basis.profile_table(shared_basis.RESULTS),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
+    "fm5k_c3": lambda: report.table(report.summary(report.read(RESULTS / "fm5k-c3"))),
+    "overhead": lambda: _overhead(""),
+    "launches": lambda: _launches(""),
+    "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
+    "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),
+    "scaling_events": lambda: scaling.event_table(json.loads(scaling.RESULT.read_text())),
     "launches_wau": lambda: _launches("wau", "naive per-layer wau"),
     "launches_csgd": lambda: _launches("csgd", "official per-layer csgd"),
     "launches_orthonormality": lambda: _launches(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
@@ -100,7 +106,8 @@ def filled(text: str) -> str:
 
 def pages() -> list[Path]:
     """Pages that may hold tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "lightning_filterdiv").rglob("README.md"))]
+    folders = ("lightning_filterdiv", "benchmarks", "docs")
+    return [ROOT / "README.md", *sorted(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
 
 
 def main() -> int:

@@ -41,15 +41,16 @@ class Gpu(NamedTuple):
     fp32: float  # FLOP/s outside tensor cores: torch's default for float32 products
     tf32: float  # FLOP/s of float32 products after torch.set_float32_matmul_precision("high")
     network: float  # bytes/s per device between machines
+    reached: float  # assumed share of ``bf16`` that training reaches
 
 
 #: NVIDIA's data sheets of A100 (SXM, 80 GB) and H100 (SXM); one 200 or 400 Gb/s adapter per device.
 GPUS = (
-    Gpu("A100", 2.039e12, 312e12, 19.5e12, 156e12, 25e9),
-    Gpu("H100", 3.35e12, 989e12, 67e12, 495e12, 50e9),
+    Gpu("A100", 2.039e12, 312e12, 19.5e12, 156e12, 25e9, 0.2),
+    Gpu("H100", 3.35e12, 989e12, 67e12, 495e12, 50e9, 0.1),
 )
-#: Assumed shares of the peaks: bandwidth and products of the hooks, bf16 of training; and seconds between two kernels.
-REACHED_BANDWIDTH, REACHED_PRODUCTS, REACHED_BF16, GAP = 0.6, 0.3, 0.2, 4e-6
+#: Assumed shares of the peaks that the hooks reach, bandwidth and products; and seconds between two kernels.
+REACHED_BANDWIDTH, REACHED_PRODUCTS, GAP = 0.6, 0.3, 4e-6
 
 
 class Workload(NamedTuple):
@@ -119,7 +120,7 @@ def hook_seconds(count: Count, gpu: Gpu, tf32: bool = False) -> float:
 def step_seconds(workload: Workload, gpu: Gpu, flops: int) -> float:
     """Forward and twice that for backward; communication hidden behind it, which makes the step short and so the
     share of the hooks large."""
-    return 3 * flops * workload.batch / (REACHED_BF16 * gpu.bf16)
+    return 3 * flops * workload.batch / (gpu.reached * gpu.bf16)
 
 
 def communication_seconds(parameters: int, devices: int, gpu: Gpu) -> float:

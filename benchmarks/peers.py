@@ -1,6 +1,6 @@
 """Channel graphs side by side: this package and torch-pruning, on networks that must work and networks to refuse.
 
-    python -m benchmarks.channel_graph_peers
+    python -m benchmarks.peers
 
 Each tool is judged in its own terms, in float64, with random norm statistics and affines:
 
@@ -44,7 +44,7 @@ from lightning_filterdiv.channel_graph.verify import randomise
 from tests.channel_graph import models
 from tests.channel_graph.test_refuse import REFUSED, Between
 
-RESULT = Path(__file__).parent / "results" / "channel_graph_peers.json"
+RESULT = Path(__file__).parent / "results" / "peers.json"
 TOLERANCE = 1e-9
 TORCHVISION = (
     "resnet18",
@@ -188,13 +188,12 @@ def group_count(module: object) -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """All cases as a Markdown table."""
     lines = [
-        "| network | channel graph | torch-pruning | trace, s | dependency graph, s |",
-        "|---|---|---|---|---|",
+        "| network | channel graph | torch-pruning |",
+        "|---|---|---|",
     ]
     for row in rows:
         expected = " (to refuse)" if row["refuse"] else ""
-        (a, a_seconds), (b, b_seconds) = row["ours"], row["theirs"]
-        lines.append(f"| {row['network']}{expected} | {a} | {b} | {a_seconds:.1f} | {b_seconds:.1f} |")
+        lines.append(f"| {row['network']}{expected} | {row['ours'][0]} | {row['theirs'][0]} |")
     return "\n".join(lines)
 
 
