@@ -20,6 +20,8 @@ VIEWS = {
     "narrow", "new_empty", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
     "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias", "lift_fresh", "set_", "_to_copy_views",
 }  # fmt: skip
+# They do not read what they change.
+_OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_"}
 # They wait for the device although fake tensors let them pass.
 FACTORIZATIONS = ("linalg_", "_linalg", "svd", "qr", "eigh", "cholesky", "lu_")
 
@@ -36,12 +38,28 @@ def _one_kernel(lists: Sequence[Sequence[Tensor]]) -> bool:
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    """Of the elements that the tensors name (an expanded one is read once), every tensor once."""
+    """Of the elements that the tensors name; an expanded one has fewer than its shape says."""
     total = 0
-    for tensor in {id(t): t for t in tensors}.values():
+    for tensor in tensors:
         sides = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
         total += prod(sides) * tensor.element_size()
     return total
+
+
+def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operation reads and writes: what is changed in place counts twice, unless it is overwritten."""
+    read: list[Any] = []
+    written: list[Any] = []
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        if changed:
+            written.append(value)
+        if not changed or func._schema.name.split("::")[1] not in _OVERWRITING:
+            read.append(value)
+    results = result if len(func._schema.returns) > 1 else (result,)
+    written += [value for value, of in zip(results, func._schema.returns, strict=False) if of.alias_info is None]
+    return _bytes([leaf for leaf in tree_leaves((read, written)) if isinstance(leaf, Tensor)])
 
 
 class KernelCounter(TorchDispatchMode):
@@ -83,7 +101,7 @@ class KernelCounter(TorchDispatchMode):
             self.kernels[name] += 1 if _one_kernel(lists) else len(lists[0])
         else:
             self.kernels[name] += 1
-        self.bytes += _bytes([t for t in tensors if t.device.type == self.device])
+        self.bytes += _traffic(func, args, kwargs, result)
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             self.flops += 2 * result.numel() * args[1 if "add" in name else 0].shape[-1]
         return result
