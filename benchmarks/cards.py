@@ -24,6 +24,7 @@ from benchmarks import (
     quality,
     shared_basis,
     squeeze,
+    summary,
 )
 from lightning_filterdiv import orthonormality
 
@@ -56,6 +57,7 @@ def _quality(*beginnings: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "methods": summary.table,
     "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),

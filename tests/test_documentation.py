@@ -44,12 +44,13 @@ def _known(line: str) -> bool:
     """Whether a shell line names things that exist; the two set-up commands are run by the CI script itself."""
     words = shlex.split(line.split("&&")[-1])
     words = words[2:] if words[:2] == ["uv", "run"] else words
+    words = words[2:] if words[0] == "--group" else words
     if words[0] == "filterdiv" and words[1] in {"demo", "inspect"}:
         _parser().parse_args(words[1:])
         return True
     if words[:2] == ["python", "-m"]:
         return (ROOT / Path(*words[2].split("."))).with_suffix(".py").exists()
-    return words[0] in {"pytest", "tensorboard", "filterdiv"}
+    return words[0] in {"pytest", "tensorboard", "filterdiv", "mkdocs", "pip", "torchrun", "srun"}
 
 
 def test_pages_name_no_machine() -> None:
