@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -123,7 +124,7 @@ def _shared() -> str:
     return f"{100 * share:.0f} % of the parameters, accuracy {_difference('shared_basis', 'shared_penalty', 'plain')}"
 
 
-_COST = {
+_COST: dict[str, Callable[[], str]] = {
     "BasisOrthonormality": lambda: _hooks("soft"),
     "CentripetalSGD": lambda: _hooks("csgd"),
     "share_filter_bases": lambda: "a norm and a 1x1 convolution per layer",
@@ -132,7 +133,7 @@ _COST = {
     "EntropyDepthBound": lambda: "none",
     "FilterSimilarityMonitor": _looks,
 }
-_EVIDENCE = {
+_EVIDENCE: dict[str, Callable[[], str]] = {
     "BasisOrthonormality": lambda: _diverse("soft"),
     "CentripetalSGD": _squeezed,
     "share_filter_bases": _shared,
