@@ -26,6 +26,7 @@ from benchmarks import (
     scaling,
     shared_basis,
     squeeze,
+    summary,
 )
 from lightning_filterdiv import orthonormality
 
@@ -66,6 +67,7 @@ def _events(*methods: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "methods": summary.table,
     "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),

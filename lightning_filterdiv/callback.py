@@ -31,7 +31,7 @@ from lightning_filterdiv.filters import (
 )
 from lightning_filterdiv.rank_check import check_ranks_agree
 
-__all__ = ["FilterCallback", "gradient_scale", "optimizer_index"]
+__all__ = ["FilterCallback", "gradient_scale", "optimizer_index", "unannounced_step"]
 
 _STATE_VERSION = 1
 
@@ -69,6 +69,14 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
         return None
     scale: Tensor = scaler.scale(torch.ones((), device=optimizer.param_groups[0]["params"][0].device))
     return scale
+
+
+def unannounced_step(name: str) -> RuntimeError:
+    """What the callback ``name`` raises when an optimizer steps without on_before_optimizer_step before it."""
+    return RuntimeError(
+        f"an optimizer step reached {name} without on_before_optimizer_step: in manual optimization call step() on "
+        f"self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
+    )
 
 
 class FilterCallback(Callback):

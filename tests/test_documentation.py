@@ -12,7 +12,7 @@ import yaml
 from lightning_filterdiv.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "lightning_filterdiv").rglob("README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "lightning_filterdiv").rglob("README.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(language, text, id=f"{page.relative_to(ROOT)}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
@@ -42,14 +42,18 @@ def test_code_block(language: str, text: str, tmp_path: Path) -> None:
 
 def _known(line: str) -> bool:
     """Whether a shell line names things that exist; the two set-up commands are run by the CI script itself."""
-    words = shlex.split(line.split("&&")[-1])
+    words = shlex.split(line.split("&&")[-1], comments=True)
     words = words[2:] if words[:2] == ["uv", "run"] else words
+    words = words[2:] if words[0] == "--group" else words
     if words[0] == "filterdiv" and words[1] in {"demo", "inspect"}:
         _parser().parse_args(words[1:])
         return True
     if words[:2] == ["python", "-m"]:
         return (ROOT / Path(*words[2].split("."))).with_suffix(".py").exists()
-    return words[0] in {"pytest", "tensorboard", "filterdiv"}
+    if words[0] == "python":
+        return (ROOT / words[1]).exists()
+    outside = {"filterdiv", "mkdocs", "mypy", "pip", "pytest", "srun", "tensorboard", "torchrun"}
+    return words[0] in outside or (ROOT / words[0]).exists()
 
 
 def test_pages_name_no_machine() -> None:
@@ -59,6 +63,8 @@ def test_pages_name_no_machine() -> None:
         *ROOT.glob("*.*"),
         *ROOT.glob("lightning_filterdiv/**/*.py"),
         *ROOT.glob("benchmarks/**/*.py"),
+        *ROOT.glob("docs/*.py"),
+        *ROOT.glob("notebooks/*.*"),
     ]:
         if path.is_file() and path.name != "uv.lock":
             assert not re.search(r"/(work|root|home)/", path.read_text()), path

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.async_update.functional import AsynchronousUpdate, Axis, Hold, Sampling
-from lightning_filterdiv.callback import FilterCallback, optimizer_index
+from lightning_filterdiv.callback import FilterCallback, optimizer_index, unannounced_step
 
 __all__ = ["WeightAsynchronousUpdate"]
 
@@ -141,10 +141,7 @@ class WeightAsynchronousUpdate(FilterCallback):
         try:
             self._updates[index].after_step()
         except RuntimeError as error:
-            raise RuntimeError(
-                "an optimizer step reached WeightAsynchronousUpdate without on_before_optimizer_step: in manual "
-                "optimization call step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
-            ) from error
+            raise unannounced_step("WeightAsynchronousUpdate") from error
 
     def release(self) -> None:
         """Give the weights storages of their own again."""

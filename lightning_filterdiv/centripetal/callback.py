@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_filterdiv.arguments import check_choice, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index
+from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
 from lightning_filterdiv.centripetal.budget import Budget, ClipMeter
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
 from lightning_filterdiv.centripetal.clusters import (
@@ -223,10 +223,7 @@ class CentripetalSGD(FilterCallback):
 
     def _after_step(self, index: int) -> None:
         if index not in self._announced:
-            raise RuntimeError(
-                "an optimizer step reached CentripetalSGD without on_before_optimizer_step: in manual optimization "
-                "call step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
-            )
+            raise unannounced_step("CentripetalSGD")
         self._announced.discard(index)
         if (update := self._updates.get(index)) is not None:
             self._clip.after_step(update)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index
+from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
 from lightning_filterdiv.filters import Conv, canonical_name, select_filters
 from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty
 from lightning_filterdiv.orthonormality.targets import FilterBlock, filter_blocks
@@ -167,10 +167,7 @@ class BasisOrthonormality(FilterCallback):
 
     def _after_step(self, index: int) -> None:
         if index not in self._announced:
-            raise RuntimeError(
-                "an optimizer step reached BasisOrthonormality without on_before_optimizer_step: in manual "
-                "optimization call step() on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
-            )
+            raise unannounced_step("BasisOrthonormality")
         self._announced.discard(index)
         if (penalty := self._penalties.get(index)) is not None:
             penalty.after_step()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, optimizer_index
+from lightning_filterdiv.callback import FilterCallback, optimizer_index, unannounced_step
 from lightning_filterdiv.example_inputs import ExampleInputs
 from lightning_filterdiv.filters import (
     Conv,
@@ -328,10 +328,7 @@ class RePr(FilterCallback):
     @staticmethod
     def _after_step(hold: RowHold, optimizer: Optimizer) -> None:
         if not hold.pending:
-            raise RuntimeError(
-                "an optimizer step reached RePr without on_before_optimizer_step: in manual optimization call step() "
-                "on self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
-            )
+            raise unannounced_step("RePr")
         hold.after_step(optimizer)
 
     # ------------------------------------------------------------------ end, state

@@ -179,7 +179,7 @@ class DroppedFilters:
             optimizers: all optimizers of the network.
             next_layer: what becomes of the columns that read the filters: kept, set to zero, or small random numbers
                 (a tenth of the spread of the tensor); the last two reset their optimizer state. Regrown filters of the
-            reading layer are written as given in any case.
+                reading layer are written as given in any case.
             key: names the random draw of ``"small_random"``.
         """
         optimizers = list(optimizers)

@@ -1,0 +1,147 @@
+"""The README's table of methods: each claim with its number, read from the result files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scipy import stats
+
+RESULTS = Path(__file__).parent / "results"
+
+#: Callback or function, its card, what it does, when it helps.
+_METHODS = (
+    (
+        "BasisOrthonormality",
+        "orthonormality",
+        "pushes the filters of a layer towards orthonormality; six published penalties in closed form",
+        "you want filters as diverse as can be",
+    ),
+    (
+        "CentripetalSGD",
+        "centripetal",
+        "makes filters of a cluster equal (C-SGD), then merges them: a narrower network with the same outputs",
+        "you want a smaller network of the same class, without fine-tuning after the cut",
+    ),
+    (
+        "share_filter_bases",
+        "shared_basis",
+        "lets the convolutions of a stage share one orthonormal set of filters (DSFB)",
+        "parameters are what costs you, not time",
+    ),
+    (
+        "RePr",
+        "repr_",
+        "drops the filters that overlap most for some epochs, brings them back orthogonal to all others",
+        "a small network over-fits (published; not seen in our runs)",
+    ),
+    (
+        "WeightAsynchronousUpdate",
+        "async_update",
+        "moves only a random subset of each layer's filters at every step (WAU)",
+        "you study asynchronous updates; halving the learning rate does the same",
+    ),
+    (
+        "EntropyDepthBound",
+        "entropy_depth",
+        "asks before training whether stages are deeper than the images' entropy suggests (a reconstructed rule)",
+        "you choose an architecture and want a second opinion",
+    ),
+    (
+        "FilterSimilarityMonitor",
+        "monitor",
+        "shows how alike filters are, as scalars and figures in your logger; `filterdiv inspect` for a checkpoint",
+        "always, and before any of the others",
+    ),
+)
+
+
+def table() -> str:
+    """Markdown: what it does, when it helps, time per step, evidence."""
+    rows = ["| | what it does | it helps when | time per step | measured |", "|---|---|---|---|---|"]
+    for name, room, what, when in _METHODS:
+        link = f"[`{name}`](lightning_filterdiv/{room}/README.md)"
+        rows.append(f"| {link} | {what} | {when} | {_COST[name]()} | {_EVIDENCE[name]()} |")
+    return "\n".join(rows)
+
+
+def _read(path: str) -> Any:
+    return json.loads((RESULTS / path).read_text())
+
+
+def _hooks(method: str) -> str:
+    """Share of a ResNet-20 step that the hooks add."""
+    (cost,) = [c for c in _read("overhead.json")["costs"] if (c["method"], c["depth"]) == (method, 20)]
+    return f"+{100 * cost['inside_hooks']:.1f} %"
+
+
+def _looks() -> str:
+    look = _read("monitor.json")["looks"]["resnet50"]
+    return f"none; {look['seconds']:.1f} s per look at ResNet-50"
+
+
+def _runs(folder: str, arm: str) -> dict[int, dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob(f"{arm}-seed*.json"))]
+    return {run["seed"]: run for run in found}
+
+
+def _difference(folder: str, arm: str, base: str) -> str:
+    """Paired difference of the test accuracy in points, with a 95 % interval where there are several seeds."""
+    ours, theirs = _runs(folder, arm), _runs(folder, base)
+    seeds = sorted(ours.keys() & theirs.keys())
+    points = [100 * (ours[seed]["test_accuracy"] - theirs[seed]["test_accuracy"]) for seed in seeds]
+    if len(points) == 1:
+        return f"{points[0]:+.2f} points (1 seed)"
+    half = stats.t.ppf(0.975, len(points) - 1) * stats.sem(points)
+    return f"{fmean(points):+.2f} ± {half:.2f} points ({len(points)} seeds)"
+
+
+def _rank(arm: str) -> str:
+    """Effective rank after training, mean over layers and seeds."""
+    ranks = [fmean(row["effective_rank"] for row in run["after"].values()) for run in _runs("fm5k-c3", arm).values()]
+    return f"{fmean(ranks):.2f}"
+
+
+def _diverse(arm: str) -> str:
+    return f"effective rank {_rank('baseline')} to {_rank(arm)}, accuracy {_difference("fm5k-c3", arm, 'baseline')}"
+
+
+def _squeezed() -> str:
+    (full, narrow) = (next(iter(_runs("squeeze", arm).values())) for arm in ("full", "csgd"))
+    return (
+        f"MACs {100 * (narrow['macs'] / full['macs'] - 1):+.0f} %, {narrow['predictions_that_differ']} of 10,000 "
+        f"predictions changed by the merge, accuracy {_difference('squeeze', 'csgd', 'full')} against the full width, "
+        f"{_difference('squeeze', 'csgd', 'prune')} against pruning"
+    )
+
+
+def _shared() -> str:
+    plain, shared = (next(iter(_runs("shared_basis", arm).values())) for arm in ("plain", "shared_penalty"))
+    share = shared["parameters"] / plain["parameters"]
+    return f"{100 * share:.0f} % of the parameters, accuracy {_difference('shared_basis', 'shared_penalty', 'plain')}"
+
+
+_COST: dict[str, Callable[[], str]] = {
+    "BasisOrthonormality": lambda: _hooks("soft"),
+    "CentripetalSGD": lambda: _hooks("csgd"),
+    "share_filter_bases": lambda: "a norm and a 1x1 convolution per layer",
+    "RePr": lambda: f"{_hooks('repr sub-network phase')} while filters are out",
+    "WeightAsynchronousUpdate": lambda: _hooks("wau"),
+    "EntropyDepthBound": lambda: "none",
+    "FilterSimilarityMonitor": _looks,
+}
+_EVIDENCE: dict[str, Callable[[], str]] = {
+    "BasisOrthonormality": lambda: _diverse("soft"),
+    "CentripetalSGD": _squeezed,
+    "share_filter_bases": _shared,
+    "RePr": lambda: _diverse("repr"),
+    "WeightAsynchronousUpdate": lambda: _diverse("wau"),
+    "EntropyDepthBound": lambda: (
+        f"6 convolutions per stage against the bound's 3, equal parameters: "
+        f"{_difference('entropy_depth', 'depth6', 'depth3')}"
+    ),
+    "FilterSimilarityMonitor": lambda: "changes no weight (test)",
+}
