@@ -106,7 +106,7 @@ def _rank(arm: str) -> str:
 
 
 def _diverse(arm: str) -> str:
-    return f"effective rank {_rank('baseline')} to {_rank(arm)}, accuracy {_difference("fm5k-c3", arm, 'baseline')}"
+    return f"effective rank {_rank('baseline')} to {_rank(arm)}, accuracy {_difference('fm5k-c3', arm, 'baseline')}"
 
 
 def _squeezed() -> str:
