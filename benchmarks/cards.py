@@ -14,14 +14,16 @@ from pathlib import Path
 
 from benchmarks import (
     channel_graph_cost,
-    channel_graph_peers,
+    communication,
     entropy_depth,
     entropy_speed,
     events,
     launches,
     monitor,
     overhead,
-    quality,
+    peers,
+    report,
+    scaling,
     shared_basis,
     squeeze,
     summary,
@@ -29,6 +31,7 @@ from benchmarks import (
 from lightning_filterdiv import orthonormality
 
 ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,8 +55,15 @@ def _entropy_depth() -> str:
 
 
 def _quality(*beginnings: str) -> str:
-    """The baseline and the methods whose names begin like this."""
-    return quality.table(quality.RESULTS, [m for m in quality.METHODS if m == "baseline" or m.startswith(beginnings)])
+    """FM5k: the baseline and the methods whose names begin like this, p-values corrected over them."""
+    runs = report.read(RESULTS / "fm5k-c3")
+    return report.table(
+        report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)})
+    )
+
+
+def _events(*methods: str) -> str:
+    return report.event_table(report.read(RESULTS / "fm5k-c3", methods))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -61,14 +71,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
-    "fm5k_repr_events": lambda: quality.event_table(quality.RESULTS, ["baseline", "repr", "repr_early"]),
+    "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),
-    "channel_graph_peers": lambda: channel_graph_peers.table(
-        json.loads(channel_graph_peers.RESULT.read_text())["rows"]
-    ),
+    "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
     "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
     "overhead_wau": lambda: _overhead("wau", "naive per-layer wau"),
     "overhead_repr": lambda: _overhead("repr"),
@@ -81,6 +89,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "shared_basis_gradients": lambda: shared_basis.profile_table(shared_basis.RESULTS),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
+    "fm5k_c3": lambda: report.table(report.summary(report.read(RESULTS / "fm5k-c3"))),
+    "overhead": lambda: _overhead(""),
+    "launches": lambda: _launches(""),
+    "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
+    "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),
+    "scaling_events": lambda: scaling.event_table(json.loads(scaling.RESULT.read_text())),
     "launches_wau": lambda: _launches("wau", "naive per-layer wau"),
     "launches_csgd": lambda: _launches("csgd", "official per-layer csgd"),
     "launches_orthonormality": lambda: _launches(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
@@ -94,7 +108,8 @@ def filled(text: str) -> str:
 
 def pages() -> list[Path]:
     """Pages that may hold tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "lightning_filterdiv").rglob("README.md"))]
+    folders = ("lightning_filterdiv", "benchmarks", "docs")
+    return [ROOT / "README.md", *sorted(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
 
 
 def main() -> int:

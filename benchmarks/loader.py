@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +20,21 @@ class SeededBatches:
         seed: the permutation of an epoch is a function of (seed, epoch).
         rank: which interleaved share of every global batch to yield.
         world_size: number of shares.
+        augment: applied to the first tensor of a batch, with a generator that is a function of (seed, epoch, index,
+            rank).
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
         self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.augment = rank, world_size, augment
         self._epoch, self._next = 0, 0
         self._interrupted: int | None = None  # the epoch that a resumed run stopped in
 
@@ -52,7 +62,11 @@ class SeededBatches:
         for index in range(start, len(self)):
             self._next = index + 1
             rows = order[index * size : (index + 1) * size][self.rank :: self.world_size]
-            yield [tensor[rows] for tensor in self.tensors]
+            batch = [tensor[rows] for tensor in self.tensors]
+            if self.augment is not None:
+                generator = keyed_generator("augment", self.seed, self._epoch, index, self.rank)
+                batch[0] = self.augment(batch[0], generator)
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches handed out."""
@@ -61,3 +75,48 @@ class SeededBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
         self._interrupted, self._next = state["epoch"], state["next"]
+
+
+class Shares:
+    """One rank's rows in order, for evaluation: every row is seen once, whatever the number of ranks.
+
+    Args:
+        tensors: ``(N, ...)`` tensors that are indexed together.
+        batch_size: rows per batch and rank.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.tensors = tuple(tensor[rank::world_size] for tensor in tensors)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.tensors[0]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for start in range(0, len(self.tensors[0]), self.batch_size):
+            yield [tensor[start : start + self.batch_size] for tensor in self.tensors]
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """The standard augmentation of small images: zero padding, a random crop of the old size, a random mirror image.
+
+    Args:
+        images: ``(B, C, H, W)`` on the CPU, normalised (the padding is the mean).
+        generator: of the offsets and mirrors.
+        padding: pixels on every side.
+
+    Returns:
+        ``(B, C, H, W)``.
+    """
+    count, _, height, width = images.shape
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    rows = top[:, None] + torch.arange(height)
+    columns = torch.arange(width)
+    columns = left[:, None] + torch.where(mirrored[:, None], columns.flip(0), columns)
+    # Advanced indices on both sides of a slice come first in the result: (B, H, W, C).
+    picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()

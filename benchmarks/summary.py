@@ -91,7 +91,7 @@ def _runs(folder: str, arm: str) -> dict[int, dict[str, Any]]:
 def _difference(folder: str, arm: str, base: str) -> str:
     """Paired difference of the test accuracy in points, with a 95 % interval where there are several seeds."""
     ours, theirs = _runs(folder, arm), _runs(folder, base)
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = sorted(set(ours) & set(theirs))
     points = [100 * (ours[seed]["test_accuracy"] - theirs[seed]["test_accuracy"]) for seed in seeds]
     if len(points) == 1:
         return f"{points[0]:+.2f} points (1 seed)"
@@ -101,12 +101,12 @@ def _difference(folder: str, arm: str, base: str) -> str:
 
 def _rank(arm: str) -> str:
     """Effective rank after training, mean over layers and seeds."""
-    ranks = [fmean(row["effective_rank"] for row in run["after"].values()) for run in _runs("fm5k", arm).values()]
+    ranks = [fmean(row["effective_rank"] for row in run["after"].values()) for run in _runs("fm5k-c3", arm).values()]
     return f"{fmean(ranks):.2f}"
 
 
 def _diverse(arm: str) -> str:
-    return f"effective rank {_rank('baseline')} to {_rank(arm)}, accuracy {_difference('fm5k', arm, 'baseline')}"
+    return f"effective rank {_rank('baseline')} to {_rank(arm)}, accuracy {_difference('fm5k-c3', arm, 'baseline')}"
 
 
 def _squeezed() -> str:

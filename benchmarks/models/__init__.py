@@ -1,6 +1,19 @@
 """Networks of the benchmarks."""
 
 from benchmarks.models.cifar_resnet import CifarResNet
+from benchmarks.models.networks import NetworkName, build_network
+from benchmarks.models.plain import plain_convolutions
 from benchmarks.models.staged import StagedDenseNet, StagedResNet, StagedResNeXt, count_parameters
+from benchmarks.models.wide_resnet import WideResNet
 
-__all__ = ["CifarResNet", "StagedDenseNet", "StagedResNeXt", "StagedResNet", "count_parameters"]
+__all__ = [
+    "CifarResNet",
+    "NetworkName",
+    "StagedDenseNet",
+    "StagedResNeXt",
+    "StagedResNet",
+    "WideResNet",
+    "build_network",
+    "count_parameters",
+    "plain_convolutions",
+]

@@ -174,20 +174,28 @@ class StagedDenseNet(_Staged):
 
     Args:
         depths: convolutions per stage; the first stage needs at least 2 where another follows.
-        widths: growth rate per stage; the stem has twice the first.
+        widths: growth rate per stage.
         channels: of the input.
         classes: outputs.
+        stem: its channels; twice the first growth rate by default.
 
     Raises:
         ValueError: not one number >= 1 per stage, or no room for stem and transition.
     """
 
-    def __init__(self, depths: Sequence[int], widths: Sequence[int], channels: int = 3, classes: int = 10) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        channels: int = 3,
+        classes: int = 10,
+        stem: int | None = None,
+    ) -> None:
         _check(depths, widths)
         if len(depths) > 1 and depths[0] < 2:
             raise ValueError(f"the first stage holds stem and transition: depths[0] must be >= 2, got {depths[0]}")
         stages: list[nn.Module] = []
-        features = 2 * widths[0]
+        features = first = 2 * widths[0] if stem is None else stem
         for stage, (depth, growth) in enumerate(zip(depths, widths, strict=True)):
             final = stage == len(depths) - 1
             layers = nn.Sequential()
@@ -200,4 +208,4 @@ class StagedDenseNet(_Staged):
                 transition = nn.Conv2d(features, features, 1, bias=False)
                 layers.extend([nn.BatchNorm2d(features), nn.ReLU(), transition, nn.AvgPool2d(2)])
             stages.append(layers)
-        super().__init__(stages, _convolution(channels, 2 * widths[0], 3), features, classes)
+        super().__init__(stages, _convolution(channels, first, 3), features, classes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.fake_device import KernelCounter
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.filters import filter_matrix, select_filters
 from lightning_filterdiv.orthonormality import (
@@ -24,7 +25,6 @@ from lightning_filterdiv.orthonormality import (
 )
 from lightning_filterdiv.orthonormality.penalty import Form
 from lightning_filterdiv.shared_basis import FilterBasis, SharedBasisConv2d, share_filter_bases, shared_bases
-from tests.support.kernels import KernelCounter
 
 FORMS: tuple[Form, ...] = ("basis", "soft", "double_soft", "mutual_coherence", "srip", "convolutional")
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.fake_device import profiled_operations
 from lightning_filterdiv.flat_buffer import FlatBuffer
-from tests.support.kernels import profiled_operations
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.fake_device import profiled_operations
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold
 from tests.support.held_rows import (
     OPTIMIZERS,
@@ -20,7 +21,6 @@ from tests.support.held_rows import (
     network,
     states,
 )
-from tests.support.kernels import profiled_operations
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "fused"])

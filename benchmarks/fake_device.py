@@ -1,0 +1,134 @@
+"""Count what a per-step path starts and moves on a device that need not exist; catch what would wait for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# They move no data and launch nothing.
+VIEWS = {
+    "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand",
+    "narrow", "new_empty", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
+    "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias", "lift_fresh", "set_", "_to_copy_views",
+}  # fmt: skip
+# They do not read what they change.
+_OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_"}
+# They wait for the device although fake tensors let them pass.
+FACTORIZATIONS = ("linalg_", "_linalg", "svd", "qr", "eigh", "cholesky", "lu_")
+
+
+class DeviceTrafficError(AssertionError):
+    """A per-step path copies between host and device, indexes across them, or factorises a matrix."""
+
+
+def _one_kernel(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether a ``_foreach`` op takes its multi-tensor path: lists that agree in shape, stride and dtype."""
+    return all(
+        len({(t.shape, t.stride(), t.dtype, t.device) for t in together}) == 1 for together in zip(*lists, strict=True)
+    )
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    """Of the elements that the tensors name; an expanded one has fewer than its shape says."""
+    total = 0
+    for tensor in tensors:
+        sides = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+        total += prod(sides) * tensor.element_size()
+    return total
+
+
+def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operation reads and writes: what is changed in place counts twice, unless it is overwritten."""
+    read: list[Any] = []
+    written: list[Any] = []
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        if changed:
+            written.append(value)
+        if not changed or func._schema.name.split("::")[1] not in _OVERWRITING:
+            read.append(value)
+    results = result if len(func._schema.returns) > 1 else (result,)
+    written += [value for value, of in zip(results, func._schema.returns, strict=False) if of.alias_info is None]
+    return _bytes([leaf for leaf in tree_leaves((read, written)) if isinstance(leaf, Tensor)])
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts kernels on a device; raises on traffic between host and device.
+
+    Args:
+        device: type of the device that is counted; with ``"cpu"`` real tensors show what a GPU would start.
+
+    Attributes:
+        kernels: by operation.
+        bytes: read and written by them.
+        flops: of matrix products.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.kernels: Counter[str] = Counter()
+        self.bytes = 0
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        namespace, name = func._schema.name.split("::")
+        if namespace == "prim":  # queries such as a tensor's device
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        tensors += [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        devices = {t.device.type for t in tensors}
+        if len(devices) > 1:
+            raise DeviceTrafficError(f"{func} mixes {sorted(devices)}")
+        if self.device not in devices or name in VIEWS:
+            return result
+        if name.startswith(FACTORIZATIONS) and name != "linalg_vector_norm":  # a reduction like any other
+            raise DeviceTrafficError(f"{func} factorises on the device")
+        if name.startswith("_foreach_"):
+            lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor)]
+            self.kernels[name] += 1 if _one_kernel(lists) else len(lists[0])
+        else:
+            self.kernels[name] += 1
+        self.bytes += _traffic(func, args, kwargs, result)
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            self.flops += 2 * result.numel() * args[1 if "add" in name else 0].shape[-1]
+        return result
+
+
+@contextmanager
+def fake_stage(patch: Callable[[str, Any], None], modules: Sequence[str]) -> Iterator[list[int]]:
+    """Replace ``stage`` by one that makes a fake device tensor, and count its calls: the only allowed crossing."""
+    calls: list[int] = []
+
+    def crossing(cpu_tensor: Tensor, device: torch.device) -> Tensor:
+        calls.append(cpu_tensor.numel())
+        return torch.empty(cpu_tensor.shape, dtype=cpu_tensor.dtype, device=device)
+
+    for module in modules:
+        patch(f"{module}.stage", crossing)
+    yield calls
+
+
+def profiled_operations(action: Callable[[], None]) -> Counter[str]:
+    """Operations inside ``action`` by name, the inner ones too, views left out (torch.profiler on the CPU)."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        action()
+    return Counter(
+        {
+            event.key: event.count
+            for event in recorded.key_averages()
+            if event.key.startswith("aten::") and event.key.split("::")[-1] not in VIEWS
+        }
+    )

@@ -1,0 +1,113 @@
+"""Networks by name, as the configurations say it, fitted to the images of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torchvision
+from torch import nn
+
+from benchmarks.models.cifar_resnet import CifarResNet
+from benchmarks.models.plain import plain_convolutions
+from benchmarks.models.staged import StagedDenseNet
+from benchmarks.models.wide_resnet import WideResNet
+from lightning_filterdiv.demo import three_convolutions
+
+__all__ = ["NetworkName", "build_network"]
+
+NetworkName = Literal[
+    "c3", "c8", "resnet20", "resnet32", "resnet56", "resnet110", "resnet20_projection", "resnet56_projection",
+    "densenet40", "wrn28_10", "wrn16_4", "vgg16_bn", "resnet18", "resnet34", "resnet50", "mobilenet_v2",
+]  # fmt: skip
+#: Images up to this size get the usual changes for small images: stride 1 at the start, no early pooling.
+SMALL = 64
+
+
+def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
+    return next((name, conv) for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d))
+
+
+def _torchvision(name: str, channels: int, size: int, classes: int, **options: Any) -> nn.Module:
+    model: nn.Module = getattr(torchvision.models, name)(num_classes=classes, **options)
+    path, conv = _first_convolution(model)
+    small = size <= SMALL
+    kernel = 3 if small else conv.kernel_size[0]
+    stride = 1 if small else conv.stride[0]
+    if (channels, kernel, stride) != (conv.in_channels, conv.kernel_size[0], conv.stride[0]):
+        new = nn.Conv2d(channels, conv.out_channels, kernel, stride, kernel // 2, bias=conv.bias is not None)
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+    if small and name.startswith("resnet"):
+        model.maxpool = nn.Identity()
+    if small and name.startswith("vgg"):
+        if size < 32:
+            raise ValueError(f"{name} pools five times and needs images of at least 32 pixels, got {size}")
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, classes)
+    return model
+
+
+def _cifar(depth: int, shortcut: Literal["pad", "projection"]) -> Callable[..., nn.Module]:
+    def build(channels: int, size: int, classes: int, **options: Any) -> nn.Module:
+        return CifarResNet(depth, shortcut, channels=channels, classes=classes, **options)
+
+    return build
+
+
+def _c3(channels: int, size: int, classes: int, width: int = 32) -> nn.Module:
+    if channels == 1:
+        return three_convolutions(width, size, classes)
+    return plain_convolutions(3, width, channels, size, classes)
+
+
+def _c8(channels: int, size: int, classes: int, width: int = 32) -> nn.Module:
+    return plain_convolutions(8, width, channels, size, classes)
+
+
+def _densenet40(channels: int, size: int, classes: int, growth: int = 12) -> nn.Module:
+    """Three blocks of twelve layers between stem, two transitions and the classifier; the stem has 16 channels."""
+    return StagedDenseNet((14, 13, 12), (growth,) * 3, channels=channels, classes=classes, stem=16)
+
+
+def _wide(depth: int, widening: int) -> Callable[..., nn.Module]:
+    def build(channels: int, size: int, classes: int, **options: Any) -> nn.Module:
+        return WideResNet(depth, widening, channels=channels, classes=classes, **options)
+
+    return build
+
+
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "c3": _c3,
+    "c8": _c8,
+    **{f"resnet{depth}": _cifar(depth, "pad") for depth in (20, 32, 56, 110)},
+    **{f"resnet{depth}_projection": _cifar(depth, "projection") for depth in (20, 56)},
+    "densenet40": _densenet40,
+    "wrn28_10": _wide(28, 10),
+    "wrn16_4": _wide(16, 4),
+}
+
+
+def build_network(name: str, image_shape: tuple[int, int, int], classes: int, **options: Any) -> nn.Module:
+    """The network of that name for images ``(channels, height, width)``.
+
+    Args:
+        name: one of :data:`NetworkName`.
+        image_shape: of one image; height and width are equal.
+        classes: outputs.
+        options: further arguments of that network, such as ``width``.
+
+    Raises:
+        ValueError: unknown name, an option that the network does not know, images that are not square or too small.
+    """
+    if name not in get_args(NetworkName):
+        raise ValueError(f"model.network must be one of {', '.join(get_args(NetworkName))}, got {name!r}")
+    channels, height, width = image_shape
+    if height != width:
+        raise ValueError(f"the networks of the benchmarks need square images, got {height}x{width}")
+    try:
+        if name in _OWN:
+            return _OWN[name](channels, height, classes, **options)
+        return _torchvision(name, channels, height, classes, **options)
+    except TypeError as error:
+        raise ValueError(f"model.options {options} do not fit {name}: {error}") from error

@@ -1,0 +1,59 @@
+"""Networks by name: shapes, published sizes, and what does not fit."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from benchmarks.models import NetworkName, build_network, count_parameters
+
+
+@pytest.mark.parametrize("name", get_args(NetworkName))
+def test_every_network_takes_the_images_of_its_data(name: str) -> None:
+    with torch.device("meta"):
+        for shape, classes in (((3, 32, 32), 100), ((1, 28, 28), 10)):
+            if name == "vgg16_bn" and shape[1] < 32:
+                continue
+            net = build_network(name, shape, classes).eval()
+            assert net(torch.empty(2, *shape)).shape == (2, classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnet20", 269_722),  # He et al., table 6: 0.27 M, 0.46 M, 0.85 M, 1.7 M
+        ("resnet32", 464_154),
+        ("resnet56", 853_018),
+        ("resnet110", 1_727_962),
+        ("wrn28_10", 36_479_194),  # Zagoruyko and Komodakis: 36.5 M
+        ("wrn16_4", 2_748_890),  # 2.7 M
+        ("densenet40", 1_019_754),  # Huang et al.: 1.0 M
+    ],
+)
+def test_networks_have_the_published_size(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        assert count_parameters(build_network(name, (3, 32, 32), 10)) == parameters
+
+
+def test_large_images_keep_the_published_start() -> None:
+    with torch.device("meta"):
+        large, small = (build_network("resnet18", (3, size, size), 1000) for size in (224, 32))
+        assert large.conv1.stride == (2, 2)
+        assert small.conv1.stride == (1, 1)
+        assert count_parameters(large) == 11_689_512  # torchvision's
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "message"),
+    [
+        ("resnet21", (3, 32, 32), {}, "model.network must be one of c3, c8, resnet20"),
+        ("c3", (1, 28, 20), {}, "square images, got 28x20"),
+        ("c3", (1, 28, 28), {"widht": 3}, "do not fit c3"),
+        ("vgg16_bn", (1, 28, 28), {}, "at least 32 pixels, got 28"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, shape: tuple[int, int, int], options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_network(name, shape, 10, **options)

@@ -1,0 +1,216 @@
+"""Grids that can be stopped, and the statistics of their tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import report, sweep
+from benchmarks.sweep import Run, SweepError
+
+GRID = ["--data", "digits", "--recipe", "quick", "--methods", "baseline", "wau", "--seeds", "1", "2"]
+
+
+def grid(out: Path) -> list[Run]:
+    return sweep.plan("digits", "c3", "quick", ["baseline", "wau"], [1, 2], "cpu", out)
+
+
+class Scripted(Run):
+    """A run whose process is a line of Python instead of a training; ``RESULT`` and ``FOLDER`` stand for its paths."""
+
+    line = ""
+
+    @property
+    def command(self) -> list[str]:
+        text = self.line.replace("RESULT", repr(str(self.result))).replace("FOLDER", repr(str(self.folder)))
+        return [sys.executable, "-c", text]
+
+
+def scripted(out: Path, line: str, method: str = "a") -> Run:
+    made = type("One", (Scripted,), {"line": line})
+    return made(method, 1, out / f"{method}-seed1.json", ())  # type: ignore[no-any-return]
+
+
+def test_the_grid_goes_seed_by_seed_and_later_files_win(tmp_path: Path) -> None:
+    runs = grid(tmp_path)
+    assert [(run.method, run.seed) for run in runs] == [("baseline", 1), ("wau", 1), ("baseline", 2), ("wau", 2)]
+    assert [path.parent.name for path in runs[0].files] == ["data", "model", "recipe", "method", "trainer"]
+    assert runs[1].result == tmp_path / "wau-seed1.json"
+    (own,) = sweep.plan("digits", "c3", "quick", ["wau"], [1], "cpu", tmp_path, ["--model.lr=0.7"])
+    assert own.settings()["model"]["lr"] == 0.7
+
+
+def test_a_run_is_made_once(tmp_path: Path) -> None:
+    run = scripted(tmp_path, "open(RESULT, 'w').write('{}')")
+    assert run.status() == "missing"
+    assert sweep.execute(run, 1) == "done"
+    assert run.status() == "done"
+    assert not run.folder.exists()
+    assert sweep.execute(run, 1) == "skipped"
+
+
+def test_a_failed_run_says_why_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    failing = scripted(tmp_path, "raise ValueError('no such thing')", "b")
+    other = scripted(tmp_path, "open(RESULT, 'w').write('{}')", "c")
+    (message,) = sweep.run_locally([failing, other], jobs=1, threads=1)
+    assert "b seed 1 ended with status 1" in message
+    assert "no such thing" in message
+    assert other.status() == "done"
+
+
+def test_a_run_that_outlives_its_sweep_is_waited_for(tmp_path: Path) -> None:
+    """The sweep is killed, its run goes on: the next sweep neither starts it twice nor gives it up."""
+    line = "import time; open(FOLDER + '/began', 'a').write('x'); time.sleep(4); open(RESULT, 'w').write('{}')"
+    run = scripted(tmp_path, line)
+    start = (
+        "import sys; from tests.benchmarks.test_sweep_and_report import scripted; from benchmarks import sweep; "
+        f"from pathlib import Path; sweep.execute(scripted(Path({str(tmp_path)!r}), {line!r}), 1)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", start], cwd=sweep.ROOT)
+    while not (run.folder / "began").exists():
+        time.sleep(0.1)
+    first.kill()  # SIGKILL: no clean-up of any kind
+    first.wait()
+    assert sweep.execute(run, 1) == "in work elsewhere"
+    assert sweep.run_locally([run], jobs=1, threads=1) == []
+    assert run.status() == "done"
+
+
+def test_results_of_other_settings_are_named_and_not_mixed_in(tmp_path: Path) -> None:
+    runs = grid(tmp_path)
+    good = runs[0].settings()
+    runs[0].result.write_text(json.dumps({"settings": good}))
+    runs[2].result.write_text(json.dumps({"settings": good | {"seed": 2}}))
+    sweep.check_results(runs)
+    changed = json.loads(json.dumps(good))
+    changed["model"]["lr"] = 9.0
+    runs[0].result.write_text(json.dumps({"settings": changed}))
+    with pytest.raises(SweepError, match=r"baseline-seed1.json was made with other settings: .*model.lr: 0.02, not 9"):
+        sweep.check_results(runs)
+    runs[0].result.write_text("{}")
+    with pytest.raises(SweepError, match="says nothing about its settings"):
+        sweep.check_results(runs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--methods", "waus"], "method may be one of baseline, basis"),
+        (["--data", "mnist"], "data may be one of cifar10"),
+        (["--methods", "mine.yaml"], "no configuration mine.yaml"),
+    ],
+)
+def test_unknown_configurations_list_what_there_is(
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main(wrong) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_committed_results_belong_to_the_committed_configurations() -> None:
+    """What the tables show is what the commands beside them would make."""
+    folder = sweep.RESULTS / "fm5k-c3"
+    methods = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("*.json")})
+    assert len(methods) > 10
+    sweep.check_results(sweep.plan("fashion_mnist", "c3", "fm5k", methods, range(1, 11), "cpu", folder))
+
+
+def test_slurm_gets_the_missing_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = grid(tmp_path)
+    runs[1].result.write_text("{}")
+    script = tmp_path / "sbatch"
+    script.write_text('#!/bin/sh\necho "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    said = sweep.submit(runs, GRID, Path("job.sbatch"), ["--time=1:00:00"])
+    assert said.split() == ["--array=0,2,3", "--time=1:00:00", "job.sbatch", *GRID]
+    script.write_text("#!/bin/sh\necho no such partition >&2\nexit 1\n")
+    with pytest.raises(SweepError, match="sbatch refuses: no such partition"):
+        sweep.submit(runs, GRID, Path("job.sbatch"), [])
+
+
+@pytest.mark.soak
+def test_a_sweep_killed_in_the_middle_finishes_without_repeating_itself(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.sweep", *GRID, "--out", str(tmp_path), "--set",
+               "trainer.max_epochs=40", "checkpoint.every_n_epochs=1"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=sweep.ROOT, env=environment, start_new_session=True)
+    begun = tmp_path / ".partial" / "wau-seed1" / "checkpoints" / "last.ckpt"
+    while not begun.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)  # the sweep and the run
+    process.wait()
+    done = tmp_path / "baseline-seed1.json"
+    stamp, half = done.stat().st_mtime_ns, begun.stat().st_mtime_ns
+    assert not (tmp_path / "wau-seed1.json").exists()
+    subprocess.run(command, cwd=sweep.ROOT, env=environment, check=True)
+    assert done.stat().st_mtime_ns == stamp
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert sorted(results) == ["baseline-seed1", "baseline-seed2", "wau-seed1", "wau-seed2"]
+    assert half
+    for name, result in results.items():
+        assert [row["epoch"] for row in result["curve"]] == list(range(1, 41)), name
+    whole = tmp_path / "whole"
+    subprocess.run([*command, "--methods", "wau", "--seeds", "1", "--out", str(whole)], cwd=sweep.ROOT, check=True)
+    again = json.loads((whole / "wau-seed1.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {
+        k: v for k, v in results["wau-seed1"].items() if k != "seconds"
+    }
+    assert not (tmp_path / ".partial" / "wau-seed1").exists()
+
+
+def runs_of(**accuracy: list[float]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        method: [{"method": method, "seed": i, "test_accuracy": value} for i, value in enumerate(values)]
+        for method, values in accuracy.items()
+    }
+
+
+def test_differences_are_paired_by_seed_and_p_values_corrected() -> None:
+    rng = np.random.default_rng(0)
+    base = 0.8 + 0.01 * rng.standard_normal(6)
+    better, worse = base + 0.01 + 0.002 * rng.standard_normal(6), base - 0.001 * rng.standard_normal(6)
+    rows = {row.method: row for row in report.summary(runs_of(baseline=base, a=better, b=worse))}
+    raw = {name: stats.ttest_rel(x, base).pvalue for name, x in (("a", better), ("b", worse))}
+    assert raw["a"] < raw["b"]
+    assert rows["a"].p == pytest.approx(min(1, 2 * raw["a"]))
+    assert rows["b"].p == pytest.approx(max(min(1, 2 * raw["a"]), raw["b"]))
+    assert rows["a"].difference == pytest.approx(100 * (better - base).mean())
+    low, high = stats.t.interval(0.95, 5, 100 * base.mean(), 100 * stats.sem(base))
+    assert rows["baseline"].mean - rows["baseline"].half == pytest.approx(low)
+    assert rows["baseline"].mean + rows["baseline"].half == pytest.approx(high)
+
+
+def test_seeds_without_a_partner_do_not_count_in_the_difference() -> None:
+    rows = report.summary(runs_of(baseline=[0.5, 0.6], a=[0.51, 0.62, 0.99]))
+    assert rows[1].seeds == 3
+    assert rows[1].difference == pytest.approx(1.5)
+    assert "+1.50" in report.table(rows)
+
+
+def test_one_seed_has_no_interval_and_no_p() -> None:
+    text = report.table(report.summary(runs_of(baseline=[0.5], a=[0.6])))
+    assert "| a | 1 | 60.00 |  |  |" in text
+
+
+def test_curves_show_every_method(tmp_path: Path) -> None:
+    runs = report.read(sweep.RESULTS / "fm5k-c3", ["baseline", "repr"])
+    accuracy, loss = report.curves(runs).axes
+    assert [line.get_label() for line in loss.get_lines()] == [m for m in runs if runs[m][0].get("curve")]
+    assert accuracy.get_lines()[-1].get_xdata()[-1] == 60
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no METHOD-seedN.json in"):
+        report.read(tmp_path)

@@ -1,0 +1,171 @@
+"""Runs of the benchmarks: composed, resumed exactly, never mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from benchmarks import train
+from benchmarks.data import Digits
+from benchmarks.record import differences
+from benchmarks.sweep import CONFIGS, plan
+
+QUICK = [("data", "digits"), ("model", "c3"), ("recipe", "quick"), ("trainer", "cpu")]
+
+
+def arguments(folder: Path, method: str = "wau", *more: str) -> list[str]:
+    files = [*QUICK[:3], ("method", method), QUICK[3]]
+    composed = [part for kind, name in files for part in ("-c", str(CONFIGS / kind / f"{name}.yaml"))]
+    return ["fit", *composed, "--seed_everything", "3", "--data.train_images", "200", "--trainer.max_epochs", "4",
+            "--trainer.default_root_dir", str(folder), "--label", method, "--look", "50", *more]  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+class WithDropout(train.Classification):
+    """Zeroes features at random."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nn.functional.dropout(images, 0.3, self.training))
+
+
+class KilledError(Exception):
+    pass
+
+
+class KillAt(Callback):
+    """Ends the process, as far as one process can show it, in the middle of an epoch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
+@pytest.fixture(autouse=True)
+def _only_this_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks.train"])
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dropout and augmented images: a resume repeats them only if randomness is keyed by the step.
+    more = ("--data.augment", "true", "--checkpoint.every_n_train_steps", "2")
+    monkeypatch.setattr(train, "Classification", WithDropout)
+    train.main(arguments(tmp_path / "whole", "wau", *more))
+    original = train.BenchmarkCLI.instantiate_trainer
+
+    def killed(self: train.BenchmarkCLI, **kwargs: Any) -> pl.Trainer:
+        trainer = original(self, **kwargs)
+        trainer.callbacks.append(KillAt(5))
+        return trainer
+
+    monkeypatch.setattr(train.BenchmarkCLI, "instantiate_trainer", killed)
+    with pytest.raises(KilledError):
+        train.main(arguments(tmp_path / "cut", "wau", *more))
+    assert not (tmp_path / "cut" / "result.json").exists()
+    monkeypatch.setattr(train.BenchmarkCLI, "instantiate_trainer", original)
+    train.main(arguments(tmp_path / "cut", "wau", *more))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut")]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]
+    assert [row["epoch"] for row in results[0]["curve"]] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_alone_and_another_is_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(arguments(tmp_path))
+    before, final = (tmp_path / "result.json").read_text(), weights(tmp_path)
+    train.main(arguments(tmp_path))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"holds the result of another run: this run has model.lr: 0.5, not 0.02"):
+        train.main(arguments(tmp_path, "wau", "--model.lr", "0.5"))
+    assert (tmp_path / "result.json").read_text() == before
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint belongs to another run: this run has model.lr: 0.5, not 0.02"):
+        train.main(arguments(tmp_path, "wau", "--model.lr", "0.5"))
+    result = json.loads(before)
+    assert result["method"] == "wau"
+    model = train.Classification(image_shape=(1, 8, 8)).eval()
+    model.load_state_dict(final)
+    data = Digits(train_images=200, seed=3)
+    data.setup()
+    with torch.no_grad():
+        hits = model(data.parts[2]).argmax(1) == data.parts[3]
+    assert result["test_accuracy"] == pytest.approx(float(hits.double().mean()))
+    assert result["settings"]["callbacks"][0]["class"] == "WeightAsynchronousUpdate"
+    assert set(result["before"]) == set(result["after"]) == {"net.conv1", "net.conv2", "net.conv3"}
+
+
+def test_the_control_slows_convolutions_only(tmp_path: Path) -> None:
+    model = train.Classification(convolution_lr=0.5, lr=0.1)
+    (optimizer,), _ = [model.configure_optimizers()["optimizer"]], None
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert {rates[id(p)] for p in model.net.classifier.parameters()} == {0.1}
+    assert {rates[id(p)] for name in ("conv1", "conv2", "conv3") for p in model.net.get_submodule(name).parameters()} \
+        == {0.05}  # fmt: skip
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
+    donor = train.Classification()
+    torch.save({"state_dict": donor.state_dict()}, tmp_path / "last.ckpt")
+    started = train.Classification(weights=str(tmp_path / "last.ckpt"))
+    assert torch.equal(started.net.conv2.weight, donor.net.conv2.weight)
+    with pytest.raises(ValueError, match="is not of this network"):
+        train.Classification(network="c8", weights=str(tmp_path / "last.ckpt"))
+
+
+def test_a_run_needs_a_seed(tmp_path: Path) -> None:
+    given = arguments(tmp_path)
+    given[given.index("--seed_everything") + 1] = "true"
+    with pytest.raises(SystemExit):
+        train.main(given)
+
+
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml")))
+def test_every_method_composes(tmp_path: Path, method: str) -> None:
+    (run,) = plan("fashion_mnist", "resnet20", "fm5k", [method], [4], "cpu", tmp_path)
+    settings = run.settings()
+    assert settings["seed"] == 4
+    assert settings["data"] == {"class": "FashionMNIST", "batch_size": 64, "train_images": 5000, "augment": False}
+    assert settings["model"]["milestones"] == [48, 55]
+    (plain,) = plan("fashion_mnist", "resnet20", "fm5k", ["baseline"], [4], "cpu", tmp_path)
+    assert bool(differences(settings, plain.settings())) == (method != "baseline")
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "recipe", "trainer"),
+    [
+        ("cifar10", "c3", "cifar_repr", "gpu"),
+        ("cifar100", "resnet32", "cifar_dsfb", "ddp"),
+        ("cifar10", "resnet56_projection", "cifar_csgd", "cpu"),
+        ("cifar10", "densenet40", "cifar_wau", "ddp_cpu"),
+        ("cifar100", "wrn28_10", "cifar_orthogonality", "ddp"),
+        ("imagenet", "resnet50", "imagenet", "ddp"),
+        ("digits", "c8", "quick", "cpu"),
+    ],
+)
+def test_recipes_compose_with_their_data(tmp_path: Path, data: str, model: str, recipe: str, trainer: str) -> None:
+    (run,) = plan(data, model, recipe, ["wau"], [1], trainer, tmp_path)
+    settings = run.settings()
+    assert settings["model"]["network"] == model
+    assert settings["trainer"]["max_epochs"] > 1
+
+
+def test_differences_name_the_setting() -> None:
+    assert differences({"a": {"b": 1, "c": None}, "d": [1]}, {"a": {"b": 2}, "d": [1]}) == ["a.b: 1, not 2"]
