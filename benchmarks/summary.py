@@ -91,7 +91,7 @@ def _runs(folder: str, arm: str) -> dict[int, dict[str, Any]]:
 def _difference(folder: str, arm: str, base: str) -> str:
     """Paired difference of the test accuracy in points, with a 95 % interval where there are several seeds."""
     ours, theirs = _runs(folder, arm), _runs(folder, base)
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = sorted(set(ours) & set(theirs))
     points = [100 * (ours[seed]["test_accuracy"] - theirs[seed]["test_accuracy"]) for seed in seeds]
     if len(points) == 1:
         return f"{points[0]:+.2f} points (1 seed)"

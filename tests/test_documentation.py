@@ -76,6 +76,21 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+CARD = ["Plain PyTorch", "Trainer", "YAML", "How it works", "Suggested hyper-parameters"]
+CARD += ["Costs, limits, composability", "Measured results", "Attribution"]
+
+
+@pytest.mark.parametrize("card", PAGES[2:], ids=lambda card: card.parent.name)
+def test_cards_have_one_order(card: Path) -> None:
+    """A reader who knows one finds the same thing in the same place of every other."""
+    wanted = [h for h in CARD if card.parent.name != "channel_graph" or h not in {"Trainer", "YAML", CARD[4]}]
+    text = card.read_text()
+    assert [heading for heading in re.findall(r"^## (.+)$", text, re.MULTILINE) if heading in CARD] == wanted
+    before = text[: text.index("## Plain PyTorch")]
+    assert "**TL;DR.**" in before
+    assert "```text" in before or "![" in before
+
+
 def test_tables_are_those_of_the_result_files() -> None:
     from benchmarks import cards
 

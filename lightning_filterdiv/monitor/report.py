@@ -74,7 +74,7 @@ def advice(filters: int, mean: float, random: float, rank: float, mergeable: int
     if mergeable >= max(1.0, _WORTH_MERGING * filters):
         return f"CentripetalSGD to remove {mergeable}, RePr to use them"
     if mean > _ALIKE * random:
-        return "WeightAsynchronousUpdate or RePr for diversity"
+        return "BasisOrthonormality or RePr for diversity"
     if rank < _LOW_RANK:
         return "RePr for more directions"
     return "nothing: diverse already"

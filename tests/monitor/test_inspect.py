@@ -130,7 +130,7 @@ def test_advice_names_the_worst_finding() -> None:
         ({"dead": 0.5, "mergeable": 9}, "RePr to bring dead"),
         ({"mergeable": 9}, "CentripetalSGD to remove 9"),
         ({"mergeable": 1}, "nothing"),
-        ({"mean": 0.2}, "WeightAsynchronousUpdate"),
+        ({"mean": 0.2}, "BasisOrthonormality"),
         ({"rank": 0.3}, "RePr for more directions"),
         ({"mean": float("nan")}, "not finite"),
     ):
