@@ -23,6 +23,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/RESULTS.md": "results.md",
     **{
         f"lightning_filterdiv/{p.parent.name}/README.md": f"methods/{p.parent.name}.md"
         for p in PACKAGE.glob("*/README.md")
