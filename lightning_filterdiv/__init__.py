@@ -6,6 +6,7 @@ from lightning_filterdiv.async_update import WeightAsynchronousUpdate
 from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.centripetal import CentripetalSGD
 from lightning_filterdiv.entropy_depth import EntropyDepthBound
+from lightning_filterdiv.expansion import ExpandNet
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.orthonormality import BasisOrthonormality
 from lightning_filterdiv.repr_ import RePr
@@ -16,6 +17,7 @@ __all__ = [
     "BasisOrthonormality",
     "CentripetalSGD",
     "EntropyDepthBound",
+    "ExpandNet",
     "FilterCallback",
     "FilterSimilarityMonitor",
     "RePr",
