@@ -6,6 +6,10 @@ rate divided by ten after 12 and 14 of them. The figure is the test accuracy aft
 ``baseline``       the plain network
 ``expand_cl``      ExpandNet(kind="CL"): convolutions over-parameterised four times, the same function at the start
 ``*_third``        the same with a third of the learning rate: a product of three factors takes three steps at once
+``narrow``         C3(16) from scratch
+``ucp``            a third of the epochs with ChannelImportance, then half of the filters of every layer (the most open
+                   gates), drawn anew and trained for the rest, as published
+``ucp_kept``       the same with the weights that were trained with the gates
 
     python -m benchmarks.neighbours --arms baseline expand_cl --seeds 1 2 3     # skips runs whose file exists
     python -m benchmarks.neighbours --table
@@ -27,7 +31,9 @@ from scipy import stats
 
 from benchmarks.loader import SeededBatches
 from benchmarks.runs import run_missing, run_parser
-from lightning_filterdiv import ExpandNet
+from lightning_filterdiv import ChannelImportance, ExpandNet
+from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.channel_importance import prune_channels, remove_gates, select_channels
 from lightning_filterdiv.demo import FashionMNIST, SmallConvNet
 
 EPOCHS, LEARNING_RATE, BATCH, WIDTH = 15, 0.02, 64, 32
@@ -73,8 +79,8 @@ def accuracy(model: torch.nn.Module, source: FashionMNIST) -> float:
     return round(float(hits.double().mean()), 5)
 
 
-def _fit(seed: int, callbacks: list[Callback], rate: float = LEARNING_RATE) -> dict[str, Any]:
-    source, model = data(seed), classifier(seed, rate=rate)
+def _fit(seed: int, callbacks: list[Callback], rate: float = LEARNING_RATE, width: int = WIDTH) -> dict[str, Any]:
+    source, model = data(seed), classifier(seed, width=width, rate=rate)
     seconds = train(model, source, seed, callbacks)
     return {
         "test_accuracy": accuracy(model, source),
@@ -84,11 +90,32 @@ def _fit(seed: int, callbacks: list[Callback], rate: float = LEARNING_RATE) -> d
     }
 
 
+def _ucp(seed: int, fresh: bool) -> dict[str, Any]:
+    source, model, callback = data(seed), classifier(seed, EPOCHS // 3), ChannelImportance()
+    seconds = train(model, source, seed, [callback], EPOCHS // 3)
+    second = classifier(seed, EPOCHS - EPOCHS // 3)
+    if not fresh:
+        second.load_state_dict(remove_gates(model).state_dict())
+    graph = ChannelGraph.trace(second)
+    narrow = prune_channels(second, graph, select_channels(graph, callback.importance, keep_fraction=0.5))
+    assert isinstance(narrow, SmallConvNet)
+    seconds += train(narrow, source, seed, epochs=EPOCHS - EPOCHS // 3)
+    return {
+        "test_accuracy": accuracy(narrow, source),
+        "parameters": sum(p.numel() for p in narrow.parameters()),
+        "seconds": round(seconds, 1),
+        "gates": {name: [round(float(g), 3) for g in gates] for name, gates in callback.importance.items()},
+    }
+
+
 ARMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "baseline": lambda seed: _fit(seed, []),
     "baseline_third": lambda seed: _fit(seed, [], LEARNING_RATE / 3),
     "expand_cl": lambda seed: _fit(seed, [ExpandNet(kind="CL")]),
     "expand_cl_third": lambda seed: _fit(seed, [ExpandNet(kind="CL")], LEARNING_RATE / 3),
+    "narrow": lambda seed: _fit(seed, [], width=WIDTH // 2),
+    "ucp": lambda seed: _ucp(seed, fresh=True),
+    "ucp_kept": lambda seed: _ucp(seed, fresh=False),
 }
 
 

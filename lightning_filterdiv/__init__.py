@@ -5,6 +5,7 @@ from importlib.metadata import version
 from lightning_filterdiv.async_update import WeightAsynchronousUpdate
 from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.centripetal import CentripetalSGD
+from lightning_filterdiv.channel_importance import ChannelImportance
 from lightning_filterdiv.entropy_depth import EntropyDepthBound
 from lightning_filterdiv.expansion import ExpandNet
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
@@ -16,6 +17,7 @@ __version__ = version("lightning-filterdiv")
 __all__ = [
     "BasisOrthonormality",
     "CentripetalSGD",
+    "ChannelImportance",
     "EntropyDepthBound",
     "ExpandNet",
     "FilterCallback",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_filterdiv import (
     BasisOrthonormality,
     CentripetalSGD,
+    ChannelImportance,
     EntropyDepthBound,
     ExpandNet,
     FilterCallback,
@@ -47,7 +48,8 @@ class Case:
         kernels: most kernels that one step of ``per_step`` may start on a GPU for a CIFAR ResNet.
         variant: another configuration of a callback that has a case already; the slowest suites run it under ``soak``.
         lr_scale: by what the learning rates of the suites are multiplied: a product of three factors takes about three
-            steps at once, and the suites' SGD is at the edge of divergence as it is.
+            steps at once, and the suites' SGD is at the edge of divergence as it is; gates halve a signal that no norm
+            restores.
         refused_precisions: values of Trainer's ``precision`` that it refuses.
     """
 
@@ -282,6 +284,12 @@ CASES: tuple[Case, ...] = (
             ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
         ),
         lr_scale=1 / 3,
+    ),
+    Case(
+        name="importance",
+        cls=ChannelImportance,
+        wrong=(*_SELECTION, ({"seed": -1}, ValueError, "seed must be an integer >= 0")),
+        lr_scale=1.5,
     ),
     Case(name="expand_fresh", cls=ExpandNet, arguments={"initial": "fresh"}, lr_scale=1 / 3, variant=True),
 )
