@@ -80,6 +80,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shared_basis_gradients": lambda: shared_basis.profile_table(shared_basis.RESULTS),
     "neighbours_expansion": lambda: neighbours.table(neighbours.RESULTS, ["baseline_third", "expand"]),
     "neighbours_importance": lambda: neighbours.table(neighbours.RESULTS, ["ucp"], "narrow"),
+    "neighbours_anchored": lambda: neighbours.table(neighbours.RESULTS, ["anchored"], "resnet"),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
     "launches_wau": lambda: _launches("wau", "naive per-layer wau"),

@@ -10,6 +10,8 @@ rate divided by ten after 12 and 14 of them. The figure is the test accuracy aft
 ``ucp``            a third of the epochs with ChannelImportance, then half of the filters of every layer (the most open
                    gates), drawn anew and trained for the rest, as published
 ``ucp_kept``       the same with the weights that were trained with the gates
+``resnet``, ``anchored``, ``anchored_regulator``   ResNet-14 (option A) on the images averaged to 14x14, 5 epochs, Nesterov,
+                   learning rate 0.1: plain, one kernel per stage, the same with regulators. (C3 has no blocks to share in.)
 
     python -m benchmarks.neighbours --arms baseline expand_cl --seeds 1 2 3     # skips runs whose file exists
     python -m benchmarks.neighbours --table
@@ -28,15 +30,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from scipy import stats
+from torch.nn import functional as F
 
+from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
+from benchmarks.models import CifarResNet
 from benchmarks.runs import run_missing, run_parser
 from lightning_filterdiv import ChannelImportance, ExpandNet
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance import prune_channels, remove_gates, select_channels
 from lightning_filterdiv.demo import FashionMNIST, SmallConvNet
+from lightning_filterdiv.shared_basis import share_anchored_filters
 
-EPOCHS, LEARNING_RATE, BATCH, WIDTH = 15, 0.02, 64, 32
+EPOCHS, RESNET_EPOCHS, LEARNING_RATE, BATCH, WIDTH = 15, 5, 0.02, 64, 32
 RESULTS = Path(__file__).parent / "results" / "neighbours"
 
 
@@ -108,6 +114,24 @@ def _ucp(seed: int, fresh: bool) -> dict[str, Any]:
     }
 
 
+def _resnet(seed: int, share: Callable[[torch.nn.Module], Any]) -> dict[str, Any]:
+    source = data(seed)
+    assert source._train is not None
+    assert source._test is not None
+    for part in (source._train, source._test):
+        part.tensors = (F.avg_pool2d(part.tensors[0], 2), part.tensors[1])
+    pl.seed_everything(seed, verbose=False)
+    net = CifarResNet(14, channels=1)
+    share(net)
+    seconds = train(Classifier(net, RESNET_EPOCHS, 0.1), source, seed, epochs=RESNET_EPOCHS)
+    return {
+        "protocol": f"FM5k/ResNet-14, 14x14, {RESNET_EPOCHS} epochs",
+        "test_accuracy": accuracy(net, source),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "seconds": round(seconds, 1),
+    }
+
+
 ARMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "baseline": lambda seed: _fit(seed, []),
     "baseline_third": lambda seed: _fit(seed, [], LEARNING_RATE / 3),
@@ -116,6 +140,9 @@ ARMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "narrow": lambda seed: _fit(seed, [], width=WIDTH // 2),
     "ucp": lambda seed: _ucp(seed, fresh=True),
     "ucp_kept": lambda seed: _ucp(seed, fresh=False),
+    "resnet": lambda seed: _resnet(seed, lambda net: net),
+    "anchored": lambda seed: _resnet(seed, share_anchored_filters),
+    "anchored_regulator": lambda seed: _resnet(seed, lambda net: share_anchored_filters(net, regulator=True)),
 }
 
 
