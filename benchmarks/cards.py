@@ -81,6 +81,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "neighbours_expansion": lambda: neighbours.table(neighbours.RESULTS, ["baseline_third", "expand"]),
     "neighbours_importance": lambda: neighbours.table(neighbours.RESULTS, ["ucp"], "narrow"),
     "neighbours_anchored": lambda: neighbours.table(neighbours.RESULTS, ["anchored"], "resnet"),
+    "neighbours_wavelet": lambda: neighbours.table(neighbours.RESULTS, ["wavelet", "maxima"]),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
     "launches_wau": lambda: _launches("wau", "naive per-layer wau"),

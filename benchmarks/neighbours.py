@@ -10,8 +10,12 @@ rate divided by ten after 12 and 14 of them. The figure is the test accuracy aft
 ``ucp``            a third of the epochs with ChannelImportance, then half of the filters of every layer (the most open
                    gates), drawn anew and trained for the rest, as published
 ``ucp_kept``       the same with the weights that were trained with the gates
-``resnet``, ``anchored``, ``anchored_regulator``   ResNet-14 (option A) on the images averaged to 14x14, 5 epochs, Nesterov,
-                   learning rate 0.1: plain, one kernel per stage, the same with regulators. (C3 has no blocks to share in.)
+``resnet``         ResNet-14 (option A) on the images averaged to 14x14, 5 epochs, Nesterov, learning rate 0.1
+``anchored``       the same with one kernel per stage (C3 has no blocks to share in)
+``anchored_regulator``   with regulators
+``wavelet``        the details of a wavelet decomposition (db2, one level) added to the images
+``wavelet_edges``  the details instead of the images
+``maxima``         local modulus maxima (haar, scale 2) added to the images
 
     python -m benchmarks.neighbours --arms baseline expand_cl --seeds 1 2 3     # skips runs whose file exists
     python -m benchmarks.neighbours --table
@@ -41,6 +45,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance import prune_channels, remove_gates, select_channels
 from lightning_filterdiv.demo import FashionMNIST, SmallConvNet
 from lightning_filterdiv.shared_basis import share_anchored_filters
+from lightning_filterdiv.wavelet import WaveletModulusMaxima, WaveletReconstruction
 
 EPOCHS, RESNET_EPOCHS, LEARNING_RATE, BATCH, WIDTH = 15, 5, 0.02, 64, 32
 RESULTS = Path(__file__).parent / "results" / "neighbours"
@@ -85,8 +90,16 @@ def accuracy(model: torch.nn.Module, source: FashionMNIST) -> float:
     return round(float(hits.double().mean()), 5)
 
 
-def _fit(seed: int, callbacks: list[Callback], rate: float = LEARNING_RATE, width: int = WIDTH) -> dict[str, Any]:
+def _fit(
+    seed: int,
+    callbacks: list[Callback],
+    rate: float = LEARNING_RATE,
+    width: int = WIDTH,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, Any]:
     source, model = data(seed), classifier(seed, width=width, rate=rate)
+    if transform is not None:
+        _change(source, transform)
     seconds = train(model, source, seed, callbacks)
     return {
         "test_accuracy": accuracy(model, source),
@@ -94,6 +107,12 @@ def _fit(seed: int, callbacks: list[Callback], rate: float = LEARNING_RATE, widt
         "seconds": round(seconds, 1),
         "callbacks": [repr(callback) for callback in callbacks],
     }
+
+
+def _change(source: FashionMNIST, transform: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for part in (source._train, source._test):
+        assert part is not None
+        part.tensors = (transform(part.tensors[0]), part.tensors[1])
 
 
 def _ucp(seed: int, fresh: bool) -> dict[str, Any]:
@@ -116,10 +135,7 @@ def _ucp(seed: int, fresh: bool) -> dict[str, Any]:
 
 def _resnet(seed: int, share: Callable[[torch.nn.Module], Any]) -> dict[str, Any]:
     source = data(seed)
-    assert source._train is not None
-    assert source._test is not None
-    for part in (source._train, source._test):
-        part.tensors = (F.avg_pool2d(part.tensors[0], 2), part.tensors[1])
+    _change(source, lambda images: F.avg_pool2d(images, 2))
     pl.seed_everything(seed, verbose=False)
     net = CifarResNet(14, channels=1)
     share(net)
@@ -143,6 +159,9 @@ ARMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "resnet": lambda seed: _resnet(seed, lambda net: net),
     "anchored": lambda seed: _resnet(seed, share_anchored_filters),
     "anchored_regulator": lambda seed: _resnet(seed, lambda net: share_anchored_filters(net, regulator=True)),
+    "wavelet": lambda seed: _fit(seed, [], transform=WaveletReconstruction(output="add")),
+    "wavelet_edges": lambda seed: _fit(seed, [], transform=WaveletReconstruction()),
+    "maxima": lambda seed: _fit(seed, [], transform=WaveletModulusMaxima(output="add")),
 }
 
 
