@@ -36,6 +36,8 @@ class ChannelImportance(FilterCallback):
         NoLayersError: at ``setup``: no layer is left.
     """
 
+    trainable_only = False  # the gate of a frozen layer trains
+
     def __init__(
         self,
         *,

@@ -1,7 +1,7 @@
 """Squeeze-and-excite gates between a convolution and its norm: what they let through is how much a channel matters.
 
-Chang: "UCP: Uniform channel pruning for deep convolutional neural networks compression and acceleration", arXiv
-2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018) without biases.
+Chang, Lu, Xue, Wei, Wei: "UCP: Uniform channel pruning for deep convolutional neural networks compression and
+acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018) without biases.
 """
 
 from __future__ import annotations

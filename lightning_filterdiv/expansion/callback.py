@@ -54,7 +54,7 @@ class ExpandNet(FilterCallback):
             factors.
     """
 
-    trainable_only = False  # frozen layers are left alone in setup; an expanded layer has no weight to look for
+    trainable_only = False  # frozen layers are expanded too (they may thaw), and get their own weights back
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class ExpandNet(FilterCallback):
         self._expanded: dict[str, ExpandedModule] = {}
         self._kept: dict[str, tuple[nn.Module | None, Factors]] = {}
         self._replaced: dict[int, tuple[str, nn.Parameter]] = {}
+        self._origin: dict[str, tuple[dict[str, nn.Parameter], Factors]] = {}
 
     # ------------------------------------------------------------------ expand, contract
 
@@ -84,7 +85,7 @@ class ExpandNet(FilterCallback):
         if stage != "fit" or self._expanded:
             return
         before = sum(p.numel() for p in pl_module.parameters())
-        chosen = choose_layers(pl_module, self.kind, self.include, self.exclude, trainable_only=True)
+        chosen = choose_layers(pl_module, self.kind, self.include, self.exclude)
         for name, (layer, kind) in chosen.items():
             self._replaced |= {id(p): (name, p) for p in layer.parameters()}
             self._expand(name, layer, kind)
@@ -107,17 +108,26 @@ class ExpandNet(FilterCallback):
                 layer._parameters.update(compact)
         if not isinstance(layer, ExpandedModule):
             # Weights that training made are never thrown away.
-            initial = "keep" if owner is layer else self.initial
+            frozen = not any(p.requires_grad for p in compact.values())
+            initial = "keep" if owner is layer or frozen else self.initial
             expand_layer(layer, kind, self.rate, initial, keyed_generator("expand", self.seed, name))
         expanded = cast(ExpandedModule, layer)
         expanded.compact_state = True
         self._expanded[name] = expanded
+        if not any(p.requires_grad for p in expanded.parameters()):
+            self._origin[name] = (compact, _factors(expanded))
 
     def _contract(self) -> None:
         for name, layer in self._expanded.items():
-            self._kept[name] = (layer, _factors(layer))
+            factors = _factors(layer)
+            self._kept[name] = (layer, factors)
             contract(layer)
-        self._expanded, self._replaced = {}, {}
+            compact, start = self._origin.get(name, ({}, {}))
+            if compact and all(torch.equal(factors[key], start[key].to(factors[key])) for key in start):
+                # Nothing moved: the weights of before, without the rounding of factors.
+                for key, parameter in compact.items():
+                    layer.get_parameter(key).data.copy_(parameter)
+        self._expanded, self._replaced, self._origin = {}, {}, {}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the compact network."""

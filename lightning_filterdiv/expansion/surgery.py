@@ -69,7 +69,6 @@ def choose_layers(
     kinds: Kinds,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    trainable_only: bool = False,
 ) -> dict[str, tuple[Layer, Kind]]:
     """The layers that an expansion of ``kinds`` means: canonical name -> (layer, kind).
 
@@ -77,7 +76,6 @@ def choose_layers(
         model: the network.
         kinds: see :func:`expand`.
         include, exclude: patterns of canonical names.
-        trainable_only: leave frozen layers alone.
 
     Raises:
         NoLayersError: a pattern of ``include`` matches nothing, or no layer is left.
@@ -92,11 +90,16 @@ def choose_layers(
         if name == "weight" and p is not None
     )
     names = [name for name, _, _ in found]
+    noun = {"C": "convolution", "F": "linear layer"}[kinds[0]] + (" or linear layer" if "+" in kinds else "")
+    if not names:
+        raise NoLayersError(
+            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand; build the network in __init__"
+        )
     for pattern in include or ():
         if not fnmatch.filter(names, pattern):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
             raise NoLayersError(
-                f"include pattern {pattern!r} matches no layer that kind={kinds!r} could expand"
+                f"include pattern {pattern!r} matches no {noun}"
                 f"{f'; the closest name is {near[0]!r}' if near else ''}. Available: {', '.join(map(repr, names[:12]))}"
             )
     chosen: dict[str, tuple[Layer, Kind]] = {}
@@ -108,16 +111,14 @@ def choose_layers(
                 continue
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
             continue
-        if trainable_only and not any(p.requires_grad for p in layer.parameters()):
-            continue
         obstacle = _obstacle(layer, kind, shared)
         if obstacle is not None:
             raise ExpansionError(f"layer {name!r} {obstacle}")
         chosen[name] = (layer, kind)
     if not chosen:
         raise NoLayersError(
-            f"no layer of {type(model).__name__} is left for kind={kinds!r} to expand; the convolutions and linear "
-            f"layers are {', '.join(map(repr, names[:12])) or 'none (build the network in __init__)'}"
+            f"no layer of {type(model).__name__} is left for kind={kinds!r} to expand; available: "
+            f"{', '.join(map(repr, names[:12]))}"
         )
     return chosen
 

@@ -1,6 +1,6 @@
 """One kernel for all layers, or for all layers of a stage (DACNN): the convolution itself is shared, norms are not.
 
-Huang et al.: "DACNN: deeply anchored convolutional networks", CVPR Workshops 2019.
+"Deep anchored convolutional neural networks", CVPR Workshops 2019 (arXiv 1904.09764).
 """
 
 from __future__ import annotations

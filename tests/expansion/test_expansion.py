@@ -241,7 +241,7 @@ def _refusals() -> Iterator[Any]:
     yield nn.Sequential(_Own(2, 2, 3)), {"include": ["0"]}, ExpansionError, "'0' is a _Own; only nn.Conv2d"
     yield nn.Sequential(conv(2, 2, 3)), {"kind": "CK", "include": ["0"]}, ExpansionError, "take kind='CL'"
     yield nn.Sequential(conv(2, 2, 3)), {"kind": "CK"}, NoLayersError, "is left for kind='CK'"
-    yield nn.Sequential(conv(2, 2, 3)), {"include": ["conv1"]}, NoLayersError, "'conv1' matches no layer"
+    yield nn.Sequential(conv(2, 2, 3)), {"include": ["conv1"]}, NoLayersError, "'conv1' matches no convolution"
     yield expand(nn.Sequential(conv(2, 2, 3))), {}, ExpansionError, "is expanded already"
     yield _tied(), {"include": ["0"]}, ExpansionError, "shares its weight with another layer"
     yield nn.Sequential(nn.LazyConv2d(2, 3)), {"include": ["0"]}, ExpansionError, "only nn.Conv2d"
