@@ -185,7 +185,7 @@ def _results(folder: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]
 
 
 def table(folder: Path, beginnings: Sequence[str] = ("",), baseline: str = "baseline") -> str:
-    """Markdown: parameters, mean accuracy with a 95 % interval, paired difference to the baseline.
+    """Markdown: parameters, mean accuracy with a 95 % interval, paired difference to the baseline, p of a paired t-test.
 
     Args:
         folder: of the results.
@@ -195,7 +195,10 @@ def table(folder: Path, beginnings: Sequence[str] = ("",), baseline: str = "base
     chosen = [arm for arm in ARMS if arm == baseline or arm.startswith(tuple(beginnings))]
     results = _results(folder, chosen)
     base = {result["seed"]: result["test_accuracy"] for result in results.get(baseline, [])}
-    rows = ["| arm | seeds | parameters | test accuracy % | difference to baseline | p |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| arm | seeds | parameters | test accuracy % | difference to baseline | p (uncorrected) |",
+        "|---|---|---|---|---|---|",
+    ]
     for arm, runs in results.items():
         values = [100 * result["test_accuracy"] for result in runs]
         shared = [result for result in runs if result["seed"] in base]
