@@ -185,7 +185,7 @@ def _results(folder: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]
 
 
 def table(folder: Path, beginnings: Sequence[str] = ("",), baseline: str = "baseline") -> str:
-    """Markdown: parameters, mean accuracy with a 95 % interval, paired difference to the baseline, p of a paired t-test.
+    """Markdown: parameters, mean accuracy with a 95 % interval, paired difference to the baseline, paired t-test.
 
     Args:
         folder: of the results.
