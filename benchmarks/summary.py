@@ -51,6 +51,30 @@ _METHODS = (
         "you choose an architecture and want a second opinion",
     ),
     (
+        "ExpandNet",
+        "expansion",
+        "over-parameterises layers while they train and contracts them exactly; checkpoints are compact (ExpandNets)",
+        "a compact network trains badly (published; not seen in our runs)",
+    ),
+    (
+        "ChannelImportance",
+        "channel_importance",
+        "measures channels with gates (UCP), then cuts the least open ones through the channel graph",
+        "you prune by a measured importance rather than by magnitude",
+    ),
+    (
+        "share_anchored_filters",
+        "shared_basis",
+        "lets all convolutions of a stage use one kernel, with regulators (DACNN)",
+        "parameters are what costs you, even more",
+    ),
+    (
+        "WaveletReconstruction",
+        "wavelet",
+        "a fixed front layer, or a transform, that enhances edges",
+        "edges carry your classes (not seen in our runs)",
+    ),
+    (
         "FilterSimilarityMonitor",
         "monitor",
         "shows how alike filters are, as scalars and figures in your logger; `filterdiv inspect` for a checkpoint",
@@ -131,6 +155,10 @@ _COST: dict[str, Callable[[], str]] = {
     "RePr": lambda: f"{_hooks('repr sub-network phase')} while filters are out",
     "WeightAsynchronousUpdate": lambda: _hooks("wau"),
     "EntropyDepthBound": lambda: "none",
+    "ExpandNet": lambda: "composing the kernels: not measured",
+    "ChannelImportance": lambda: "a gate per layer while it measures: not measured",
+    "share_anchored_filters": lambda: "none, or a 1x1 convolution per block",
+    "WaveletReconstruction": lambda: "one fixed transform of the images: not measured",
     "FilterSimilarityMonitor": _looks,
 }
 _EVIDENCE: dict[str, Callable[[], str]] = {
@@ -143,5 +171,11 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
         f"6 convolutions per stage against the bound's 3, equal parameters: "
         f"{_difference('entropy_depth', 'depth6', 'depth3')}"
     ),
+    "ExpandNet": lambda: f"accuracy {_difference('neighbours', 'expand_cl', 'baseline')}",
+    "ChannelImportance": lambda: (
+        f"half of the filters, accuracy {_difference('neighbours', 'ucp', 'narrow')} against the narrow network"
+    ),
+    "share_anchored_filters": lambda: f"accuracy {_difference('neighbours', 'anchored', 'resnet')}",
+    "WaveletReconstruction": lambda: f"accuracy {_difference('neighbours', 'wavelet', 'baseline')}",
     "FilterSimilarityMonitor": lambda: "changes no weight (test)",
 }

@@ -40,6 +40,9 @@ ROOMS = {
         "repr_": ("functional",),
         "async_update": (),
         "entropy_depth": (),
+        "expansion": (),
+        "channel_importance": (),
+        "wavelet": (),
         "monitor": ("functional", "views", "figures", "history_figures", "comparison", "report", "events"),
         "channel_graph": (),
     }.items()

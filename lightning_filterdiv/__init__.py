@@ -5,7 +5,9 @@ from importlib.metadata import version
 from lightning_filterdiv.async_update import WeightAsynchronousUpdate
 from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.centripetal import CentripetalSGD
+from lightning_filterdiv.channel_importance import ChannelImportance
 from lightning_filterdiv.entropy_depth import EntropyDepthBound
+from lightning_filterdiv.expansion import ExpandNet
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.orthonormality import BasisOrthonormality
 from lightning_filterdiv.repr_ import RePr
@@ -15,7 +17,9 @@ __version__ = version("lightning-filterdiv")
 __all__ = [
     "BasisOrthonormality",
     "CentripetalSGD",
+    "ChannelImportance",
     "EntropyDepthBound",
+    "ExpandNet",
     "FilterCallback",
     "FilterSimilarityMonitor",
     "RePr",

@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from lightning_filterdiv import (
     BasisOrthonormality,
     CentripetalSGD,
+    ChannelImportance,
     EntropyDepthBound,
+    ExpandNet,
     FilterCallback,
     FilterSimilarityMonitor,
     RePr,
@@ -45,6 +47,9 @@ class Case:
         gradients_only: it writes gradients back, one operation per tensor on a CPU (one kernel for all on a GPU).
         kernels: most kernels that one step of ``per_step`` may start on a GPU for a CIFAR ResNet.
         variant: another configuration of a callback that has a case already; the slowest suites run it under ``soak``.
+        lr_scale: by what the learning rates of the suites are multiplied: a product of three factors takes about three
+            steps at once, and the suites' SGD is at the edge of divergence as it is; gates halve a signal that no norm
+            restores.
         refused_precisions: values of Trainer's ``precision`` that it refuses.
     """
 
@@ -57,6 +62,7 @@ class Case:
     gradients_only: bool = False
     kernels: int = 90
     variant: bool = False
+    lr_scale: float = 1.0
     refused_precisions: tuple[str, ...] = ()
 
     def make(self, **overrides: Any) -> FilterCallback:
@@ -265,6 +271,27 @@ CASES: tuple[Case, ...] = (
         ),
         trains_differently=False,
     ),
+    Case(
+        name="expand",
+        cls=ExpandNet,
+        arguments={"rate": 2},
+        wrong=(
+            *_SELECTION,
+            ({"kind": "CX"}, ValueError, "kind must be one of 'CL', 'CK', 'FC', 'CL+FC', 'CK+FC', got 'CX'"),
+            ({"rate": 0}, ValueError, "rate must be an integer >= 1, got 0"),
+            ({"rate": 1.5}, TypeError, "rate must be an integer >= 1"),
+            ({"initial": "zero"}, ValueError, "initial must be one of 'keep', 'fresh', got 'zero'"),
+            ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+        ),
+        lr_scale=1 / 3,
+    ),
+    Case(
+        name="importance",
+        cls=ChannelImportance,
+        wrong=(*_SELECTION, ({"seed": -1}, ValueError, "seed must be an integer >= 0")),
+        lr_scale=1.5,
+    ),
+    Case(name="expand_fresh", cls=ExpandNet, arguments={"initial": "fresh"}, lr_scale=1 / 3, variant=True),
 )
 #: Cases of the slowest suites: variants of a callback run under ``soak``.
 SLOW_CASES = tuple(pytest.param(case, marks=pytest.mark.soak) if case.variant else case for case in CASES)

@@ -21,14 +21,14 @@ from lightning_filterdiv.shared_basis.modules import (
 )
 from lightning_filterdiv.shared_basis.stages import ROLES, find_stages, stage_width
 
-__all__ = ["SharingError", "share_filter_bases"]
+__all__ = ["SharingError", "SharingPlan", "check_layers", "replace_layer", "share_filter_bases"]
 
 
 class SharingError(ValueError):
     """A basis cannot be shared as asked. The message names the layer, or the argument, and the fix."""
 
 
-def _check(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
+def check_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
     """The layers as convolutions that can share filters.
 
     Raises:
@@ -87,7 +87,8 @@ def _basis(like: nn.Conv2d, filters: int, gram: str, pool: str = "") -> FilterBa
     )
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place of the module called ``name``, in its mode."""
     parent, _, key = name.rpartition(".")
     container = model.get_submodule(parent)
     layer.train(container.training)
@@ -106,7 +107,7 @@ def _orthonormal(bases: Sequence[FilterBasis]) -> None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class SharingPlan:
     """One Gram: bases that are orthonormal together, and who uses which."""
 
     name: str
@@ -117,6 +118,7 @@ class _Plan:
     whole: bool = False  # the basis is the layer
 
     def check_rank(self) -> None:
+        """Raise SharingError where there are more filters than numbers in a filter."""
         conv = next(iter(self.users[0].values()))
         d = conv.weight[0].numel()
         rows = self.filters * len(self.users)
@@ -129,17 +131,18 @@ class _Plan:
             )
 
     def apply(self, model: nn.Module) -> None:
+        """Put the bases and their users into ``model``."""
         bases = []
         for users in self.users:
             basis = _basis(next(iter(users.values())), self.filters, self.name, self.pool)
             bases.append(basis)
             for name, conv in users.items():
                 if self.whole:
-                    _replace(model, name, SharedConv2d(basis))
+                    replace_layer(model, name, SharedConv2d(basis))
                 else:
                     bias = conv.bias is not None
                     layer = SharedBasisConv2d(basis, conv.out_channels, unique=self.unique, bias=bias)
-                    _replace(model, name, layer)
+                    replace_layer(model, name, layer)
         _orthonormal(bases)
 
 
@@ -196,7 +199,9 @@ def share_filter_bases(
     if layers is not None:
         if stages is not None or double:
             raise ValueError("layers says which layers share; give neither stages nor double beside it")
-        plans = [_Plan(name, [_check(_named(model, names))], filters, own) for name, names in _groups(layers)]
+        plans = [
+            SharingPlan(name, [check_layers(_named(model, names))], filters, own) for name, names in _groups(layers)
+        ]
     else:
         plans = list(
             _stage_plans(model, filters, own, double, stages, counted=shared is not None or unique is not None)
@@ -246,7 +251,7 @@ def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 
 def _stage_plans(
     model: nn.Module, shared: int, unique: int, double: bool, chosen: Sequence[str] | None, counted: bool
-) -> Iterator[_Plan]:
+) -> Iterator[SharingPlan]:
     found = find_stages(model)
     usable = [stage for stage in found if stage.can_share]
     names = [stage.name for stage in usable]
@@ -282,11 +287,11 @@ def _stage_plans(
         positions = stage.sharing()
         if stage.kind != "basic":
             for role, layer in list(zip(ROLES[stage.kind], positions, strict=True))[: 2 if double else 1]:
-                convs = _check(layer)
+                convs = check_layers(layer)
                 width = next(iter(convs.values())).out_channels
-                yield _Plan(f"{stage.name}.{role}", [convs], width, 0, pool=role, whole=True)
+                yield SharingPlan(f"{stage.name}.{role}", [convs], width, 0, pool=role, whole=True)
             continue
         ratio = stage_width(stage) / narrow
-        together = _check({**positions[0], **positions[1]})
-        users = [_check(position) for position in positions] if double else [together]
-        yield _Plan(stage.name, users, round(shared * ratio), round(unique * ratio))
+        together = check_layers({**positions[0], **positions[1]})
+        users = [check_layers(position) for position in positions] if double else [together]
+        yield SharingPlan(stage.name, users, round(shared * ratio), round(unique * ratio))

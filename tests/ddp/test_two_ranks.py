@@ -227,6 +227,48 @@ def test_shared_bases_stay_one_parameter_in_sync(tmp_path: Path) -> None:
     assert len(list(shared_bases(again.model))) == 3
 
 
+def test_importance_is_the_mean_over_all_ranks(tmp_path: Path) -> None:
+    """Of the images that both ranks saw, also in a run that rank 0's checkpoint resumed in the middle of an epoch."""
+    from lightning_filterdiv import ChannelImportance
+
+    class Recorder(ChannelImportance):
+        def prepare(self, trainer: Any, pl_module: Any) -> None:
+            super().prepare(trainer, pl_module)
+            self.rows: dict[str, list[torch.Tensor]] = {}
+            for name, conv in self.layers.items():
+                conv.gate.excite.register_forward_hook(  # type: ignore[union-attr,operator]
+                    lambda m, i, out, name=name: self.rows.setdefault(name, []).append(torch.sigmoid(out.detach()))
+                )
+
+    options: dict[str, Any] = {"max_steps": -1, "max_epochs": 2}
+    arguments, step = KINDS["mid_epoch"]
+    checkpoint = ModelCheckpoint(dirpath=shared(tmp_path), filename="{step}", save_top_k=-1, **arguments)
+    callback = Recorder()
+    fit_ddp([callback, checkpoint], **options)
+    differ = []
+    for name, gates in callback.importance.items():
+        own = torch.cat(callback.rows[name][-6:]).double()
+        assert len(own) == 6 * 16
+        rows: list[Any] = [None, None]
+        dist.all_gather_object(rows, own)
+        torch.testing.assert_close(gates, torch.cat(rows).mean(0), rtol=1e-6, atol=1e-9)
+        differ.append(not torch.equal(rows[0].mean(0), rows[1].mean(0)))
+    assert any(differ), "ranks must see different images"
+    resumed = ChannelImportance()
+    path = shared(tmp_path) / f"step={step}.ckpt"
+    # A subclass has a state key of its own; its state is that of its parent.
+    saved = torch.load(path, weights_only=True)
+    saved["callbacks"] = {resumed.state_key: saved["callbacks"][callback.state_key]}
+    if RANK == 0:
+        torch.save(saved, shared_copy := path.with_name("parent.ckpt"))
+        assert shared_copy.exists()
+    dist.barrier()
+    fit_ddp([resumed], ckpt_path=str(path.with_name("parent.ckpt")), model=Classifier(seed=1), **options)
+    assert list(resumed.importance) == list(callback.importance)
+    for name, gates in callback.importance.items():
+        assert torch.equal(gates, resumed.importance[name])
+
+
 def test_the_monitor_writes_once(tmp_path: Path) -> None:
     """Beside RePr, with figures: one writer, no hang, and rank 0 alone has looked."""
     from lightning.pytorch.loggers import TensorBoardLogger

@@ -69,7 +69,7 @@ def test_other_precisions(case: Case, precision: str) -> None:
             fit([case.make()], precision=precision)
         return
     # AdamW: the suites' SGD is at the edge of divergence in bfloat16 parameters, with and without a callback.
-    run = fit([case.make()], model=Classifier("adamw"), max_epochs=6, precision=precision)
+    run = fit([case.make()], model=Classifier("adamw", lr_scale=case.lr_scale), max_epochs=6, precision=precision)
     losses = list(run.model.losses.values())
     assert sum(losses[-6:]) < sum(losses[:6])
     expected = {"bf16-mixed": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
@@ -187,10 +187,10 @@ def test_masking_after_clipping_is_caught() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_manual_optimization(case: Case) -> None:
-    run = fit([case.make()], model=ManualClassifier(), max_epochs=6)
+    run = fit([case.make()], model=ManualClassifier(lr_scale=case.lr_scale), max_epochs=6)
     losses = list(run.model.losses.values())
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
-    plain = fit(model=ManualClassifier(), max_epochs=6)
+    plain = fit(model=ManualClassifier(lr_scale=case.lr_scale), max_epochs=6)
     assert bool(differing(run.tensors(), plain.tensors())) is case.trains_differently
 
 

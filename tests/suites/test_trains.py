@@ -14,11 +14,11 @@ from tests.support.training import OPTIMIZERS, Classifier, differing, fit
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_trains(case: Case, optimizer: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        run = fit([case.make()], model=Classifier(optimizer), max_epochs=6)
+        run = fit([case.make()], model=Classifier(optimizer, lr_scale=case.lr_scale), max_epochs=6)
     losses = list(run.model.losses.values())
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
     assert f"{case.cls.__name__}: 4 layers, 30 filters" in caplog.text
-    plain = fit(model=Classifier(optimizer), max_epochs=6)
+    plain = fit(model=Classifier(optimizer, lr_scale=case.lr_scale), max_epochs=6)
     assert bool(differing(run.tensors(), plain.tensors())) is case.trains_differently
 
 

@@ -51,11 +51,13 @@ def batches(batch_size: int = 16, rank: int = 0, world_size: int = 1, steps: int
 class Classifier(pl.LightningModule):
     """Records what it saw: the loss and a fingerprint of the batch by global step."""
 
-    def __init__(self, optimizer: str = "sgd", net: nn.Module | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, optimizer: str = "sgd", net: nn.Module | None = None, seed: int = 0, lr_scale: float = 1.0
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.net = net if net is not None else small_net()
-        self.optimizer_name = optimizer
+        self.optimizer_name, self.lr_scale = optimizer, lr_scale
         self.losses: dict[int, float] = {}
         self.seen: dict[tuple[int, int], float] = {}
         self.hook: Callable[[Classifier, int], None] | None = None
@@ -76,14 +78,20 @@ class Classifier(pl.LightningModule):
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return OPTIMIZERS[self.optimizer_name](self.parameters())
+        return self.make_optimizer(self.optimizer_name, self.parameters())
+
+    def make_optimizer(self, name: str, parameters: Any) -> torch.optim.Optimizer:
+        optimizer = OPTIMIZERS[name](parameters)
+        for group in optimizer.param_groups:
+            group["lr"] *= self.lr_scale
+        return optimizer
 
 
 class ManualClassifier(Classifier):
     """Manual optimization with two optimizers: the first steps every batch, the second every other batch."""
 
-    def __init__(self, wrapped: bool = True) -> None:
-        super().__init__()
+    def __init__(self, wrapped: bool = True, lr_scale: float = 1.0) -> None:
+        super().__init__(lr_scale=lr_scale)
         self.automatic_optimization = False
         self.wrapped = wrapped
 
@@ -101,7 +109,7 @@ class ManualClassifier(Classifier):
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         head = list(self.net[5:].parameters())
         body = list(self.net[:5].parameters())
-        return [OPTIMIZERS["sgd"](body), OPTIMIZERS["adamw"](head)], []
+        return [self.make_optimizer("sgd", body), self.make_optimizer("adamw", head)], []
 
 
 @dataclass

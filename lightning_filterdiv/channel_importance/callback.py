@@ -1,0 +1,172 @@
+"""``ChannelImportance``: gates while training, and what they let through."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_filterdiv.arguments import check_integer
+from lightning_filterdiv.callback import FilterCallback
+from lightning_filterdiv.channel_importance.gates import GatedConv2d, gated_layers, insert_gates
+from lightning_filterdiv.filters import Conv
+
+__all__ = ["ChannelImportance"]
+
+
+class ChannelImportance(FilterCallback):
+    """Train with squeeze-and-excite gates between convolutions and norms, and average what they let through (UCP).
+
+    Gates are inserted in ``setup``, before ``configure_optimizers``, and stay in the network: it was trained with
+    them. The importance of a channel is the mean of its gate over the images of the last epoch, as they were trained
+    on; under DDP over those of all ranks.
+
+    Args:
+        include: patterns of layers; ``None``: every ungrouped ``nn.Conv2d``.
+        exclude: patterns of layers to leave out.
+        seed: of the gates' weights.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; at ``setup`` a layer in ``include`` that cannot have a gate.
+        NoLayersError: at ``setup``: no layer is left.
+    """
+
+    trainable_only = False  # the gate of a frozen layer trains
+
+    def __init__(
+        self,
+        *,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        seed: int = 0,
+        check_ranks_every_n_steps: int = 0,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
+        self.seed = check_integer("seed", seed, low=0)
+        self._widths: dict[str, int] = {}
+        self._sums: Tensor | None = None
+        self._finished: Tensor | None = None
+        self._epoch = -1
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        """Layer -> ``(C,)`` mean gates in (0, 1), float64 on the CPU: of the last whole epoch, else of what was seen.
+
+        Empty before the first step.
+        """
+        sums = self._finished if self._finished is not None else self._sums
+        return {} if sums is None else self._split(sums)
+
+    def _split(self, sums: Tensor) -> dict[str, Tensor]:
+        parts = sums.double().cpu().split([count + 1 for count in self._widths.values()])
+        return {name: part[:-1] / part[-1].clamp_min(1) for name, part in zip(self._widths, parts, strict=True)}
+
+    # ------------------------------------------------------------------ start, end
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Insert the gates before the optimizers are made."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            insert_gates(pl_module, self.include, self.exclude, seed=self.seed)
+
+    def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
+        """The layers with a gate that are meant."""
+        gated = gated_layers(pl_module)
+        return {name: conv for name, conv in super().choose(pl_module).items() if name in gated}
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the gates count."""
+        widths = {name: conv.out_channels for name, conv in self.layers.items()}
+        if widths != self._widths:
+            self._widths, self._sums, self._finished = widths, None, None
+        for conv in self._gated():
+            conv.gate.total = torch.zeros(conv.out_channels + 1, device=conv.weight.device)
+        device = next(iter(self.layers.values())).weight.device
+        if self._sums is None:
+            self._sums = torch.zeros(sum(widths.values()) + len(widths))
+        # A sum over an epoch in float32 would forget small changes; MPS has nothing wider.
+        self._sums = self._sums.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    def _gated(self) -> list[GatedConv2d]:
+        return cast(list[GatedConv2d], list(self.layers.values()))
+
+    def release(self) -> None:
+        """The gates stop counting; they stay in the network."""
+        for conv in self._gated():
+            if isinstance(conv, GatedConv2d):
+                conv.gate.total = None
+
+    def reset(self) -> None:
+        """Forget what an earlier fit saw."""
+        self._widths, self._sums, self._finished, self._epoch = {}, None, None, -1
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin a new average where a new epoch begins."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if trainer.current_epoch != self._epoch:
+            self._finish()
+            assert self._sums is not None
+            self._sums.zero_()
+            self._epoch = trainer.current_epoch
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add what all ranks saw: after every step, so that a checkpoint of rank 0 holds the whole sum."""
+        totals = [cast(Tensor, conv.gate.total) for conv in self._gated()]
+        seen = torch.cat(totals)
+        if trainer.world_size > 1:
+            dist.all_reduce(seen)
+        assert self._sums is not None
+        self._sums += seen
+        torch._foreach_zero_(totals)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The average is complete."""
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._epoch >= 0 and self._sums is not None:
+            self._finished = self._sums.clone()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how far gates differ."""
+        spans = {name: (float(gates.min()), float(gates.max())) for name, gates in self.importance.items()}
+        listed = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in list(spans.items())[:8])
+        rank_zero_info(f"ChannelImportance: mean gates of {listed}")
+
+    def touched_tensors(self) -> dict[str, Tensor]:
+        """Weights, gates and sums."""
+        return super().touched_tensors() | ({"sums": self._sums} if self._sums is not None else {})
+
+    # ------------------------------------------------------------------ state
+
+    def extra_state(self) -> dict[str, Any]:
+        """Sums so far, those of the last whole epoch, and whose they are."""
+        return {
+            "widths": [[name, count] for name, count in self._widths.items()],
+            "sums": None if self._sums is None else self._sums.clone(),
+            "finished": None if self._finished is None else self._finished.clone(),
+            "epoch": self._epoch,
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`extra_state`."""
+        if not isinstance(state["widths"], list):
+            raise TypeError("widths must be a list of (layer, channels)")
+        self._widths = {str(name): int(count) for name, count in state["widths"]}
+        size = sum(self._widths.values()) + len(self._widths)
+        for key in ("sums", "finished"):
+            if not (state[key] is None or (isinstance(state[key], Tensor) and state[key].shape == (size,))):
+                raise ValueError(f"{key} must hold {size} numbers or None, got {state[key]!r}")
+        self._sums, self._finished, self._epoch = state["sums"], state["finished"], int(state["epoch"])

@@ -1,0 +1,176 @@
+"""Squeeze-and-excite gates between a convolution and its norm: what they let through is how much a channel matters.
+
+Chang, Lu, Xue, Wei, Wei: "UCP: Uniform channel pruning for deep convolutional neural networks compression and
+acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018) without biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_filterdiv.filters import NoLayersError, canonical_name, select_filters
+from lightning_filterdiv.randomness import keyed_generator
+
+__all__ = [
+    "REDUCTION", "ChannelGate", "GatedConv2d", "gated_layers", "insert_gates", "measure_importance", "remove_gates",
+]  # fmt: skip
+
+#: Channels per hidden unit of a gate.
+REDUCTION = 16
+
+
+class ChannelGate(nn.Module):
+    """``y = x * sigmoid(excite(ReLU(squeeze(mean of x over space))))``, one factor in (0, 1) per image and channel.
+
+    Args:
+        channels: ``C``; the hidden layer has ``C / 16`` units, at least one. No biases.
+        generator: for the weights, on the CPU; ``None``: torch's global one.
+
+    Attributes:
+        total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number.
+    """
+
+    def __init__(self, channels: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        hidden = max(1, channels // REDUCTION)
+        self.squeeze = nn.Linear(channels, hidden, bias=False, device="meta")
+        self.excite = nn.Linear(hidden, channels, bias=False, device="meta")
+        for linear in (self.squeeze, self.excite):
+            drawn = torch.rand(linear.weight.shape, generator=generator)
+            linear.weight = nn.Parameter((2 * drawn - 1) * linear.in_features**-0.5)
+        # A plain attribute: DDP would overwrite a buffer with rank 0's before every forward.
+        self.total: Tensor | None = None
+
+    def factors(self, x: Tensor) -> Tensor:
+        """``(B, C)`` of ``x``, ``(B, C, H, W)``."""
+        gates: Tensor = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
+        return gates
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        gates = self.factors(x)
+        if self.training and self.total is not None:
+            with torch.no_grad():
+                self.total[:-1] += gates.detach().sum(0)
+                self.total[-1] += len(gates)
+        return x * gates[:, :, None, None]
+
+
+class GatedConv2d(nn.Conv2d):
+    """A convolution whose outputs pass a :class:`ChannelGate`; made by :func:`insert_gates` only."""
+
+    gate: ChannelGate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in, H, W)`` to ``(B, out, H', W')``."""
+        y: Tensor = self.gate(super().forward(x))
+        return y
+
+
+def gated_layers(model: nn.Module) -> dict[str, GatedConv2d]:
+    """Canonical name -> convolution with a gate."""
+    return {canonical_name(n): m for n, m in model.named_modules() if isinstance(m, GatedConv2d)}
+
+
+def insert_gates(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, *, seed: int = 0
+) -> nn.Module:
+    """Put a gate behind convolutions, in place; the modules stay the same objects.
+
+    Args:
+        model: the network (a ``LightningModule`` works too), before its optimizer is made.
+        include: patterns of layers; ``None``: every ``nn.Conv2d`` that is not grouped.
+        exclude: patterns of layers to leave out.
+        seed: of the gates' weights, which depend on it and on the layer's name alone.
+
+    Returns:
+        ``model``. Layers that have a gate keep it.
+
+    Raises:
+        NoLayersError: no layer is left.
+        ValueError: a layer that ``include`` names is no ungrouped ``nn.Conv2d``.
+    """
+    chosen: dict[str, nn.Conv2d] = {}
+    for name, conv in select_filters(model, include, exclude).items():
+        if type(conv) in (nn.Conv2d, GatedConv2d) and conv.groups == 1:
+            chosen[name] = cast(nn.Conv2d, conv)
+        elif include is not None:
+            raise ValueError(
+                f"layer {name!r} is a {type(conv).__name__} with {conv.groups} groups; gates go behind ungrouped "
+                f"nn.Conv2d layers, leave it out with exclude"
+            )
+    if not chosen:
+        raise NoLayersError(f"{type(model).__name__} has no ungrouped nn.Conv2d to put a gate behind")
+    for name, conv in chosen.items():
+        if not isinstance(conv, GatedConv2d):
+            conv.__class__ = GatedConv2d
+            gate = ChannelGate(conv.out_channels, keyed_generator("gate", seed, name))
+            conv.add_module("gate", gate.to(conv.weight.device, conv.weight.dtype).train(conv.training))
+    return model
+
+
+def remove_gates(model: nn.Module) -> nn.Module:
+    """Take all gates out again, in place. What was trained with them computes something else without.
+
+    Raises:
+        NoLayersError: there is none.
+    """
+    layers = gated_layers(model)
+    if not layers:
+        raise NoLayersError(
+            f"{type(model).__name__} has no gate to remove; insert_gates or ChannelImportance adds them"
+        )
+    for conv in layers.values():
+        del conv.gate
+        conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+    return model
+
+
+@torch.no_grad()
+def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Mean gate of every channel over images, in eval mode.
+
+    Args:
+        model: with gates, trained.
+        batches: of inputs ``(B, C, H, W)``, or of tuples that begin with them.
+
+    Returns:
+        Canonical layer name -> ``(C,)`` in (0, 1), float64 on the CPU.
+
+    Raises:
+        NoLayersError: the model has no gates.
+        ValueError: no images.
+    """
+    layers = gated_layers(model)
+    if not layers:
+        raise NoLayersError(f"{type(model).__name__} has no gates; insert_gates or ChannelImportance adds them")
+    mode = {module: module.training for module in model.modules()}
+    sums: dict[str, Tensor] = {}
+    images = 0
+
+    def watch(name: str) -> Any:
+        def hook(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen = cast(ChannelGate, gate).factors(inputs[0]).double().sum(0).cpu()
+            sums[name] = sums[name] + seen if name in sums else seen
+
+        return hook
+
+    handles = [conv.gate.register_forward_pre_hook(watch(name)) for name, conv in layers.items()]
+    try:
+        model.eval()
+        for batch in batches:
+            x = batch if isinstance(batch, Tensor) else batch[0]
+            images += len(x)
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in mode.items():
+            module.training = training
+    if not images:
+        raise ValueError("batches holds no images to measure importance on")
+    return {name: total / images for name, total in sums.items()}

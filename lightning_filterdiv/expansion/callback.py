@@ -1,0 +1,207 @@
+"""``ExpandNet``: the network is expanded while it trains and compact before, after and in every checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_filterdiv.arguments import check_choice, check_integer
+from lightning_filterdiv.callback import FilterCallback
+from lightning_filterdiv.expansion.layers import ExpandedModule
+from lightning_filterdiv.expansion.surgery import (
+    Initial,
+    Kinds,
+    Layer,
+    choose_layers,
+    contract,
+    expand_layer,
+    set_factors,
+)
+from lightning_filterdiv.filters import Conv
+from lightning_filterdiv.randomness import keyed_generator
+
+__all__ = ["ExpandNet"]
+
+Factors = dict[str, Tensor]
+
+
+class ExpandNet(FilterCallback):
+    """Train over-parameterised, keep the compact network (ExpandNets, Guo et al., NeurIPS 2020).
+
+    Layers are expanded in ``setup``, before ``configure_optimizers``, and contracted when the fit ends, however it
+    ends. ``state_dict`` shows the compact network all the time: every checkpoint loads into the model's own class,
+    with or without this callback; the factors are in the callback's state, so that a resume with it is exact.
+
+    Args:
+        kind: ``"CL"``: 1x1, k x k, 1x1 for each convolution larger than 1x1; ``"CK"``: 3x3 convolutions for kernels of
+            5x5 and more; ``"FC"``: three linear layers for each; ``"CL+FC"``, ``"CK+FC"``: both.
+        rate: how many times more channels the factors have.
+        initial: ``"keep"``: start from the weights that the network has; ``"fresh"``: draw new ones.
+        include: patterns of layers; ``None`` for all that ``kind`` means.
+        exclude: patterns of layers to leave as they are.
+        seed: of the factors.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+        ExpansionError, NoLayersError: at ``setup``: a layer that is meant cannot be expanded, or none is left.
+        MisconfigurationException: the optimizer was made before ``setup``; or a checkpoint is resumed that holds no
+            factors.
+    """
+
+    trainable_only = False  # frozen layers are expanded too (they may thaw), and get their own weights back
+
+    def __init__(
+        self,
+        *,
+        kind: Kinds = "CL",
+        rate: int = 4,
+        initial: Initial = "keep",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        seed: int = 0,
+        check_ranks_every_n_steps: int = 0,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
+        self.kind = check_choice("kind", kind, Kinds)
+        self.rate = check_integer("rate", rate, low=1)
+        self.initial = check_choice("initial", initial, Initial)
+        self.seed = check_integer("seed", seed, low=0)
+        self._expanded: dict[str, ExpandedModule] = {}
+        self._kept: dict[str, tuple[nn.Module | None, Factors]] = {}
+        self._replaced: dict[int, tuple[str, nn.Parameter]] = {}
+        self._origin: dict[str, tuple[dict[str, nn.Parameter], Factors]] = {}
+
+    # ------------------------------------------------------------------ expand, contract
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Expand before the optimizers are made."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self._expanded:
+            return
+        before = sum(p.numel() for p in pl_module.parameters())
+        chosen = choose_layers(pl_module, self.kind, self.include, self.exclude)
+        for name, (layer, kind) in chosen.items():
+            self._replaced |= {id(p): (name, p) for p in layer.parameters()}
+            self._expand(name, layer, kind)
+        after = sum(p.numel() for p in pl_module.parameters())
+        rank_zero_info(f"ExpandNet: {before:,} parameters become {after:,} while training")
+
+    def _expand(self, name: str, layer: Layer, kind: Any) -> None:
+        owner, factors = self._kept.get(name, (None, {}))
+        compact = {key: p for key, p in layer._parameters.items() if p is not None}
+        if owner is layer:  # a second fit of this network: go on where the first ended
+            count = sum(key.startswith("weight") for key in factors)
+            parts = [[factors[f"{part}_{i}"] for i in range(1, count + 1) if f"{part}_{i}" in factors]
+                     for part in ("weight", "bias")]  # fmt: skip
+            set_factors(layer, kind, self.rate, parts[0], parts[1] or None)
+            expanded = cast(ExpandedModule, layer)
+            with torch.no_grad():
+                same = all(torch.equal(getattr(expanded, key), value) for key, value in compact.items())
+            if not same:
+                contract(expanded)
+                layer._parameters.update(compact)
+        if not isinstance(layer, ExpandedModule):
+            # Weights that training made are never thrown away.
+            frozen = not any(p.requires_grad for p in compact.values())
+            initial = "keep" if owner is layer or frozen else self.initial
+            expand_layer(layer, kind, self.rate, initial, keyed_generator("expand", self.seed, name))
+        expanded = cast(ExpandedModule, layer)
+        expanded.compact_state = True
+        self._expanded[name] = expanded
+        if not any(p.requires_grad for p in expanded.parameters()):
+            self._origin[name] = (compact, _factors(expanded))
+
+    def _contract(self) -> None:
+        for name, layer in self._expanded.items():
+            factors = _factors(layer)
+            self._kept[name] = (layer, factors)
+            contract(layer)
+            compact, start = self._origin.get(name, ({}, {}))
+            if compact and all(torch.equal(factors[key], start[key].to(factors[key])) for key in start):
+                # Nothing moved: the weights of before, without the rounding of factors.
+                for key, parameter in compact.items():
+                    layer.get_parameter(key).data.copy_(parameter)
+        self._expanded, self._replaced, self._origin = {}, {}, {}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the compact network."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._contract()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the compact network."""
+        super().on_exception(trainer, pl_module, exception)
+        self._contract()
+
+    # ------------------------------------------------------------------ checks
+
+    def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
+        """The expanded layers."""
+        return cast(dict[str, Conv], dict(self._expanded))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse compact weights for which no factors were restored."""
+        waiting = [name for name, layer in self._expanded.items() if layer.pending]
+        if waiting:
+            raise MisconfigurationException(
+                f"the checkpoint holds compact weights of {waiting[0]!r} but no factors: it was saved without "
+                f"ExpandNet and cannot be resumed with it. Load its weights into the model (load_from_checkpoint) and "
+                f"start a new fit with initial='keep'"
+            )
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse optimizers that would go on training the weights that factors replaced."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) in self._replaced:
+                        raise MisconfigurationException(
+                            f"{type(optimizer).__name__} holds the weight of {self._replaced[id(parameter)][0]!r} from "
+                            f"before ExpandNet expanded it; make optimizers in configure_optimizers, not earlier"
+                        )
+
+    def _check_restored_layers(self, saved: Any, present: Any) -> None:
+        super()._check_restored_layers(saved, {**present, **self.layers})  # linear layers too
+
+    # ------------------------------------------------------------------ state
+
+    def extra_state(self) -> dict[str, Any]:
+        """The factors, as a list of (layer, parameter, tensor)."""
+        factors = {name: _factors(layer) for name, layer in self._expanded.items()}
+        if not factors:
+            factors = {name: kept for name, (_, kept) in self._kept.items()}
+        return {"factors": [[name, key, tensor] for name, kept in factors.items() for key, tensor in kept.items()]}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the factors."""
+        if not isinstance(state["factors"], list):
+            raise TypeError("factors must be a list of (layer, parameter, tensor)")
+        saved: dict[str, Factors] = {}
+        for name, key, tensor in state["factors"]:
+            saved.setdefault(name, {})[key] = tensor
+        for name, layer in self._expanded.items():
+            own = {key: tuple(p.shape) for key, p in layer.named_parameters()}
+            given = {key: tuple(tensor.shape) for key, tensor in saved.get(name, {}).items()}
+            if own != given:
+                raise ValueError(
+                    f"the factors of {name!r} have shapes {list(given.values())} there, {list(own.values())} here: "
+                    f"resume with the same kind, rate and layers"
+                )
+        for name, layer in self._expanded.items():
+            with torch.no_grad():
+                for key, parameter in layer.named_parameters():
+                    parameter.copy_(saved[name][key])
+            layer.pending = False
+        if not self._expanded:
+            self._kept = {name: (None, factors) for name, factors in saved.items()}
+
+
+def _factors(layer: nn.Module) -> Factors:
+    return {key: p.detach().clone() for key, p in layer.named_parameters()}

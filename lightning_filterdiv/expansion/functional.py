@@ -1,0 +1,197 @@
+"""Chains of linear layers as one: composing kernels and biases, and factors that compose to a given kernel.
+
+Guo, Alvarez, Salzmann: "ExpandNets: Linear Over-parameterization to Train Compact Convolutional Networks", NeurIPS
+2020, section 3. Weights are those of convolutions, ``(out, in/groups, *kernel)``; a linear layer is a 1x1 convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["IMAGE_CHANNELS", "Kind", "compose", "compose_bias", "compose_chain", "draw_factors", "factor_shapes"]
+
+Kind = Literal["CL", "CK", "FC"]
+Shape = tuple[int, int, int, int]
+#: A layer that reads no more channels than an image has keeps their number in its first factor (official code).
+IMAGE_CHANNELS = 3
+
+
+def compose(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
+    """The kernel of "first ``first``, then ``second``".
+
+    Args:
+        first: ``(H, I/groups, a, b)``.
+        second: ``(O, H/groups, p, q)``, with stride 1 between the two (the first's stride is 1).
+        groups: of both.
+
+    Returns:
+        ``(O, I/groups, a+p-1, b+q-1)``: ``W[o, i] = sum_h second[o, h] * first[h, i]``, ``*`` the full convolution of
+        two kernels. One batched matrix product, so that TF32 convolutions of a GPU do not touch it.
+    """
+    hidden, inputs, a, b = first.shape
+    outputs, _, p, q = second.shape
+    left = first.reshape(groups, hidden // groups, inputs * a * b)
+    right = second.reshape(groups, outputs // groups, hidden // groups, p * q)
+    pairs = torch.einsum("ghx,gohy->goxy", left, right)
+    if a * b == 1:
+        return pairs.reshape(outputs, inputs, p, q)
+    if p * q == 1:
+        return pairs.reshape(outputs, inputs, a, b)
+    return F.fold(pairs.flatten(0, 1), (a + p - 1, b + q - 1), (a, b))
+
+
+def compose_bias(first: Tensor, second: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
+    """The bias of "first a layer with bias ``first``, then ``second`` with ``bias``".
+
+    Args:
+        first: ``(H,)``.
+        second: ``(O, H/groups, p, q)``.
+        bias: ``(O,)``.
+        groups: of the second.
+
+    Returns:
+        ``(O,)``: ``sum_{h, kernel} second[o, h] first[h] + bias[o]``. Exact at the borders too if all padding is on the
+        input of the first layer.
+    """
+    outputs, hidden = second.shape[:2]
+    summed = second.sum((2, 3)).reshape(groups, outputs // groups, hidden)
+    return torch.einsum("goh,gh->go", summed, first.reshape(groups, hidden)).reshape(outputs) + bias
+
+
+def compose_chain(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, groups: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """Kernel and bias of a chain of layers, in order of application.
+
+    Args:
+        weights: ``(H_i, H_{i-1}/groups, *k_i)``.
+        biases: ``(H_i,)`` each; ``None``: the layers have none.
+        groups: of all of them.
+
+    Returns:
+        ``(out, in/groups, *k)`` with ``k = 1 + sum (k_i - 1)``, and ``(out,)`` or ``None``.
+    """
+    # From the narrower end: a classifier composes its few outputs first.
+    if weights[-1].shape[0] <= weights[0].shape[1] * groups:
+        weight = weights[-1]
+        for first in reversed(weights[:-1]):
+            weight = compose(first, weight, groups)
+    else:
+        weight = weights[0]
+        for second in weights[1:]:
+            weight = compose(weight, second, groups)
+    if biases is None:
+        return weight, None
+    bias = biases[0]
+    for second, own in zip(weights[1:], biases[1:], strict=True):
+        bias = compose_bias(bias, second, own, groups)
+    return weight, bias
+
+
+def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int) -> list[Shape]:
+    """Shapes of the factors' weights in order of application.
+
+    Args:
+        kind: ``CL``: 1x1, k x k, 1x1; ``CK``: (k-1)/2 times 3x3; ``FC``: three linear layers.
+        shape: ``(out, in/groups, k, k)`` of the compact layer.
+        groups: of the compact layer and of all factors.
+        rate: ``r``; hidden layers have ``r * in`` and ``r * out`` channels.
+    """
+    outputs, per_group, height, width = shape
+    inputs = per_group * groups
+    narrow = inputs if groups == 1 and inputs <= IMAGE_CHANNELS and kind != "FC" else rate * inputs
+    wide = rate * outputs
+    if kind == "CK":
+        count = (height - 1) // 2
+        widths = [wide] if count == 2 else [narrow, *[wide] * (count - 2)]
+        kernels = [(3, 3)] * count
+    else:
+        widths, kernels = [narrow, wide], [(1, 1), (height, width), (1, 1)]
+    channels = [inputs, *widths, outputs]
+    return [(after, before // groups, *k) for before, after, k in zip(channels, channels[1:], kernels, strict=False)]
+
+
+def _orthonormal(groups: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """``(groups, rows, columns)`` in float64, orthonormal along the shorter side."""
+    long, short = max(rows, columns), min(rows, columns)
+    drawn = torch.randn(groups, long, short, generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(drawn).Q
+    return basis if rows >= columns else basis.transpose(1, 2)
+
+
+def _uniform(shape: Shape, bound: float, generator: torch.Generator) -> Tensor:
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * bound
+
+
+def draw_factors(
+    kind: Kind, shape: Shape, groups: int, rate: int, generator: torch.Generator, target: Tensor | None = None
+) -> list[Tensor]:
+    """Random factors whose composition has the variance of torch's default initialisation, or is ``target``.
+
+    ``CL``, ``FC``: the outer factors ``A``, ``C`` are orthonormal and the inner one ``B`` is drawn as the compact layer
+    would be, so that the gradient of ``B`` has the size that the compact layer's has. With a target,
+    ``B <- B + C^T (target - C B A) A^T``. (``C^T target A^T`` alone would leave the added directions without a gradient
+    for ever.) ``CK``: variance-preserving factors; with a target the last one moves to the nearest solution.
+
+    Args:
+        kind, shape, groups, rate: see :func:`factor_shapes`.
+        generator: on the CPU.
+        target: ``shape``, float64, on the CPU.
+
+    Returns:
+        Factors in float64 on the CPU, in order of application.
+
+    Raises:
+        ValueError: ``CK`` factors of these sizes cannot compose to ``target``.
+    """
+    shapes = factor_shapes(kind, shape, groups, rate)
+    fan_in = shape[1] * shape[2] * shape[3]
+    if kind == "CK":
+        factors = [
+            _uniform(s, ((1.0 if s is shapes[-1] else 3.0) / (s[1] * s[2] * s[3])) ** 0.5, generator) for s in shapes
+        ]
+    else:
+        (first, *_), (last, last_in, *_) = shapes[0], shapes[-1]
+        factors = [
+            _orthonormal(groups, first // groups, shapes[0][1], generator).reshape(shapes[0]),
+            _uniform(shapes[1], fan_in**-0.5, generator),
+            _orthonormal(groups, last // groups, last_in, generator).reshape(shapes[2]),
+        ]
+    if target is None:
+        return factors
+    missing = target - compose_chain(factors, groups=groups)[0]
+    if kind == "CK":
+        factors[-1] = factors[-1] + _last_factor(factors[:-1], shapes[-1], missing, groups)
+    else:
+        back = [_transposed(factors[0], groups), missing, _transposed(factors[2], groups)]
+        factors[1] = factors[1] + compose_chain(back, groups=groups)[0]
+    left = target - compose_chain(factors, groups=groups)[0]
+    if left.abs().max() > 1e-9 * target.abs().max().clamp_min(1e-9):
+        raise ValueError(
+            f"no 3x3 kernels of these widths compose to the given {shape[2]}x{shape[3]} kernel "
+            f"({shapes[-1][1]} hidden channels for {fan_in} numbers of a filter)"
+        )
+    return factors
+
+
+def _transposed(weight: Tensor, groups: int) -> Tensor:
+    """``(I, O/groups, 1, 1)`` of a 1x1 weight ``(O, I/groups, 1, 1)``."""
+    outputs, inputs = weight.shape[:2]
+    return weight.reshape(groups, outputs // groups, inputs).transpose(1, 2).reshape(-1, outputs // groups, 1, 1)
+
+
+def _last_factor(earlier: Sequence[Tensor], shape: Shape, target: Tensor, groups: int) -> Tensor:
+    """The smallest last factor that composes with the earlier ones to ``target``, in the sense of least squares."""
+    prefix, _ = compose_chain(earlier, groups=groups)
+    numbers = shape[1] * shape[2] * shape[3]
+    # What each single entry of the factor contributes: its rows are the linear map from factor to kernel.
+    single = torch.eye(numbers, dtype=target.dtype).reshape(numbers, *shape[1:]).repeat(groups, 1, 1, 1)
+    effect = compose(prefix, single, groups).reshape(groups, numbers, -1)
+    wanted = target.reshape(groups, shape[0] // groups, -1)
+    solution: Tensor = torch.linalg.lstsq(effect.transpose(1, 2), wanted.transpose(1, 2), driver="gelsd").solution
+    return solution.transpose(1, 2).reshape(shape)
