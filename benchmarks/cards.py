@@ -98,6 +98,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: _overhead(""),
     "launches": lambda: _launches(""),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
+    "weak_scaling": lambda: communication.weak_table(json.loads(communication.RESULT.read_text())["weak"]),
+    "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),
     "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),
     "scaling_events": lambda: scaling.event_table(json.loads(scaling.RESULT.read_text())),
     "launches_wau": lambda: _launches("wau", "naive per-layer wau"),
