@@ -35,13 +35,15 @@ class RequeueAtStep(Callback):
     """On SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) save ``checkpoints/last.ckpt`` after a step and requeue the job.
 
     Args:
-        every_n_steps: how often the ranks ask one another; each time is a collective of one number, under Slurm only.
+        every_n_steps: batches between two times that the ranks ask one another; each is a collective of one number,
+            under Slurm only.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
         self.every_n_steps = every_n_steps
         self.job = slurm_job()
         self.asked = False
+        self._batches = 0  # the same on all ranks, and not begun anew at an epoch, which may be short
 
     def listen(self) -> None:
         """Take the signal; before ``fit``, for Lightning leaves a handler that is there alone."""
@@ -55,7 +57,8 @@ class RequeueAtStep(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and requeue if any rank was asked to."""
-        if self.job is None or (batch_idx + 1) % self.every_n_steps:
+        self._batches += 1
+        if self.job is None or self._batches % self.every_n_steps:
             return
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
