@@ -27,6 +27,7 @@ from benchmarks import (
     scaling,
     shared_basis,
     squeeze,
+    structure_cost,
     summary,
 )
 from lightning_filterdiv import orthonormality
@@ -98,6 +99,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: _overhead(""),
     "launches": lambda: _launches(""),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
+    "structure_cost": lambda: structure_cost.table(
+        [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]
+    ),
+    "composability": lambda: summary.composability("pairs"),
+    "composability_beside": lambda: summary.composability("beside"),
     "weak_scaling": lambda: communication.weak_table(json.loads(communication.RESULT.read_text())["weak"]),
     "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),
     "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),

@@ -102,6 +102,12 @@ def _hooks(method: str) -> str:
     return f"+{100 * cost['inside_hooks']:.1f} %"
 
 
+def _changed(name: str) -> str:
+    """What a step of the changed ResNet-20 takes beyond that of the plain one."""
+    (cost,) = [c for c in _read("structure_cost.json")["costs"] if c["change"] == name]
+    return f"{100 * (cost['ratio'] - 1):+.0f} %"
+
+
 def _looks() -> str:
     look = _read("monitor.json")["looks"]["resnet50"]
     return f"none; {look['seconds']:.1f} s per look at ResNet-50"
@@ -151,14 +157,14 @@ def _shared() -> str:
 _COST: dict[str, Callable[[], str]] = {
     "BasisOrthonormality": lambda: _hooks("soft"),
     "CentripetalSGD": lambda: _hooks("csgd"),
-    "share_filter_bases": lambda: "a norm and a 1x1 convolution per layer",
+    "share_filter_bases": lambda: _changed("share_filter_bases"),
     "RePr": lambda: f"{_hooks('repr sub-network phase')} while filters are out",
     "WeightAsynchronousUpdate": lambda: _hooks("wau"),
     "EntropyDepthBound": lambda: "none",
-    "ExpandNet": lambda: "composing the kernels: not measured",
-    "ChannelImportance": lambda: "a gate per layer while it measures: not measured",
-    "share_anchored_filters": lambda: "none, or a 1x1 convolution per block",
-    "WaveletReconstruction": lambda: "one fixed transform of the images: not measured",
+    **{
+        name: lambda name=name: _changed(name)  # type: ignore[misc]
+        for name in ("ExpandNet", "ChannelImportance", "share_anchored_filters", "WaveletReconstruction")
+    },
     "FilterSimilarityMonitor": _looks,
 }
 _EVIDENCE: dict[str, Callable[[], str]] = {
@@ -179,3 +185,19 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
     "WaveletReconstruction": lambda: f"accuracy {_difference('neighbours', 'wavelet', 'baseline')}",
     "FilterSimilarityMonitor": lambda: "changes no weight (test)",
 }
+
+
+def composability(part: str) -> str:
+    """Markdown: what happens when the row's callback is first in the list and the column's second, or stands beside it.
+
+    Args:
+        part: ``"pairs"`` or ``"beside"``.
+    """
+    found: dict[str, dict[str, str]] = _read("composability.json")[part]
+    columns = list(dict.fromkeys(name for row in found.values() for name in row))
+    head = "first, then:" if part == "pairs" else "beside:"
+    lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in found.items():
+        cells = ["" if c not in row else row[c] if row[c] in ("works", "swap") else "refused" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -47,6 +47,9 @@ class Case:
         gradients_only: it writes gradients back, one operation per tensor on a CPU (one kernel for all on a GPU).
         kernels: most kernels that one step of ``per_step`` may start on a GPU for a CIFAR ResNet.
         variant: another configuration of a callback that has a case already; the slowest suites run it under ``soak``.
+        refuses_without_state: part of the message for a checkpoint saved without it; ``None``: it starts afresh.
+        refuses_other_layers: part of the message for a checkpoint of other layers, where the weights' loading is the
+            first to notice; ``None``: its own state is.
         lr_scale: by what the learning rates of the suites are multiplied: a product of three factors takes about three
             steps at once, and the suites' SGD is at the edge of divergence as it is; gates halve a signal that no norm
             restores.
@@ -63,6 +66,8 @@ class Case:
     kernels: int = 90
     variant: bool = False
     lr_scale: float = 1.0
+    refuses_without_state: str | None = None
+    refuses_other_layers: str | None = None
     refused_precisions: tuple[str, ...] = ()
 
     def make(self, **overrides: Any) -> FilterCallback:
@@ -284,12 +289,15 @@ CASES: tuple[Case, ...] = (
             ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
         ),
         lr_scale=1 / 3,
+        refuses_without_state="holds compact weights of 'net.0' but no factors: it was saved without ExpandNet",
     ),
     Case(
         name="importance",
         cls=ChannelImportance,
         wrong=(*_SELECTION, ({"seed": -1}, ValueError, "seed must be an integer >= 0")),
         lr_scale=1.5,
+        refuses_without_state="there is no gate of 'net.0' in what is loaded: it was saved without gates",
+        refuses_other_layers="there is no gate of 'net.5' in what is loaded",
     ),
     Case(name="expand_fresh", cls=ExpandNet, arguments={"initial": "fresh"}, lr_scale=1 / 3, variant=True),
 )

@@ -34,7 +34,7 @@ def test_code_block(language: str, text: str, tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
         assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--trainer.fast_dev_run", "true"]) == 0
     elif language == "shell":
-        for line in text.strip().splitlines():
+        for line in text.replace("\\\n", " ").strip().splitlines():
             assert _known(line), line
     else:
         assert language == "text", f"no test knows how to run {language!r} blocks"
@@ -43,6 +43,12 @@ def test_code_block(language: str, text: str, tmp_path: Path) -> None:
 def _known(line: str) -> bool:
     """Whether a shell line names things that exist; the two set-up commands are run by the CI script itself."""
     words = shlex.split(line.split("&&")[-1], comments=True)
+    if len(words) == 1 and re.fullmatch(r"\w+=\S+", words[0]):  # a variable, used in the lines below it
+        return (ROOT / words[0].partition("=")[2]).exists()
+    for module in (words[at + 1] for at, word in enumerate(words[:-1]) if word == "-m" and words[0] == "torchrun"):
+        assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists(), module
+    for config in (word.removeprefix("$C/") for word in words if word.startswith("$C/")):
+        assert (ROOT / "benchmarks" / "configs" / config).exists(), config
     words = words[2:] if words[:2] == ["uv", "run"] else words
     words = words[2:] if words[0] == "--group" else words
     if words[0] == "filterdiv" and words[1] in {"demo", "inspect"}:
@@ -52,6 +58,8 @@ def _known(line: str) -> bool:
         return (ROOT / Path(*words[2].split("."))).with_suffix(".py").exists()
     if words[0] == "python":
         return (ROOT / words[1]).exists()
+    if words[0] == "sbatch":
+        return any((ROOT / word).exists() for word in words if word.endswith(".sbatch"))
     outside = {"filterdiv", "mkdocs", "mypy", "pip", "pytest", "srun", "tensorboard", "torchrun"}
     return words[0] in outside or (ROOT / words[0]).exists()
 

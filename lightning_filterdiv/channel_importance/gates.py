@@ -65,6 +65,25 @@ class GatedConv2d(nn.Conv2d):
 
     gate: ChannelGate
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if strict and f"{prefix}weight" in state_dict and f"{prefix}gate.squeeze.weight" not in state_dict:
+            error_msgs.append(
+                f"there is no gate of {prefix[:-1]!r} in what is loaded: it was saved without gates, or with other "
+                f"include and exclude. Use the same, or load its weights before gates are inserted and start a new fit"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in, H, W)`` to ``(B, out, H', W')``."""
         y: Tensor = self.gate(super().forward(x))
