@@ -32,7 +32,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from benchmarks import entropy_speed
 from benchmarks.loader import SeededBatches
 from benchmarks.models import StagedResNet, count_parameters
-from benchmarks.runs import run_missing, run_parser
+from benchmarks.runs import interval, run_missing, run_parser
 from lightning_filterdiv.demo import FashionMNIST
 from lightning_filterdiv.entropy_depth import DepthPlan, plan_depth
 
@@ -137,15 +137,14 @@ def table(folder: Path, bound: int) -> str:
         delta = p_value = ""
         if depth != bound and len(shared) > 1:
             pairs = [by_seed[seed] for seed in shared], [base[seed] for seed in shared]
-            mean, half = _interval([left - right for left, right in zip(*pairs, strict=True)])
             p_values[depth] = float(stats.ttest_rel(*pairs).pvalue)
-            delta, p_value = f"{mean:+.2f} ± {half:.2f}", f"{p_values[depth]:.3f}"
-        mean, half = _interval(list(by_seed.values()))
+            delta = interval([left - right for left, right in zip(*pairs, strict=True)], "+")
+            p_value = f"{p_values[depth]:.3f}"
         widths = ", ".join(map(str, runs[0]["widths"]))
         seconds = fmean(result["cpu_seconds_per_epoch"] for result in runs)
         rows.append(
             f"| {depth} | {depth / bound:.2g} | {widths} | {runs[0]['parameters']:,} | {len(by_seed)} "
-            f"| {mean:.2f} ± {half:.2f} | {delta} | {p_value} | {seconds:.1f} |"
+            f"| {interval(list(by_seed.values()))} | {delta} | {p_value} | {seconds:.1f} |"
         )
     return "\n".join([*rows, "", _verdict(accuracy, p_values, bound)])
 
@@ -170,11 +169,6 @@ def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], 
             else "No difference has p < 0.05: with so few seeds the runs neither show a knee nor exclude one."
         )
     )
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else float("nan")
-    return fmean(values), float(half)
 
 
 def main() -> None:

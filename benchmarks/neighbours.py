@@ -23,11 +23,9 @@ rate divided by ten after 12 and 14 of them. The figure is the test accuracy aft
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,7 +37,7 @@ from torch.nn import functional as F
 from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
 from benchmarks.models import CifarResNet
-from benchmarks.runs import run_missing, run_parser
+from benchmarks.runs import interval, read_runs, run_missing, run_parser
 from lightning_filterdiv import ChannelImportance, ExpandNet
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance import prune_channels, remove_gates, select_channels
@@ -176,14 +174,6 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _results(folder: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for arm in arms:
-        if files := sorted(folder.glob(f"{arm}-seed*.json")):
-            found[arm] = [json.loads(path.read_text()) for path in files]
-    return found
-
-
 def table(folder: Path, beginnings: Sequence[str] = ("",), baseline: str = "baseline") -> str:
     """Markdown: parameters, mean accuracy with a 95 % interval, paired difference to the baseline, paired t-test.
 
@@ -193,7 +183,7 @@ def table(folder: Path, beginnings: Sequence[str] = ("",), baseline: str = "base
         baseline: the arm to compare with.
     """
     chosen = [arm for arm in ARMS if arm == baseline or arm.startswith(tuple(beginnings))]
-    results = _results(folder, chosen)
+    results = read_runs(folder, chosen)
     base = {result["seed"]: result["test_accuracy"] for result in results.get(baseline, [])}
     rows = [
         "| arm | seeds | parameters | test accuracy % | difference to baseline | p (uncorrected) |",
@@ -208,13 +198,6 @@ def table(folder: Path, beginnings: Sequence[str] = ("",), baseline: str = "base
             delta, p = interval(difference, "+"), f"{stats.ttest_1samp(difference, 0).pvalue:.2f}"
         rows.append(f"| {arm} | {len(runs)} | {runs[0]['parameters']:,} | {interval(values)} | {delta} | {p} |")
     return "\n".join(rows)
-
-
-def interval(values: Sequence[float], sign: str = "") -> str:
-    """Mean and half-width of the 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:{sign}.2f}"
-    return f"{fmean(values):{sign}.2f} ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.2f}"
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
+from benchmarks.runs import half_interval
+
 __all__ = ["Row", "curves", "event_table", "read", "summary", "table"]
 
 
@@ -59,13 +61,6 @@ def read(folder: Path, methods: Sequence[str] = ()) -> dict[str, list[dict[str, 
     return {m: sorted(found[m], key=lambda result: int(result["seed"])) for m in order if m in found}
 
 
-def _half(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-
-
 def _holm(p: dict[str, float]) -> dict[str, float]:
     """The smallest p-value times the number of comparisons, the next times one less, never falling."""
     adjusted: dict[str, float] = {}
@@ -102,9 +97,9 @@ def summary(runs: dict[str, list[dict[str, Any]]], baseline: str = "baseline") -
             method,
             len(of),
             fmean(accuracy[method].values()),
-            _half(list(accuracy[method].values())),
+            half_interval(list(accuracy[method].values())),
             fmean(differences[method]) if method in differences else nan,
-            _half(differences.get(method, [])),
+            half_interval(differences.get(method, [])),
             adjusted.get(method, nan),
             _metric(of, "before", "orthogonality_score"),
             _metric(of, "after", "orthogonality_score"),

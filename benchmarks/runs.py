@@ -1,4 +1,4 @@
-"""Runs of an experiment, one small JSON file each: what is there is kept, the rest is made."""
+"""Runs of an experiment, one small JSON file each: what is there is kept, the rest is made; and means over them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from scipy import stats
 
-__all__ = ["run_missing", "run_parser"]
+__all__ = ["half_interval", "interval", "read_runs", "run_missing", "run_parser", "write_whole"]
 
 
 def run_parser(
@@ -34,33 +36,49 @@ def run_parser(
     return parser
 
 
-def _text(result: dict[str, Any]) -> str:
-    return json.dumps(result, indent=1) + "\n"
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by way of another, so that a run that is cut off leaves no half one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
 
 
-def run_missing(
-    options: argparse.Namespace,
-    run: Callable[[Any, int], dict[str, Any]],
-    prefix: str = "",
-    text: Callable[[dict[str, Any]], str] = _text,
-) -> None:
+def read_runs(folder: Path, which: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
+    """Name -> its results by seed, in the order asked for, without what has not run."""
+    found = {
+        str(name): [json.loads(p.read_text()) for p in sorted(folder.glob(f"{name}-seed*.json"))] for name in which
+    }
+    return {name: results for name, results in found.items() if results}
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean (Student's t); NaN for a single value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def interval(values: Sequence[float], sign: str = "") -> str:
+    """Mean and half the 95 % interval, as ``"87.1 ± 0.3"`` with two digits; the mean alone for a single value."""
+    shown = f"{fmean(values):{sign}.2f}"
+    return shown if len(values) < 2 else f"{shown} ± {half_interval(values):.2f}"
+
+
+def run_missing(options: argparse.Namespace, run: Callable[[Any, int], dict[str, Any]], prefix: str = "") -> None:
     """Make every run of :func:`run_parser`'s options whose file does not exist, on one thread, seed by seed.
 
     Args:
         options: what the parser returned.
         run: (which, seed) -> result with a ``test_accuracy``.
         prefix: of the files, before the name of the run.
-        text: of a result.
     """
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for which in options.which:
             path = options.out / f"{prefix}{which}-seed{seed}.json"
             if path.exists():
                 continue
             result = run(which, seed)
-            scratch = path.with_suffix(".tmp")  # a run that is cut off leaves no half file
-            scratch.write_text(text(result))
-            scratch.replace(path)
+            write_whole(path, json.dumps(result, indent=1) + "\n")
             print(f"{prefix}{which} seed {seed}: {100 * result['test_accuracy']:.2f} %", flush=True)

@@ -17,8 +17,7 @@ every block is measured on 256 training images, batch statistics as in training.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,14 +26,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
 from benchmarks.models import CifarResNet, count_parameters
-from benchmarks.runs import run_missing, run_parser
+from benchmarks.runs import interval, read_runs, run_missing, run_parser
 from lightning_filterdiv import BasisOrthonormality
 from lightning_filterdiv.demo import FashionMNIST
 from lightning_filterdiv.orthonormality import basis_penalty
@@ -118,26 +116,12 @@ def _excess(net: nn.Module) -> dict[str, float]:
             for _, basis, _ in shared_bases(net)}  # fmt: skip
 
 
-def _results(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for arm in ARMS:
-        if files := sorted(folder.glob(f"{arm}-seed*.json")):
-            found[arm] = [json.loads(path.read_text()) for path in files]
-    return found
-
-
-def _interval(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    return f"{fmean(values):.2f} ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.2f}"
-
-
 def table(folder: Path) -> str:
     """Markdown: accuracy, parameters, and how orthonormal the bases are in the end."""
     rows = ["| ResNet-32 | seeds | parameters | test accuracy % | penalty of the bases, mean over stages |"]
     rows.append("|---|---|---|---|---|")
-    for arm, results in _results(folder).items():
-        accuracy = _interval([100 * result["test_accuracy"] for result in results])
+    for arm, results in read_runs(folder, list(ARMS)).items():
+        accuracy = interval([100 * result["test_accuracy"] for result in results])
         excess = [fmean(result["excess"].values()) for result in results if result["excess"]]
         value = f"{fmean(excess):.2g}" if excess else ""
         rows.append(f"| {arm} | {len(results)} | {results[0]['parameters']:,} | {accuracy} | {value} |")
@@ -148,7 +132,7 @@ def profile_table(folder: Path) -> str:
     """Markdown: the gradient's norm at the first block over that at the last, and the spread over depth."""
     rows = ["| ResNet-32 | after epoch | first block | middle block | last block | largest / smallest over depth |"]
     rows.append("|---|---|---|---|---|---|")
-    for arm, results in _results(folder).items():
+    for arm, results in read_runs(folder, list(ARMS)).items():
         for look in results[0]["profiles"]:
             profiles = [result["profiles"][look] for result in results]
             shown = [fmean(p[at] for p in profiles) for at in (0, len(profiles[0]) // 2, -1)]
@@ -160,7 +144,7 @@ def profile_table(folder: Path) -> str:
 
 def figure(folder: Path, path: Path) -> None:
     """Gradient norms over depth, one panel per look, one line per arm (mean over seeds), as PNG."""
-    results = _results(folder)
+    results = read_runs(folder, list(ARMS))
     looks = list(next(iter(results.values()))[0]["profiles"])
     drawn = Figure(figsize=(3.2 * len(looks), 3.0), layout="constrained")
     panels = drawn.subplots(1, len(looks), sharey=True)

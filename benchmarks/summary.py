@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from scipy import stats
+from benchmarks.runs import interval, read_runs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -114,8 +114,7 @@ def _looks() -> str:
 
 
 def _runs(folder: str, arm: str) -> dict[int, dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob(f"{arm}-seed*.json"))]
-    return {run["seed"]: run for run in found}
+    return {run["seed"]: run for run in read_runs(RESULTS / folder, [arm])[arm]}
 
 
 def _difference(folder: str, arm: str, base: str) -> str:
@@ -123,10 +122,7 @@ def _difference(folder: str, arm: str, base: str) -> str:
     ours, theirs = _runs(folder, arm), _runs(folder, base)
     seeds = sorted(set(ours) & set(theirs))
     points = [100 * (ours[seed]["test_accuracy"] - theirs[seed]["test_accuracy"]) for seed in seeds]
-    if len(points) == 1:
-        return f"{points[0]:+.2f} points (1 seed)"
-    half = stats.t.ppf(0.975, len(points) - 1) * stats.sem(points)
-    return f"{fmean(points):+.2f} ± {half:.2f} points ({len(points)} seeds)"
+    return f"{interval(points, '+')} points ({len(points)} seed{'s' * (len(points) > 1)})"
 
 
 def _rank(arm: str) -> str:

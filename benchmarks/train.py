@@ -31,6 +31,7 @@ import lightning_filterdiv  # noqa: F401  # registers the callbacks' short names
 from benchmarks.classification import Classification
 from benchmarks.record import LastCheckpoint, Record, SeededSteps, differences
 from benchmarks.requeue import RequeueAtStep
+from benchmarks.runs import write_whole
 
 __all__ = ["BenchmarkCLI", "compact", "run_settings"]
 
@@ -189,10 +190,7 @@ class BenchmarkCLI(LightningCLI):
             },
         }
         path = self.result_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".tmp")  # a run that is cut off leaves no half file
-        scratch.write_text(compact(result))
-        scratch.replace(path)
+        write_whole(path, compact(result))
         print(f"benchmarks.train: test accuracy {100 * test['test_acc']:.2f} %, result in {path}")
 
 
