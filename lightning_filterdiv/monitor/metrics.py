@@ -28,8 +28,40 @@ def _filters(layer: Tensor | nn.Module) -> Tensor:
     return layer.unsqueeze(0) if layer.dim() == 2 else layer
 
 
-class FilterCoherence(Metric):
-    """Absolute cosine between distinct filters of a layer, averaged over the layers seen.
+class _MeanOverLayers(Metric):
+    """A figure of one layer's filters, averaged over the layers seen."""
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    layers: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("layers", torch.zeros(()), dist_reduce_fx="sum")
+
+    def _figure(self, batch: Tensor) -> Tensor:
+        """``(B, J, d)`` filters to the ``(B,)`` figures of their layers."""
+        raise NotImplementedError
+
+    def update(self, filters: Tensor | nn.Module) -> None:
+        """Look at one layer, or at a batch of layers of equal shape.
+
+        Args:
+            filters: a convolution, ``(J, d)`` or ``(B, J, d)``.
+        """
+        batch = _filters(filters)
+        self.total += self._figure(batch).sum().to(self.total)
+        self.layers += batch.shape[0]
+
+    def compute(self) -> Tensor:
+        """Mean over layers; NaN before the first :meth:`update`."""
+        return self.total / self.layers
+
+
+class FilterCoherence(_MeanOverLayers):
+    """Absolute cosine between distinct filters of a layer, in [0, 1], averaged over the layers seen.
 
     Args:
         reduction: over the pairs of one layer: ``"mean"`` (0.1 for random 3x3 kernels of 7 channels) or ``"max"`` (the
@@ -41,40 +73,23 @@ class FilterCoherence(Metric):
     """
 
     higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    layers: Tensor
 
     def __init__(self, reduction: Reduction = "mean", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.reduction = check_choice("reduction", reduction, Reduction)
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("layers", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, filters: Tensor | nn.Module) -> None:
-        """Look at one layer, or at a batch of layers of equal shape.
-
-        Args:
-            filters: a convolution, ``(J, d)`` or ``(B, J, d)``.
-        """
-        batch = _filters(filters)
+    def _figure(self, batch: Tensor) -> Tensor:
         overlap = cosine_similarity(batch).abs().triu(diagonal=1)
         count = batch.shape[-2]
         if self.reduction == "mean":
-            value = overlap.sum(dim=(-2, -1)) / max(1, count * (count - 1) // 2)
-        else:
-            value = overlap.amax(dim=(-2, -1))
-        self.total += value.sum().to(self.total)
-        self.layers += batch.shape[0]
-
-    def compute(self) -> Tensor:
-        """Mean over layers, in [0, 1]; NaN before the first :meth:`update`."""
-        return self.total / self.layers
+            return overlap.sum(dim=(-2, -1)) / max(1, count * (count - 1) // 2)
+        return overlap.amax(dim=(-2, -1))
 
 
-class EffectiveRank(Metric):
+class EffectiveRank(_MeanOverLayers):
     """Effective rank of the filters of a layer, averaged over the layers seen (Roy and Vetterli, EUSIPCO 2007).
+
+    Between 0 and 1 if normalised, else up to ``min(J, d)``.
 
     Args:
         normalize: as a fraction of ``min(J, d)``, so that layers of different size compare.
@@ -82,28 +97,11 @@ class EffectiveRank(Metric):
     """
 
     higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    layers: Tensor
 
     def __init__(self, normalize: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.normalize = check_flag("normalize", normalize)
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("layers", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, filters: Tensor | nn.Module) -> None:
-        """Look at one layer, or at a batch of layers of equal shape.
-
-        Args:
-            filters: a convolution, ``(J, d)`` or ``(B, J, d)``.
-        """
-        batch = _filters(filters)
-        rank = effective_rank(batch).sum()
-        self.total += (rank / min(batch.shape[-2:]) if self.normalize else rank).to(self.total)
-        self.layers += batch.shape[0]
-
-    def compute(self) -> Tensor:
-        """Mean over layers: between 0 and 1 if normalised, else up to ``min(J, d)``; NaN before the first update."""
-        return self.total / self.layers
+    def _figure(self, batch: Tensor) -> Tensor:
+        rank = effective_rank(batch)
+        return rank / min(batch.shape[-2:]) if self.normalize else rank
