@@ -10,8 +10,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from lightning_filterdiv.arguments import check_choice, check_number
@@ -90,6 +88,10 @@ def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "k
 
 
 def _kmeans(filters: Tensor, n_clusters: int, seed: int) -> Tensor:
+    # Importing it takes longer than importing the rest of this package.
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     state = int(torch.randint(2**31 - 1, (), generator=keyed_generator(seed, "kmeans")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # equal filters; taken care of below

@@ -8,8 +8,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,6 +74,10 @@ class Digits(Images):
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :meth:`Images.load`; a stratified, seeded split."""
+        # Not at the top: scikit-learn takes seconds to import, and every command of filterdiv imports this module.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         images, labels = load_digits(return_X_y=True)
         split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=self.seed)
         train_x, test_x, train_y, test_y = (torch.from_numpy(np.asarray(part)) for part in split)
