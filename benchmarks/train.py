@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ class BenchmarkCLI(LightningCLI):
         last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if self.options["resume"] and arguments.get("ckpt_path") is None and last.exists():
             arguments["ckpt_path"] = str(last)
-        arguments["weights_only"] = True
+        if "weights_only" in signature(Trainer.fit).parameters:  # from Lightning 2.6 on
+            arguments["weights_only"] = True
         self.requeue.listen()
         started = time.perf_counter()
         self.trainer.fit(**arguments)

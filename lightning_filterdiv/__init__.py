@@ -11,8 +11,10 @@ from lightning_filterdiv.expansion import ExpandNet
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.orthonormality import BasisOrthonormality
 from lightning_filterdiv.repr_ import RePr
+from lightning_filterdiv.versions import check_versions
 
 __version__ = version("lightning-filterdiv")
+check_versions()
 
 __all__ = [
     "BasisOrthonormality",

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_filterdiv.entropy_depth import functional, image_entropy
 from lightning_filterdiv.entropy_depth.functional import RULE, DepthBound, EntropyStatistics, depth_from_entropy
+from tests.support.fake_gpu import needs_fake_gpu
 
 DTYPES = [
     torch.uint8,
@@ -86,6 +87,7 @@ def test_normalising_per_channel_raises_it() -> None:
     assert bool((image_entropy(normalised) > image_entropy(images) + 0.3).all())
 
 
+@needs_fake_gpu
 def test_devices_are_not_mixed() -> None:
     """On fake GPU tensors: histograms are made where the images are."""
     with FakeTensorMode():

@@ -25,6 +25,7 @@ from lightning_filterdiv.orthonormality import (
 )
 from lightning_filterdiv.orthonormality.penalty import Form
 from lightning_filterdiv.shared_basis import FilterBasis, SharedBasisConv2d, share_filter_bases, shared_bases
+from tests.support.fake_gpu import needs_fake_gpu
 
 FORMS: tuple[Form, ...] = ("basis", "soft", "double_soft", "mutual_coherence", "srip", "convolutional")
 
@@ -315,6 +316,7 @@ def test_srip_is_deterministic_for_seed_and_step() -> None:
     assert not torch.equal(gradient(0, 3), gradient(1, 3))
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize("unique", [False, True])
 def test_kernels_follow_stages_not_layers(unique: bool) -> None:
     """On a fake GPU: nothing crosses to the host, and a deeper network starts as many kernels."""

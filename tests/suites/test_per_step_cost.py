@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from benchmarks.fake_device import DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
 from benchmarks.models import CifarResNet
 from tests.registry import PER_STEP, Case
+from tests.support.fake_gpu import needs_fake_gpu
 
 #: Modules that import ``stage``.
 STAGING = ["lightning_filterdiv.async_update.functional", "lightning_filterdiv.orthonormality.penalty"]
@@ -39,6 +40,7 @@ def fake_gpu_kernels(case: Case, depth: int, patch: Callable[..., None]) -> Kern
     return counter
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
 def test_kernels_do_not_depend_on_depth(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     shallow = fake_gpu_kernels(case, 20, monkeypatch.setattr)
@@ -67,6 +69,7 @@ def test_profiled_operations_do_not_depend_on_depth(case: Case) -> None:
     assert counts[0].total() > 0
 
 
+@needs_fake_gpu
 def test_the_counter_notices() -> None:
     """Each of these would make the device wait, or launch per layer; none may pass."""
     with FakeTensorMode(), KernelCounter() as counter:
