@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_filterdiv.arguments import check_integer
@@ -26,14 +26,16 @@ class Images(pl.LightningDataModule):
     Args:
         batch_size: images per step.
         seed: of the train/test split or subset.
+        transform: module that all normalised images go through once; it keeps their shape.
     """
 
     image_size: int
 
-    def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, seed: int = 0, transform: nn.Module | None = None) -> None:
         super().__init__()
         self.batch_size = check_integer("batch_size", batch_size, low=1)
         self.seed = check_integer("seed", seed, low=0)
+        self.transform = transform
         self._train: TensorDataset | None = None
         self._test: TensorDataset | None = None
 
@@ -42,13 +44,29 @@ class Images(pl.LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load once, normalise both parts by the training part."""
+        """Load once, normalise both parts by the training part, transform.
+
+        Raises:
+            ValueError: ``transform`` changes the shape of images.
+        """
         if self._train is not None:
             return
         train_x, train_y, test_x, test_y = self.load()
         mean, deviation = train_x.mean(), train_x.std()
-        self._train = TensorDataset((train_x - mean) / deviation, train_y)
-        self._test = TensorDataset((test_x - mean) / deviation, test_y)
+        self._train = TensorDataset(self._transformed((train_x - mean) / deviation), train_y)
+        self._test = TensorDataset(self._transformed((test_x - mean) / deviation), test_y)
+
+    @torch.no_grad()
+    def _transformed(self, images: Tensor) -> Tensor:
+        if self.transform is None:
+            return images
+        changed = torch.cat([self.transform(part) for part in images.split(1000)])
+        if changed.shape != images.shape:
+            raise ValueError(
+                f"transform must keep the shape {tuple(images.shape[1:])} of images, "
+                f"{type(self.transform).__name__} made {tuple(changed.shape[1:])} of it"
+            )
+        return changed
 
     def _loader(self, data: TensorDataset | None, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
         assert data is not None, "setup() runs first"
@@ -97,6 +115,7 @@ class FashionMNIST(Images):
         train_images: use a seeded random subset of so many training images; ``None`` for all.
         batch_size: images per step.
         seed: of the subset.
+        transform: see :class:`Images`.
 
     Raises:
         FileNotFoundError: no files there; the message says how to get them.
@@ -105,9 +124,14 @@ class FashionMNIST(Images):
     image_size = 28
 
     def __init__(
-        self, root: str | None = None, train_images: int | None = None, batch_size: int = 64, seed: int = 0
+        self,
+        root: str | None = None,
+        train_images: int | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        transform: nn.Module | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size=batch_size, seed=seed, transform=transform)
         self.root = root
         self.train_images = None if train_images is None else check_integer("train_images", train_images, low=1)
 

@@ -13,6 +13,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+from lightning_filterdiv.demo import Digits
 from lightning_filterdiv.wavelet import WaveletModulusMaxima, WaveletReconstruction, dilated_details, local_maxima
 from lightning_filterdiv.wavelet.functional import filters_of
 
@@ -168,3 +169,17 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", blocked)
     with pytest.raises(ImportError, match=r"lightning-filterdiv\[wavelets\]"):
         WaveletReconstruction()
+
+
+def test_a_data_module_transforms_its_images_once() -> None:
+    plain, enhanced = Digits(seed=3), Digits(seed=3, transform=WaveletReconstruction(output="add"))
+    plain.setup()
+    enhanced.setup()
+    for before, after in ((plain._train, enhanced._train), (plain._test, enhanced._test)):
+        assert before is not None
+        assert after is not None
+        expected = WaveletReconstruction(output="add")(before.tensors[0])
+        torch.testing.assert_close(after.tensors[0], expected)
+        assert not torch.equal(after.tensors[0], before.tensors[0])
+    with pytest.raises(ValueError, match=r"must keep the shape \(1, 8, 8\) of images, WaveletReconstruction made \(2,"):
+        Digits(transform=WaveletReconstruction(output="append")).setup()
