@@ -6,6 +6,7 @@ acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018) w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -114,16 +115,32 @@ def insert_gates(
         ValueError: a layer that ``include`` names is no ungrouped ``nn.Conv2d``.
     """
     chosen: dict[str, nn.Conv2d] = {}
+    others: dict[str, str] = {}
+    derived: list[str] = []  # subclasses, whose own forward a gate would replace
     for name, conv in select_filters(model, include, exclude).items():
         if type(conv) in (nn.Conv2d, GatedConv2d) and conv.groups == 1:
             chosen[name] = cast(nn.Conv2d, conv)
-        elif include is not None:
+            continue
+        kind = f"{type(conv).__module__}.{type(conv).__name__}".replace("torch.nn.modules.conv.", "nn.")
+        others[name] = f"{name!r} is a {kind} with {conv.groups} group{'s' * (conv.groups > 1)}"
+        if include is not None:
             raise ValueError(
-                f"layer {name!r} is a {type(conv).__name__} with {conv.groups} groups; gates go behind ungrouped "
-                f"nn.Conv2d layers, leave it out with exclude"
+                f"layer {others[name]}; gates go behind ungrouped layers of class nn.Conv2d itself, leave it out with "
+                f"exclude"
             )
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1:
+            derived.append(name)
     if not chosen:
-        raise NoLayersError(f"{type(model).__name__} has no ungrouped nn.Conv2d to put a gate behind")
+        raise NoLayersError(
+            f"{type(model).__name__} has no ungrouped layer of class nn.Conv2d itself to put a gate behind; build the "
+            f"network from those: {', '.join(list(others.values())[:2])}"
+        )
+    if derived:
+        warnings.warn(
+            f"no gate goes behind {', '.join(map(repr, derived[:12]))}: gates need layers of class nn.Conv2d itself, "
+            f"and {others[derived[0]]}",
+            stacklevel=2,
+        )
     for name, conv in chosen.items():
         if not isinstance(conv, GatedConv2d):
             conv.__class__ = GatedConv2d
