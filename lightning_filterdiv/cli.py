@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning_filterdiv
 from lightning_filterdiv.centripetal import command as merge
@@ -24,6 +27,14 @@ _TRAINING = {
 }
 
 
+def _closest_callbacks(message: str) -> str:
+    """What a class that does not exist may have been meant for; jsonargparse names none."""
+    missing = re.search(r"Expected a dot import path string: (\w+)", message)
+    known = [name for name in lightning_filterdiv.__all__ if name[0].isupper() and name != "FilterCallback"]
+    near = difflib.get_close_matches(missing[1], known, n=1, cutoff=0.4) if missing else []
+    return f"\nThere is no class {missing[1]!r}; the closest callback is {near[0]!r}" if missing and near else ""
+
+
 def _training(arguments: Sequence[str]) -> int:
     """LightningCLI; importing the package has registered every callback by its short name."""
     from lightning.pytorch.cli import LightningCLI
@@ -33,6 +44,27 @@ def _training(arguments: Sequence[str]) -> int:
         def subcommands() -> dict[str, set[str]]:
             known = LightningCLI.subcommands()
             return {name: known[name] for name in _TRAINING}
+
+        def init_parser(self, **options: Any) -> Any:
+            parser = super().init_parser(**options)
+            plain = parser.error
+
+            def error(message: str, *rest: Any, **more: Any) -> Any:
+                return plain(message + _closest_callbacks(message), *rest, **more)
+
+            parser.error = error  # type: ignore[method-assign]
+            return parser
+
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                # A constructor of ours refused a value: jsonargparse hides its words among every type that did not fit.
+                reasons = [line.strip()[2:] for line in str(error).splitlines() if line.strip().startswith("- ")]
+                if not reasons or "Does not validate" not in str(error):
+                    raise
+                print(f"filterdiv {arguments[0]}: {reasons[0]} (in the configuration)", file=sys.stderr)
+                raise SystemExit(2) from error
 
     # A console script does not search the current folder, where users keep the classes that their YAML names.
     if os.getcwd() not in sys.path:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_filterdiv.arguments import check_module, check_tensor
+
 __all__ = [
     "CONVOLUTIONS",
     "FAKE_QUANTISED",
@@ -117,6 +119,7 @@ def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> N
         IndexError: a row is outside ``0 <= row < J`` or given twice.
         ValueError: ``values`` does not have shape ``(n, d)``.
     """
+    check_tensor("values", values)
     index = torch.as_tensor(rows).reshape(-1).cpu()
     if index.numel() and (index.dtype == torch.bool or index.is_floating_point() or index.is_complex()):
         raise TypeError(f"rows must be integers (filter indices), got {index.dtype}: {index.tolist()}")
@@ -290,6 +293,7 @@ def select_filters(
         NoLayersError: a pattern of ``include`` matches nothing, or no layer is left.
         ValueError: a selected layer is lazy and not initialised yet.
     """
+    check_module("model", model)
     include = check_patterns("include", include)
     exclude = check_patterns("exclude", exclude)
     found = dict(named_convolutions(model))

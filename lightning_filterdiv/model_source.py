@@ -24,6 +24,7 @@ from lightning_filterdiv.filters import canonical_name
 
 __all__ = ["ModelSourceError", "add_model_arguments", "build_model", "load_weights", "read_checkpoint", "search_here"]
 
+_NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
 _FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
 
 
@@ -81,7 +82,9 @@ def _from_torchvision(name: str) -> nn.Module:
 
     names = torchvision.models.list_models()
     if name not in names:
-        raise ModelSourceError(f"torchvision has no model {name!r}{_closest(name, names)}")
+        raise ModelSourceError(
+            f"torchvision has no model {name!r}{_closest(name, names) or '; torchvision.models.list_models() has all'}"
+        )
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     detector = (
         {"weights_backbone": None} if name in torchvision.models.list_models(torchvision.models.detection) else {}
@@ -112,7 +115,10 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise ModelSourceError(f"--model {path}:{name}: cannot import {path!r} ({error})") from error
+        raise ModelSourceError(
+            f"--model {path}:{name}: cannot import {path!r} ({error}); name an installed module, or one in the current "
+            f"folder"
+        ) from error
     if not hasattr(module, name):
         callables = [key for key, value in vars(module).items() if callable(value)]
         raise ModelSourceError(f"--model {path}:{name}: {path} has no {name!r}{_closest(name, callables)}")
@@ -124,7 +130,9 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
             f"or call save_hyperparameters() in its constructor"
         ) from error
     if not isinstance(built, nn.Module):
-        raise ModelSourceError(f"--model {path}:{name} gives a {type(built).__name__}, not a torch.nn.Module")
+        raise ModelSourceError(
+            f"--model {path}:{name} gives a {type(built).__name__}, not a torch.nn.Module; name a network"
+        )
     return built
 
 
@@ -172,22 +180,23 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     Raises:
         ModelSourceError: no such file, no checkpoint, or one that only unpickling would open.
     """
+    if path.is_dir():
+        raise ModelSourceError(f"{path} is a folder; name the .ckpt or .pt file in it")
     if not path.is_file():
-        raise ModelSourceError(f"{path}: no such file")
+        raise ModelSourceError(f"{path}: no such file; name a .ckpt or .pt file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise ModelSourceError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+            raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
         raise ModelSourceError(
             f"{path} holds objects that only unpickling would open, which can run any code; it was not opened. If you "
             f"trust where it comes from, add --trust-pickle"
         ) from error
     except Exception as error:  # torch reports a file that is none by many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelSourceError(f"{path} is not a checkpoint: {reason}") from error
+        raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
     if isinstance(content, nn.Module):
         return {"state_dict": content.state_dict()}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -195,7 +204,8 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
         return {"state_dict": dict(content)}
     raise ModelSourceError(
-        f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}"
+        f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}; "
+        f"torch.save(model.state_dict(), path) makes one"
     )
 
 
@@ -223,5 +233,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         parts = [f"{len(missing)} missing ({missing[0]!r}, ...)"] if missing else []
         parts += [f"{len(unexpected)} unknown ({unexpected[0]!r}, ...)"] if unexpected else []
         parts += [f"{n!r} has shape {tuple(given[n].shape)}, the network {shapes[own[n]]}" for n in wrong[:2]]
-        raise ModelSourceError(f"the weights are not those of a {type(model).__name__}: {'; '.join(parts)}")
+        raise ModelSourceError(
+            f"the weights are not those of a {type(model).__name__}: {'; '.join(parts)}. Name the "
+            f"network that they were saved from"
+        )
     model.load_state_dict({own[name]: given[name] for name in own})

@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from ..arguments import check_module
 from ..filters import CONVOLUTIONS, FLOAT_FIRST, canonical_name, quantised_modules
 from . import layers, moves
 from .capture import find_submodule
@@ -45,6 +46,7 @@ class _Rules(dict[str, Rule]):
 
 def trace(model: nn.Module, example_inputs: Any, network: str | None = None) -> ChannelGraph:
     """See :meth:`ChannelGraph.trace`."""
+    check_module("model", model)
     model = bare_module(model)
     traced = bare_module(find_submodule(model, network))
     if quantised := list(quantised_modules(traced)):
@@ -58,7 +60,9 @@ def trace(model: nn.Module, example_inputs: Any, network: str | None = None) -> 
             f"be traced; use strategy='ddp' or a single device, with whole, plain weights"
         )
     if not any(isinstance(m, CONVOLUTIONS) for m in traced.modules()):
-        raise ChannelGraphError(f"{type(traced).__name__} has no convolution: there are no channels to speak of")
+        raise ChannelGraphError(
+            f"{type(traced).__name__} has no convolution: there are no channels to speak of; trace a network with some"
+        )
     graph = trace_at(model, example_arguments(traced, example_inputs), network or "")
     graph.pin_rigid()
     return graph

@@ -122,7 +122,9 @@ def insert_gates(
             chosen[name] = cast(nn.Conv2d, conv)
             continue
         kind = f"{type(conv).__module__}.{type(conv).__name__}".replace("torch.nn.modules.conv.", "nn.")
-        others[name] = f"{name!r} is a {kind} with {conv.groups} group{'s' * (conv.groups > 1)}"
+        others[name] = (
+            f"{name!r} is {'an' if kind[:2] == 'nn' else 'a'} {kind} with {conv.groups} group{'s' * (conv.groups > 1)}"
+        )
         if include is not None:
             raise ValueError(
                 f"layer {others[name]}; gates go behind ungrouped layers of class nn.Conv2d itself, leave it out with "
@@ -179,6 +181,7 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
 
     Raises:
         NoLayersError: the model has no gates.
+        TypeError: a batch that holds no tensor of images.
         ValueError: no images.
     """
     layers = gated_layers(model)
@@ -199,7 +202,11 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
     try:
         model.eval()
         for batch in batches:
-            x = batch if isinstance(batch, Tensor) else batch[0]
+            x = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, list | tuple) and batch else None
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"a batch must be a tensor (B, C, H, W) or a tuple that begins with one, got {type(batch).__name__}"
+                )
             images += len(x)
             model(x)
     finally:
@@ -208,5 +215,5 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
         for module, training in mode.items():
             module.training = training
     if not images:
-        raise ValueError("batches holds no images to measure importance on")
+        raise ValueError("batches holds no images to measure importance on; give at least one batch")
     return {name: total / images for name, total in sums.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_filterdiv.arguments import check_choice, check_integer
+from lightning_filterdiv.arguments import check_choice, check_integer, check_module
 from lightning_filterdiv.expansion.functional import Kind, draw_factors
 from lightning_filterdiv.expansion.layers import ExpandedConv2d, ExpandedLinear, ExpandedModule
 from lightning_filterdiv.filters import (
@@ -111,6 +111,7 @@ def choose_layers(
         NoLayersError: a pattern of ``include`` matches nothing, or no layer is left.
         ExpansionError: a layer that is meant cannot be expanded.
     """
+    check_module("model", model)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     found = list(_candidates(model, kinds))
     packed = [name for name in quantised_modules(model) if include is None]
@@ -292,6 +293,7 @@ def contract(model: nn.Module) -> nn.Module:
     Raises:
         NoLayersError: no layer is expanded.
     """
+    check_module("model", model)
     layers = [module for module in model.modules() if isinstance(module, ExpandedModule)]
     if not layers:
         raise NoLayersError(f"{type(model).__name__} has no expanded layer to contract; call expand first")

@@ -85,7 +85,9 @@ def restore_dropped(model: nn.Module, checkpoint: Mapping[str, Any]) -> int:
     ]
     states = [extra for extra in saved_extras if "dropped" in extra]
     if not states:
-        raise KeyError("the checkpoint holds no state of RePr: there is nothing to bring back")
+        raise KeyError(
+            "the checkpoint holds no state of RePr: there is nothing to bring back; load one of a fit with RePr"
+        )
     count = 0
     for state in states:
         if (saved := state["dropped"]) is not None:

@@ -242,7 +242,8 @@ def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
         if name not in known:
             convs = [key for key, (_, module) in known.items() if isinstance(module, nn.Conv2d)]
             near = difflib.get_close_matches(name, convs, n=1, cutoff=0.3)
-            raise SharingError(f"layers: there is no module {name!r}{f'; the closest is {near[0]!r}' if near else ''}")
+            hint = f"the closest is {near[0]!r}" if near else "see named_modules()"
+            raise SharingError(f"layers: there is no module {name!r}; {hint}")
         path, module = known[name]
         if path in found:
             raise SharingError(f"layers: {name!r} is named twice")
