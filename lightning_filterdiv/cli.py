@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from lightning_filterdiv.centripetal import command as merge
 from lightning_filterdiv.demo import run as demo
 from lightning_filterdiv.entropy_depth import command as entropy
 from lightning_filterdiv.filters import NoLayersError
-from lightning_filterdiv.model_source import ModelSourceError
+from lightning_filterdiv.model_source import PICKLED, ModelSourceError
 from lightning_filterdiv.monitor import inspect
 
 __all__ = ["main"]
@@ -69,7 +70,12 @@ def _training(arguments: Sequence[str]) -> int:
     # A console script does not search the current folder, where users keep the classes that their YAML names.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv"})
+    try:
+        FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv"})
+    except pickle.UnpicklingError as error:
+        raise ModelSourceError(
+            f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, add --weights_only false"
+        ) from error
     return 0
 
 
@@ -121,13 +127,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _TRAINING:
-        return _training(arguments)
+        try:
+            return _training(arguments)
+        except ModelSourceError as error:
+            return _failed(arguments[0], error)
     options = _parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)
     except (ModelSourceError, NoLayersError, OSError) as error:
-        print(f"filterdiv {options.command}: {error}", file=sys.stderr)
-        return 2
+        return _failed(options.command, error)
+
+
+def _failed(command: str, error: Exception) -> int:
+    print(f"filterdiv {command}: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

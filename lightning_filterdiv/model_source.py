@@ -11,7 +11,9 @@ import importlib
 import os
 import pickle
 import sys
+import tarfile
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +24,18 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.filters import canonical_name
 
-__all__ = ["ModelSourceError", "add_model_arguments", "build_model", "load_weights", "read_checkpoint", "search_here"]
+__all__ = [
+    "PICKLED",
+    "ModelSourceError",
+    "add_model_arguments",
+    "build_model",
+    "load_weights",
+    "read_checkpoint",
+    "search_here",
+]
 
+#: Of a file that a restrained unpickler refuses.
+PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
 _NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
 _FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
 
@@ -40,7 +52,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="unpickle files that hold more than tensors and plain values: this runs code from the file",
+        help="unpickle a file that holds more than tensors and plain values: this runs whatever code it contains, so "
+        "only for files from people you trust",
     )
 
 
@@ -167,6 +180,20 @@ def _from_config(config: Path) -> nn.Module:
         raise ModelSourceError(f"--config {config}: its model cannot be built: {reason}") from error
 
 
+def _other_format(path: Path) -> str | None:
+    """What torch calls a file that is no checkpoint and not opened here; ``None``: nothing it knows."""
+    if tarfile.is_tarfile(path):
+        return "a tar archive, as torch.save wrote before 2017, with pickled objects"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "a TorchScript archive, which is a program"
+        if "archive_format" in names or "serialized_exported_program.json" in names:
+            return "an exported program"
+    return None
+
+
 def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     """Read a Lightning checkpoint or a state dict.
 
@@ -191,11 +218,12 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
             raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
-        raise ModelSourceError(
-            f"{path} holds objects that only unpickling would open, which can run any code; it was not opened. If you "
-            f"trust where it comes from, add --trust-pickle"
-        ) from error
+        raise ModelSourceError(f"{path} {PICKLED}. If you trust where it comes from, add --trust-pickle") from error
     except Exception as error:  # torch reports a file that is none by many types
+        if (other := _other_format(path)) is not None:
+            raise ModelSourceError(
+                f"{path} is {other}, which was not opened: save the weights, torch.save(model.state_dict(), path)"
+            ) from error
         raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
     if isinstance(content, nn.Module):
         return {"state_dict": content.state_dict()}

@@ -14,6 +14,7 @@ from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.export import bare_module
 from lightning_filterdiv.channel_graph.narrow import named_tensors, update_attributes
 from lightning_filterdiv.filters import canonical_name
+from lightning_filterdiv.model_source import PICKLED
 
 __all__ = ["MergedFileError", "load_merged", "save_merged", "unwritable"]
 
@@ -89,7 +90,11 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        raise MergedFileError(
+            f"{shown} {PICKLED}; save_merged writes no such file, merge the checkpoint again"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise MergedFileError(foreign) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MergedFileError(foreign)
