@@ -6,9 +6,11 @@ import math
 import sys
 from typing import TypeVar, get_args
 
+from torch import Tensor, nn
+
 T = TypeVar("T")
 
-__all__ = ["check_choice", "check_flag", "check_integer", "check_number"]
+__all__ = ["check_choice", "check_flag", "check_integer", "check_module", "check_number", "check_tensor"]
 
 
 def check_number(
@@ -71,3 +73,17 @@ def check_choice(name: str, value: T, choices: object) -> T:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def check_module(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a ``torch.nn.Module``."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}; build the network first")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor(...) makes one of numbers"
+        )

@@ -235,6 +235,8 @@ class FilterCallback(Callback):
         if self._loading_for not in (None, "fit"):
             return  # trainer.validate(ckpt_path=...) between two fits must not turn the clock of training back
         try:
+            if not isinstance(state_dict, dict):
+                raise TypeError(f"it is a {type(state_dict).__name__}, not a dict")
             version = state_dict["version"]
             if not isinstance(version, int) or version > _STATE_VERSION:
                 raise ValueError(f"state version {version!r} is not known to this release (it reads {_STATE_VERSION})")

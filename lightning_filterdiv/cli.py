@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import pickle
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning_filterdiv
 from lightning_filterdiv.centripetal import command as merge
 from lightning_filterdiv.demo import run as demo
 from lightning_filterdiv.entropy_depth import command as entropy
 from lightning_filterdiv.filters import NoLayersError
-from lightning_filterdiv.model_source import ModelSourceError
+from lightning_filterdiv.model_source import PICKLED, ModelSourceError
 from lightning_filterdiv.monitor import inspect
 
 __all__ = ["main"]
@@ -22,6 +26,14 @@ _TRAINING = {
     "validate": "validate it",
     "test": "test it",
 }
+
+
+def _closest_callbacks(message: str) -> str:
+    """What a class that does not exist may have been meant for; jsonargparse names none."""
+    missing = re.search(r"Expected a dot import path string: (\w+)", message)
+    known = [name for name in lightning_filterdiv.__all__ if name[0].isupper() and name != "FilterCallback"]
+    near = difflib.get_close_matches(missing[1], known, n=1, cutoff=0.4) if missing else []
+    return f"\nThere is no class {missing[1]!r}; the closest callback is {near[0]!r}" if missing and near else ""
 
 
 def _training(arguments: Sequence[str]) -> int:
@@ -34,10 +46,36 @@ def _training(arguments: Sequence[str]) -> int:
             known = LightningCLI.subcommands()
             return {name: known[name] for name in _TRAINING}
 
+        def init_parser(self, **options: Any) -> Any:
+            parser = super().init_parser(**options)
+            plain = parser.error
+
+            def error(message: str, *rest: Any, **more: Any) -> Any:
+                return plain(message + _closest_callbacks(message), *rest, **more)
+
+            parser.error = error  # type: ignore[method-assign]
+            return parser
+
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                # A constructor of ours refused a value: jsonargparse hides its words among every type that did not fit.
+                reasons = [line.strip()[2:] for line in str(error).splitlines() if line.strip().startswith("- ")]
+                if not reasons or "Does not validate" not in str(error):
+                    raise
+                print(f"filterdiv {arguments[0]}: {reasons[0]} (in the configuration)", file=sys.stderr)
+                raise SystemExit(2) from error
+
     # A console script does not search the current folder, where users keep the classes that their YAML names.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv"})
+    try:
+        FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv"})
+    except pickle.UnpicklingError as error:
+        raise ModelSourceError(
+            f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, add --weights_only false"
+        ) from error
     return 0
 
 
@@ -89,13 +127,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _TRAINING:
-        return _training(arguments)
+        try:
+            return _training(arguments)
+        except ModelSourceError as error:
+            return _failed(arguments[0], error)
     options = _parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)
     except (ModelSourceError, NoLayersError, OSError) as error:
-        print(f"filterdiv {options.command}: {error}", file=sys.stderr)
-        return 2
+        return _failed(options.command, error)
+
+
+def _failed(command: str, error: Exception) -> int:
+    print(f"filterdiv {command}: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -15,9 +15,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_filterdiv.arguments import check_module, check_tensor
 
 __all__ = [
     "CONVOLUTIONS",
+    "FAKE_QUANTISED",
+    "FLOAT_FIRST",
     "Conv",
     "NoLayersError",
     "canonical_name",
@@ -26,7 +31,9 @@ __all__ = [
     "filter_matrix",
     "mask_layout",
     "named_convolutions",
+    "quantised_modules",
     "select_filters",
+    "weight_obstacle",
     "write_filters",
 ]
 
@@ -37,6 +44,15 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = _FORWARD + _TRANSPOSED
 # Wrappers that add one level to every name below them: torch.compile, DataParallel and DDP, FSDP.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
+# Their kernels are packed integers and no parameters; by name, because importing them all takes long.
+_QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+#: The way out where weights are integers.
+FLOAT_FIRST = "train the float network, and quantise it afterwards"
+#: Of a layer whose module has a ``weight_fake_quant``, where equal or silent filters must stay so exactly.
+FAKE_QUANTISED = (
+    "its weight is fake-quantised in forward, with a scale per filter that follows its history; train the float "
+    "network, and prepare it for quantisation afterwards"
+)
 
 
 class NoLayersError(ValueError):
@@ -103,6 +119,7 @@ def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> N
         IndexError: a row is outside ``0 <= row < J`` or given twice.
         ValueError: ``values`` does not have shape ``(n, d)``.
     """
+    check_tensor("values", values)
     index = torch.as_tensor(rows).reshape(-1).cpu()
     if index.numel() and (index.dtype == torch.bool or index.is_floating_point() or index.is_complex()):
         raise TypeError(f"rows must be integers (filter indices), got {index.dtype}: {index.tolist()}")
@@ -158,6 +175,40 @@ def mask_layout(conv: Conv, axis: str = "out") -> tuple[tuple[int, ...], tuple[i
 
 def _weight_parameter(conv: nn.Module) -> nn.Parameter | None:
     return conv._parameters.get("weight")
+
+
+def weight_obstacle(layer: nn.Module) -> tuple[str, str] | None:
+    """Why the filters of ``layer`` are not the rows of a weight that can be read and updated as it is.
+
+    Returns:
+        ``None`` if they are (also for a lazy layer, which has no weight yet), else two clauses, each with the way out
+        behind a semicolon: what follows "its weight", and what follows "every selected layer".
+    """
+    weight = _weight_parameter(layer)
+    if weight is None:
+        advice = "remove the parametrization first"
+        return (
+            f"is computed by a parametrization (weight_norm, prune, ...); {advice}",
+            "is parametrized; remove that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
+        )
+    if is_lazy(weight):
+        return None
+    if is_traceable_wrapper_subclass(weight):
+        kind = type(weight).__name__
+        return (
+            f"is a {kind}, a shard or a packed form; use strategy='ddp' or a single device, with whole, plain weights",
+            f"has a {kind} for its weight, a shard or a packed form; use strategy='ddp' or a single device, with "
+            f"whole, plain weights",
+        )
+    if weight.element_size() == 1 or not (weight.is_floating_point() or weight.is_complex()):
+        return f"is quantised ({weight.dtype}); {FLOAT_FIRST}", f"is quantised; {FLOAT_FIRST}"
+    return None
+
+
+def quantised_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Canonical name -> layer of torch's quantised kinds; the convolutions among them are no :data:`CONVOLUTIONS`."""
+    named = model.named_modules()
+    return {canonical_name(n): m for n, m in named if type(m).__module__.startswith(_QUANTISED_MODULES)}
 
 
 def named_convolutions(model: nn.Module) -> Iterator[tuple[str, Conv]]:
@@ -235,19 +286,24 @@ def select_filters(
         Ordered mapping canonical name -> convolution. A weight shared by several modules appears once.
 
     Warns:
-        UserWarning: parametrized layers (``weight_norm``, ``torch.nn.utils.prune``) are left out, by name; an
-            ``exclude`` pattern that matches nothing.
+        UserWarning: layers whose weight is parametrized (``weight_norm``, ``torch.nn.utils.prune``), quantised or
+            sharded are left out, by name; an ``exclude`` pattern that matches nothing.
 
     Raises:
         NoLayersError: a pattern of ``include`` matches nothing, or no layer is left.
         ValueError: a selected layer is lazy and not initialised yet.
     """
+    check_module("model", model)
     include = check_patterns("include", include)
     exclude = check_patterns("exclude", exclude)
     found = dict(named_convolutions(model))
-    names = list(found)
-    if not names:
-        raise NoLayersError(f"{type(model).__name__} has no convolution: nothing for filter callbacks to act on")
+    quantised = [name for name, module in quantised_modules(model).items() if hasattr(module, "kernel_size")]
+    if not found:
+        packed = f". Its quantised layers ({_available(quantised)}) do not count: {FLOAT_FIRST}" if quantised else ""
+        raise NoLayersError(
+            f"{type(model).__name__} has no convolution: nothing for filter callbacks to act on{packed}"
+        )
+    names = [*found, *quantised]
     for pattern in include or ():
         if not any(_matches(name, [pattern]) for name in names):
             raise NoLayersError(
@@ -264,27 +320,29 @@ def select_filters(
         and not _matches(name, exclude or ())
     }
     selected: dict[str, Conv] = {}
-    parametrized: list[str] = []
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for name in quantised:
+        if (include is None or _matches(name, include)) and not _matches(name, exclude or ()):
+            packed_kind = f"is quantised (packed integers); {FLOAT_FIRST}", f"is quantised; {FLOAT_FIRST}"
+            left_out.setdefault(packed_kind, []).append(name)
     for name, conv in chosen.items():
-        weight = _weight_parameter(conv)
-        if weight is None:
-            parametrized.append(name)
-        elif is_lazy(weight):
+        if (obstacle := weight_obstacle(conv)) is not None:
+            left_out.setdefault(obstacle, []).append(name)
+        elif is_lazy(conv.weight):
             raise ValueError(
                 f"layer {name!r} is lazy and has no weight yet: run one forward pass before training, "
                 f"or exclude it with exclude=[{name!r}]"
             )
         else:
             selected[name] = conv
-    if parametrized:
-        warnings.warn(
-            f"left out, because their weight is computed by a parametrization (weight_norm, prune, ...): "
-            f"{_available(parametrized)}; remove the parametrization to include them",
-            stacklevel=2,
-        )
+    for (why, _), layers in left_out.items():
+        what, _, advice = why.partition("; ")
+        warnings.warn(f"left out, because their weight {what}: {_available(layers)}; {advice}", stacklevel=2)
     if not selected:
-        reason = "every selected layer is parametrized" if parametrized else "exclude leaves no convolution"
-        if not parametrized and include is None and not any(isinstance(conv, _FORWARD) for conv in found.values()):
+        reason = "exclude leaves no convolution"
+        if left_out:
+            reason = "every selected layer " + ", or ".join(dict.fromkeys(everyone for _, everyone in left_out))
+        elif include is None and not any(isinstance(conv, _FORWARD) for conv in found.values()):
             reason = "the model has only transposed convolutions, which must be named in include"
         raise NoLayersError(f"no layer is left: {reason}. Available: {_available(names)}")
     return selected

@@ -11,7 +11,9 @@ import importlib
 import os
 import pickle
 import sys
+import tarfile
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +24,19 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.filters import canonical_name
 
-__all__ = ["ModelSourceError", "add_model_arguments", "build_model", "load_weights", "read_checkpoint", "search_here"]
+__all__ = [
+    "PICKLED",
+    "ModelSourceError",
+    "add_model_arguments",
+    "build_model",
+    "load_weights",
+    "read_checkpoint",
+    "search_here",
+]
 
+#: Of a file that a restrained unpickler refuses.
+PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
+_NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
 _FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
 
 
@@ -39,7 +52,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="unpickle files that hold more than tensors and plain values: this runs code from the file",
+        help="unpickle a file that holds more than tensors and plain values: this runs whatever code it contains, so "
+        "only for files from people you trust",
     )
 
 
@@ -81,7 +95,9 @@ def _from_torchvision(name: str) -> nn.Module:
 
     names = torchvision.models.list_models()
     if name not in names:
-        raise ModelSourceError(f"torchvision has no model {name!r}{_closest(name, names)}")
+        raise ModelSourceError(
+            f"torchvision has no model {name!r}{_closest(name, names) or '; torchvision.models.list_models() has all'}"
+        )
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     detector = (
         {"weights_backbone": None} if name in torchvision.models.list_models(torchvision.models.detection) else {}
@@ -112,7 +128,10 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise ModelSourceError(f"--model {path}:{name}: cannot import {path!r} ({error})") from error
+        raise ModelSourceError(
+            f"--model {path}:{name}: cannot import {path!r} ({error}); name an installed module, or one in the current "
+            f"folder"
+        ) from error
     if not hasattr(module, name):
         callables = [key for key, value in vars(module).items() if callable(value)]
         raise ModelSourceError(f"--model {path}:{name}: {path} has no {name!r}{_closest(name, callables)}")
@@ -124,7 +143,9 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
             f"or call save_hyperparameters() in its constructor"
         ) from error
     if not isinstance(built, nn.Module):
-        raise ModelSourceError(f"--model {path}:{name} gives a {type(built).__name__}, not a torch.nn.Module")
+        raise ModelSourceError(
+            f"--model {path}:{name} gives a {type(built).__name__}, not a torch.nn.Module; name a network"
+        )
     return built
 
 
@@ -159,6 +180,20 @@ def _from_config(config: Path) -> nn.Module:
         raise ModelSourceError(f"--config {config}: its model cannot be built: {reason}") from error
 
 
+def _other_format(path: Path) -> str | None:
+    """What torch calls a file that is no checkpoint and not opened here; ``None``: nothing it knows."""
+    if tarfile.is_tarfile(path):
+        return "a tar archive, as torch.save wrote before 2017, with pickled objects"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "a TorchScript archive, which is a program"
+        if "archive_format" in names or "serialized_exported_program.json" in names:
+            return "an exported program"
+    return None
+
+
 def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     """Read a Lightning checkpoint or a state dict.
 
@@ -172,22 +207,24 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     Raises:
         ModelSourceError: no such file, no checkpoint, or one that only unpickling would open.
     """
+    if path.is_dir():
+        raise ModelSourceError(f"{path} is a folder; name the .ckpt or .pt file in it")
     if not path.is_file():
-        raise ModelSourceError(f"{path}: no such file")
+        raise ModelSourceError(f"{path}: no such file; name a .ckpt or .pt file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise ModelSourceError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-        raise ModelSourceError(
-            f"{path} holds objects that only unpickling would open, which can run any code; it was not opened. If you "
-            f"trust where it comes from, add --trust-pickle"
-        ) from error
+            raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
+        raise ModelSourceError(f"{path} {PICKLED}. If you trust where it comes from, add --trust-pickle") from error
     except Exception as error:  # torch reports a file that is none by many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelSourceError(f"{path} is not a checkpoint: {reason}") from error
+        if (other := _other_format(path)) is not None:
+            raise ModelSourceError(
+                f"{path} is {other}, which was not opened: save the weights, torch.save(model.state_dict(), path)"
+            ) from error
+        raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
     if isinstance(content, nn.Module):
         return {"state_dict": content.state_dict()}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -195,7 +232,8 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
         return {"state_dict": dict(content)}
     raise ModelSourceError(
-        f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}"
+        f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}; "
+        f"torch.save(model.state_dict(), path) makes one"
     )
 
 
@@ -223,5 +261,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         parts = [f"{len(missing)} missing ({missing[0]!r}, ...)"] if missing else []
         parts += [f"{len(unexpected)} unknown ({unexpected[0]!r}, ...)"] if unexpected else []
         parts += [f"{n!r} has shape {tuple(given[n].shape)}, the network {shapes[own[n]]}" for n in wrong[:2]]
-        raise ModelSourceError(f"the weights are not those of a {type(model).__name__}: {'; '.join(parts)}")
+        raise ModelSourceError(
+            f"the weights are not those of a {type(model).__name__}: {'; '.join(parts)}. Name the "
+            f"network that they were saved from"
+        )
     model.load_state_dict({own[name]: given[name] for name in own})

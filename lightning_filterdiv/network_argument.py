@@ -16,7 +16,8 @@ def check_network(network: object) -> str | None:
         TypeError: anything else.
     """
     if network is not None and not isinstance(network, str):
-        raise TypeError(f"network must be the name of a submodule or None, got {network!r}")
+        given = repr(network) if isinstance(network, int | float) else f"a {type(network).__name__}"
+        raise TypeError(f"network must be the name of a submodule, such as 'backbone', or None, got {given}")
     return network
 
 

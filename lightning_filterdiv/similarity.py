@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_filterdiv.arguments import check_tensor
+
 __all__ = [
     "as_wide",
     "cosine_similarity",
@@ -48,6 +50,7 @@ def normalize_rows(filters: Tensor) -> Tensor:
         Same shape, float32 or wider. Rows are divided by their largest entry first, so that neither 1e-30 nor 1e+30
         weights under- or overflow when they are squared.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         wide = as_wide(filters)
         peak = wide.abs().amax(dim=-1, keepdim=True)
@@ -65,6 +68,7 @@ def cosine_similarity(filters: Tensor) -> Tensor:
     Returns:
         ``(J, J)`` or ``(B, J, J)`` in [-1, 1]; the diagonal is 1, or 0 for a zero row.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         unit = normalize_rows(filters)
         return (unit @ unit.mT).clamp(-1.0, 1.0)
@@ -82,6 +86,7 @@ def orthogonality_score(filters: Tensor) -> Tensor:
         ``(J,)`` or ``(B, J)`` in [0, 1]; large means much overlap with the rest of the layer. By the formula a zero
         row scores ``1/J`` (its own diagonal is missing); ranking functions treat such filters separately.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         unit = normalize_rows(filters)
         count = unit.shape[-2]
@@ -121,6 +126,7 @@ def effective_rank(filters: Tensor) -> Tensor:
         rows are zero, NaN when an entry is not finite. It is not meant for per-step use: singular values synchronise
         with the device.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         wide = as_wide(filters)
         finite = wide.isfinite().all(dim=-1).all(dim=-1)
@@ -159,8 +165,11 @@ def expected_abs_cosine(fan_in: int) -> float:
         fan_in: ``d >= 1``.
 
     Raises:
+        TypeError: ``fan_in`` is no integer.
         ValueError: ``fan_in`` is below 1.
     """
+    if not isinstance(fan_in, int):
+        raise TypeError(f"fan_in must be an integer >= 1, got {fan_in!r}")
     if fan_in < 1:
         raise ValueError(f"fan_in must be at least 1, got {fan_in}")
     return math.exp(math.lgamma(fan_in / 2) - math.lgamma((fan_in + 1) / 2)) / math.sqrt(math.pi)

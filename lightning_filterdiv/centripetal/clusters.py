@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_filterdiv.arguments import check_choice, check_number
+from lightning_filterdiv.arguments import check_choice, check_integer, check_number, check_tensor
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.narrow import named_tensors
 from lightning_filterdiv.randomness import keyed_generator
@@ -70,14 +70,19 @@ def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "k
         ``(J,)`` int64 on the CPU, numbered by first appearance.
 
     Raises:
-        ValueError: an unknown method, no matrix, or a number of clusters outside 1..J.
+        TypeError: ``n_clusters`` is no integer.
+        ValueError: an unknown method, no matrix, NaN or inf for k-means, or a number of clusters outside 1..J.
     """
     check_choice("method", method, Clustering)
+    check_tensor("filters", filters)
+    check_integer("n_clusters", n_clusters, low=1)
     if filters.dim() != 2:
         raise ValueError(f"filters must be a (J, d) matrix, got shape {tuple(filters.shape)}")
     count = filters.shape[0]
     if not 1 <= n_clusters <= count:
         raise ValueError(f"n_clusters must be between 1 and the {count} filters, got {n_clusters}")
+    if method == "kmeans" and not filters.isfinite().all():
+        raise ValueError("filters contain NaN or inf, which have no cluster; has the training diverged?")
     if method == "even":
         sizes = torch.full((n_clusters,), count // n_clusters)
         sizes[: count % n_clusters] += 1

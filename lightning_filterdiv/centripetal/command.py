@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_filterdiv.arguments import check_integer, check_number
 from lightning_filterdiv.centripetal.callback import CentripetalSGD
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
-from lightning_filterdiv.centripetal.files import save_merged
+from lightning_filterdiv.centripetal.files import save_merged, unwritable
 from lightning_filterdiv.centripetal.measure import latency_ratio
 from lightning_filterdiv.centripetal.merge import NotTiedError, merge_with_report
 from lightning_filterdiv.channel_graph import ChannelGraphError
@@ -67,6 +68,14 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ModelSourceError: no usable checkpoint, model, clusters or example inputs, or clusters that are not tied.
     """
+    try:
+        if options.tolerance != float("inf"):
+            check_number("--tolerance", options.tolerance, low=0.0)
+        check_integer("--pairs", options.pairs, low=0)
+    except (TypeError, ValueError) as error:
+        raise ModelSourceError(str(error)) from error
+    if reason := unwritable(options.out):  # before minutes of work
+        raise ModelSourceError(f"--out {options.out} cannot be written: {reason}")
     checkpoint = read_checkpoint(options.checkpoint, options.trust_pickle)
     try:
         clusters = CentripetalSGD.clusters_from(checkpoint)

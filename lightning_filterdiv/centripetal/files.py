@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.export import bare_module
 from lightning_filterdiv.channel_graph.narrow import named_tensors, update_attributes
 from lightning_filterdiv.filters import canonical_name
+from lightning_filterdiv.model_source import PICKLED
 
-__all__ = ["MergedFileError", "load_merged", "save_merged"]
+__all__ = ["MergedFileError", "load_merged", "save_merged", "unwritable"]
 
 _FORMAT = "lightning_filterdiv merged network"
 _VERSION = 1
@@ -24,13 +26,28 @@ class MergedFileError(ValueError):
     """The file is no merged network, or one of another class. The message says what does not fit."""
 
 
+def unwritable(path: str | os.PathLike[str]) -> str:
+    """Why no file can be written at ``path``, with the way out; ``""`` where it can."""
+    folder = os.path.dirname(path) or os.curdir
+    if os.path.isdir(path):
+        return "it is a folder; name a file in it"
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}; make it first"
+    return "" if os.access(path if os.path.exists(path) else folder, os.W_OK) else "permission denied; name another"
+
+
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a merged network: its tensors under canonical names and where its channel maps sit; no pickled objects.
 
     Args:
         model: a result of :func:`~lightning_filterdiv.centripetal.merge.merge_channels`, trained further or not.
         path: the file to write; :func:`load_merged` reads it.
+
+    Raises:
+        OSError: it cannot be written.
     """
+    if reason := unwritable(path):
+        raise OSError(f"{os.fspath(path)} cannot be written: {reason}")
     model = bare_module(model)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
     torch.save(
@@ -65,14 +82,29 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
         FileNotFoundError: there is no such file.
         MergedFileError: it is no merged network, or its tensors are not those of ``fresh_original``.
     """
+    shown = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{shown}: no such file; save_merged and filterdiv merge write them")
+    foreign = f"{shown} is not a file that save_merged wrote, or only a part of one; merge the checkpoint again"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise MergedFileError(f"{os.fspath(path)} is not a file that save_merged wrote") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MergedFileError(
+            f"{shown} {PICKLED}; save_merged writes no such file, merge the checkpoint again"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise MergedFileError(foreign) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise MergedFileError(f"{os.fspath(path)} is not a file that save_merged wrote")
+        raise MergedFileError(foreign)
+    if missing := [key for key in ("version", "class", "tensors", "maps") if key not in content]:
+        raise MergedFileError(f"{shown} lacks its entry {missing[0]!r}: it was edited; merge the checkpoint again")
     if content["version"] > _VERSION:
-        raise MergedFileError(f"{os.fspath(path)} was written by a newer release of lightning_filterdiv")
+        raise MergedFileError(
+            f"{shown} was written by a newer release of lightning_filterdiv (format {content['version']}, this one "
+            f"reads {_VERSION}); update the package"
+        )
     model = bare_module(fresh_original)
     tensors: dict[str, Tensor] = content["tensors"]
     _check(model, content)

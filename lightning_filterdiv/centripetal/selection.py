@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.narrow import named_tensors
-from lightning_filterdiv.filters import CONVOLUTIONS, Conv, canonical_name
+from lightning_filterdiv.filters import CONVOLUTIONS, FAKE_QUANTISED, Conv, canonical_name
 
 __all__ = ["check_usable", "choose_groups"]
 
@@ -80,4 +80,5 @@ def choose_groups(
         else:
             chosen[group.name] = group
     left_alone |= {name: "it is not part of the traced network" for name in layers if name not in graph.layers}
+    left_alone |= {name: FAKE_QUANTISED for name, conv in layers.items() if hasattr(conv, "weight_fake_quant")}
     return chosen, left_alone

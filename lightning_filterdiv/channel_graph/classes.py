@@ -95,11 +95,15 @@ class Table:
 
     def channels(self) -> list[slice]:
         """The entries of each channel."""
+        if not len(self.root):
+            return []
         bounds = [0, *(np.flatnonzero(np.diff(self.root)) + 1).tolist(), len(self.root)]
         return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
     def entries_by_tensor(self) -> list[Ints]:
         """The entries of each tensor, in order."""
+        if not self.tensors:
+            return []
         order = np.argsort(self.tensor, kind="stable")
         return np.split(order, np.searchsorted(self.tensor[order], np.arange(1, len(self.tensors))))
 
@@ -194,6 +198,8 @@ def channel_table(state: Propagation) -> Table:
         constants = (np.full(count, n, dtype=np.int64) for n in (KINDS.index(event.kind), index, event.dim))
         key = mix(table.trail[event.values], table.slot[event.values], tag)
         blocks.append([table.roots(table.owner[event.values]), *constants, event.rows, key])
+    if not blocks:  # no channel is owned: forward computes every kernel
+        return Table((), *(np.zeros(0, dtype=np.int64) for _ in range(6)))
     columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
     # A row that several calls meet (a shared layer) is one row, its keys added up.
     identity, inverse = np.unique(np.stack(columns[:-1], axis=1), axis=0, return_inverse=True)

@@ -228,6 +228,7 @@ def _explain(model: nn.Module, stack: list[nn.Module], error: Exception) -> Exce
     path = names.get(id(stack[-1]), "") if stack else ""
     part = f"submodule {path!r} ({type(stack[-1]).__name__})" if path else f"{type(model).__name__}.forward"
     first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first_line = first_line.removesuffix(", but expected one of:")  # the lines after it
     kinds = {cls.__name__ for cls in type(error).__mro__}
     if kinds & set(_DATA_DEPENDENT):
         candidates = [

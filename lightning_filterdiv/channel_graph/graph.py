@@ -252,6 +252,10 @@ class ChannelGraph:
         """
         region = self._region(layer)
         if region.count == 0:
+            if not self._coupled[layer]:
+                return (
+                    f"forward computes the kernel of {layer} from its weight, or no channel of the network reaches it"
+                )
             return f"{layer} is depthwise: its filters belong to the channels of {', '.join(self._coupled[layer])}"
         wanted = np.arange(region.count) if filters is None else filters.detach().cpu().numpy().astype(np.int64)
         for j in wanted.tolist():

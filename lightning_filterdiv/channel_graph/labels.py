@@ -248,7 +248,8 @@ class ValueTable:
 
     def shift_zeros(self, values: Ints, where: str) -> Ints:
         """Zeros do not survive an operator with an offset: what results is a constant that no channel owns."""
-        zeros = (values > 0) & (self.zero[values] > 0)
+        owned = values > 0
+        zeros = owned & (self.zero[np.where(owned, values, 0)] > 0)
         if zeros.any():
             reason = f"zero padding is shifted by {where}"
             self.pin(values[zeros], reason)

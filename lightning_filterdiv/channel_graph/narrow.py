@@ -31,10 +31,16 @@ def representatives(group: ChannelGroup, clusters: Tensor) -> Tensor:
     Raises:
         NarrowingError: ``clusters`` is not one integer per channel of the group.
     """
-    if clusters.shape != (group.size,) or clusters.is_floating_point():
+    if not isinstance(clusters, Tensor):
         raise NarrowingError(
-            f"group {group.name!r} has {group.size} channels: expected that many integers, "
-            f"got {clusters.dtype} of shape {tuple(clusters.shape)}"
+            f"group {group.name!r} has {group.size} channels: expected a tensor of that many cluster numbers, got "
+            f"{type(clusters).__name__}; torch.tensor([...]) makes one of a list"
+        )
+    if clusters.shape != (group.size,) or clusters.is_floating_point() or bool((clusters < 0).any()):
+        raise NarrowingError(
+            f"group {group.name!r} has {group.size} channels: expected that many integers, the number of each one's "
+            f"cluster from 0, got {clusters.dtype} of shape {tuple(clusters.shape)}"
+            + (f" with the entry {int(clusters.min())}" if clusters.shape == (group.size,) else "")
         )
     clusters = clusters.detach().cpu().long()
     _, index = torch.unique(clusters, return_inverse=True)

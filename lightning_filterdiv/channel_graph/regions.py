@@ -126,11 +126,11 @@ def neighbours(
     table: Table, order: list[str], weights: set[str]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
     """(layers that read a channel of each layer, layers that share a channel with it)."""
-    is_layer = np.asarray([t in weights for t in table.tensors])
+    is_layer = np.asarray([t in weights for t in table.tensors], dtype=bool)
     owns = is_layer[table.tensor] & (table.kind < 2)
     reads = table.kind == 2
     position = {layer: i for i, layer in enumerate(order)}
-    layer_id = np.asarray([position.get(t.rpartition(".")[0], -1) for t in table.tensors])
+    layer_id = np.asarray([position.get(t.rpartition(".")[0], -1) for t in table.tensors], dtype=np.int64)
     consumers, coupled = {}, {}
     for layer, i in position.items():
         roots = np.unique(table.root[owns & (layer_id[table.tensor] == i)])

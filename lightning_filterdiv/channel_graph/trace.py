@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from ..filters import CONVOLUTIONS, canonical_name
+from ..arguments import check_module
+from ..filters import CONVOLUTIONS, FLOAT_FIRST, canonical_name, quantised_modules
 from . import layers, moves
 from .capture import find_submodule
 from .classes import Table, channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
@@ -44,10 +46,23 @@ class _Rules(dict[str, Rule]):
 
 def trace(model: nn.Module, example_inputs: Any, network: str | None = None) -> ChannelGraph:
     """See :meth:`ChannelGraph.trace`."""
+    check_module("model", model)
     model = bare_module(model)
     traced = bare_module(find_submodule(model, network))
+    if quantised := list(quantised_modules(traced)):
+        raise TraceError(
+            f"{quantised[0]!r} is quantised, and packed integers cannot be traced; {FLOAT_FIRST}, or trace a submodule "
+            f"without it: network='...'"
+        )
+    if sharded := next(((n, p) for n, p in traced.named_parameters() if is_traceable_wrapper_subclass(p)), None):
+        raise TraceError(
+            f"{canonical_name(sharded[0])!r} is a {type(sharded[1]).__name__}, a shard or a packed form, which cannot "
+            f"be traced; use strategy='ddp' or a single device, with whole, plain weights"
+        )
     if not any(isinstance(m, CONVOLUTIONS) for m in traced.modules()):
-        raise ChannelGraphError(f"{type(traced).__name__} has no convolution: there are no channels to speak of")
+        raise ChannelGraphError(
+            f"{type(traced).__name__} has no convolution: there are no channels to speak of; trace a network with some"
+        )
     graph = trace_at(model, example_arguments(traced, example_inputs), network or "")
     graph.pin_rigid()
     return graph

@@ -6,6 +6,7 @@ acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018) w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -114,16 +115,34 @@ def insert_gates(
         ValueError: a layer that ``include`` names is no ungrouped ``nn.Conv2d``.
     """
     chosen: dict[str, nn.Conv2d] = {}
+    others: dict[str, str] = {}
+    derived: list[str] = []  # subclasses, whose own forward a gate would replace
     for name, conv in select_filters(model, include, exclude).items():
         if type(conv) in (nn.Conv2d, GatedConv2d) and conv.groups == 1:
             chosen[name] = cast(nn.Conv2d, conv)
-        elif include is not None:
+            continue
+        kind = f"{type(conv).__module__}.{type(conv).__name__}".replace("torch.nn.modules.conv.", "nn.")
+        others[name] = (
+            f"{name!r} is {'an' if kind[:2] == 'nn' else 'a'} {kind} with {conv.groups} group{'s' * (conv.groups > 1)}"
+        )
+        if include is not None:
             raise ValueError(
-                f"layer {name!r} is a {type(conv).__name__} with {conv.groups} groups; gates go behind ungrouped "
-                f"nn.Conv2d layers, leave it out with exclude"
+                f"layer {others[name]}; gates go behind ungrouped layers of class nn.Conv2d itself, leave it out with "
+                f"exclude"
             )
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1:
+            derived.append(name)
     if not chosen:
-        raise NoLayersError(f"{type(model).__name__} has no ungrouped nn.Conv2d to put a gate behind")
+        raise NoLayersError(
+            f"{type(model).__name__} has no ungrouped layer of class nn.Conv2d itself to put a gate behind; build the "
+            f"network from those: {', '.join(list(others.values())[:2])}"
+        )
+    if derived:
+        warnings.warn(
+            f"no gate goes behind {', '.join(map(repr, derived[:12]))}: gates need layers of class nn.Conv2d itself, "
+            f"and {others[derived[0]]}",
+            stacklevel=2,
+        )
     for name, conv in chosen.items():
         if not isinstance(conv, GatedConv2d):
             conv.__class__ = GatedConv2d
@@ -162,6 +181,7 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
 
     Raises:
         NoLayersError: the model has no gates.
+        TypeError: a batch that holds no tensor of images.
         ValueError: no images.
     """
     layers = gated_layers(model)
@@ -182,7 +202,11 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
     try:
         model.eval()
         for batch in batches:
-            x = batch if isinstance(batch, Tensor) else batch[0]
+            x = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, list | tuple) and batch else None
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"a batch must be a tensor (B, C, H, W) or a tuple that begins with one, got {type(batch).__name__}"
+                )
             images += len(x)
             model(x)
     finally:
@@ -191,5 +215,5 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
         for module, training in mode.items():
             module.training = training
     if not images:
-        raise ValueError("batches holds no images to measure importance on")
+        raise ValueError("batches holds no images to measure importance on; give at least one batch")
     return {name: total / images for name, total in sums.items()}

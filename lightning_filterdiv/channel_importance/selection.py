@@ -74,9 +74,10 @@ def select_channels(
         if known:
             scores[group.name] = torch.stack(known).mean(0)
     if not scores:
+        gates = ", ".join(list(importance)[:8]) or "none"
         raise NoLayersError(
-            f"no layer with a gate can be pruned alone: gates are behind {', '.join(list(importance)[:8])}, the groups "
-            f"are {', '.join(group.name for group in graph.groups)}; name layers in include"
+            f"no layer with a gate can be pruned alone: gates are behind {gates}, the groups are "
+            f"{', '.join(group.name for group in graph.groups)}; name layers in include"
         )
     counts = {
         name: int((score > threshold * score.mean()).sum()) if rule == "threshold"
@@ -114,7 +115,7 @@ def _rows(graph: ChannelGraph, group: ChannelGroup, layer: str, gates: Tensor) -
     if len(gates) != graph.filter_count(layer):
         raise ValueError(
             f"importance of {layer!r} is that of {len(gates)} channels, but the layer has {graph.filter_count(layer)}: "
-            f"it was measured on another network"
+            f"it was measured on another network; measure it on this one"
         )
     return gates.detach().double().cpu()[group.rows(layer)]
 
@@ -163,7 +164,10 @@ def _clusters(name: str, group: ChannelGroup | None, kept: Tensor) -> Tensor:
     """Every removed channel joins the kept one before it (the first kept one, if there is none before)."""
     if group is None:
         return kept  # narrow names the groups that there are, and why a layer is pinned
-    index = torch.as_tensor(kept).cpu()
+    try:
+        index = torch.as_tensor(kept).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        index = torch.empty(0)  # refused below, by name
     fits = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index)
     if not fits or int(index.min()) < 0 or int(index.max()) >= group.size or len(index.unique()) < len(index):
         raise ValueError(

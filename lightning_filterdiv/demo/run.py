@@ -18,6 +18,7 @@ from lightning_filterdiv.demo.model import SmallConvNet
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.monitor.functional import redundancy_metrics
+from lightning_filterdiv.monitor.loggers import check_writable
 from lightning_filterdiv.repr_ import RePr
 
 __all__ = ["METHODS", "add_arguments", "run"]
@@ -66,6 +67,10 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.epochs < 1:
         raise SystemExit(f"filterdiv demo: --epochs must be at least 1, got {options.epochs}")
+    if options.seed < 0:
+        raise SystemExit(f"filterdiv demo: --seed must be at least 0, got {options.seed}")
+    if reason := check_writable(options.out):
+        raise SystemExit(f"filterdiv demo: --out {options.out} cannot be written ({reason}); name another folder")
     method = METHODS[options.method](options.epochs)
     outcomes = {
         "plain": _train("plain", None, options),

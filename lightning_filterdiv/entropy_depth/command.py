@@ -118,7 +118,10 @@ def _build_data(source: str, root: Path | None) -> Any:
     if source in known:
         return known[source]()
     if Path(source).is_dir():
-        return _Folder(Path(source))
+        folder = _Folder(Path(source))
+        if not len(folder):
+            raise ModelSourceError(f"--data {source}: the folder holds no image files ({', '.join(sorted(_ENDINGS))})")
+        return folder
     if not (separator and kind and name):
         raise ModelSourceError(f"--data {source!r} is none of {_FORMS}")
     if kind == "torchvision":
@@ -166,7 +169,9 @@ def _example_inputs(model: nn.Module, data: Any, size: list[int] | None) -> Any:
         return None
     first = next((conv for _, conv in named_convolutions(model)), None)
     if first is None:
-        raise ModelSourceError(f"{type(model).__name__} has no convolution: there is no depth to speak of")
+        raise ModelSourceError(
+            f"{type(model).__name__} has no convolution: there is no depth to speak of; name another"
+        )
     if size is not None:
         spatial = size * 2 if len(size) == 1 else size
     else:

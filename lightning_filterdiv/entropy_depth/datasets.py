@@ -31,7 +31,10 @@ def item_source(data: Any, indices: Sequence[int] | None, max_images: int | None
         ImageDataError: empty, or no image in the first item.
     """
     if len(data) == 0 or (indices is not None and len(indices) == 0):
-        raise ImageDataError(f"{type(data).__name__}: the data set is empty, there is nothing to measure")
+        raise ImageDataError(
+            f"{type(data).__name__}: the data set is empty, there is nothing to measure; check its folder, split "
+            f"or indices"
+        )
     if isinstance(data, Subset):
         inner = list(data.indices) if indices is None else [data.indices[i] for i in indices]
         return item_source(data.dataset, inner, max_images, workers)
@@ -49,7 +52,9 @@ def item_source(data: Any, indices: Sequence[int] | None, max_images: int | None
         tensor = next((t for t in data.tensors if t.ndim >= 3), None)
         if tensor is None:
             shapes = ", ".join(str(tuple(t.shape)) for t in data.tensors)
-            raise ImageDataError(f"the tensors of a TensorDataset hold no images: {shapes}")
+            raise ImageDataError(
+                f"the tensors of a TensorDataset hold no images: {shapes}; one must be (N, H, W) or (N, C, H, W)"
+            )
         return array_source(tensor, "tensors of a TensorDataset", chosen)
     bare, words, notes = _without_transforms(data, chosen[0])
 

@@ -45,7 +45,7 @@ def image_entropy(images: Tensor) -> Tensor:
     if images.ndim < 2:
         raise ValueError(f"images must be (N, ...) with at least one axis per image, got shape {tuple(images.shape)}")
     if images.is_complex():
-        raise TypeError(f"images must be real numbers, got {images.dtype}")
+        raise TypeError(f"images must be real numbers, got {images.dtype}; measure their absolute values")
     flat = images.detach().flatten(1)
     count, entries = flat.shape
     if entries == 0:

@@ -69,9 +69,9 @@ def require_image(part: Any, axes: int, description: str) -> Tensor:
     """
     image = find_image(part, axes)
     if image is None:
-        kind = "batch" if axes == 3 else "item"
+        kind = "a batch" if axes == 3 else "an item"
         raise ImageDataError(
-            f"{description} hold no images: a {kind} is {what_is(part)}. Give a data set of images, or a loader whose "
+            f"{description} hold no images: {kind} is {what_is(part)}. Give a data set of images, or a loader whose "
             f"batches hold them as a tensor (N, ...), alone, first in a tuple, or under 'image' in a dict"
         )
     return image

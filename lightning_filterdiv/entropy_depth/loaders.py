@@ -91,7 +91,9 @@ def _stream(data: Any, axes: int, max_images: int | None, description: str) -> I
     """Batches (``axes=3``) or items (``axes=2``) in the order in which ``data`` yields them."""
     length = _images_in(data) if axes == 3 else _length(data)
     if length == 0:
-        raise ImageDataError(f"{description}: the data set is empty, there is nothing to measure")
+        raise ImageDataError(
+            f"{description}: the data set is empty, there is nothing to measure; check its folder, split or indices"
+        )
     inner = data.dataset if isinstance(data, DataLoader) else data
     held = vars(inner).values() if hasattr(inner, "__dict__") else ()
     once = isinstance(data, Iterator) or any(isinstance(value, Iterator) for value in held)

@@ -68,7 +68,7 @@ def picked(length: int, max_images: int | None, indices: Sequence[int] | None = 
     if indices is not None:
         return [indices[i] for i in picked(len(indices), max_images)]
     if length == 0:
-        raise ImageDataError("the data set is empty: there is nothing to measure")
+        raise ImageDataError("the data set is empty: there is nothing to measure; check its folder, split or indices")
     if max_images is None or max_images >= length:
         return range(length)
     return [i * length // max_images for i in range(max_images)]

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_filterdiv.arguments import check_choice, check_integer
 from lightning_filterdiv.callback import FilterCallback
@@ -84,13 +85,12 @@ class ExpandNet(FilterCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or self._expanded:
             return
-        before = sum(p.numel() for p in pl_module.parameters())
         chosen = choose_layers(pl_module, self.kind, self.include, self.exclude)
+        before = _numbers(pl_module)
         for name, (layer, kind) in chosen.items():
             self._replaced |= {id(p): (name, p) for p in layer.parameters()}
             self._expand(name, layer, kind)
-        after = sum(p.numel() for p in pl_module.parameters())
-        rank_zero_info(f"ExpandNet: {before:,} parameters become {after:,} while training")
+        rank_zero_info(f"ExpandNet: {before:,} parameters become {_numbers(pl_module):,} while training")
 
     def _expand(self, name: str, layer: Layer, kind: Any) -> None:
         owner, factors = self._kept.get(name, (None, {}))
@@ -201,6 +201,10 @@ class ExpandNet(FilterCallback):
             layer.pending = False
         if not self._expanded:
             self._kept = {name: (None, factors) for name, factors in saved.items()}
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
 
 def _factors(layer: nn.Module) -> Factors:

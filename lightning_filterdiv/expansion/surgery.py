@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, cast
@@ -12,10 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_filterdiv.arguments import check_choice, check_integer
+from lightning_filterdiv.arguments import check_choice, check_integer, check_module
 from lightning_filterdiv.expansion.functional import Kind, draw_factors
 from lightning_filterdiv.expansion.layers import ExpandedConv2d, ExpandedLinear, ExpandedModule
-from lightning_filterdiv.filters import NoLayersError, canonical_name, check_patterns
+from lightning_filterdiv.filters import (
+    FLOAT_FIRST,
+    NoLayersError,
+    canonical_name,
+    check_patterns,
+    quantised_modules,
+    weight_obstacle,
+)
 from lightning_filterdiv.randomness import keyed_generator
 
 __all__ = ["ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "expand", "expand_layer", "set_factors"]
@@ -31,17 +39,8 @@ class ExpansionError(ValueError):
 
 def _obstacle(layer: nn.Module, kind: Kind, shared: Counter[int]) -> str | None:
     """Why ``layer`` cannot be expanded; ``None`` if it can."""
-    if isinstance(layer, ExpandedModule):
-        return "is expanded already; contract it first, or leave it out with exclude"
-    if type(layer) not in (nn.Conv2d, nn.Linear):
-        return f"is a {type(layer).__name__}; only nn.Conv2d and nn.Linear themselves can be expanded"
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "has a weight that a parametrization computes; remove it before expanding"
-    if is_lazy(weight) or weight.is_meta:
-        return "has no weight yet (lazy or on meta); materialise it before expanding"
-    if shared[id(weight)] > 1:
-        return "shares its weight with another layer, which would keep the old one"
+    if (own := _own_obstacle(layer, shared)) is not None:
+        return own
     if kind == "CK" and isinstance(layer, nn.Conv2d):
         height, width = layer.kernel_size
         if height != width or height % 2 == 0 or height < 5:
@@ -49,12 +48,43 @@ def _obstacle(layer: nn.Module, kind: Kind, shared: Counter[int]) -> str | None:
     return None
 
 
-def _worth_expanding(layer: nn.Module, kind: Kind, shared: Counter[int]) -> bool:
-    """Whether ``include=None`` means this layer: it can be expanded, and as a convolution looks at neighbours."""
-    if isinstance(layer, nn.Conv2d) and kind == "CL" and layer.kernel_size == (1, 1):
-        return False
-    # An expanded layer is meant too, so that expanding twice is an error and not half a surprise.
-    return isinstance(layer, ExpandedModule) or _obstacle(layer, kind, shared) is None
+def _own_obstacle(layer: nn.Module, shared: Counter[int]) -> str | None:
+    """Why no kind of expansion takes ``layer``."""
+    if isinstance(layer, ExpandedModule):
+        return "is expanded already; contract it first, or leave it out with exclude"
+    if (found := weight_obstacle(layer)) is not None:
+        return f"cannot be expanded: its weight {found[0]}"
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if is_lazy(weight) or weight.is_meta:
+        return (
+            "has no weight yet (lazy or on meta); run one forward pass before expanding, or leave it out with exclude"
+        )
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        cls = type(layer)
+        kind = f"{cls.__module__}.{cls.__name__}" if cls.__module__.startswith("torch.") else cls.__name__
+        return f"is a {kind}; only nn.Conv2d and nn.Linear themselves can be expanded, leave it out with exclude"
+    if shared[id(weight)] > 1:
+        return "shares its weight with another layer, which would keep the old one; leave both out with exclude"
+    return None
+
+
+def _worth_expanding(layer: nn.Module, kind: Kind) -> bool:
+    """Whether ``include=None`` means this layer, by its kernel."""
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    height, width = layer.kernel_size
+    return (height, width) != (1, 1) if kind == "CL" else height == width and height % 2 == 1 and height >= 5
+
+
+def _left_alone(layer: nn.Module) -> bool:
+    """Whether ``include=None`` leaves out a layer that cannot be expanded.
+
+    A lazy one may be what was meant, and an expanded one is, so that expanding twice is an error and not half a
+    surprise.
+    """
+    weight = layer._parameters.get("weight")
+    return not isinstance(layer, ExpandedModule) and not (weight is not None and is_lazy(weight))
 
 
 def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, Layer, Kind]]:
@@ -81,8 +111,10 @@ def choose_layers(
         NoLayersError: a pattern of ``include`` matches nothing, or no layer is left.
         ExpansionError: a layer that is meant cannot be expanded.
     """
+    check_module("model", model)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     found = list(_candidates(model, kinds))
+    packed = [name for name in quantised_modules(model) if include is None]
     shared = Counter(
         id(p)
         for module in model.modules()
@@ -93,7 +125,8 @@ def choose_layers(
     noun = {"C": "convolution", "F": "linear layer"}[kinds[0]] + (" or linear layer" if "+" in kinds else "")
     if not names:
         raise NoLayersError(
-            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand; build the network in __init__"
+            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand"
+            + (f"; {packed[0]!r} is quantised: {FLOAT_FIRST}" if packed else "; build the network in __init__")
         )
     for pattern in include or ():
         if not fnmatch.filter(names, pattern):
@@ -103,23 +136,30 @@ def choose_layers(
                 f"{f'; the closest name is {near[0]!r}' if near else ''}. Available: {', '.join(map(repr, names[:12]))}"
             )
     chosen: dict[str, tuple[Layer, Kind]] = {}
+    left = dict.fromkeys(packed, f"cannot be expanded: it is quantised; {FLOAT_FIRST}")
     for name, layer, kind in found:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ()):
             continue
         if include is None:
-            if not _worth_expanding(layer, kind, shared):
+            if not _worth_expanding(layer, kind):
                 continue
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
             continue
         obstacle = _obstacle(layer, kind, shared)
+        if obstacle is not None and include is None and _left_alone(layer):
+            left[name] = obstacle
+            continue
         if obstacle is not None:
             raise ExpansionError(f"layer {name!r} {obstacle}")
         chosen[name] = (layer, kind)
     if not chosen:
         raise NoLayersError(
-            f"no layer of {type(model).__name__} is left for kind={kinds!r} to expand; available: "
-            f"{', '.join(map(repr, names[:12]))}"
+            f"no layer of {type(model).__name__} is left for kind={kinds!r} to expand"
+            f"{''.join(f': {name!r} {why}' for name, why in list(left.items())[:1])}. Choose another kind, include or "
+            f"exclude; available: {', '.join(map(repr, names[:12]))}"
         )
+    for name, why in left.items():
+        warnings.warn(f"layer {name!r} stays as it is: it {why}", stacklevel=2)
     return chosen
 
 
@@ -162,7 +202,8 @@ def set_factors(layer: Layer, kind: Kind, rate: int, weights: list[Tensor], bias
     expanded.compact_state = expanded.pending = False
     for prefix, tensors in (("weight", weights), ("bias", biases or [])):
         for index, tensor in enumerate(tensors, start=1):
-            value = tensor.detach().to(like.device, like.dtype, copy=True)
+            # LBFGS flattens gradients as views, and a gradient is laid out as its parameter.
+            value = tensor.detach().to(like.device, like.dtype, copy=True, memory_format=torch.contiguous_format)
             expanded.register_parameter(f"{prefix}_{index}", nn.Parameter(value, requires_grad=like.requires_grad))
 
 
@@ -252,6 +293,7 @@ def contract(model: nn.Module) -> nn.Module:
     Raises:
         NoLayersError: no layer is expanded.
     """
+    check_module("model", model)
     layers = [module for module in model.modules() if isinstance(module, ExpandedModule)]
     if not layers:
         raise NoLayersError(f"{type(model).__name__} has no expanded layer to contract; call expand first")

@@ -82,7 +82,7 @@ def find_layers(options: argparse.Namespace) -> tuple[dict[str, Conv], str, list
     if named:
         if options.model is not None or options.config is not None:
             raise ModelSourceError(f"{source!r} names a network already; --model and --config belong to a file")
-        network, note = _with_local_weights(source)
+        network, note = _with_local_weights(source, options.trust_pickle)
         return select_filters(network, options.include, options.exclude), source, [note]
     path = Path(source)
     if not path.exists():
@@ -132,7 +132,7 @@ def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
     return network
 
 
-def _with_local_weights(source: str) -> tuple[nn.Module, str]:
+def _with_local_weights(source: str, trust_pickle: bool) -> tuple[nn.Module, str]:
     """The network, with torchvision's default weights where they are on disk already; nothing is ever downloaded."""
     network = build_model(source)
     kind, _, name = source.partition(":")
@@ -143,6 +143,8 @@ def _with_local_weights(source: str) -> tuple[nn.Module, str]:
     if file is None or not file.is_file():
         missing = f": {file.name} is not in torch's hub folder, and nothing is downloaded" if file is not None else ""
         return network, f"Random weights{missing}."
+    if not trust_pickle:
+        read_checkpoint(file)  # torchvision would unpickle whatever lies there
     return torchvision.models.get_model(name, weights=default), f"Weights of {file.name}, found on this machine."
 
 

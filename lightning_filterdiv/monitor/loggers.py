@@ -82,5 +82,5 @@ def check_writable(folder: Path) -> str:
         os.close(handle)
         os.unlink(name)
     except OSError as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
     return ""

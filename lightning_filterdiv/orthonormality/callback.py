@@ -74,9 +74,13 @@ class BasisOrthonormality(FilterCallback):
         self.squared = check_flag("squared", squared)
         self.unique = check_flag("unique", unique)
         if self.squared and self.form != "srip":
-            raise ValueError(f"squared=True belongs to form='srip', got form={form!r}")
+            raise ValueError(
+                f"squared=True belongs to form='srip', got form={form!r}; leave squared out, or change form"
+            )
         if self.unique and self.form != "basis":
-            raise ValueError(f"unique=True belongs to form='basis', got form={form!r}")
+            raise ValueError(
+                f"unique=True belongs to form='basis', got form={form!r}; leave unique out, or change form"
+            )
         self.seed = check_integer("seed", seed, low=0)
         self._penalties: dict[int, OrthonormalityPenalty] = {}
         self._announced: set[int] = set()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_filterdiv.arguments import check_integer, check_tensor
 from lightning_filterdiv.similarity import as_wide
 
 __all__ = [
@@ -60,7 +61,17 @@ def basis_penalty(filters: Tensor | Sequence[Tensor], masks: Sequence[Tensor | N
     stages = [filters] if isinstance(filters, Tensor) else list(filters)
     chosen = [None] * len(stages) if masks is None else list(masks)
     if not stages or len(chosen) != len(stages):
-        raise ValueError(f"basis_penalty needs one mask per matrix, got {len(stages)} matrices, {len(chosen)} masks")
+        raise ValueError(
+            f"basis_penalty needs at least one matrix and one mask (or None) for each, got {len(stages)} matrices and "
+            f"{len(chosen)} masks"
+        )
+    for stage, mask in zip(stages, chosen, strict=True):
+        check_tensor("filters", stage)
+        if mask is not None and mask.shape != (stage.shape[0], stage.shape[0]):
+            raise ValueError(
+                f"masks must have one row and one column per filter, {(stage.shape[0], stage.shape[0])} for filters "
+                f"{tuple(stage.shape)}, got {tuple(mask.shape)}"
+            )
     total, entries = torch.zeros((), device=stages[0].device), 0
     with torch.autocast(stages[0].device.type, enabled=False):
         for stage, mask in zip(stages, chosen, strict=True):
@@ -81,6 +92,7 @@ def soft_orthogonality(filters: Tensor) -> Tensor:
     Returns:
         Scalar or ``(B,)``, 0 exactly where the filters (for ``J > d``: the columns) are orthonormal.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         return off_identity(smaller_side(as_wide(filters))).square().sum(dim=(-2, -1))
 
@@ -96,6 +108,7 @@ def double_soft_orthogonality(filters: Tensor) -> Tensor:
     Returns:
         Scalar or ``(B,)``, at least ``|J - d|``.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         wide = as_wide(filters)
         sides = [off_identity(side).square().sum(dim=(-2, -1)) for side in (wide, wide.mT)]
@@ -113,6 +126,7 @@ def mutual_coherence_penalty(filters: Tensor) -> Tensor:
     Returns:
         Scalar or ``(B,)``.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         return off_identity(as_wide(filters)).abs().amax(dim=(-2, -1))
 
@@ -135,6 +149,7 @@ def spectral_restricted_isometry(filters: Tensor, start: Tensor, *, squared: boo
     Raises:
         ValueError: ``start`` has another shape.
     """
+    check_tensor("filters", filters)
     with torch.autocast(filters.device.type, enabled=False):
         rows = smaller_side(as_wide(filters))
         if start.shape != rows.shape[:-1]:
@@ -209,7 +224,10 @@ def convolutional_orthogonality(kernels: Tensor, stride: int | Sequence[int] = 1
     Raises:
         ValueError: a wrong number of dimensions or strides.
     """
+    check_tensor("kernels", kernels)
     strides = [stride] * (kernels.dim() - 2) if isinstance(stride, int) else list(stride)
+    for one in strides:
+        check_integer("stride", one, low=1)
     if len(strides) not in _CONVOLUTIONS or kernels.dim() - len(strides) not in (2, 3):
         raise ValueError(
             f"kernels must be (J, C, *k), or (B, J, C, *k) with one stride per kernel dimension, got shape "

@@ -235,8 +235,9 @@ class RePr(FilterCallback):
         self._unsilenceable |= reasons.keys()
         if not matrices:
             raise NoLayersError(
-                "RePr has no layer to rank: none of the chosen layers can be silenced exactly (see the warnings); "
-                "choose others with include"
+                f"RePr has no layer to rank: none of the chosen layers can be silenced exactly "
+                f"({', '.join(f'{name}: {reason}' for name, reason in list(reasons.items())[:2])}); choose others with "
+                f"include"
             )
         key = (self.seed, "rank", event.cycle)
         scores = rank_filters(matrices, self.criterion, dim_correct=self.dim_correct, generator_key=key)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_filterdiv.arguments import check_choice, check_integer, check_number
+from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number, check_tensor
 from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.similarity import expected_abs_cosine, normalize_rows, orthogonality_score
 from lightning_filterdiv.stacking import group_by
@@ -50,9 +50,19 @@ def _on_host(filters: Tensor, name: str) -> Tensor:
     return host
 
 
+def _check_layers(argument: str, layers: object) -> None:
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"{argument} must be a dict of layer name -> tensor, got {type(layers).__name__}")
+    for name, tensor in layers.items():
+        check_tensor(f"{argument}[{name!r}]", tensor)
+
+
 def _check_matrix(filters: Tensor, name: str) -> None:
     if filters.dim() != 2 or filters.shape[1] < 1:
-        raise ValueError(f"{name}: filters must be a (J, d) matrix with d >= 1, got shape {tuple(filters.shape)}")
+        raise ValueError(
+            f"{name}: filters must be a (J, d) matrix with d >= 1, got shape {tuple(filters.shape)}; "
+            f"filter_matrix(conv) makes one"
+        )
 
 
 # --- ranking -----------------------------------------------------------------------------------------------------
@@ -81,9 +91,12 @@ def rank_filters(
         (the formula would call it the most orthogonal of all) and by norm; a layer of one filter has ``O = 0``.
 
     Raises:
+        TypeError: not a dict of tensors.
         ValueError: unknown criterion, something that is not a ``(J, d)`` matrix, or NaN or inf in a layer, by name.
     """
     criterion = check_choice("criterion", criterion, Criterion)
+    check_flag("dim_correct", dim_correct)
+    _check_layers("filters", filters)
     for name, matrix in filters.items():
         _check_matrix(matrix, name)
     scores: dict[str, Tensor] = {}
@@ -145,6 +158,7 @@ def select_dropped(
     largest_share = 1.0
     if max_layer_fraction is not None:
         largest_share = check_number("max_layer_fraction", max_layer_fraction, above=0.0, high=1.0)
+    _check_layers("scores", scores)
     names: list[str] = []
     candidates: list[tuple[Tensor, Tensor]] = []  # per layer: the filters it may lose, worst first, and their scores
     for name, score in scores.items():

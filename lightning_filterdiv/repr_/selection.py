@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.filters import Conv, filter_matrix
+from lightning_filterdiv.filters import FAKE_QUANTISED, Conv, filter_matrix
 from lightning_filterdiv.repr_.network import DroppedFilters
 
 __all__ = ["check_optimizers", "default_layers", "rankable", "restore_dropped"]
@@ -49,6 +49,8 @@ def rankable(graph: ChannelGraph, layers: Mapping[str, Conv]) -> tuple[dict[str,
     reasons: dict[str, str] = {}
     for name, conv in layers.items():
         found = graph.private(name) if name in graph.layers else "it is not part of the traced network"
+        if hasattr(conv, "weight_fake_quant"):
+            found = FAKE_QUANTISED
         if isinstance(found, str):
             reasons[name] = found
         else:
@@ -83,7 +85,9 @@ def restore_dropped(model: nn.Module, checkpoint: Mapping[str, Any]) -> int:
     ]
     states = [extra for extra in saved_extras if "dropped" in extra]
     if not states:
-        raise KeyError("the checkpoint holds no state of RePr: there is nothing to bring back")
+        raise KeyError(
+            "the checkpoint holds no state of RePr: there is nothing to bring back; load one of a fit with RePr"
+        )
     count = 0
     for state in states:
         if (saved := state["dropped"]) is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_filterdiv.arguments import check_flag, check_integer
-from lightning_filterdiv.filters import canonical_name
+from lightning_filterdiv.filters import canonical_name, weight_obstacle
 from lightning_filterdiv.shared_basis.modules import (
     BasisUser,
     FilterBasis,
@@ -42,11 +42,12 @@ def check_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
                 f"{shown!r} shares its filters already; call share_filter_bases once, on a fresh network"
             )
         if not isinstance(layer, nn.Conv2d):
-            raise SharingError(f"{shown!r} is a {type(layer).__name__}; only nn.Conv2d can share filters")
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            raise SharingError(f"the weight of {shown!r} is computed by a parametrization; remove it before sharing")
-        if is_lazy(weight):
+            raise SharingError(
+                f"{shown!r} is a {type(layer).__name__}; only nn.Conv2d can share filters, leave this layer out"
+            )
+        if (found := weight_obstacle(layer)) is not None:
+            raise SharingError(f"{shown!r} cannot share filters: its weight {found[0]}")
+        if is_lazy(layer.weight):
             raise SharingError(f"{shown!r} is lazy and has no weight yet; run one forward pass before sharing")
         if layer.groups != 1:
             raise SharingError(
@@ -241,7 +242,8 @@ def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
         if name not in known:
             convs = [key for key, (_, module) in known.items() if isinstance(module, nn.Conv2d)]
             near = difflib.get_close_matches(name, convs, n=1, cutoff=0.3)
-            raise SharingError(f"layers: there is no module {name!r}{f'; the closest is {near[0]!r}' if near else ''}")
+            hint = f"the closest is {near[0]!r}" if near else "see named_modules()"
+            raise SharingError(f"layers: there is no module {name!r}; {hint}")
         path, module = known[name]
         if path in found:
             raise SharingError(f"layers: {name!r} is named twice")

@@ -58,7 +58,7 @@ def test_insert_and_remove() -> None:
     assert torch.equal(model(x), plain(x))
     with pytest.raises(NoLayersError, match="has no gate to remove"):
         remove_gates(model)
-    with pytest.raises(ValueError, match=r"'features\.1\.conv\.0\.0' is a Conv2d with 32 groups"):
+    with pytest.raises(ValueError, match=r"'features\.1\.conv\.0\.0' is an nn\.Conv2d with 32 groups"):
         insert_gates(model, include=["features.1.conv.0.0"])
 
 

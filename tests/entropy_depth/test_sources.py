@@ -242,7 +242,7 @@ def _with_nan() -> Tensor:
         (lambda: DataLoader(TensorDataset(torch.zeros(0, 3, 4, 4))), "the data set is empty"),
         (lambda: DataLoader(_Empty(), batch_size=3), "no image came"),
         (lambda: SeededBatches((RAW[:4],), 8, 0), "batches of SeededBatches: the data set is empty"),
-        (lambda: ["a sentence", "another"], "hold no images: a item is str"),
+        (lambda: ["a sentence", "another"], "hold no images: an item is str"),
         (lambda: DataLoader(["a sentence", "another"], batch_size=2), r"hold no images: a batch is \(str, str\)"),
         (
             lambda: DataLoader(TensorDataset(torch.zeros(8, 16, dtype=torch.int64)), batch_size=4),

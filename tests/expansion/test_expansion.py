@@ -244,11 +244,27 @@ def _refusals() -> Iterator[Any]:
     yield nn.Sequential(conv(2, 2, 3)), {"include": ["conv1"]}, NoLayersError, "'conv1' matches no convolution"
     yield expand(nn.Sequential(conv(2, 2, 3))), {}, ExpansionError, "is expanded already"
     yield _tied(), {"include": ["0"]}, ExpansionError, "shares its weight with another layer"
-    yield nn.Sequential(nn.LazyConv2d(2, 3)), {"include": ["0"]}, ExpansionError, "only nn.Conv2d"
+    yield (
+        nn.Sequential(nn.LazyConv2d(2, 3)),
+        {"include": ["0"]},
+        ExpansionError,
+        "run one forward pass before expanding",
+    )
+    yield (
+        nn.Sequential(nn.LazyConv2d(2, 3), conv(2, 2, 3)),
+        {},
+        ExpansionError,
+        "'0' has no weight yet (lazy or on meta)",
+    )
     yield nn.Sequential(conv(2, 2, 3, device="meta")), {"include": ["0"]}, ExpansionError, "on meta"
     yield nn.Sequential(conv(9, 2, 7)), {"kind": "CK", "rate": 1}, ExpansionError, "or initial='fresh'"
     parametrized = nn.utils.parametrizations.weight_norm(conv(2, 2, 3))
-    yield nn.Sequential(parametrized), {"include": ["0"]}, ExpansionError, "only nn.Conv2d"
+    yield (
+        nn.Sequential(parametrized),
+        {"include": ["0"]},
+        ExpansionError,
+        "prune, ...); remove the parametrization first",
+    )
     yield nn.Sequential(conv(2, 2, 3)), {"kind": "C"}, ValueError, "kind must be one of"
     yield nn.Sequential(conv(2, 2, 3)), {"rate": 0}, ValueError, "rate must be an integer >= 1"
     yield nn.Sequential(conv(2, 2, 3)), {"initial": "old"}, ValueError, "initial must be one of"

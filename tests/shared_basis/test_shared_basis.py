@@ -319,7 +319,7 @@ REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
             layers=["0", "1"],
         ),
         SharingError,
-        "'0' is computed by a parametrization",
+        "'0' cannot share filters: its weight is computed by a parametrization (weight_norm, prune, ...); remove",
     ),
     (
         "lazy",
