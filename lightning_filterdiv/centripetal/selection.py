@@ -79,5 +79,5 @@ def choose_groups(
             left_alone |= {layer: f"it shares channels and {what}" for layer in own if layer in layers}
         else:
             chosen[group.name] = group
-    left_alone |= {name: "it is not part of the traced network" for name in layers if name not in graph.layers}
+    left_alone |= {name: graph.why_absent(name) for name in layers if name not in graph.layers}
     return chosen, left_alone

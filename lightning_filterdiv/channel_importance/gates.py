@@ -123,7 +123,11 @@ def insert_gates(
                 f"nn.Conv2d layers, leave it out with exclude"
             )
     if not chosen:
-        raise NoLayersError(f"{type(model).__name__} has no ungrouped nn.Conv2d to put a gate behind")
+        name, conv = next(iter(select_filters(model, include, exclude).items()))
+        raise NoLayersError(
+            f"{type(model).__name__} has no ungrouped nn.Conv2d to put a gate behind: {name!r} is a "
+            f"{type(conv).__name__} with {conv.groups} groups; gates are for networks on images"
+        )
     for name, conv in chosen.items():
         if not isinstance(conv, GatedConv2d):
             conv.__class__ = GatedConv2d

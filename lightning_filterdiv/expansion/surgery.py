@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_filterdiv.arguments import check_choice, check_integer
 from lightning_filterdiv.expansion.functional import Kind, draw_factors
 from lightning_filterdiv.expansion.layers import ExpandedConv2d, ExpandedLinear, ExpandedModule
-from lightning_filterdiv.filters import NoLayersError, canonical_name, check_patterns
+from lightning_filterdiv.filters import NoLayersError, canonical_name, check_patterns, named_convolutions
 from lightning_filterdiv.randomness import keyed_generator
 
 __all__ = ["ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "expand", "expand_layer", "set_factors"]
@@ -64,6 +64,12 @@ def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, Layer, Kind
                 yield canonical_name(name), module, kind
 
 
+def _others(model: nn.Module) -> str:
+    """The first convolution that is none of ``nn.Conv2d``, for a message."""
+    found = ((name, conv) for name, conv in named_convolutions(model) if not isinstance(conv, nn.Conv2d))
+    return next((f" ({name!r} is a {type(conv).__name__})" for name, conv in found), "")
+
+
 def choose_layers(
     model: nn.Module,
     kinds: Kinds,
@@ -93,7 +99,8 @@ def choose_layers(
     noun = {"C": "convolution", "F": "linear layer"}[kinds[0]] + (" or linear layer" if "+" in kinds else "")
     if not names:
         raise NoLayersError(
-            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand; build the network in __init__"
+            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand{_others(model)}; build the network in "
+            f"__init__, of nn.Conv2d and nn.Linear layers"
         )
     for pattern in include or ():
         if not fnmatch.filter(names, pattern):

@@ -48,7 +48,7 @@ def rankable(graph: ChannelGraph, layers: Mapping[str, Conv]) -> tuple[dict[str,
     matrices: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
     for name, conv in layers.items():
-        found = graph.private(name) if name in graph.layers else "it is not part of the traced network"
+        found = graph.private(name) if name in graph.layers else graph.why_absent(name)
         if isinstance(found, str):
             reasons[name] = found
         else:
