@@ -31,7 +31,8 @@ class ChannelGate(nn.Module):
         generator: for the weights, on the CPU; ``None``: torch's global one.
 
     Attributes:
-        total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number.
+        total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number;
+            images whose factors are not finite (an fp16 overflow) do not count.
     """
 
     def __init__(self, channels: int, generator: torch.Generator | None = None) -> None:
@@ -55,8 +56,9 @@ class ChannelGate(nn.Module):
         gates = self.factors(x)
         if self.training and self.total is not None:
             with torch.no_grad():
-                self.total[:-1] += gates.detach().sum(0)
-                self.total[-1] += len(gates)
+                known = gates.isfinite().all(dim=1, keepdim=True)
+                self.total[:-1] += torch.where(known, gates, 0).sum(0)
+                self.total[-1] += known.sum()
         return x * gates[:, :, None, None]
 
 

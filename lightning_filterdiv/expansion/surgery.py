@@ -64,6 +64,13 @@ def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, Layer, Kind
                 yield canonical_name(name), module, kind
 
 
+def cannot_keep(name: str, error: ValueError) -> ExpansionError:
+    """What to raise where :func:`expand_layer` failed for layer ``name``."""
+    return ExpansionError(
+        f"layer {name!r} cannot keep its weight: {error}. Take a larger rate, kind='CL', or initial='fresh'"
+    )
+
+
 def _others(model: nn.Module) -> str:
     """The first convolution that is none of ``nn.Conv2d``, for a message."""
     found = ((name, conv) for name, conv in named_convolutions(model) if not isinstance(conv, nn.Conv2d))
@@ -134,7 +141,7 @@ def expand_layer(layer: Layer, kind: Kind, rate: int, initial: Initial, generato
     """Put factors in the place of the weight (and bias) of one layer; the module stays the same object.
 
     Raises:
-        ValueError: ``CK`` factors cannot reproduce the weight.
+        ValueError: the weight is not finite, or ``CK`` factors cannot reproduce it.
     """
     weight, bias = layer.weight.detach(), layer.bias
     linear = weight.dim() == 2
@@ -229,9 +236,7 @@ def expand(
         except ValueError as error:
             for undone, _, parameters in list(before.values())[: len(done)]:
                 _restore(undone, parameters)
-            raise ExpansionError(
-                f"layer {name!r} cannot keep its weight: {error}. Take a larger rate, kind='CL', or initial='fresh'"
-            ) from error
+            raise cannot_keep(name, error) from error
         done.append(layer)
     return model
 
