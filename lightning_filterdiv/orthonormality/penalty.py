@@ -128,7 +128,7 @@ class OrthonormalityPenalty:
     *after* the step, as AdamW's decay does: momentum and second moments never see it.
 
     A parameter without gradient takes no part in the step and is never given one; frozen filters are compared with but
-    not moved. Weights that are not finite count as 0, so that a NaN stays in its own filter.
+    not moved. Decoupled, weights that are not finite count as 0, so that a NaN of this step stays in its own filter.
 
     Args:
         blocks: from :func:`~lightning_filterdiv.orthonormality.targets.filter_blocks`; those without a trainable
@@ -267,8 +267,9 @@ class OrthonormalityPenalty:
         return found
 
     def _gradient(self, batch: _Batch, starts: Mapping[int, Tensor]) -> Tensor:
-        # A filter that is not finite must not reach the others of its layer through the Gram matrix.
-        kernels = torch.nan_to_num(batch.read(), nan=0.0, posinf=0.0, neginf=0.0)
+        kernels = batch.read()
+        if self.decoupled:  # a filter that this step broke must not reach the others through the Gram matrix
+            kernels = torch.nan_to_num(kernels, nan=0.0, posinf=0.0, neginf=0.0)
         if self.form == "convolutional" and any(functional.self_padding(kernels.shape[3:], batch.blocks[0].stride)):
             return gradients.convolutional_gradient(kernels, batch.blocks[0].stride)
         rows = kernels.flatten(2)
