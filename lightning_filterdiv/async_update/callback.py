@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
@@ -116,6 +117,12 @@ class WeightAsynchronousUpdate(FilterCallback):
                 stream=f"{self.state_key}/{index}",
             )
             self.after_optimizer_step(optimizer, partial(self._after_step, index))
+        if self.update_fraction < 1 and all(update.holds_nothing() for update in self._updates.values()):
+            rank_zero_warn(
+                f"WeightAsynchronousUpdate holds nothing still: update_fraction={self.update_fraction:g} comes to all "
+                f"filters of {', '.join(map(repr, list(self.layers)[:6]))} (at least one is always updated). Use a "
+                f"smaller update_fraction, or include wider layers"
+            )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -135,13 +142,13 @@ class WeightAsynchronousUpdate(FilterCallback):
         if (update := self._updates.get(index)) is not None:
             step = self._steps[index]
             update.before_step(step, self.fraction_at(trainer.current_epoch, step))
-            self._steps[index] += 1
 
     def _after_step(self, index: int) -> None:
         try:
             self._updates[index].after_step()
         except RuntimeError as error:
             raise unannounced_step("WeightAsynchronousUpdate") from error
+        self._steps[index] += 1  # a step that a gradient scaler skips did not happen: its subset is drawn again
 
     def release(self) -> None:
         """Give the weights storages of their own again."""

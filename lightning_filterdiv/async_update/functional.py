@@ -224,6 +224,11 @@ class AsynchronousUpdate:
         """Names of the layers that this optimizer updates asynchronously."""
         return [name for _, names in self._batches for name in names]
 
+    def holds_nothing(self) -> bool:
+        """Whether ``update_fraction`` comes to all slices of every layer, as it does for layers of one filter."""
+        counts = [count for count, _ in self._batches]
+        return all(effective_fraction(count, self.update_fraction, self.sampling) == 1 for count in counts)
+
     @property
     def last_subsets(self) -> dict[str, Tensor]:
         """The last draw: layer name -> ``(J,)`` bool on the CPU, true where a filter was updated."""

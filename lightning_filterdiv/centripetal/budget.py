@@ -203,7 +203,9 @@ class ClipMeter:
         gradient = update.first_gradient() if self._before is not None else None
         if gradient is not None and self._before is not None:
             ratio = torch.linalg.vector_norm(gradient) / self._before
-            self._sum = self._sum + torch.where(self._before > 0, ratio, torch.ones_like(ratio))
+            # A gradient that is not finite says nothing about clipping, and would stay in the sum for ever.
+            known = (self._before > 0) & ratio.isfinite()
+            self._sum = self._sum + torch.where(known, ratio, torch.ones_like(ratio))
             self._count += 1
         self._before = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from lightning_filterdiv.centripetal.clusters import (
     ClusteredTensor,
     Clustering,
     KeepFraction,
+    check_finite,
     check_keep_fraction,
     cluster_channels,
     clustered_tensors,
@@ -27,7 +29,12 @@ from lightning_filterdiv.centripetal.clusters import (
 )
 from lightning_filterdiv.centripetal.course import Course
 from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
-from lightning_filterdiv.centripetal.functional import CentripetalUpdate, cluster_distances, relative_deviations
+from lightning_filterdiv.centripetal.functional import (
+    CentripetalUpdate,
+    cluster_distances,
+    relative,
+    relative_deviations,
+)
 from lightning_filterdiv.centripetal.merge import MergeReport, merge_with_report
 from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
 from lightning_filterdiv.channel_graph import ChannelGraph
@@ -36,6 +43,11 @@ from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
 from lightning_filterdiv.network_argument import check_network, layers_inside
 
 __all__ = ["CentripetalSGD"]
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    """Sorts NaN above every number."""
+    return math.isnan(value), value
 
 
 class CentripetalSGD(FilterCallback):
@@ -61,7 +73,7 @@ class CentripetalSGD(FilterCallback):
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name.
+        TypeError, ValueError: a bad argument, by name; at the first step a kernel that is not finite, by layer.
     """
 
     gradient_stage = 20
@@ -127,8 +139,8 @@ class CentripetalSGD(FilterCallback):
 
     @property
     def largest_deviation(self) -> float | None:
-        """The largest of :meth:`deviations`; ``None`` before the first step."""
-        return max(self.deviations().values(), default=None)
+        """The largest of :meth:`deviations`, NaN if one is; ``None`` before the first step."""
+        return max(self.deviations().values(), default=None, key=_nan_last)
 
     # ------------------------------------------------------------------ start
 
@@ -159,6 +171,7 @@ class CentripetalSGD(FilterCallback):
         # On every rank: an error on one of them alone would leave the others waiting.
         kept_fractions(graph.groups, self.keep_fraction)
         new = [name for name in groups if name not in self._seen]
+        check_finite(pl_module, [groups[name] for name in new])
         if new:
             found: dict[str, Tensor] | None = None
             if trainer.is_global_zero:
@@ -256,7 +269,7 @@ class CentripetalSGD(FilterCallback):
         """Say how far the clusters got."""
         if self._tensors:
             self._course.look(trainer.global_step, self._distances())
-            worst = max(self._budget.measured, key=self._budget.measured.__getitem__)
+            worst = max(self._budget.measured, key=lambda name: _nan_last(self._budget.measured[name]))
             rank_zero_info(
                 f"CentripetalSGD: the largest deviation from a cluster's mean is {self._budget.measured[worst]:.1e} of "
                 f"the norm ({worst})"
@@ -265,7 +278,7 @@ class CentripetalSGD(FilterCallback):
     def _distances(self) -> dict[str, float]:
         """Distance of every tensor from its clusters' means; the relative ones are kept as measured last."""
         found = cluster_distances(self._tensors)
-        self._budget.measured = {name: off / norm if norm > 0 else 0.0 for name, (off, norm) in found.items()}
+        self._budget.measured = {name: relative(off, norm) for name, (off, norm) in found.items()}
         return {name: off for name, (off, _) in found.items()}
 
     # ------------------------------------------------------------------ for the monitor

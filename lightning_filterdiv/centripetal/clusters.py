@@ -21,6 +21,7 @@ __all__ = [
     "ClusteredTensor",
     "Clustering",
     "KeepFraction",
+    "check_finite",
     "check_keep_fraction",
     "cluster_channels",
     "cluster_filters",
@@ -168,9 +169,10 @@ def cluster_channels(
         Group name -> ``(size,)`` int64 cluster index, for groups that lose channels.
 
     Raises:
-        TypeError, ValueError: see :func:`check_keep_fraction` and :func:`kept_fractions`.
+        TypeError, ValueError: see :func:`check_keep_fraction`, :func:`kept_fractions` and :func:`check_finite`.
     """
     chosen = [group for group in graph.groups if groups is None or group.name in set(groups)]
+    check_finite(model, chosen)
     fractions = kept_fractions(graph.groups, check_keep_fraction(keep_fraction))
     wanted = {g.name: kept_count(g.size, fractions[g.name]) for g in chosen if g.name in fractions}
     counts = graph.expressible_counts(wanted)
@@ -181,6 +183,23 @@ def cluster_channels(
             kernels = torch.cat([_kernels(tensors, group, layer) for layer in group.layers], dim=1)
             clusters[group.name] = cluster_filters(kernels, counts[group.name], method=method, seed=seed)
     return clusters
+
+
+def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
+    """Raise where a kernel that is to be clustered holds NaN or inf.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    tensors = named_tensors(model)
+    for group in groups:
+        for layer in group.layers:
+            broken = int((~_kernels(tensors, group, layer).isfinite().all(dim=1)).sum())
+            if broken:
+                raise ValueError(
+                    f"{layer!r}: {broken} of {group.size} filters contain NaN or inf and cannot be clustered; the "
+                    f"training has diverged: start from a checkpoint before that, with a smaller learning rate"
+                )
 
 
 def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:

@@ -121,14 +121,29 @@ class _Bank:
             first += len(tensors)
         kernels = sum(len(tensors) for tensors in batches if not tensors[0].is_vector)
         self._first_vector = self.values.start(kernels)
-        self._pull: FlatBuffer | None = None
+        self._other: FlatBuffer | None = None
+
+    @property
+    def other(self) -> FlatBuffer:
+        """A second buffer, laid out as :attr:`values`."""
+        if self._other is None:
+            self._other = FlatBuffer(self.parameters, self.values.flat.dtype)
+        return self._other
+
+    def keep_finite(self, originals: list[Tensor], members: list[int]) -> None:
+        """Put ``originals`` back where the edited values are not finite.
+
+        The product that averages clusters multiplies by zeros, and ``0 * inf`` is NaN: one broken number would reach
+        the same entry of every filter of its layer.
+        """
+        self.other.read(originals, members)
+        values = self.values.flat
+        torch.where(values.sub(values) == 0, values, self.other.flat, out=values)
 
     def pull(self, members: list[int], strength: float, vector_strength: float) -> Tensor:
         """``eps w`` of ``members``, laid out as :attr:`values`."""
-        if self._pull is None:
-            self._pull = FlatBuffer(self.parameters, self.values.flat.dtype)
-        self._pull.read([self.parameters[i] for i in members], members)
-        pull = self._pull.flat
+        self.other.read([self.parameters[i] for i in members], members)
+        pull = self.other.flat
         if strength == vector_strength:
             return pull.mul_(strength)
         pull[: self._first_vector].mul_(strength)
@@ -152,7 +167,8 @@ class CentripetalUpdate:
     Gamma w)``: a term in the gradient would be rescaled by the optimizer.
 
     Protocol, once per step: :meth:`before_step` when gradients are final, the optimizer's step, :meth:`after_step`. A
-    parameter without gradient is skipped.
+    parameter without gradient is skipped. Where a gradient (or weight) is not finite, that entry of its layer's filters
+    is not averaged in this step: a NaN stays in its own filter.
 
     Args:
         tensors: what is clustered, from :func:`~lightning_filterdiv.centripetal.clusters.clustered_tensors`; those that
@@ -224,6 +240,7 @@ class CentripetalUpdate:
                     batch.store(batch.means(rows, out=rows))
             if pull is not None:
                 values.add_(pull)
+            bank.keep_finite(gradients, members)
             bank.values.write(gradients, members)
 
     @torch.no_grad()
@@ -244,6 +261,7 @@ class CentripetalUpdate:
                     rows = batch.rows()
                     means = batch.means(rows, out=torch.empty_like(rows))
                     batch.store(rows.add_(means.sub_(rows).mul_(factor)))
+            bank.keep_finite(parameters, members)
             bank.values.write(parameters, members)
 
     def first_gradient(self) -> Tensor | None:
@@ -275,19 +293,33 @@ def equalise(values: Tensor, tensor: ClusteredTensor) -> None:
 
 @torch.no_grad()
 def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[float, float]]:
-    """Tensor name -> (``|w - Gamma w|``, ``|w|``), Frobenius norms in float32 or wider. Synchronises once."""
+    """Tensor name -> (``|w - Gamma w|``, ``|w|``), Frobenius norms in float32 or wider. Synchronises once.
+
+    They are NaN for a tensor that is not finite, and exact for weights whose squares under- or overflow.
+    """
     measured: list[Tensor] = []
     for tensor in tensors:
         rows = tensor.parameter.detach().movedim(tensor.dim, 0)
         wide = rows if rows.dtype == torch.float64 else rows.float()
+        peak = wide.abs().amax()
+        wide = wide / torch.where(peak > 0, peak, torch.ones_like(peak))
         off = wide - cluster_means(wide, torch.tensor(tensor.clusters))
-        measured.append(torch.stack([torch.linalg.vector_norm(off), torch.linalg.vector_norm(wide)]).double())
+        measured.append(torch.stack([torch.linalg.vector_norm(off), torch.linalg.vector_norm(wide), peak]))
     if not measured:
         return {}
-    pairs = torch.stack(measured).tolist()
-    return {tensor.name: (off, norm) for tensor, (off, norm) in zip(tensors, pairs, strict=True)}
+    # In the host's float64: the norm of many large numbers may not fit float32.
+    found = [numbers.tolist() for numbers in torch.stack([m.to(measured[0].dtype) for m in measured]).unbind()]
+    return {t.name: (off * peak, norm * peak) for t, (off, norm, peak) in zip(tensors, found, strict=True)}
+
+
+def relative(off: float, norm: float) -> float:
+    """``off / norm``; 0 where both are, NaN where either is."""
+    return off / norm if norm else off
 
 
 def relative_deviations(tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
-    """Tensor name -> ``|w - Gamma w| / |w|``, 0 where all members are equal. Synchronises once."""
-    return {name: off / norm if norm > 0 else 0.0 for name, (off, norm) in cluster_distances(tensors).items()}
+    """Tensor name -> ``|w - Gamma w| / |w|``, 0 where all members are equal, NaN where one is not finite.
+
+    Synchronises once.
+    """
+    return {name: relative(off, norm) for name, (off, norm) in cluster_distances(tensors).items()}

@@ -79,6 +79,6 @@ def choose_groups(
             left_alone |= {layer: f"it shares channels and {what}" for layer in own if layer in layers}
         else:
             chosen[group.name] = group
-    left_alone |= {name: "it is not part of the traced network" for name in layers if name not in graph.layers}
+    left_alone |= {name: graph.why_absent(name) for name in layers if name not in graph.layers}
     left_alone |= {name: FAKE_QUANTISED for name, conv in layers.items() if hasattr(conv, "weight_fake_quant")}
     return chosen, left_alone

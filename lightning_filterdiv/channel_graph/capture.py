@@ -18,7 +18,8 @@ class CapturedInputs:
     """Arguments of the first forward call of a module; a valid ``example_inputs``. Also a context manager.
 
     Attributes:
-        arguments: (args, kwargs) of the call, detached, at most ``limit`` items of the batch; None before the call.
+        arguments: (args, kwargs) of the call, detached, at most ``limit`` items of the batch (zeros for an empty
+            batch); None before the call.
     """
 
     def __init__(self, module: nn.Module, limit: int) -> None:
@@ -35,6 +36,9 @@ class CapturedInputs:
             if not isinstance(leaf, Tensor):
                 return leaf
             leaf = leaf.detach()
+            if leaf.ndim > 1 and not leaf.shape[0]:
+                # A rank may start with an empty batch; shapes are all that counts.
+                return leaf.new_zeros((self._limit, *leaf.shape[1:]))
             # A copy, so that the rest of the batch is not kept alive.
             return (leaf[: self._limit] if leaf.ndim and leaf.shape[0] == batch else leaf).clone()
 

@@ -186,6 +186,15 @@ class ChannelGraph:
         self._check()
         return list(self._regions)
 
+    def why_absent(self, layer: str) -> str:
+        """Why ``layer``, a convolution that is not among :attr:`layers`, is not."""
+        if self.network and not layer.startswith(f"{self.network}."):
+            return f"it is outside of the traced network {self.network!r}"
+        return (
+            "the trace follows none of its channels: forward does not call it, or it is a grouped convolution behind "
+            "a layer that mixes channels"
+        )
+
     @property
     def operations(self) -> tuple[Operation, ...]:
         """Every call of the traced network in order, with the shape of its (first) result."""

@@ -57,14 +57,16 @@ class ChannelImportance(FilterCallback):
     def importance(self) -> dict[str, Tensor]:
         """Layer -> ``(C,)`` mean gates in (0, 1), float64 on the CPU: of the last whole epoch, else of what was seen.
 
-        Empty before the first step.
+        Empty before the first step. Images with gates that are not finite do not count; a layer that saw no other is
+        left out.
         """
         sums = self._finished if self._finished is not None else self._sums
         return {} if sums is None else self._split(sums)
 
     def _split(self, sums: Tensor) -> dict[str, Tensor]:
         parts = sums.double().cpu().split([count + 1 for count in self._widths.values()])
-        return {name: part[:-1] / part[-1].clamp_min(1) for name, part in zip(self._widths, parts, strict=True)}
+        seen = {name: part for name, part in zip(self._widths, parts, strict=True) if part[-1] > 0}
+        return {name: part[:-1] / part[-1] for name, part in seen.items()}
 
     # ------------------------------------------------------------------ start, end
 

@@ -32,7 +32,8 @@ class ChannelGate(nn.Module):
         generator: for the weights, on the CPU; ``None``: torch's global one.
 
     Attributes:
-        total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number.
+        total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number;
+            images whose factors are not finite (an fp16 overflow) do not count.
     """
 
     def __init__(self, channels: int, generator: torch.Generator | None = None) -> None:
@@ -56,8 +57,9 @@ class ChannelGate(nn.Module):
         gates = self.factors(x)
         if self.training and self.total is not None:
             with torch.no_grad():
-                self.total[:-1] += gates.detach().sum(0)
-                self.total[-1] += len(gates)
+                known = gates.isfinite().all(dim=1, keepdim=True)
+                self.total[:-1] += torch.where(known, gates, 0).sum(0)
+                self.total[-1] += known.sum()
         return x * gates[:, :, None, None]
 
 
@@ -134,8 +136,8 @@ def insert_gates(
             derived.append(name)
     if not chosen:
         raise NoLayersError(
-            f"{type(model).__name__} has no ungrouped layer of class nn.Conv2d itself to put a gate behind; build the "
-            f"network from those: {', '.join(list(others.values())[:2])}"
+            f"{type(model).__name__} has no ungrouped layer of class nn.Conv2d itself to put a gate behind: "
+            f"{', '.join(list(others.values())[:2])}; gates are for networks on images, built from such layers"
         )
     if derived:
         warnings.warn(

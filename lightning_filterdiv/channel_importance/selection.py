@@ -55,7 +55,8 @@ def select_channels(
 
     Raises:
         NoLayersError: no group with a gate is left.
-        ValueError: a bad argument, by name, or an importance of another length than the layer has channels.
+        ValueError: a bad argument, by name, or an importance that is not finite or has another length than the layer
+            has channels.
     """
     check_choice("rule", rule, Rule)
     check_number("keep_fraction", keep_fraction, above=0.0, high=1.0)
@@ -117,7 +118,10 @@ def _rows(graph: ChannelGraph, group: ChannelGroup, layer: str, gates: Tensor) -
             f"importance of {layer!r} is that of {len(gates)} channels, but the layer has {graph.filter_count(layer)}: "
             f"it was measured on another network; measure it on this one"
         )
-    return gates.detach().double().cpu()[group.rows(layer)]
+    values = gates.detach().double().cpu()[group.rows(layer)]
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"importance of {layer!r} holds NaN or inf: it was measured on a network that diverged")
+    return values
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, cast
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lightning_filterdiv.arguments import check_choice, check_integer
 from lightning_filterdiv.callback import FilterCallback
@@ -55,7 +56,8 @@ class EntropyDepthBound(FilterCallback):
     Raises:
         TypeError, ValueError: a bad argument, by name.
         ImageDataError: at fit start, when the training data hold no images or can be read only once.
-        MisconfigurationException: with ``action="error"``: a stage is too deep, or the network cannot be traced.
+        MisconfigurationException: all chosen convolutions are ``nn.Conv1d``; with ``action="error"``: a stage is too
+            deep, or the network cannot be traced.
     """
 
     trainable_only = False
@@ -92,6 +94,11 @@ class EntropyDepthBound(FilterCallback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the images; compare with the network, if it can be traced without a batch."""
+        if all(isinstance(conv, nn.Conv1d) for conv in self.layers.values()):
+            raise MisconfigurationException(
+                f"EntropyDepthBound measures images, and this network reads signals ({next(iter(self.layers))!r} is a "
+                f"Conv1d): the rule says nothing about them. Train without it"
+            )
         fingerprint, stream, measured = _from_rank_zero(trainer, lambda: self._measure(trainer))
         self._known = [known for known in self._known if known[0] != fingerprint]
         self._known.append((fingerprint, stream, measured))

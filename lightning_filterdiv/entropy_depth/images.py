@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["ImageDataError", "Looks", "as_tensor", "find_image", "require_image", "stacked", "what_is"]
+__all__ = ["ImageDataError", "Looks", "as_tensor", "find_image", "is_empty", "require_image", "stacked", "what_is"]
 
 #: Names that data sets give to the image of an item, in order of preference.
 _NAMES = ("image", "images", "img", "pixel_values", "x", "input", "inputs", "data")
@@ -47,6 +48,12 @@ def find_image(value: Any, axes: int) -> Tensor | None:
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         parts = value
     return next((found for part in parts if (found := find_image(part, axes)) is not None), None)
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether a batch holds tensors or arrays, and all of them no row."""
+    parts = [part for part in tree_leaves(batch) if isinstance(part, Tensor | np.ndarray)]
+    return bool(parts) and all(part.ndim and not len(part) for part in parts)
 
 
 def what_is(value: Any) -> str:

@@ -17,7 +17,14 @@ from torch.utils.data import (
 )
 
 from lightning_filterdiv.entropy_depth.datasets import item_source
-from lightning_filterdiv.entropy_depth.images import ImageDataError, as_tensor, require_image, stacked, what_is
+from lightning_filterdiv.entropy_depth.images import (
+    ImageDataError,
+    as_tensor,
+    is_empty,
+    require_image,
+    stacked,
+    what_is,
+)
 from lightning_filterdiv.entropy_depth.source import ImageSource, array_source, digest, joined, picked
 
 __all__ = ["UNSIZED_LIMIT", "image_source"]
@@ -105,7 +112,8 @@ def _stream(data: Any, axes: int, max_images: int | None, description: str) -> I
 
     def batches() -> Iterator[Tensor]:
         seen = 0
-        found = (require_image(part, axes, description) for part in _reader(data))
+        parts = (part for part in _reader(data) if axes == 2 or not is_empty(part))
+        found = (require_image(part, axes, description) for part in parts)
         for images in found if axes == 3 else stacked(found):
             images = images if limit is None else images[: limit - seen]
             seen += len(images)

@@ -18,6 +18,7 @@ from lightning_filterdiv.expansion.surgery import (
     Initial,
     Kinds,
     Layer,
+    cannot_keep,
     choose_layers,
     contract,
     expand_layer,
@@ -110,7 +111,10 @@ class ExpandNet(FilterCallback):
             # Weights that training made are never thrown away.
             frozen = not any(p.requires_grad for p in compact.values())
             initial = "keep" if owner is layer or frozen else self.initial
-            expand_layer(layer, kind, self.rate, initial, keyed_generator("expand", self.seed, name))
+            try:
+                expand_layer(layer, kind, self.rate, initial, keyed_generator("expand", self.seed, name))
+            except ValueError as error:
+                raise cannot_keep(name, error) from error
         expanded = cast(ExpandedModule, layer)
         expanded.compact_state = True
         self._expanded[name] = expanded

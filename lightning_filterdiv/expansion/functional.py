@@ -147,7 +147,7 @@ def draw_factors(
         Factors in float64 on the CPU, in order of application.
 
     Raises:
-        ValueError: ``CK`` factors of these sizes cannot compose to ``target``.
+        ValueError: ``CK`` factors of these sizes cannot compose to ``target``, or it is not finite.
     """
     shapes = factor_shapes(kind, shape, groups, rate)
     fan_in = shape[1] * shape[2] * shape[3]
@@ -164,14 +164,18 @@ def draw_factors(
         ]
     if target is None:
         return factors
-    missing = target - compose_chain(factors, groups=groups)[0]
+    if not bool(target.isfinite().all()):
+        raise ValueError("the weights contain NaN or inf: the training has diverged")
+    drawn = compose_chain(factors, groups=groups)[0]
+    missing = target - drawn
     if kind == "CK":
         factors[-1] = factors[-1] + _last_factor(factors[:-1], shapes[-1], missing, groups)
     else:
         back = [_transposed(factors[0], groups), missing, _transposed(factors[2], groups)]
         factors[1] = factors[1] + compose_chain(back, groups=groups)[0]
     left = target - compose_chain(factors, groups=groups)[0]
-    if left.abs().max() > 1e-9 * target.abs().max().clamp_min(1e-9):
+    # What had to be composed is the difference: a target of zeros is reached to the rounding of what was drawn.
+    if left.abs().max() > 1e-9 * torch.maximum(target.abs().max(), drawn.abs().max()):
         raise ValueError(
             f"no 3x3 kernels of these widths compose to the given {shape[2]}x{shape[3]} kernel "
             f"({shapes[-1][1]} hidden channels for {fan_in} numbers of a filter)"

@@ -21,6 +21,7 @@ from lightning_filterdiv.filters import (
     NoLayersError,
     canonical_name,
     check_patterns,
+    named_convolutions,
     quantised_modules,
     weight_obstacle,
 )
@@ -31,6 +32,8 @@ __all__ = ["ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "e
 Kinds = Literal["CL", "CK", "FC", "CL+FC", "CK+FC"]
 Initial = Literal["keep", "fresh"]
 Layer = nn.Conv2d | nn.Linear
+
+_BUILD = "build the network in __init__, of nn.Conv2d and nn.Linear layers"
 
 
 class ExpansionError(ValueError):
@@ -94,6 +97,19 @@ def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, Layer, Kind
                 yield canonical_name(name), module, kind
 
 
+def cannot_keep(name: str, error: ValueError) -> ExpansionError:
+    """What to raise where :func:`expand_layer` failed for layer ``name``."""
+    return ExpansionError(
+        f"layer {name!r} cannot keep its weight: {error}. Take a larger rate, kind='CL', or initial='fresh'"
+    )
+
+
+def _others(model: nn.Module) -> str:
+    """The first convolution that is none of ``nn.Conv2d``, for a message."""
+    found = ((name, conv) for name, conv in named_convolutions(model) if not isinstance(conv, nn.Conv2d))
+    return next((f" ({name!r} is a {type(conv).__name__})" for name, conv in found), "")
+
+
 def choose_layers(
     model: nn.Module,
     kinds: Kinds,
@@ -125,8 +141,8 @@ def choose_layers(
     noun = {"C": "convolution", "F": "linear layer"}[kinds[0]] + (" or linear layer" if "+" in kinds else "")
     if not names:
         raise NoLayersError(
-            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand"
-            + (f"; {packed[0]!r} is quantised: {FLOAT_FIRST}" if packed else "; build the network in __init__")
+            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand{_others(model)}; "
+            + (f"{packed[0]!r} is quantised: {FLOAT_FIRST}" if packed else _BUILD)
         )
     for pattern in include or ():
         if not fnmatch.filter(names, pattern):
@@ -167,7 +183,7 @@ def expand_layer(layer: Layer, kind: Kind, rate: int, initial: Initial, generato
     """Put factors in the place of the weight (and bias) of one layer; the module stays the same object.
 
     Raises:
-        ValueError: ``CK`` factors cannot reproduce the weight.
+        ValueError: the weight is not finite, or ``CK`` factors cannot reproduce it.
     """
     weight, bias = layer.weight.detach(), layer.bias
     linear = weight.dim() == 2
@@ -263,9 +279,7 @@ def expand(
         except ValueError as error:
             for undone, _, parameters in list(before.values())[: len(done)]:
                 _restore(undone, parameters)
-            raise ExpansionError(
-                f"layer {name!r} cannot keep its weight: {error}. Take a larger rate, kind='CL', or initial='fresh'"
-            ) from error
+            raise cannot_keep(name, error) from error
         done.append(layer)
     return model
 

@@ -55,7 +55,9 @@ def _measure(filters: Tensor) -> Tensor:
     diagonal.zero_()
     total = overlap.sum(dim=(-2, -1))
     wide = filters.to(overlap.dtype)
-    norm = torch.linalg.vector_norm(wide, dim=-1)
+    # Of the layer's largest entry: squares of 1e-30 and 1e+30 under- and overflow.
+    peak = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    norm = torch.linalg.vector_norm(wide / torch.where(peak > 0, peak, torch.ones_like(peak)), dim=-1)
     return torch.stack(
         [
             total / max(1, count * (count - 1)),

@@ -48,6 +48,8 @@ class BasisOrthonormality(FilterCallback):
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
+        MisconfigurationException: the penalty of a layer is not finite at the start or after an epoch, because its
+            weights are not or are so large that its gradient overflows.
     """
 
     gradient_stage = 10
@@ -137,8 +139,18 @@ class BasisOrthonormality(FilterCallback):
         except ValueError as error:
             raise MisconfigurationException(f"BasisOrthonormality: {error}") from error
         self._announced = set()
+        self._check_finite("at the start")
         source = "the form's own" if self.weight is None else "given"
         rank_zero_info(f"BasisOrthonormality: form {self.form!r}, weight {self.base_weight:g} ({source})")
+
+    def _check_finite(self, when: str) -> None:
+        broken = {name: reason for penalty in self._penalties.values() for name, reason in penalty.broken().items()}
+        for name, reason in broken.items():
+            raise MisconfigurationException(
+                f"BasisOrthonormality: the penalty of {name!r} is not finite {when}: {reason}. Its gradient grows with "
+                f"the third power of the weights: use a smaller weight (now {self.base_weight:g}) or learning rate, "
+                f"rescale the layer, or leave it out with exclude=[{name!r}]"
+            )
 
     def _penalty(self, blocks: list[FilterBlock], optimizer: Optimizer, index: int) -> OrthonormalityPenalty:
         return OrthonormalityPenalty(
@@ -177,7 +189,8 @@ class BasisOrthonormality(FilterCallback):
             penalty.after_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what the epoch reached."""
+        """Log what the epoch reached; stop a fit that the penalty has made diverge."""
+        self._check_finite("after this epoch")
         self._log(trainer, trainer.global_step, self.weight_at(trainer.current_epoch, trainer.global_step))
 
     def _log(self, trainer: pl.Trainer, step: int, weight: float) -> None:

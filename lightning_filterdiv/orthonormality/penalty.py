@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -127,7 +128,7 @@ class OrthonormalityPenalty:
     *after* the step, as AdamW's decay does: momentum and second moments never see it.
 
     A parameter without gradient takes no part in the step and is never given one; frozen filters are compared with but
-    not moved.
+    not moved. Decoupled, weights that are not finite count as 0, so that a NaN of this step stays in its own filter.
 
     Args:
         blocks: from :func:`~lightning_filterdiv.orthonormality.targets.filter_blocks`; those without a trainable
@@ -248,8 +249,27 @@ class OrthonormalityPenalty:
             return 1.0 / self._entries[block.pool]
         return 2.0 if self.form == "double_soft" else 1.0
 
+    @torch.no_grad()
+    def broken(self) -> dict[str, str]:
+        """Block name -> why its penalty cannot be used now; empty where all are finite. Synchronises."""
+        found: dict[str, str] = {}
+        starts = self._starts(0)
+        for batch in self._batches:
+            kernels = batch.read().unflatten(0, (len(batch.blocks), -1)).flatten(1)
+            with torch.autocast(self._device.type, enabled=False):
+                gradient = self._gradient(batch, starts).unflatten(0, (len(batch.blocks), -1)).flatten(1)
+            largest, moved = kernels.abs().amax(1).tolist(), gradient.isfinite().all(1).tolist()
+            for block, size, fine in zip(batch.blocks, largest, moved, strict=True):
+                if not math.isfinite(size):
+                    found[block.name] = "its weights contain NaN or inf"
+                elif not fine:
+                    found[block.name] = f"its weights are so large (up to {size:.1e}) that the gradient overflows"
+        return found
+
     def _gradient(self, batch: _Batch, starts: Mapping[int, Tensor]) -> Tensor:
         kernels = batch.read()
+        if self.decoupled:  # a filter that this step broke must not reach the others through the Gram matrix
+            kernels = torch.nan_to_num(kernels, nan=0.0, posinf=0.0, neginf=0.0)
         if self.form == "convolutional" and any(functional.self_padding(kernels.shape[3:], batch.blocks[0].stride)):
             return gradients.convolutional_gradient(kernels, batch.blocks[0].stride)
         rows = kernels.flatten(2)

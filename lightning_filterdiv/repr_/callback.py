@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,13 +34,19 @@ from lightning_filterdiv.repr_.functional import (
     overdrawn_layers,
     plan_events,
     rank_filters,
-    regrow_filters,
     select_dropped,
 )
 from lightning_filterdiv.repr_.network import DroppedFilters, NextLayer
 from lightning_filterdiv.repr_.plan import Happened, check_plan, events_missed
-from lightning_filterdiv.repr_.selection import check_optimizers, default_layers, rankable, restore_dropped
-from lightning_filterdiv.similarity import orthogonality_score
+from lightning_filterdiv.repr_.selection import (
+    check_dropped,
+    check_optimizers,
+    default_layers,
+    mean_score,
+    rankable,
+    regrown,
+    restore_dropped,
+)
 
 __all__ = ["RePr"]
 
@@ -75,7 +80,8 @@ class RePr(FilterCallback):
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name.
+        TypeError, ValueError: a bad argument, by name; a layer with NaN or inf when filters are ranked or regrown.
+        NoLayersError: nothing to rank, or a drop of no filter.
     """
 
     gradient_stage = 30
@@ -245,6 +251,7 @@ class RePr(FilterCallback):
             scores, self.prune_fraction, scope=self.scope, max_layer_fraction=self.max_layer_fraction
         )
         chosen = trainer.strategy.broadcast(chosen)
+        check_dropped(chosen, scores, self.prune_fraction)
         if crowded := overdrawn_layers(chosen, scores):
             rank_zero_warn(
                 f"RePr drops more than half of {', '.join(map(repr, crowded))} in cycle {event.cycle}; "
@@ -256,7 +263,7 @@ class RePr(FilterCallback):
         assert self._ranked is not None
         assert self._inputs is not None
         chosen, self._ranked = self._ranked[1], None
-        before = self._mean_score()
+        before = mean_score(self.layers)
         self._dropped = DroppedFilters.drop(pl_module, self._inputs.trace(), chosen)
         self._start_holding(trainer)
         self._note(trainer, event, {"score_before_drop": before})
@@ -273,21 +280,16 @@ class RePr(FilterCallback):
             surviving = torch.ones(matrix.shape[0], dtype=torch.bool)
             surviving[rows] = False
             generator = keyed_generator(self.seed, "regrow", event.cycle, layer)
-            survivors = matrix.cpu()[surviving]
-            values[layer], spaces[layer] = regrow_filters(
-                dropped.old_filters(layer).cpu(), survivors, self.gain, generator
-            )
+            old, survivors = dropped.old_filters(layer).cpu(), matrix.cpu()[surviving]
+            values[layer], spaces[layer] = regrown(layer, old, survivors, self.gain, generator)
         values = trainer.strategy.broadcast(values)
         self._stop_holding()
         dropped.regrow(
             values, trainer.optimizers, next_layer=self.next_layer, key=(self.seed, "next_layer", event.cycle)
         )
         numbers = {f"null_space/{layer}": float(space) for layer, space in spaces.items()}
-        self._note(trainer, event, numbers | {"score_after_regrowth": self._mean_score()})
+        self._note(trainer, event, numbers | {"score_after_regrowth": mean_score(self.layers)})
         self._dropped = None
-
-    def _mean_score(self) -> float:
-        return fmean(float(orthogonality_score(filter_matrix(conv)).mean()) for conv in self.layers.values())
 
     def _note(self, trainer: pl.Trainer, event: RePrEvent, numbers: Mapping[str, float]) -> None:
         assert self._dropped is not None

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.filters import FAKE_QUANTISED, Conv, filter_matrix
+from lightning_filterdiv.filters import FAKE_QUANTISED, Conv, NoLayersError, filter_matrix
+from lightning_filterdiv.repr_.functional import regrow_filters
 from lightning_filterdiv.repr_.network import DroppedFilters
+from lightning_filterdiv.similarity import orthogonality_score
 
-__all__ = ["check_optimizers", "default_layers", "rankable", "restore_dropped"]
+__all__ = [
+    "check_dropped",
+    "check_optimizers",
+    "default_layers",
+    "mean_score",
+    "rankable",
+    "regrown",
+    "restore_dropped",
+]
 
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|identity", re.IGNORECASE)
 
@@ -48,7 +60,7 @@ def rankable(graph: ChannelGraph, layers: Mapping[str, Conv]) -> tuple[dict[str,
     matrices: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
     for name, conv in layers.items():
-        found = graph.private(name) if name in graph.layers else "it is not part of the traced network"
+        found = graph.private(name) if name in graph.layers else graph.why_absent(name)
         if hasattr(conv, "weight_fake_quant"):
             found = FAKE_QUANTISED
         if isinstance(found, str):
@@ -56,6 +68,37 @@ def rankable(graph: ChannelGraph, layers: Mapping[str, Conv]) -> tuple[dict[str,
         else:
             matrices[name] = filter_matrix(conv)
     return matrices, reasons
+
+
+def mean_score(layers: Mapping[str, Conv]) -> float:
+    """Mean over layers of their filters' mean overlap."""
+    return fmean(float(orthogonality_score(filter_matrix(conv)).mean()) for conv in layers.values())
+
+
+def check_dropped(chosen: Mapping[str, Tensor], scores: Mapping[str, Tensor], prune_fraction: float) -> None:
+    """Refuse a drop of no filter at all.
+
+    Raises:
+        NoLayersError: every layer has one filter, or the fraction of all filters is below one.
+    """
+    if any(rows.numel() for rows in chosen.values()):
+        return
+    raise NoLayersError(
+        f"RePr would drop no filter: prune_fraction={prune_fraction:g} of the {sum(map(len, scores.values()))} filters "
+        f"of {', '.join(map(repr, list(scores)[:6]))} comes to none, as every layer keeps at least one. Raise "
+        f"prune_fraction or max_layer_fraction, or include wider layers"
+    )
+
+
+def regrown(layer: str, old: Tensor, survivors: Tensor, gain: float, generator: torch.Generator) -> tuple[Tensor, int]:
+    """:func:`~lightning_filterdiv.repr_.functional.regrow_filters`, with errors that name the layer."""
+    try:
+        return regrow_filters(old, survivors, gain, generator)
+    except ValueError as error:
+        raise ValueError(
+            f"RePr cannot regrow filters of {layer!r} ({error}): resume from a checkpoint before the training "
+            f"diverged, with a smaller learning rate or gain"
+        ) from error
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

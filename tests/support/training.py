@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -167,14 +168,15 @@ def fit(
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equality of nested states that may hold tensors."""
+    """Equality of nested states that may hold tensors; a NaN (no forecast) equals a NaN."""
     if isinstance(left, Tensor):
         return isinstance(right, Tensor) and torch.equal(left, right)
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
-    return bool(left == right)
+    both_nan = isinstance(left, float) and isinstance(right, float) and math.isnan(left) and math.isnan(right)
+    return both_nan or bool(left == right)
 
 
 def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:

@@ -247,7 +247,8 @@ FUNCTIONAL: list[Row] = [
         "expand a linear layer as a convolution",
         lambda: expand(nn.Linear(2, 2)),
         NoLayersError,
-        "Linear has no convolution for kind='CL' to expand; build the network in __init__",
+        "Linear has no convolution for kind='CL' to expand; build the network in __init__, of nn.Conv2d and nn.Linear "
+        "layers",
     ),
     Row(
         "contract what is not expanded",
