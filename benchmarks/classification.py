@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks.models import NetworkName, build_network
 from lightning_filterdiv.filters import select_filters
-from lightning_filterdiv.shared_basis import share_filter_bases
+from lightning_filterdiv.shared_basis import share_anchored_filters, share_filter_bases
 
 __all__ = ["Classification"]
 
@@ -34,6 +34,7 @@ class Classification(pl.LightningModule):
         convolution_lr: learning rate of convolutions relative to ``lr``; a control for methods that move filters less.
         weights: checkpoint of a finished run of the same network to start from (``checkpoints/last.ckpt``).
         shared_filter_bases: arguments of ``share_filter_bases`` to apply to the network.
+        anchored_filters: arguments of ``share_anchored_filters`` to apply to the network.
         channels_last: memory format; the same numbers up to rounding.
         image_shape: channels, height and width; comes from the data.
         classes: comes from the data.
@@ -52,6 +53,7 @@ class Classification(pl.LightningModule):
         convolution_lr: float = 1.0,
         weights: str | None = None,
         shared_filter_bases: dict[str, Any] | None = None,
+        anchored_filters: dict[str, Any] | None = None,
         channels_last: bool = False,
         image_shape: tuple[int, int, int] = (1, 28, 28),
         classes: int = 10,
@@ -62,6 +64,8 @@ class Classification(pl.LightningModule):
         self.net = build_network(network, image_shape, classes, **(options or {}))
         if shared_filter_bases is not None:
             share_filter_bases(self.net, **shared_filter_bases)
+        if anchored_filters is not None:
+            share_anchored_filters(self.net, **anchored_filters)
         if weights is not None:
             self._start_from(weights)
         self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -33,12 +33,13 @@ class ImagesInMemory(pl.LightningDataModule):
         batch_size: images per step and process.
         train_images: use the head of a permutation of the training images, drawn from ``seed``; ``None`` for all.
         augment: zero padding by four, random crop, random mirror image.
+        transform: module that all normalised images go through once, such as ``torch.nn.AvgPool2d``.
         seed: of subset, order and augmentation.
         root: folder of the data; ``None`` for the usual place.
         download: fetch what is missing, where the data set can be fetched.
 
     Attributes:
-        image_shape: channels, height, width.
+        image_shape: channels, height, width, behind ``transform``.
         classes: number of classes.
     """
 
@@ -53,12 +54,16 @@ class ImagesInMemory(pl.LightningDataModule):
         seed: int = 1,
         root: str | None = None,
         download: bool = False,
+        transform: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = check_integer("batch_size", batch_size, low=1)
         self.train_images = None if train_images is None else check_integer("train_images", train_images, low=1)
         self.seed = check_integer("seed", seed, low=0)
-        self.augment, self.root, self.download = augment, root, download
+        self.augment, self.root, self.download, self.transform = augment, root, download, transform
+        if transform is not None:
+            channels, height, width = self._transformed(torch.zeros(1, *self.image_shape)).shape[1:]
+            self.image_shape = channels, height, width
         self.parts: Parts | None = None
 
     def read(self) -> Parts:
@@ -69,7 +74,7 @@ class ImagesInMemory(pl.LightningDataModule):
         """Read once, take the subset, normalise.
 
         Raises:
-            ValueError: ``train_images`` is more than there are, or gives no full batch on every process.
+            ValueError: ``train_images`` is more than there are.
         """
         if self.parts is not None:
             return
@@ -81,7 +86,16 @@ class ImagesInMemory(pl.LightningDataModule):
             train_x, train_y = train_x[order], train_y[order]
         channels = [(channel.mean(), channel.std()) for channel in train_x.movedim(1, 0)]
         mean, deviation = (torch.stack(part).view(-1, 1, 1) for part in zip(*channels, strict=True))
-        self.parts = (train_x - mean) / deviation, train_y, (test_x - mean) / deviation, test_y
+        self.parts = (
+            self._transformed((train_x - mean) / deviation), train_y,
+            self._transformed((test_x - mean) / deviation), test_y,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _transformed(self, images: Tensor) -> Tensor:
+        if self.transform is None:
+            return images
+        return torch.cat([self.transform(part) for part in images.split(1000)])
 
     def _process(self) -> tuple[int, int]:
         trainer = self.trainer

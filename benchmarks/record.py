@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_filterdiv import RePr
-from lightning_filterdiv.filters import select_filters
+from lightning_filterdiv.filters import named_convolutions
 from lightning_filterdiv.monitor.functional import redundancy_metrics
 from lightning_filterdiv.randomness import keyed_generator
 
@@ -28,6 +28,12 @@ def differences(planned: dict[str, Any], found: dict[str, Any], prefix: str = ""
         elif one != other:
             lines.append(f"{prefix}{key}: {one!r}, not {other!r}")
     return lines
+
+
+def _redundancy(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Metrics of every convolution, also of one whose weight is computed from others (an expanded one)."""
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return redundancy_metrics({name: conv for name, conv in named_convolutions(model) if isinstance(conv, plain)})
 
 
 class SeededSteps(Callback):
@@ -107,7 +113,7 @@ class Record(Callback):
         if parts is not None and self.look:
             self._batch = parts[2][: self.look].to(pl_module.device), parts[3][: self.look].to(pl_module.device)
         if not self.before:
-            self.before = redundancy_metrics(select_filters(pl_module))
+            self.before = _redundancy(pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -137,7 +143,7 @@ class Record(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the filters after the last step."""
         if trainer.is_global_zero:
-            self.after = redundancy_metrics(select_filters(pl_module))
+            self.after = _redundancy(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """A resumed run continues the record."""

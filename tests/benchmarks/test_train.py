@@ -142,10 +142,12 @@ def test_every_method_composes(tmp_path: Path, method: str) -> None:
     (run,) = plan("fashion_mnist", "resnet20", "fm5k", [method], [4], "cpu", tmp_path)
     settings = run.settings()
     assert settings["seed"] == 4
+    transform = settings["data"].pop("transform")
     assert settings["data"] == {"class": "FashionMNIST", "batch_size": 64, "train_images": 5000, "augment": False}
+    assert (transform is not None) == method.startswith("wavelet")
     assert settings["model"]["milestones"] == [48, 55]
     (plain,) = plan("fashion_mnist", "resnet20", "fm5k", ["baseline"], [4], "cpu", tmp_path)
-    assert bool(differences(settings, plain.settings())) == (method != "baseline")
+    assert bool(differences(run.settings(), plain.settings())) == (method != "baseline")
 
 
 @pytest.mark.parametrize(
