@@ -99,6 +99,7 @@ def test_a_malicious_file_is_refused_and_does_nothing(name: str, reader: str) ->
         way_out = "save the weights, torch.save(model.state_dict(), path)" if name in CALLED else "add --trust-pickle"
         assert way_out in said
     else:
+        assert "is not a file that save_merged wrote" in said
         assert "merge the checkpoint again" in said
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_filterdiv.arguments import check_choice, check_integer, check_number, check_tensor
+from lightning_filterdiv.arguments import check_choice, check_number, check_tensor
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.narrow import named_tensors
 from lightning_filterdiv.randomness import keyed_generator
@@ -76,7 +76,8 @@ def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "k
     """
     check_choice("method", method, Clustering)
     check_tensor("filters", filters)
-    check_integer("n_clusters", n_clusters, low=1)
+    if not isinstance(n_clusters, int):
+        raise TypeError(f"n_clusters must be an integer between 1 and the number of filters, got {n_clusters!r}")
     if filters.dim() != 2:
         raise ValueError(f"filters must be a (J, d) matrix, got shape {tuple(filters.shape)}")
     count = filters.shape[0]

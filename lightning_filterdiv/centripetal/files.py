@@ -14,7 +14,6 @@ from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.export import bare_module
 from lightning_filterdiv.channel_graph.narrow import named_tensors, update_attributes
 from lightning_filterdiv.filters import canonical_name
-from lightning_filterdiv.model_source import PICKLED
 
 __all__ = ["MergedFileError", "load_merged", "save_merged", "unwritable"]
 
@@ -92,7 +91,8 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MergedFileError(
-            f"{shown} {PICKLED}; save_merged writes no such file, merge the checkpoint again"
+            f"{shown} is not a file that save_merged wrote: only unpickling would open it, which can run any code, so "
+            f"it was not opened; merge the checkpoint again"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise MergedFileError(foreign) from error

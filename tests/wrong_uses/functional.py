@@ -130,7 +130,7 @@ FUNCTIONAL: list[Row] = [
         "half a cluster",
         lambda: cluster_filters(torch.zeros(4, 3), 2.5),
         TypeError,
-        "n_clusters must be an integer >= 1, got 2.5",
+        "n_clusters must be an integer between 1 and the number of filters, got 2.5",
     ),
     Row(
         "clusters of NaN",
