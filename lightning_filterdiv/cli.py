@@ -9,7 +9,10 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
+
+import torch
 
 import lightning_filterdiv
 from lightning_filterdiv.centripetal import command as merge
@@ -34,6 +37,27 @@ def _closest_callbacks(message: str) -> str:
     known = [name for name in lightning_filterdiv.__all__ if name[0].isupper() and name != "FilterCallback"]
     near = difflib.get_close_matches(missing[1], known, n=1, cutoff=0.4) if missing else []
     return f"\nThere is no class {missing[1]!r}; the closest callback is {near[0]!r}" if missing and near else ""
+
+
+def _lightning_restrains_loading() -> bool:
+    """Whether Trainer can load checkpoints without unpickling, as it does from Lightning 2.6 on."""
+    from lightning.pytorch import Trainer
+
+    return "weights_only" in signature(Trainer.fit).parameters
+
+
+def _refuse_pickles(path: str) -> None:
+    """Open the file before Lightning does, which would unpickle it.
+
+    Raises:
+        ModelSourceError: it holds more than tensors and plain values.
+    """
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelSourceError(
+            f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, load it in a script of your own"
+        ) from error
 
 
 def _training(arguments: Sequence[str]) -> int:
@@ -66,6 +90,13 @@ def _training(arguments: Sequence[str]) -> int:
                     raise
                 print(f"filterdiv {arguments[0]}: {reasons[0]} (in the configuration)", file=sys.stderr)
                 raise SystemExit(2) from error
+
+        def _before(self) -> None:
+            path = self.config[self.subcommand].get("ckpt_path")
+            if path is not None and os.path.isfile(path) and not _lightning_restrains_loading():
+                _refuse_pickles(path)
+
+        before_fit = before_validate = before_test = _before
 
     # A console script does not search the current folder, where users keep the classes that their YAML names.
     if os.getcwd() not in sys.path:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_filterdiv import cli
 from lightning_filterdiv.centripetal import load_merged, merge_channels, save_merged
 from lightning_filterdiv.centripetal.files import MergedFileError
 from lightning_filterdiv.channel_importance import ChannelGate, insert_gates
@@ -133,14 +134,21 @@ def test_weights_in_torch_s_hub_folder_are_no_exception(monkeypatch: pytest.Monk
     assert not Path(TRAP).exists()
 
 
-def test_the_training_commands_do_not_unpickle_either() -> None:
+def test_the_training_commands_do_not_unpickle_either(monkeypatch: pytest.MonkeyPatch) -> None:
     write("zip.ckpt")
     demo = ("--model", "lightning_filterdiv.demo.SmallConvNet", "--data", "lightning_filterdiv.demo.Digits")
-    with pytest.raises(CommandError, match=r"the file of --ckpt_path holds objects .* add --weights_only false"):
+    if cli._lightning_restrains_loading():
+        with pytest.raises(CommandError, match=r"the file of --ckpt_path holds objects .* add --weights_only false"):
+            command("validate", *demo, "--trainer.logger", "false", "--ckpt_path", "zip.ckpt")
+    # Lightning 2.5 cannot be told to.
+    monkeypatch.setattr(cli, "_lightning_restrains_loading", lambda: False)
+    monkeypatch.setattr("lightning.pytorch.Trainer._run", lambda *_, **__: pytest.fail("Lightning was asked to"))
+    with pytest.raises(CommandError, match=r"the file of --ckpt_path holds objects .* in a script of your own"):
         command("validate", *demo, "--trainer.logger", "false", "--ckpt_path", "zip.ckpt")
     assert not Path(TRAP).exists()
 
 
+@pytest.mark.skipif(not cli._lightning_restrains_loading(), reason="Lightning 2.5 has no such argument")
 def test_a_trainer_given_weights_only_refuses_and_does_nothing() -> None:
     write("zip.ckpt")
     with pytest.raises(pickle.UnpicklingError):
