@@ -249,7 +249,7 @@ CASES: tuple[Case, ...] = (
     Case(
         name="monitor",
         cls=FilterSimilarityMonitor,
-        arguments={"max_figures": 1},
+        arguments={"figures": False},  # a figure takes longer than the fits of the suites
         wrong=(
             *_SELECTION,
             ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be an integer >= 1"),
@@ -298,6 +298,13 @@ CASES: tuple[Case, ...] = (
         lr_scale=1.5,
         refuses_without_state="there is no gate of 'net.0' in what is loaded: it was saved without gates",
         refuses_other_layers="there is no gate of 'net.5' in what is loaded",
+    ),
+    Case(
+        name="monitor_figures",
+        cls=FilterSimilarityMonitor,
+        arguments={"max_figures": 1},
+        trains_differently=False,
+        variant=True,
     ),
     Case(name="expand_fresh", cls=ExpandNet, arguments={"initial": "fresh"}, lr_scale=1 / 3, variant=True),
 )

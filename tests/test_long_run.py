@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from lightning_filterdiv import RePr, WeightAsynchronousUpdate
+from lightning_filterdiv import FilterSimilarityMonitor, RePr, WeightAsynchronousUpdate
 from tests.registry import ONE_EACH, Case
 from tests.support.training import Classifier, batches, fit
 
@@ -89,7 +89,7 @@ class _Forgets(dict[Any, Any]):
 def _make(case: Case) -> Callback:
     if case.cls is RePr:
         return RePr(full_epochs=10, sub_epochs=5, cycles=6, include=["net.*"])
-    return case.make()
+    return case.make(figures=True, max_figures=1) if case.cls is FilterSimilarityMonitor else case.make()
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)

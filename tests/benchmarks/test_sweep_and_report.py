@@ -105,7 +105,7 @@ def test_results_of_other_settings_are_named_and_not_mixed_in(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--methods", "waus"], "method may be one of baseline, basis"),
+        (["--methods", "waus"], "method may be one of anchored, anchored_regulator, baseline, basis"),
         (["--data", "mnist"], "data may be one of cifar10"),
         (["--methods", "mine.yaml"], "no configuration mine.yaml"),
     ],

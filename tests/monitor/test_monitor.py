@@ -168,6 +168,7 @@ def test_the_decision_can_be_overridden() -> None:
     assert [look.epoch for look in monitor._looks] == [0, 1, 3]
 
 
+@pytest.mark.soak
 def test_memory_of_figures_does_not_grow_over_200_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are built, handed over and let go 800 times; that drawing keeps none is shown in test_figures.py."""
     alive: list[int] = []

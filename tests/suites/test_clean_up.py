@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_filterdiv import WeightAsynchronousUpdate
-from tests.registry import CASES, Case
+from tests.registry import SLOW_CASES, Case
 from tests.support.training import Classifier, batches, differing, fit, make_trainer, same
 
 
@@ -54,7 +54,7 @@ def check_clean_up(make: Callable[[], Any], interrupt: bool, folder: Path) -> No
 
 
 @pytest.mark.parametrize("interrupt", [False, True], ids=["normal end", "exception"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_clean_up(case: Case, interrupt: bool, tmp_path: Path) -> None:
     check_clean_up(case.make, interrupt, tmp_path)
 
@@ -72,7 +72,7 @@ def test_left_hooks_are_caught(tmp_path: Path) -> None:
         check_clean_up(_LeavesHooks, True, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_reused_instance_starts_afresh(case: Case) -> None:
     """The same callback object in a second, new fit gives the run that a new object gives."""
     callback = case.make()
@@ -80,7 +80,7 @@ def test_reused_instance_starts_afresh(case: Case) -> None:
     assert not differing(first.tensors(), second.tensors())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_fit_twice_continues(case: Case) -> None:
     """Five epochs at once, or three and then two more with the same trainer."""
     whole = fit([case.make()], max_epochs=5)

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_filterdiv
 from lightning_filterdiv import WeightAsynchronousUpdate
-from tests.registry import CASES, ONE_EACH, PER_STEP, Case, Wrong
+from tests.registry import CASES, ONE_EACH, PER_STEP, SLOW_CASES, Case, Wrong
 from tests.support.training import Classifier, batches, differing, fit, make_trainer
 
 
@@ -76,7 +76,7 @@ def _command_line(text: str, folder: Path) -> LightningCLI:
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_yaml_round_trip(case: Case, tmp_path: Path) -> None:
     """Parsed by short name, fitted, saved by LightningCLI, and the saved file gives the same run again."""
     trainer = {
@@ -113,7 +113,7 @@ def check_state_is_safe(callback: Any, folder: Path) -> None:
     assert state["arguments"] == callback.arguments()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_state_is_weights_only_safe(case: Case, tmp_path: Path) -> None:
     check_state_is_safe(case.make(), tmp_path)
 
@@ -155,7 +155,7 @@ def test_damaged_state(case: Case, damage: Any, message: str) -> None:
 # --------------------------------------------------------------------------- several instances
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
 def test_two_instances_on_disjoint_layers(case: Case) -> None:
     first, second = case.make(include=["net.3"]), case.make(include=["net.5", "net.7"])
     run = fit([first, second])
