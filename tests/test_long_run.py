@@ -35,10 +35,10 @@ class Sizes(Callback):
         self._then = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._then = time.perf_counter()
+        self._then = time.process_time()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.times.append(time.perf_counter() - self._then)
+        self.times.append(time.process_time() - self._then)
         if trainer.global_step in (SETTLED + EPOCH // 2, (SETTLED + STEPS) // 2, STEPS - EPOCH // 2):
             self.looks[trainer.global_step] = self._look(trainer, pl_module)
 
@@ -71,11 +71,17 @@ def check(callbacks: list[Callback], folder: Path, lr_scale: float = 1.0) -> Non
     assert len(sizes.times) == STEPS
     assert last["hooks"] == middle["hooks"] == first["hooks"], f"hooks: {sizes.looks}"
     assert last["tensors"] <= first["tensors"] + 2, f"tensors: {sizes.looks}"
-    assert last["state"] <= 1.02 * first["state"] + 200, f"state: {sizes.looks}"
+    # A history has an entry per epoch or event; nothing has one per step, or entries that grow.
+    earlier, later = middle["state"] - first["state"], last["state"] - middle["state"]
+    assert later <= 1.2 * earlier + 200, f"state: {sizes.looks}"
+    assert later <= 300 * (STEPS - SETTLED) / 2 / EPOCH, f"state: {sizes.looks}"
     assert last["memory"] - first["memory"] < 24 * MIB, f"memory: {sizes.looks}"
     # Twice as many steps later at most twice as much again, and a little for the end of a buffer.
     assert last["disk"] - middle["disk"] <= 1.2 * (middle["disk"] - first["disk"]) + 20_000, f"disk: {sizes.looks}"
-    early, late = (statistics.median(sizes.times[start : start + 1_000]) for start in (SETTLED - 1_000, STEPS - 1_000))
+    # Of the processor's time, and of the fast steps: what else runs on the machine is not meant.
+    early, late = (
+        statistics.quantiles(sizes.times[start : start + 1_000], n=10)[0] for start in (SETTLED - 1_000, STEPS - 1_000)
+    )
     assert late < 1.3 * early, f"{1e3 * early:.2f} ms a step became {1e3 * late:.2f} ms"
 
 
