@@ -95,7 +95,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "neighbours_wavelet": lambda: neighbours.table(neighbours.RESULTS, ["wavelet", "maxima"]),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
-    "fm5k_c3": lambda: report.table(report.summary(report.read(RESULTS / "fm5k-c3"))),
+    "fm5k_c3": lambda: _quality("wau", "conv_lr_half", "repr", *orthonormality.DEFAULT_WEIGHTS),
     "overhead": lambda: _overhead(""),
     "launches": lambda: _launches(""),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
