@@ -304,11 +304,10 @@ def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[flo
         peak = wide.abs().amax()
         wide = wide / torch.where(peak > 0, peak, torch.ones_like(peak))
         off = wide - cluster_means(wide, torch.tensor(tensor.clusters))
-        measured.append(torch.stack([torch.linalg.vector_norm(off), torch.linalg.vector_norm(wide), peak]))
+        measured.append(torch.stack([torch.linalg.vector_norm(off), torch.linalg.vector_norm(wide), peak]).double())
     if not measured:
         return {}
-    # In the host's float64: the norm of many large numbers may not fit float32.
-    found = [numbers.tolist() for numbers in torch.stack([m.to(measured[0].dtype) for m in measured]).unbind()]
+    found = torch.stack(measured).tolist()  # multiplied on the host: a norm of large numbers may not fit float32
     return {t.name: (off * peak, norm * peak) for t, (off, norm, peak) in zip(tensors, found, strict=True)}
 
 

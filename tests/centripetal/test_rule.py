@@ -22,6 +22,7 @@ from lightning_filterdiv.centripetal import (
     solve_strength,
 )
 from lightning_filterdiv.centripetal.forecast import safe_strength
+from lightning_filterdiv.centripetal.functional import cluster_distances
 from lightning_filterdiv.learning_rates import StepSettings
 from tests.registry import Case
 from tests.suites.test_per_step_cost import fake_gpu_kernels
@@ -312,3 +313,15 @@ def test_the_model_of_the_cost_tests_has_shared_shapes() -> None:
     """Without layers of equal shape the equality above would say nothing."""
     shapes = [p.shape for p in CifarResNet(20).parameters()]
     assert len(set(shapes)) < len(shapes) / 3
+
+
+def test_distances_of_all_tensors_come_to_the_host_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.nn.Parameter(torch.randn(4, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64) * 3]
+    tensors = [ClusteredTensor(str(i), weight, 0, (0, 0, 1, 1)) for i, weight in enumerate(weights)]
+    copies: list[tuple[int, ...]] = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (copies.append(tuple(self.shape)), original(self))[1])
+    found = cluster_distances(tensors)
+    assert copies == [(6, 3)]
+    for name, weight in zip(found, weights, strict=True):
+        assert found[name][1] == pytest.approx(float(weight.norm()), rel=1e-6)
