@@ -38,6 +38,25 @@ def test_killed_runs_end_like_whole_ones(names: tuple[str, ...], ranks: int, tmp
             assert not wrong, f"{moment}, resumed from {saved}: {wrong}"
 
 
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)], ids=["one then two", "two then one"])
+@pytest.mark.parametrize("names", [(), *NAMES], ids="+".join)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    names: tuple[str, ...], ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    """Killed in its second epoch and resumed on fewer or more processes, it ends as if nothing had been."""
+    before, after = ranks
+    assert run(names, tmp_path / "whole") == [0]
+    moment, folder = Moment(9, "batch end", before - 1), tmp_path / "cut"
+    assert run(names, folder, moment, before, same_data=True)[moment.rank] == -9
+    saved = newest(folder)
+    assert saved is not None
+    assert saved.stem in ("step=8", "step=10")  # rank 0 may be one step ahead of the other
+    assert run(names, folder, ranks=after, same_data=True) == [0] * after
+    for rank in range(after):
+        wrong = differing(final(tmp_path / "whole", 0), final(folder, rank))
+        assert not wrong, wrong
+
+
 def test_the_harness_kills_where_it_says(tmp_path: Path) -> None:
     """Without a callback every phase is reached, and a half-written checkpoint never bears a checkpoint's name."""
     assert run((), tmp_path / "whole") == [0]

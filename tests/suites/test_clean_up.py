@@ -11,7 +11,7 @@ import torch
 
 from lightning_filterdiv import WeightAsynchronousUpdate
 from tests.registry import SLOW_CASES, Case
-from tests.support.training import Classifier, batches, differing, fit, make_trainer, same
+from tests.support.training import Classifier, Run, batches, differing, fit, make_trainer, same
 
 
 class _BoomError(Exception):
@@ -93,6 +93,24 @@ def test_fit_twice_continues(case: Case) -> None:
     model.configure_optimizers = lambda: _restored(model, optimizer_state)  # type: ignore[method-assign]
     trainer.fit(model, loader)
     assert trainer.global_step == whole.trainer.global_step
+    assert not differing(whole.model.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "before", ["test", *(pytest.param(stage, marks=pytest.mark.soak) for stage in ("validate", "predict"))]
+)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)
+def test_looking_first_changes_no_fit(case: Case, before: str) -> None:
+    """A fit after ``trainer.test`` (or its sisters) is the fit without it, and ``trainer.test`` works after the fit."""
+    whole = fit([case.make()], max_epochs=3, limit_val_batches=1.0)
+    model, callback = Classifier(), case.make()
+    trainer = make_trainer([callback], max_epochs=3, limit_val_batches=1.0)
+    held_out = batches(steps=1)
+    assert getattr(trainer, before)(model, held_out, **({"verbose": False} if before != "predict" else {}))
+    assert not differing(model.state_dict(), Classifier().state_dict())
+    trainer.fit(model, batches())
+    assert not differing(whole.tensors(), Run(model, trainer).tensors())
+    assert trainer.test(model, held_out, verbose=False)[0]["test_loss"] > 0
     assert not differing(whole.model.state_dict(), model.state_dict())
 
 

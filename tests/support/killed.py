@@ -102,7 +102,9 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _train(names: tuple[str, ...], folder: Path, moment: Moment | None, rank: int, ranks: int, port: int) -> None:
+def _train(
+    names: tuple[str, ...], folder: Path, moment: Moment | None, rank: int, ranks: int, port: int, same_data: bool
+) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
@@ -117,14 +119,17 @@ def _train(names: tuple[str, ...], folder: Path, moment: Moment | None, rank: in
     model = Classifier(
         "adamw", seed=0 if saved is None else 1, lr_scale=min([1.0, *(cases[name].lr_scale for name in names)])
     )
+    loader = batches() if same_data else batches(rank=rank, world_size=ranks)
     run = fit(
-        [*trap, *callbacks, checkpoint], model=model, loader=batches(rank=rank, world_size=ranks), max_epochs=EPOCHS,
+        [*trap, *callbacks, checkpoint], model=model, loader=loader, max_epochs=EPOCHS,
         ckpt_path=None if saved is None else str(saved), strategy="ddp" if ranks > 1 else "auto", devices=ranks,
     )  # fmt: skip
     torch.save(run.tensors(), folder / f"final{rank}.pt")
 
 
-def run(names: tuple[str, ...], folder: Path, moment: Moment | None = None, ranks: int = 1) -> list[int]:
+def run(
+    names: tuple[str, ...], folder: Path, moment: Moment | None = None, ranks: int = 1, same_data: bool = False
+) -> list[int]:
     """Fit in processes of their own, in ``folder``, going on from its newest checkpoint.
 
     Args:
@@ -132,6 +137,8 @@ def run(names: tuple[str, ...], folder: Path, moment: Moment | None = None, rank
         folder: of checkpoints and final states.
         moment: when to die.
         ranks: processes.
+        same_data: every rank sees the images of the only one of a single-process run, so that the mean gradient is
+            exactly its gradient (twice a half) and runs of any number of ranks are one run.
 
     Returns:
         Exit codes; -9 for a killed process. When one is killed the others are, after a moment.
@@ -142,7 +149,8 @@ def run(names: tuple[str, ...], folder: Path, moment: Moment | None = None, rank
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=_train, args=(names, folder, moment, rank, ranks, port)) for rank in range(ranks)
+        context.Process(target=_train, args=(names, folder, moment, rank, ranks, port, same_data))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()

@@ -79,6 +79,12 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(self.optimizer_name, self.parameters())
 
