@@ -20,7 +20,6 @@ from benchmarks import (
     events,
     launches,
     monitor,
-    neighbours,
     overhead,
     peers,
     report,
@@ -29,6 +28,7 @@ from benchmarks import (
     squeeze,
     structure_cost,
     summary,
+    ucp,
 )
 from lightning_filterdiv import orthonormality
 
@@ -64,6 +64,11 @@ def _quality(*beginnings: str) -> str:
     )
 
 
+def _compared(folder: str, *methods: str) -> str:
+    """These methods alone, the first of which is the baseline."""
+    return report.table(report.summary(report.read(RESULTS / folder, methods), methods[0]), methods[0])
+
+
 def _events(*methods: str) -> str:
     return report.event_table(report.read(RESULTS / "fm5k-c3", methods))
 
@@ -89,10 +94,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "squeeze_latency": lambda: squeeze.latency_table(squeeze.RESULTS / "latency.json"),
     "shared_basis": lambda: shared_basis.table(shared_basis.RESULTS),
     "shared_basis_gradients": lambda: shared_basis.profile_table(shared_basis.RESULTS),
-    "neighbours_expansion": lambda: neighbours.table(neighbours.RESULTS, ["baseline_third", "expand"]),
-    "neighbours_importance": lambda: neighbours.table(neighbours.RESULTS, ["ucp"], "narrow"),
-    "neighbours_anchored": lambda: neighbours.table(neighbours.RESULTS, ["anchored"], "resnet"),
-    "neighbours_wavelet": lambda: neighbours.table(neighbours.RESULTS, ["wavelet", "maxima"]),
+    "fm5k_expansion": lambda: _compared("fm5k-c3", "baseline", "expand_third", "lr_third", "expand"),
+    "fm5k_anchored": lambda: _compared("fm5k-resnet20-14", "baseline", "anchored", "anchored_regulator"),
+    "fm5k_wavelet": lambda: _compared("fm5k-c3", "baseline", "wavelet", "wavelet_edges", "wavelet_maxima"),
+    "ucp": lambda: ucp.table(ucp.RESULTS),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
     "fm5k_c3": lambda: _quality("wau", "conv_lr_half", "repr", *orthonormality.DEFAULT_WEIGHTS),

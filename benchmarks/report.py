@@ -39,6 +39,7 @@ class Row(NamedTuple):
     score_before: float  # mean orthogonality score O over layers
     score_after: float
     effective_rank: float  # after, relative
+    parameters: int | None = None  # of the trained network, where recorded
 
 
 def read(folder: Path, methods: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
@@ -104,6 +105,7 @@ def summary(runs: dict[str, list[dict[str, Any]]], baseline: str = "baseline") -
             _metric(of, "before", "orthogonality_score"),
             _metric(of, "after", "orthogonality_score"),
             _metric(of, "after", "effective_rank"),
+            of[0].get("parameters"),
         )
         for method, of in runs.items()
     ]
@@ -115,20 +117,25 @@ def _with_half(mean: float, half: float, sign: str = "") -> str:
     return f"{mean:{sign}.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    lines = [
-        "| method | seeds | test accuracy % | difference to baseline | p | mean O before, after | effective rank |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+def table(rows: Sequence[Row], baseline: str = "baseline") -> str:
+    """Markdown, with a column of parameters where they differ.
+
+    Args:
+        rows: from :func:`summary`.
+        baseline: what differences were taken to.
+    """
+    sizes = len({row.parameters for row in rows}) > 1
+    names = ["method", "seeds", *(["parameters"] if sizes else []), "test accuracy %", f"difference to {baseline}", "p",
+             "mean O before, after", "effective rank"]  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         p = "" if np.isnan(row.p) else f"{row.p:.3f}"
         scores = "" if np.isnan(row.score_after) else f"{row.score_before:.3f}, {row.score_after:.3f}"
         rank = "" if np.isnan(row.effective_rank) else f"{row.effective_rank:.3f}"
-        lines.append(
-            f"| {row.method} | {row.seeds} | {_with_half(row.mean, row.half)} "
-            f"| {_with_half(row.difference, row.difference_half, '+')} | {p} | {scores} | {rank} |"
-        )
+        size = [] if not sizes else ["" if row.parameters is None else f"{row.parameters:,}"]
+        difference = _with_half(row.difference, row.difference_half, "+")
+        cells = [row.method, str(row.seeds), *size, _with_half(row.mean, row.half), difference, p, scores, rank]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +200,7 @@ def main() -> int:
     except FileNotFoundError as error:
         parser.error(str(error))
     rows = summary(runs, options.baseline)
-    print(table(rows))
+    print(table(rows, options.baseline))
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.writer(file)

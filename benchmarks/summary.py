@@ -117,9 +117,9 @@ def _runs(folder: str, arm: str) -> dict[int, dict[str, Any]]:
     return {run["seed"]: run for run in read_runs(RESULTS / folder, [arm])[arm]}
 
 
-def _difference(folder: str, arm: str, base: str) -> str:
+def _difference(folder: str, arm: str, base: str, base_folder: str = "") -> str:
     """Paired difference of the test accuracy in points, with a 95 % interval where there are several seeds."""
-    ours, theirs = _runs(folder, arm), _runs(folder, base)
+    ours, theirs = _runs(folder, arm), _runs(base_folder or folder, base)
     seeds = sorted(set(ours) & set(theirs))
     points = [100 * (ours[seed]["test_accuracy"] - theirs[seed]["test_accuracy"]) for seed in seeds]
     return f"{interval(points, '+')} points ({len(points)} seed{'s' * (len(points) > 1)})"
@@ -173,12 +173,12 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
         f"6 convolutions per stage against the bound's 3, equal parameters: "
         f"{_difference('entropy_depth', 'depth6', 'depth3')}"
     ),
-    "ExpandNet": lambda: f"accuracy {_difference('neighbours', 'expand_cl', 'baseline')}",
+    "ExpandNet": lambda: f"accuracy {_difference('fm5k-c3', 'expand_third', 'baseline')}",
     "ChannelImportance": lambda: (
-        f"half of the filters, accuracy {_difference('neighbours', 'ucp', 'narrow')} against the narrow network"
+        f"half of the filters, accuracy {_difference('ucp', 'ucp', 'narrow', 'fm5k-c3')} against the narrow network"
     ),
-    "share_anchored_filters": lambda: f"accuracy {_difference('neighbours', 'anchored', 'resnet')}",
-    "WaveletReconstruction": lambda: f"accuracy {_difference('neighbours', 'wavelet', 'baseline')}",
+    "share_anchored_filters": lambda: f"accuracy {_difference('fm5k-resnet20-14', 'anchored', 'baseline')}",
+    "WaveletReconstruction": lambda: f"accuracy {_difference('fm5k-c3', 'wavelet', 'baseline')}",
     "FilterSimilarityMonitor": lambda: "changes no weight (test)",
 }
 

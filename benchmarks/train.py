@@ -30,6 +30,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespa
 import benchmarks.data
 import lightning_filterdiv  # noqa: F401  # registers the callbacks' short names
 from benchmarks.classification import Classification
+from benchmarks.models import count_parameters
 from benchmarks.record import LastCheckpoint, Record, SeededSteps, differences
 from benchmarks.requeue import RequeueAtStep
 from benchmarks.runs import write_whole
@@ -179,6 +180,7 @@ class BenchmarkCLI(LightningCLI):
             "method": self.options["label"],
             "seed": self.record.settings["seed"],
             "test_accuracy": test["test_acc"],
+            "parameters": count_parameters(self.model),
             "processes": trainer.world_size,
             "seconds": round(self.seconds, 1),
             "settings": self.record.settings,

@@ -96,7 +96,7 @@ def table(folder: Path) -> str:
         folder: of the arms' results.
     """
     runs = report.read(NARROW, ["narrow"]) | report.read(folder, ARMS)
-    return report.table(report.summary(runs, "narrow"))
+    return report.table(report.summary(runs, "narrow"), "narrow")
 
 
 def main() -> None:

@@ -204,6 +204,16 @@ def test_one_seed_has_no_interval_and_no_p() -> None:
     assert "| a | 1 | 60.00 |  |  |" in text
 
 
+def test_sizes_are_shown_where_they_differ() -> None:
+    runs = runs_of(wide=[0.5, 0.6], slim=[0.51, 0.62])
+    assert "parameters" not in report.table(report.summary(runs, "wide"), "wide")
+    for method, count in (("wide", 34_506), ("slim", 12_650)):
+        runs[method] = [run | {"parameters": count} for run in runs[method]]
+    text = report.table(report.summary(runs, "wide"), "wide")
+    assert "| method | seeds | parameters | test accuracy % | difference to wide |" in text
+    assert "| slim | 2 | 12,650 | 56.50 ± 69.88 | +1.50 ± 6.35 | 0.205 |" in text
+
+
 def test_curves_show_every_method(tmp_path: Path) -> None:
     runs = report.read(sweep.RESULTS / "fm5k-c3", ["baseline", "repr"])
     accuracy, loss = report.curves(runs).axes
