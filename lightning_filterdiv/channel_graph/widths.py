@@ -8,7 +8,7 @@ widths mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,19 +54,26 @@ class Layout:
 def nearest_counts(graph: ChannelGraph, counts: dict[str, int]) -> dict[str, int]:
     """See :meth:`ChannelGraph.expressible_counts`."""
     result = dict(counts)
+    shrinking = []
     for groups in _tied_groups(graph):
         result.update({g.name: g.size for g in groups})
         if any(counts[g.name] < g.size for g in groups):
-            ratio = sum(counts[g.name] for g in groups) / sum(g.size for g in groups)
-            result.update(_together(graph, groups, ratio) or _one_by_one(graph, groups, counts))
+            shrinking.append((groups, sum(counts[g.name] for g in groups) / sum(g.size for g in groups)))
+    if (at_once := _all_at_once(graph, shrinking)) is not None:
+        return result | at_once
+    for groups, ratio in shrinking:
+        result.update(_together(graph, [(groups, ratio)]) or _one_by_one(graph, groups, counts))
     return result
 
 
 def rigid_groups(graph: ChannelGraph) -> list[ChannelGroup]:
     """Groups that forward does not let anyone narrow."""
+    tied = _tied_groups(graph)
+    if _all_at_once(graph, [(groups, 0.75) for groups in tied]) is not None:
+        return []
     rigid = []
-    for groups in _tied_groups(graph):
-        if _together(graph, groups, 0.75) is None:
+    for groups in tied:
+        if _together(graph, [(groups, 0.75)]) is None:
             flexible = _one_by_one(graph, groups, {g.name: (g.size + 1) // 2 for g in groups})
             rigid += [g for g in groups if g.size > 1 and g.name not in flexible]
     return rigid
@@ -77,22 +84,38 @@ def _tied_groups(graph: ChannelGraph) -> list[list[ChannelGroup]]:
     return [groups for groups in found if groups]
 
 
-def _together(graph: ChannelGraph, groups: list[ChannelGroup], ratio: float) -> dict[str, int] | None:
-    """Counts when all layers shrink to about ``ratio`` of their width, or else to less and less."""
+def _all_at_once(graph: ChannelGraph, sets: Sequence[tuple[list[ChannelGroup], float]]) -> dict[str, int] | None:
+    """One trace instead of one per set, for networks of many sets that forward lets shrink as wanted (ShuffleNet)."""
+    return _together(graph, sets, _STEPS[:1]) if len(sets) > 1 else None
+
+
+def _together(
+    graph: ChannelGraph, sets: Sequence[tuple[list[ChannelGroup], float]], steps: Sequence[float] = _STEPS
+) -> dict[str, int] | None:
+    """Counts when all layers shrink to about the ratio of their set, or else to less and less; None if a set keeps all.
+
+    Args:
+        graph: of the network.
+        sets: tied groups, and the ratio that is wanted for them.
+        steps: shares of the shrinkage to try.
+    """
     totals: dict[str, int] = {}
-    for group in groups:
-        for layer in group.producers:
-            totals[layer] = totals.get(layer, 0) + group.size
+    removed: dict[str, float] = {}
+    for groups, ratio in sets:
+        for group in groups:
+            for layer in group.producers:
+                totals[layer] = totals.get(layer, 0) + group.size
+                removed[layer] = removed.get(layer, 0.0) + (1 - ratio) * group.size
     tried = set()
-    for step in _STEPS:
-        widths = {layer: n - round(step * (1 - ratio) * n) for layer, n in totals.items()}
+    for step in steps:
+        widths = {layer: n - round(step * removed[layer]) for layer, n in totals.items()}
         if widths != totals and (key := tuple(widths.values())) not in tried:
             tried.add(key)
             layout = layout_for(
                 graph, {layer: graph.filter_count(layer) - n + widths[layer] for layer, n in totals.items()}
             )
-            if layout is not None and any(layout.counts[g.name] < g.size for g in groups):
-                return {g.name: layout.counts[g.name] for g in groups}
+            if layout is not None and all(any(layout.counts[g.name] < g.size for g in groups) for groups, _ in sets):
+                return {g.name: layout.counts[g.name] for groups, _ in sets for g in groups}
     return None
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
+from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError, widths
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.narrow import narrow, tie
 from lightning_filterdiv.channel_graph.verify import random_clusters
@@ -138,6 +138,43 @@ class _Treated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.first(x).chunk(2, 1)
         return self.second(torch.cat([self.treat(a), b], 1)).mean((2, 3))
+
+
+class _Halves(nn.Module):
+    """Three stages that forward splits in halves, each on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(inputs, 8, 3, padding=1) for inputs in (3, 8, 8))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            a, b = conv(x).chunk(2, 1)
+            x = torch.cat([b, torch.relu(a)], 1)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_all_that_forward_ties_is_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trace tells that nothing is rigid, and one gives the counts; sets that must be tried alone give the same."""
+    traces = []
+    original = widths.layout_for
+
+    def counted(graph: ChannelGraph, wanted: Mapping[str, int]) -> widths.Layout | None:
+        traces.append(dict(wanted))
+        return original(graph, wanted)
+
+    monkeypatch.setattr(widths, "layout_for", counted)
+    graph = ChannelGraph.trace(_Halves(), IMAGE)
+    assert len(graph.constrained) == 3
+    assert len(traces) == 1
+    wanted = {g.name: g.size // 2 for g in graph.groups}
+    together = graph.expressible_counts(wanted)
+    assert together == wanted
+    assert len(traces) == 2
+    monkeypatch.setattr(widths, "_all_at_once", lambda graph, sets: None)
+    assert graph.expressible_counts(wanted) == together
+    assert len(traces) == 5
 
 
 @pytest.mark.parametrize(
