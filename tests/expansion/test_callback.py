@@ -16,7 +16,8 @@ from torch import nn
 from lightning_filterdiv import ExpandNet
 from lightning_filterdiv.demo import Digits, SmallConvNet
 from lightning_filterdiv.expansion import ExpandedConv2d, ExpandedLinear, ExpansionError
-from tests.support.training import Classifier, batches, differing, fit, make_trainer
+from tests.registry import ONE_EACH, Case
+from tests.support.training import Classifier, Run, batches, differing, fit, make_trainer
 
 
 class _Looks(Callback):
@@ -121,6 +122,16 @@ def test_a_second_fit_starts_from_new_weights() -> None:
 def test_two_that_overlap_are_refused() -> None:
     with pytest.raises(ExpansionError, match="leave it out with exclude"):
         fit([ExpandNet(include=["net.3"]), ExpandNet()])
+
+
+@pytest.mark.parametrize("case", [case for case in ONE_EACH if case.cls is not ExpandNet], ids=lambda case: case.name)
+def test_it_stands_beside_a_callback_on_other_layers(case: Case) -> None:
+    def train(*callbacks: Callback) -> Run:
+        return fit([ExpandNet(rate=2, include=["net.0", "net.3"]), *callbacks], model=Classifier(lr_scale=1 / 3))
+
+    alone, together = train(), train(case.make(include=["net.5", "net.7"]))
+    assert bool(differing(together.tensors(), alone.tensors())) is case.trains_differently
+    assert not any(isinstance(m, ExpandedConv2d) for m in together.model.modules())
 
 
 def test_validation_alone_expands_nothing() -> None:
