@@ -144,10 +144,9 @@ def _squeezed() -> str:
     )
 
 
-def _shared() -> str:
-    plain, shared = (next(iter(_runs("shared_basis", arm).values())) for arm in ("plain", "shared_penalty"))
-    share = shared["parameters"] / plain["parameters"]
-    return f"{100 * share:.0f} % of the parameters, accuracy {_difference('shared_basis', 'shared_penalty', 'plain')}"
+def _fewer(folder: str, arm: str, base: str) -> str:
+    shared, plain = (next(iter(_runs(folder, name).values()))["parameters"] for name in (arm, base))
+    return f"{100 * shared / plain:.0f} % of the parameters, accuracy {_difference(folder, arm, base)}"
 
 
 _COST: dict[str, Callable[[], str]] = {
@@ -166,7 +165,7 @@ _COST: dict[str, Callable[[], str]] = {
 _EVIDENCE: dict[str, Callable[[], str]] = {
     "BasisOrthonormality": lambda: _diverse("soft"),
     "CentripetalSGD": _squeezed,
-    "share_filter_bases": _shared,
+    "share_filter_bases": lambda: _fewer("shared_basis", "shared_penalty", "plain"),
     "RePr": lambda: _diverse("repr"),
     "WeightAsynchronousUpdate": lambda: _diverse("wau"),
     "EntropyDepthBound": lambda: (
@@ -177,7 +176,7 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
     "ChannelImportance": lambda: (
         f"half of the filters, accuracy {_difference('ucp', 'ucp', 'narrow', 'fm5k-c3')} against the narrow network"
     ),
-    "share_anchored_filters": lambda: f"accuracy {_difference('fm5k-resnet20-14', 'anchored', 'baseline')}",
+    "share_anchored_filters": lambda: _fewer("fm5k-resnet20-14", "anchored", "baseline"),
     "WaveletReconstruction": lambda: f"accuracy {_difference('fm5k-c3', 'wavelet', 'baseline')}",
     "FilterSimilarityMonitor": lambda: "changes no weight (test)",
 }
