@@ -177,6 +177,27 @@ def test_all_that_forward_ties_is_tried_at_once(monkeypatch: pytest.MonkeyPatch)
     assert len(traces) == 5
 
 
+class _HalfRigid(nn.Module):
+    """Forward splits one layer by its width and gives the other a fixed shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.fixed = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.free(x).chunk(2, 1)
+        x = self.fixed(torch.cat([b, torch.relu(a)], 1))
+        return self.fc(x.view(len(x), 2, 4, *x.shape[2:]).flatten(1, 2).mean((2, 3)))
+
+
+def test_a_rigid_layer_does_not_pin_what_forward_ties_elsewhere() -> None:
+    """Not all sets shrink at once, so that each is tried alone."""
+    graph, _ = check_exact(_HalfRigid(), IMAGE)
+    assert graph.pinned == {"fc": "network output", "fixed": "their number is fixed by view in forward"}
+    assert [(g.name, g.size) for g in graph.groups] == [("free[0]", 4), ("free[1]", 4)]
+
+
 @pytest.mark.parametrize(
     "treat",
     [

@@ -86,7 +86,7 @@ def image(name: str) -> torch.Tensor:
 
 @pytest.mark.zoo
 def test_a_shallow_shufflenet() -> None:
-    """Every kind of block of ShuffleNetV2, fewer of each: tracing the whole one takes minutes."""
+    """Every kind of block of ShuffleNetV2, fewer of each: the whole one is among the soak tests."""
     torch.manual_seed(0)
     model = torchvision.models.ShuffleNetV2([1, 3, 1], [24, 48, 96, 192, 1024])
     graph, _ = check_exact(model, image("shufflenet_v2_x0_5"))
