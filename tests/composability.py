@@ -23,17 +23,16 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
-from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 
 from tests.registry import ONE_EACH, Case
-from tests.support.training import Classifier, Run, batches, differing, fit
+from tests.support.training import Classifier, Run, batches, differing, fit, since_lightning_2_6
 
 RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "composability.json"
 WORKS, SWAP = "works", "swap"
 
 #: What else users put beside a callback: callbacks, and options of the trainer.
 BESIDE: dict[str, tuple[Callable[[Path], list[Callback]], dict[str, Any]]] = {
-    "EMA": (lambda folder: [EMAWeightAveraging(decay=0.9)], {}),
+    "EMA": (lambda folder: [since_lightning_2_6("EMAWeightAveraging")(decay=0.9)], {}),
     "SWA": (lambda folder: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)], {}),
     "early stopping": (lambda folder: [EarlyStopping("val_loss", patience=5)], {}),
     "top-k checkpoints": (

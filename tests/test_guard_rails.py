@@ -19,7 +19,7 @@ from lightning_filterdiv import FilterCallback, WeightAsynchronousUpdate
 from lightning_filterdiv.callback import optimizer_index
 from lightning_filterdiv.filters import NoLayersError
 from tests.registry import ONE_EACH, PER_STEP, Case
-from tests.support.training import Classifier, batches, differing, fit, make_trainer, small_net
+from tests.support.training import SAFELY, Classifier, batches, differing, fit, make_trainer, small_net
 
 each = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
 
@@ -354,7 +354,7 @@ def test_validating_a_checkpoint_between_fits_keeps_the_clock(tmp_path: Path) ->
     model = Classifier()
     trainer.fit(model, batches())
     assert callback.extra_state() == {"steps": [18]}
-    trainer.validate(model, batches(steps=1), ckpt_path=path, verbose=False, weights_only=True)
+    trainer.validate(model, batches(steps=1), ckpt_path=path, verbose=False, **SAFELY)
     assert callback.extra_state() == {"steps": [18]}
 
 

@@ -17,7 +17,7 @@ from lightning_filterdiv import ExpandNet
 from lightning_filterdiv.demo import Digits, SmallConvNet
 from lightning_filterdiv.expansion import ExpandedConv2d, ExpandedLinear, ExpansionError
 from tests.registry import ONE_EACH, Case
-from tests.support.training import Classifier, Run, batches, differing, fit, make_trainer
+from tests.support.training import SAFELY, Classifier, Run, batches, differing, fit, make_trainer
 
 
 class _Looks(Callback):
@@ -48,7 +48,7 @@ def test_every_checkpoint_is_the_compact_network(tmp_path: Path, weights_only: b
     loaded = SmallConvNet.load_from_checkpoint(tmp_path / "step=2.ckpt", weights_only=True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
-    trainer.test(model, datamodule=Digits(), ckpt_path=str(tmp_path / "step=1.ckpt"), verbose=False, weights_only=True)
+    trainer.test(model, datamodule=Digits(), ckpt_path=str(tmp_path / "step=1.ckpt"), verbose=False, **SAFELY)
 
 
 def test_outputs_before_and_after_the_end() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -25,7 +25,7 @@ from lightning_filterdiv.monitor.figures import kernel_mosaic, similarity_heat_m
 from lightning_filterdiv.monitor.functional import METRICS, redundancy_metrics
 from lightning_filterdiv.monitor.views import look_at
 from tests.suites.test_resume import KINDS
-from tests.support.training import Classifier, batches, fit
+from tests.support.training import Classifier, batches, fit, since_lightning_2_6
 
 LAYERS = ("net.0", "net.3", "net.5", "net.7")
 
@@ -205,7 +205,10 @@ class _LastTrained(Callback):
 @pytest.mark.parametrize("monitor_first", [True, False])
 def test_weight_averages_do_not_show(kind: str, monitor_first: bool, tmp_path: Path) -> None:
     """Averages are swapped in during validation and at the end; figures and scalars show the training weights."""
-    averaging: Callback = EMAWeightAveraging(decay=0.9) if kind == "ema" else StochasticWeightAveraging(0.01, 1)
+    if kind == "ema":
+        averaging: Callback = since_lightning_2_6("EMAWeightAveraging")(decay=0.9)
+    else:
+        averaging = StochasticWeightAveraging(0.01, 1)
     monitor, trained = FilterSimilarityMonitor(figure_layers=["net.3"]), _LastTrained()
     callbacks = [monitor, averaging] if monitor_first else [averaging, monitor]
     run = fit([*callbacks, trained], max_epochs=3, validation=batches(steps=1), default_root_dir=tmp_path)

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1e-2, fused=True),
 }
 STEPS_PER_EPOCH = 6
+#: For a trainer's methods that read a checkpoint. Lightning 2.5 has no such argument: what it loads is checked by the
+#: suites' own ``torch.load``.
+SAFELY: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(pl.Trainer.fit).parameters else {}
 
 
 def small_net() -> nn.Sequential:
@@ -167,10 +171,13 @@ def fit(
         options.setdefault("limit_val_batches", 1.0)
     trainer = make_trainer(callbacks, **options)
     loader = batches() if loader is None else loader
-    # Lightning 2.5 has no such argument: what it loads is checked by the suites' own torch.load.
-    extra = {"weights_only": True} if ckpt_path and "weights_only" in signature(pl.Trainer.fit).parameters else {}
-    trainer.fit(model, loader, validation, ckpt_path=ckpt_path, **extra)
+    trainer.fit(model, loader, validation, ckpt_path=ckpt_path, **(SAFELY if ckpt_path else {}))
     return Run(model, trainer, list(callbacks))
+
+
+def since_lightning_2_6(name: str) -> Any:
+    """One of Lightning's callbacks; the test is skipped where it does not exist yet."""
+    return getattr(pl.callbacks, name, None) or pytest.skip(f"{name} came with Lightning 2.6")
 
 
 def same(left: Any, right: Any) -> bool:
