@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -152,7 +153,8 @@ def _stages(path: list[Operation], modules: dict[str, nn.Module]) -> list[Stage]
 
 def _weights(module: nn.Module | None) -> int:
     if isinstance(module, CONVOLUTIONS):
-        return module.weight.numel()
+        # Not from ``weight``: reading one under spectral_norm takes a step of its power iteration.
+        return module.out_channels * module.in_channels // module.groups * math.prod(module.kernel_size)
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 

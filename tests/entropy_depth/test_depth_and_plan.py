@@ -65,6 +65,16 @@ class _Tangle(nn.Module):
         return self.up(F.conv2d(F.max_pool2d(x, 2), self.weight, padding=1))
 
 
+def test_counting_leaves_spectral_norms_as_they_are() -> None:
+    """Reading the weight of such a layer in training takes a step of its power iteration."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3, groups=1, padding=1))
+    model = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(8, 6, (3, 1), groups=2)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    depth = network_depth(ChannelGraph.trace(model, torch.zeros(2, 3, 8, 8)))
+    assert [stage.weights for stage in depth.stages] == [8 * 3 * 9, 6 * 4 * 3]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_tangled_network() -> None:
     model = _Tangle()
     depth = network_depth(ChannelGraph.trace(model, torch.zeros(2, 3, 8, 8)))
