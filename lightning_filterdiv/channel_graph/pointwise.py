@@ -15,8 +15,8 @@ from .propagate import FLAT, Event, Propagation, Value, nullified, operator_name
 
 __all__ = ["EXTRA", "pointwise"]
 
-# Element-wise, but without torch's ``pointwise`` tag.
-EXTRA = ("hardswish", "log_sigmoid", "log_sigmoid_forward", "fill")
+# Element-wise, but without the ``pointwise`` tag in some release of torch.
+EXTRA = ("hardswish", "leaky_relu", "log_sigmoid", "log_sigmoid_forward", "fill")
 _PRODUCTS = ("mul",)
 _SUMS = ("add", "sub", "rsub")
 
