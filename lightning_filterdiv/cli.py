@@ -86,9 +86,10 @@ def _training(arguments: Sequence[str]) -> int:
             except ValueError as error:
                 # A constructor of ours refused a value: jsonargparse hides its words among every type that did not fit.
                 reasons = [line.strip()[2:] for line in str(error).splitlines() if line.strip().startswith("- ")]
-                if not reasons or "Does not validate" not in str(error):
+                ours = [reason for reason in reasons if not reason.startswith(("Expected a ", "Not a valid subclass"))]
+                if not ours or "Does not validate" not in str(error):
                     raise
-                print(f"filterdiv {arguments[0]}: {reasons[0]} (in the configuration)", file=sys.stderr)
+                print(f"filterdiv {arguments[0]}: {ours[0]} (in the configuration)", file=sys.stderr)
                 raise SystemExit(2) from error
 
         def _before(self) -> None:

@@ -186,7 +186,7 @@ def _other_format(path: Path) -> str | None:
         return "a tar archive, as torch.save wrote before 2017, with pickled objects"
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
         if "constants.pkl" in names:
             return "a TorchScript archive, which is a program"
         if "archive_format" in names or "serialized_exported_program.json" in names:
