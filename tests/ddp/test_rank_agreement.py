@@ -35,6 +35,8 @@ class Unused(Classifier):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.unused = nn.Conv2d(3, 5, 3)
+        # Two children have convolutions, and DDP calls training_step instead of forward.
+        self.example_input_array = torch.zeros(2, 1, 8, 8)
 
 
 def synchronised(self: nn.SyncBatchNorm, images: torch.Tensor) -> torch.Tensor:
