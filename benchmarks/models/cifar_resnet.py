@@ -84,6 +84,6 @@ class CifarResNet(nn.Module):
         """``(B, channels, H, W)`` images to ``(B, classes)`` logits."""
         x = F.relu(self.bn(self.conv(x)))
         for stage in ("stage1", "stage2", "stage3"):
-            x = self.get_submodule(stage)(x)
+            x = getattr(self, stage)(x)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits

@@ -256,6 +256,7 @@ def test_torch_export_with_a_dynamic_batch(name: str) -> None:
         torch.testing.assert_close(program(x), merged(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its ONNX exporter needs a protobuf of its time")
 def test_onnx_with_a_dynamic_batch(tmp_path: Path) -> None:
     import onnxruntime
 

@@ -26,6 +26,7 @@ from lightning_filterdiv.centripetal.functional import cluster_distances
 from lightning_filterdiv.learning_rates import StepSettings
 from tests.registry import Case
 from tests.suites.test_per_step_cost import fake_gpu_kernels
+from tests.support.fake_gpu import needs_fake_gpu
 
 SHAPES = {"a": (8, 3, 3, 3), "b": (8, 3, 3, 3), "c": (6, 8, 1, 1), "scale": (8,), "shift": (8,)}
 CLUSTERS = {
@@ -302,6 +303,7 @@ def _adamw_step(model: nn.Module, _: torch.optim.Optimizer) -> tuple[Callable[[i
     return (lambda step: update.before_step()), update.after_step
 
 
+@needs_fake_gpu
 def test_the_decoupled_form_does_not_depend_on_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(name="csgd_adamw", cls=CentripetalSGD, per_step=_adamw_step)
     shallow = fake_gpu_kernels(case, 20, monkeypatch.setattr)

@@ -56,10 +56,10 @@ def test_compile_with_inductor() -> None:
 
 
 class _Freezes(WeightAsynchronousUpdate):
-    """Mutant: skips filters by toggling requires_grad, which is part of every guard."""
+    """Mutant: at every other step a norm keeps its statistics, and the mode of a module is part of every guard."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.net.get_submodule("3").weight.requires_grad_(batch_idx % 2 == 0)
+        pl_module.net.get_submodule("1").train(batch_idx % 2 == 0)
 
 
 def test_recompilation_is_caught() -> None:

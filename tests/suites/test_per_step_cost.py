@@ -88,6 +88,7 @@ def test_the_counter_notices() -> None:
         assert counter.kernels["_foreach_mul_"] == 1 + 5
 
 
+@needs_fake_gpu
 def test_a_loop_over_layers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def naive(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable[[int], None], Callable[[], None]]:
         from lightning_filterdiv.async_update import functional
