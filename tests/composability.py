@@ -8,6 +8,7 @@ changes training at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def beside(folder: Path) -> dict[str, dict[str, str]]:
 
 def everything(folder: Path) -> dict[str, Any]:
     """Both tables."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.chdir(folder):  # where the monitor writes its figures
         warnings.simplefilter("ignore")
         return {"pairs": pairs(), "beside": beside(folder)}
 
