@@ -99,6 +99,10 @@ def _kmeans(filters: Tensor, n_clusters: int, seed: int) -> Tensor:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    if filters.shape[1] > filters.shape[0]:
+        # Only distances count, and J filters have J coordinates in the space they span; where channels are summed over
+        # a stage of a network, their kernels have tens of thousands of numbers.
+        filters = torch.linalg.qr(filters.T, mode="r").R.T.contiguous()
     state = int(torch.randint(2**31 - 1, (), generator=keyed_generator(seed, "kmeans")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # equal filters; taken care of below

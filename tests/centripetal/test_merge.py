@@ -4,12 +4,15 @@ wrong."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -345,6 +348,29 @@ def test_kmeans_finds_what_belongs_together() -> None:
     truth = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 0])
     noise = torch.randn(10, 20, generator=torch.Generator().manual_seed(2))
     assert torch.equal(cluster_filters(centres[truth] + 0.1 * noise, 4), truth)
+
+
+@pytest.mark.parametrize(("count", "length", "kept"), [(16, 27, 10), (32, 2000, 20), (12, 12, 5), (20, 400, 19)])
+def test_kmeans_in_the_space_of_the_filters_is_kmeans(
+    count: int, length: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long rows are clustered by as many coordinates as there are filters; every distance, so every cluster, stays."""
+    filters = torch.randn(count, length, generator=torch.Generator().manual_seed(4)).double()
+    seen: list[Tensor] = []
+    fit = KMeans.fit
+
+    def spy(self: KMeans, rows: Any) -> KMeans:
+        seen.append(torch.from_numpy(rows))
+        return fit(self, rows)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(KMeans, "fit", spy)
+    short = cluster_filters(filters, kept, seed=2)
+    assert seen[0].shape == (count, min(count, length))
+    apart = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(apart(seen[0], seen[0]), apart(filters, filters))
+    monkeypatch.setattr(torch.linalg, "qr", lambda rows, mode: SimpleNamespace(R=rows))  # no change of coordinates
+    assert torch.equal(cluster_filters(filters, kept, seed=2), short)
+    assert seen[1].shape == (count, length)
 
 
 def test_wrong_cluster_arguments() -> None:
