@@ -11,6 +11,7 @@ import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +187,8 @@ def weight_obstacle(layer: nn.Module) -> tuple[str, str] | None:
     """
     weight = _weight_parameter(layer)
     if weight is None:
+        if (own := getattr(layer, "weight_obstacle", None)) is not None:
+            return cast("tuple[str, str]", own)
         advice = "remove the parametrization first"
         return (
             f"is computed by a parametrization (weight_norm, prune, ...); {advice}",

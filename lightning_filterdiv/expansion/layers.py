@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,11 @@ class ExpandedModule(nn.Module):
     channels_last: bool
     compact_state: bool
     pending: bool
+    #: Read by :func:`~lightning_filterdiv.filters.weight_obstacle`.
+    weight_obstacle: ClassVar[tuple[str, str]] = (
+        "is made of factors by ExpandNet; give ExpandNet other layers with its include or exclude",
+        "is expanded by ExpandNet; give ExpandNet other layers with its include or exclude",
+    )
 
     def factors(self) -> tuple[list[nn.Parameter], list[nn.Parameter] | None]:
         """Weights and biases in order of application, biases ``None`` where the compact layer has none."""

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_filterdiv import ExpandNet
 from lightning_filterdiv.demo import Digits, SmallConvNet
 from lightning_filterdiv.expansion import ExpandedConv2d, ExpandedLinear, ExpansionError
+from lightning_filterdiv.filters import NoLayersError
 from tests.registry import ONE_EACH, Case
 from tests.support.training import SAFELY, Classifier, Run, batches, differing, fit, make_trainer
 
@@ -132,6 +133,12 @@ def test_it_stands_beside_a_callback_on_other_layers(case: Case) -> None:
     alone, together = train(), train(case.make(include=["net.5", "net.7"]))
     assert bool(differing(together.tensors(), alone.tensors())) is case.trains_differently
     assert not any(isinstance(m, ExpandedConv2d) for m in together.model.modules())
+
+
+@pytest.mark.parametrize("case", [case for case in ONE_EACH if case.cls is not ExpandNet], ids=lambda case: case.name)
+def test_a_callback_that_finds_only_expanded_layers_says_whose_they_are(case: Case) -> None:
+    with pytest.raises(NoLayersError, match="expanded by ExpandNet; give ExpandNet other layers with its include"):
+        fit([ExpandNet(), case.make()])
 
 
 def test_validation_alone_expands_nothing() -> None:
