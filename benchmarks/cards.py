@@ -79,7 +79,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
-    "events": lambda: events.table(json.loads(events.RESULT.read_text())["seconds"]),
+    "events": lambda: events.table(json.loads(events.RESULT.read_text())),
+    "events_repr": lambda: events.table(
+        json.loads(events.RESULT.read_text()), (events.TRACE, *events.CYCLE, events.LOG, events.WHOLE)
+    ),
+    "events_csgd": lambda: events.table(
+        json.loads(events.RESULT.read_text()), (events.TRACE, events.CLUSTER, events.MERGE)
+    ),
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),

@@ -11,11 +11,9 @@ Seconds are those of the process (CPU, one thread), which other work on the mach
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 import torchvision
 
+from benchmarks.cost import measured
 from lightning_filterdiv.channel_graph import ChannelGraph
 
 RESULT = Path(__file__).parent / "results" / "channel_graph_cost.json"
@@ -35,22 +34,12 @@ def measure(network: str, what: str, size: int) -> dict[str, float]:
     ChannelGraph.trace(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8))
     model: torch.nn.Module = torchvision.models.get_model(network, weights=None)
     images = torch.zeros(1, 3, size, size)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    start, cpu = time.perf_counter(), time.process_time()
-    if what == "trace":
-        ChannelGraph.trace(model, images)
-    else:
-        model.eval()(images).sum()
-    seconds = {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - cpu}
-    return {**seconds, "MiB": _resident("VmHWM") - before}
-
-
-def _resident(field: str) -> float:
-    """MiB of resident memory now (``VmRSS``) or at most (``VmHWM``)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+    with measured() as cost:
+        if what == "trace":
+            ChannelGraph.trace(model, images)
+        else:
+            model.eval()(images).sum()
+    return {"seconds": cost.seconds, "CPU seconds": cost.cpu_seconds, "MiB": cost.extra_mib}
 
 
 def table(results: dict[str, Any]) -> str:

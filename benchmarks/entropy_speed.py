@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.cost import measured
 from lightning_filterdiv.demo.data import load_fashion_mnist
 from lightning_filterdiv.entropy_depth import estimate_depth_bound
 
@@ -39,12 +39,6 @@ class _Listed:
         return self.images[index]
 
 
-def _memory(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
 def measure() -> dict[str, Any]:
     """Seconds, peak memory and result for the images in several forms."""
     images, labels = load_fashion_mnist("train")
@@ -58,14 +52,12 @@ def measure() -> dict[str, Any]:
     rows = {}
     for name, data in forms.items():
         source = data()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-        memory = _memory("VmRSS")
-        started, processor = time.perf_counter(), time.process_time()
-        found = estimate_depth_bound(source, progress=False)
+        with measured() as cost:
+            found = estimate_depth_bound(source, progress=False)
         rows[name] = {
-            "seconds": round(time.perf_counter() - started, 2),
-            "cpu_seconds": round(time.process_time() - processor, 2),
-            "extra_mib": round(_memory("VmHWM") - memory, 1),
+            "seconds": round(cost.seconds, 2),
+            "cpu_seconds": round(cost.cpu_seconds, 2),
+            "extra_mib": round(cost.extra_mib, 1),
             "images": found.n_images,
             "entropy": found.entropy,
             "std": found.std,

@@ -1,23 +1,26 @@
-"""What RePr's events cost on a large network: trace, rank, drop, regrow; seconds and peak extra memory.
+"""What rare events cost on large networks: RePr's trace, rank, drop and regrow, and a merge; seconds and peak memory.
 
-python -m benchmarks.events --network resnet50
+    python -m benchmarks.events --networks resnet50 wrn28_10
+
+Peak memory is the kernel's high-water mark of resident memory above what was resident, reset before each part (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
+from benchmarks.cost import Cost, measured
+from benchmarks.models import build_network
+from lightning_filterdiv.centripetal import cluster_channels, merge_with_report, tie_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import Conv, filter_matrix, select_filters
 from lightning_filterdiv.randomness import keyed_generator
@@ -27,41 +30,55 @@ from lightning_filterdiv.similarity import orthogonality_score
 
 T = TypeVar("T")
 RESULT = Path(__file__).parent / "results" / "events.json"
+CYCLE = ("rank", "drop", "new directions", "regrow")
+TRACE, LOG, WHOLE, CLUSTER, MERGE = (
+    "trace (once per fit)", "mean O for the log", "rank + drop + regrow + log", "cluster all channels to 5/8", "merge",
+)  # fmt: skip
 
 
-def measure(network: str) -> dict[str, float]:
-    """Seconds per part of one cycle on a torchvision network with random weights."""
+def large_network(name: str) -> tuple[nn.Module, Tensor]:
+    """A network with random weights as for its papers' data, and a small batch that it takes."""
     torch.manual_seed(0)
-    model: nn.Module = torchvision.models.get_model(network, weights=None)
-    seconds: dict[str, float] = {}
+    if name.startswith("wrn"):
+        return build_network(name, (3, 32, 32), 10), torch.randn(2, 3, 32, 32)
+    return build_network(name, (3, 224, 224), 1000), torch.randn(2, 3, 64, 64)
 
-    def timed(name: str, action: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        result = action()
-        seconds[name] = time.perf_counter() - start
-        return result
 
-    graph = timed("trace (once per fit)", lambda: ChannelGraph.trace(model, torch.zeros(1, 3, 64, 64)))
+def measure(name: str) -> dict[str, dict[str, float]]:
+    """Seconds and MiB of each part of one cycle of RePr, and of a merge to 5/8 of all widths."""
+    model, images = large_network(name)
+    costs: dict[str, Cost] = {}
+
+    def timed(part: str, action: Callable[[], T]) -> T:
+        with measured() as costs[part]:
+            return action()
+
+    graph = timed(TRACE, lambda: ChannelGraph.trace(model, images))
     first = next(iter(select_filters(model)))
     layers = {
-        name: conv
-        for name, conv in select_filters(model).items()
-        if name != first and conv.groups == 1 and "downsample" not in name and not isinstance(graph.private(name), str)
+        layer: conv
+        for layer, conv in select_filters(model).items()
+        if layer != first
+        and conv.groups == 1
+        and "downsample" not in layer
+        and not isinstance(graph.private(layer), str)
     }
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    matrices = {name: filter_matrix(conv) for name, conv in layers.items()}
+    matrices = {layer: filter_matrix(conv) for layer, conv in layers.items()}
     scores = timed("rank", lambda: rank_filters(matrices, "orthogonality"))
     chosen = select_dropped(scores, 0.3)
     dropped = timed("drop", lambda: DroppedFilters.drop(model, graph, chosen))
     values = timed("new directions", lambda: _directions(layers, dropped))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     timed("regrow", lambda: dropped.regrow(values, [optimizer]))
-    timed("mean O for the log", lambda: [orthogonality_score(matrix).mean() for matrix in matrices.values()])
-    parts = ("rank", "drop", "new directions", "regrow")
-    seconds["rank + drop + regrow + log"] = sum(seconds[key] for key in parts) + 2 * seconds["mean O for the log"]
-    print(f"{network}: {len(layers)} layers, {dropped.count} filters dropped")
-    seconds["peak extra MiB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
-    return seconds
+    timed(LOG, lambda: [orthogonality_score(matrix).mean() for matrix in matrices.values()])
+    clusters = timed(CLUSTER, lambda: cluster_channels(model, graph, 0.625))
+    tie_channels(model, clusters, images)
+    timed(MERGE, lambda: merge_with_report(model, clusters, images))
+    cycle = sum(costs[part].seconds for part in CYCLE) + 2 * costs[LOG].seconds
+    memory = max(costs[part].extra_mib for part in CYCLE)
+    print(f"{name}: {len(layers)} layers, {dropped.count} filters dropped")
+    parts = {part: {"seconds": cost.seconds, "MiB": cost.extra_mib} for part, cost in costs.items()}
+    return parts | {WHOLE: {"seconds": cycle, "MiB": memory}}
 
 
 def _directions(layers: dict[str, Conv], dropped: DroppedFilters) -> dict[str, Tensor]:
@@ -75,26 +92,29 @@ def _directions(layers: dict[str, Conv], dropped: DroppedFilters) -> dict[str, T
     return values
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown."""
+def table(record: dict[str, Any], parts: Sequence[str] | None = None) -> str:
+    """Markdown of all or some parts, with a line on the machine."""
+    results = record["events"]
     names = list(results)
-    rows = [f"| | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
-    for key in results[names[0]]:
-        unit = "" if "MiB" in key else " s"
-        rows.append(f"| {key} | {' | '.join(f'{results[name][key]:.2f}{unit}' for name in names)} |")
-    return "\n".join(rows)
+    rows = [f"| seconds, peak extra MiB | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    for part in results[names[0]] if parts is None else parts:
+        cells = (f"{results[name][part]['seconds']:.2f} s, {results[name][part]['MiB']:.0f} MiB" for name in names)
+        rows.append(f"| {part} | {' | '.join(cells)} |")
+    busy = f"load average {record['load']:.1f} on {record['cores']} cores at the start"
+    return "\n".join([*rows, "", f"CPU, {record['threads']} threads, torch {record['torch']}; {busy}."])
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--networks", nargs="+", default=["resnet50", "wrn28_10"])
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
+    load, cores = os.getloadavg()[0], os.cpu_count()
     results = {name: measure(name) for name in options.networks}
-    print(table(results))
-    record = {"torch": version("torch"), "threads": torch.get_num_threads(), "seconds": results}
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"torch": version("torch"), "threads": torch.get_num_threads(), "load": load, "cores": cores}
+    print(table(record | {"events": results}))
+    options.out.write_text(json.dumps(record | {"events": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

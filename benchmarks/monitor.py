@@ -1,6 +1,6 @@
 """What a look of FilterSimilarityMonitor costs: seconds and peak extra memory of one logging epoch on a large network.
 
-    python -m benchmarks.monitor --networks resnet18 resnet50
+    python -m benchmarks.monitor --networks resnet50 wrn28_10
 
 A real Trainer with a TensorBoard logger, one batch per epoch; the hook at the epoch's end is timed. Peak memory is the
 kernel's high-water mark of resident memory, reset before each look (Linux). On a busy machine CPU seconds say more than
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -21,19 +20,20 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-import torchvision
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from benchmarks.cost import measured
+from benchmarks.events import large_network
 from lightning_filterdiv import FilterSimilarityMonitor
 
 RESULT = Path(__file__).parent / "results" / "monitor.json"
 
 
 class _Classifier(pl.LightningModule):
-    def __init__(self, network: str) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net: nn.Module = torchvision.models.get_model(network, weights=None)
+        self.net = net
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -42,30 +42,22 @@ class _Classifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def _memory(entry: str) -> int:
-    """A line of /proc/self/status in KiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{entry}:"))
-    return int(line.split()[1])
-
-
 class _Timed(FilterSimilarityMonitor):
     """Times every look."""
 
     costs: ClassVar[list[dict[str, float]]] = []
 
     def _look(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before, wall, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
-        super()._look(trainer, epoch, when)
-        cost = {"seconds": time.perf_counter() - wall, "CPU seconds": time.process_time() - cpu}
-        self.costs.append(cost | {"peak extra MiB": (_memory("VmHWM") - before) / 1024})
+        with measured() as cost:
+            super()._look(trainer, epoch, when)
+        self.costs.append({"seconds": cost.seconds, "CPU seconds": cost.cpu_seconds, "peak extra MiB": cost.extra_mib})
 
 
 def measure(network: str, looks: int) -> dict[str, float]:
     """Median over looks of each cost; the first look, before training, is left out."""
-    torch.manual_seed(0)
-    model = _Classifier(network)
-    batch = torch.utils.data.TensorDataset(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
+    net, images = large_network(network)
+    model = _Classifier(net)
+    batch = torch.utils.data.TensorDataset(images, torch.tensor([0, 1]))
     monitor = _Timed()
     monitor.costs.clear()
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +91,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--networks", nargs="+", default=["resnet50", "wrn28_10"])
     parser.add_argument("--looks", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()

@@ -100,7 +100,8 @@ def test_ranks_agree_after_every_step(
     if precision == "16-mixed":
         options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "accumulate_grad_batches": accumulate}
     witness = BuffersToo() if mode == "SyncBN" else Witness()
-    run = fit_in_a_mode([SeedsPerRank(), case.make(), witness], mode, case.lr_scale, **options)
+    # The rate of the short suites is too high for a hundred steps of an expanded network: it would diverge.
+    run = fit_in_a_mode([SeedsPerRank(), case.make(), witness], mode, case.lr_scale**2, **options)
     assert run.trainer.global_step == STEPS
     # Six batches an epoch: with four per step, a step follows the fourth and the last.
     assert witness.steps == STEPS * (1 if accumulate == 1 else 3)
