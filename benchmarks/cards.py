@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import (
     channel_graph_cost,
@@ -37,18 +38,26 @@ RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def _read(path: str) -> Any:
+    return json.loads((RESULTS / path).read_text())
+
+
 def _overhead(*beginnings: str) -> str:
     """The A/A row and the methods whose names begin like this."""
-    result = json.loads(overhead.RESULT.read_text())
-    costs = [overhead.Cost(**cost) for cost in result["costs"]]
-    costs = [cost for cost in costs if cost.method.startswith(("A/A", *beginnings))]
-    return f"{overhead.table(costs)}\n\n{result['device']}, torch {result['torch']}, batch {result['batch']}, 32x32."
+    records = [_read(path) for path in ("overhead.json", "gpu/overhead.json")]
+    costs, gpu = (
+        [overhead.Cost(**c) for c in record["costs"] if c["method"].startswith(("A/A", *beginnings))]
+        for record in records
+    )
+    machines = "; ".join(f"{record['device']}, torch {record['torch']}" for record in records)
+    return f"{overhead.table(costs, gpu, records[1]['device'])}\n\n{machines}; batch {records[0]['batch']}, 32x32."
 
 
 def _launches(*beginnings: str) -> str:
     """The methods whose names begin like this."""
-    counts = json.loads(launches.RESULT.read_text())["counts"]
-    return launches.table({method: of for method, of in counts.items() if method.startswith(beginnings)})
+    cpu, gpu = _read("launches.json"), _read("gpu/launches.json")
+    counts = {method: of for method, of in cpu["counts"].items() if method.startswith(beginnings)}
+    return launches.table(counts, gpu["counts"], gpu["device"])
 
 
 def _entropy_depth() -> str:
@@ -58,10 +67,16 @@ def _entropy_depth() -> str:
 
 def _quality(*beginnings: str) -> str:
     """FM5k: the baseline and the methods whose names begin like this, p-values corrected over them."""
-    runs = report.read(RESULTS / "fm5k-c3")
-    return report.table(
-        report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)})
-    )
+    rows = []
+    for folder in ("fm5k-c3", "gpu/fm5k-c3"):
+        runs = report.read(RESULTS / folder)
+        rows.append(report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)}))
+    return report.table(rows[0], "baseline", rows[1], _devices("gpu/fm5k-c3"))
+
+
+def _devices(folder: str) -> str:
+    """Names of what the runs of a folder trained on."""
+    return ", ".join(sorted({run["device"] for of in report.read(RESULTS / folder).values() for run in of}))
 
 
 def _compared(folder: str, *methods: str) -> str:

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from benchmarks.device import clock
+
 __all__ = ["Cost", "measured"]
 
 
@@ -18,20 +22,30 @@ class Cost:
 
     seconds: float = float("nan")
     cpu_seconds: float = float("nan")
-    #: Resident memory at its peak above what was resident at the start.
+    #: Resident memory (on a GPU, allocated memory) at its peak above that at the start.
     extra_mib: float = float("nan")
 
 
 @contextmanager
-def measured() -> Iterator[Cost]:
-    """Measure the body. The peak is the kernel's high-water mark, reset at the start (Linux)."""
+def measured(device: torch.device | str = "cpu") -> Iterator[Cost]:
+    """Measure the body. The peak is the kernel's high-water mark, reset at the start (Linux), or the allocator's.
+
+    Args:
+        device: where the body works; a GPU is waited for, and its memory is what counts.
+    """
     cost = Cost()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    memory, wall, processor = _resident("VmRSS"), time.perf_counter(), time.process_time()
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        memory = torch.cuda.memory_allocated(device) / 2**20
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        memory = _resident("VmRSS")
+    wall, processor = clock(device), time.process_time()
     yield cost
-    cost.seconds, cost.cpu_seconds = time.perf_counter() - wall, time.process_time() - processor
-    cost.extra_mib = _resident("VmHWM") - memory
+    cost.seconds, cost.cpu_seconds = clock(device) - wall, time.process_time() - processor
+    cost.extra_mib = (torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _resident("VmHWM")) - memory
 
 
 def _resident(field: str) -> float:

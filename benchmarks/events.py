@@ -2,7 +2,8 @@
 
     python -m benchmarks.events --networks resnet50 wrn28_10
 
-Peak memory is the kernel's high-water mark of resident memory above what was resident, reset before each part (Linux).
+Peak memory is the kernel's high-water mark of resident memory above what was resident, reset before each part (Linux);
+on a GPU it is that of the allocator. Clustering and merging are measured on the CPU alone: k-means runs there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cost import Cost, measured
+from benchmarks.device import default_device, description, result_path
 from benchmarks.models import build_network
 from lightning_filterdiv.centripetal import cluster_channels, merge_with_report, tie_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
@@ -29,7 +31,7 @@ from lightning_filterdiv.repr_.network import DroppedFilters
 from lightning_filterdiv.similarity import orthogonality_score
 
 T = TypeVar("T")
-RESULT = Path(__file__).parent / "results" / "events.json"
+RESULT = result_path("events.json", "cpu")
 CYCLE = ("rank", "drop", "new directions", "regrow")
 TRACE, LOG, WHOLE, CLUSTER, MERGE = (
     "trace (once per fit)", "mean O for the log", "rank + drop + regrow + log", "cluster all channels to 5/8", "merge",
@@ -44,13 +46,17 @@ def large_network(name: str) -> tuple[nn.Module, Tensor]:
     return build_network(name, (3, 224, 224), 1000), torch.randn(2, 3, 64, 64)
 
 
-def measure(name: str) -> dict[str, dict[str, float]]:
-    """Seconds and MiB of each part of one cycle of RePr, and of a merge to 5/8 of all widths."""
+def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
+    """Seconds and MiB of each part of one cycle of RePr, and, on a CPU, of a merge to 5/8 of all widths."""
     model, images = large_network(name)
+    model, images = model.to(device), images.to(device)
+    if device.type == "cuda":
+        with torch.no_grad():
+            model(images)  # makes the libraries' handles
     costs: dict[str, Cost] = {}
 
     def timed(part: str, action: Callable[[], T]) -> T:
-        with measured() as costs[part]:
+        with measured(device) as costs[part]:
             return action()
 
     graph = timed(TRACE, lambda: ChannelGraph.trace(model, images))
@@ -71,9 +77,10 @@ def measure(name: str) -> dict[str, dict[str, float]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     timed("regrow", lambda: dropped.regrow(values, [optimizer]))
     timed(LOG, lambda: [orthogonality_score(matrix).mean() for matrix in matrices.values()])
-    clusters = timed(CLUSTER, lambda: cluster_channels(model, graph, 0.625))
-    tie_channels(model, clusters, images)
-    timed(MERGE, lambda: merge_with_report(model, clusters, images))
+    if device.type == "cpu":
+        clusters = timed(CLUSTER, lambda: cluster_channels(model, graph, 0.625))
+        tie_channels(model, clusters, images)
+        timed(MERGE, lambda: merge_with_report(model, clusters, images))
     cycle = sum(costs[part].seconds for part in CYCLE) + 2 * costs[LOG].seconds
     memory = max(costs[part].extra_mib for part in CYCLE)
     print(f"{name}: {len(layers)} layers, {dropped.count} filters dropped")
@@ -92,13 +99,20 @@ def _directions(layers: dict[str, Conv], dropped: DroppedFilters) -> dict[str, T
     return values
 
 
-def table(record: dict[str, Any], parts: Sequence[str] | None = None) -> str:
-    """Markdown of all or some parts, with a line on the machine."""
-    results = record["events"]
-    names = list(results)
-    rows = [f"| seconds, peak extra MiB | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
-    for part in results[names[0]] if parts is None else parts:
-        cells = (f"{results[name][part]['seconds']:.2f} s, {results[name][part]['MiB']:.0f} MiB" for name in names)
+def table(record: dict[str, Any], parts: Sequence[str] | None = None, gpu: dict[str, Any] | None = None) -> str:
+    """Markdown of all or some parts, with a line on the machine.
+
+    Args:
+        record: of a CPU.
+        parts: which.
+        gpu: likewise of a GPU, more columns.
+    """
+    columns = [(name, of) for name, of in record["events"].items()]
+    if gpu is not None:
+        columns += [(f"{name}, {gpu['device']}", of) for name, of in gpu["events"].items()]
+    rows = [f"| seconds, peak extra MiB | {' | '.join(name for name, _ in columns)} |", f"|---{'|---' * len(columns)}|"]
+    for part in columns[0][1] if parts is None else parts:
+        cells = (f"{of[part]['seconds']:.2f} s, {of[part]['MiB']:.0f} MiB" if part in of else "" for _, of in columns)
         rows.append(f"| {part} | {' | '.join(cells)} |")
     busy = f"load average {record['load']:.1f} on {record['cores']} cores at the start"
     return "\n".join([*rows, "", f"CPU, {record['threads']} threads, torch {record['torch']}; {busy}."])
@@ -108,13 +122,17 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "wrn28_10"])
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    load, cores = os.getloadavg()[0], os.cpu_count()
-    results = {name: measure(name) for name in options.networks}
-    record = {"torch": version("torch"), "threads": torch.get_num_threads(), "load": load, "cores": cores}
-    print(table(record | {"events": results}))
-    options.out.write_text(json.dumps(record | {"events": results}, indent=1) + "\n")
+    load, cores, device = os.getloadavg()[0], os.cpu_count(), torch.device(options.device)
+    results = {name: measure(name, device) for name in options.networks}
+    record = {"device": description(device), "torch": version("torch"), "threads": torch.get_num_threads()}
+    record |= {"load": load, "cores": cores, "events": results}
+    print(table(record))
+    path: Path = options.out or result_path("events.json", device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.device import default_device, description, result_path
 from benchmarks.models import CifarResNet
 from benchmarks.overhead import METHODS
 
-RESULT = Path(__file__).parent / "results" / "launches.json"
+RESULT = result_path("launches.json", "cpu")
 # They move no data and start nothing on a device.
 _VIEWS = ("as_strided", "detach", "expand", "narrow", "permute", "reshape", "select", "slice", "split", "transpose",
           "unbind", "unflatten", "unsqueeze", "view", "empty", "empty_strided", "split_with_sizes")  # fmt: skip
@@ -47,17 +48,30 @@ def count(method: str, depth: int, device: str) -> int:
     )
 
 
-def table(counts: dict[str, dict[str, int]]) -> str:
-    """Markdown."""
-    rows = ["| method | ResNet-20 | ResNet-110 |", "|---|---|---|"]
-    return "\n".join(rows + [f"| {method} | {of['20']} | {of['110']} |" for method, of in counts.items()])
+def table(counts: dict[str, dict[str, int]], gpu: dict[str, dict[str, int]] | None = None, gpu_name: str = "") -> str:
+    """Markdown.
+
+    Args:
+        counts: method -> depth -> operations.
+        gpu: kernels and copies on a GPU likewise, two more columns.
+        gpu_name: of that GPU.
+    """
+    depths = ("20", "110")
+    names = ["method", *(f"ResNet-{depth}" for depth in depths)]
+    names += [f"ResNet-{depth}, {gpu_name}" for depth in depths] if gpu else []
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for method, of in counts.items():
+        found = [of, gpu.get(method, {})] if gpu else [of]
+        cells = [method, *(str(one.get(depth, "")) for one in found for depth in depths)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     counts = {
         method: {str(depth): count(method, depth, options.device) for depth in (20, 110)}
@@ -65,7 +79,9 @@ def main() -> None:
         if method != "A/A"
     }
     print(table(counts))
-    options.out.write_text(json.dumps({"device": options.device, "counts": counts}, indent=1) + "\n")
+    path: Path = options.out or result_path("launches.json", options.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": description(options.device), "counts": counts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.device import clock, default_device, description, result_path
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.async_update import AsynchronousUpdate
 from lightning_filterdiv.centripetal import (
@@ -39,7 +39,7 @@ from lightning_filterdiv.repr_.functional import rank_filters, select_dropped
 from lightning_filterdiv.repr_.network import DroppedFilters
 
 Hooks = tuple[Callable[[int], object], Callable[[], object]]
-RESULT = Path(__file__).parent / "results" / "overhead.json"
+RESULT = result_path("overhead.json", "cpu")
 
 
 def naive_update(model: nn.Module, optimizer: Optimizer) -> Hooks:
@@ -187,26 +187,21 @@ def measure(method: str, depth: int, pairs: int, device: torch.device, batch: in
     labels = torch.randint(10, (batch,), device=device)
     order = random.Random(0)
 
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def step(which: int, number: int) -> tuple[float, float]:
         hooked = 0.0
-        start = clock()
+        start = clock(device)
         optimizers[which].zero_grad()
         nn.functional.cross_entropy(models[which](images), labels).backward()
         if which:
-            mark = clock()
+            mark = clock(device)
             before(number)
-            hooked += clock() - mark
+            hooked += clock(device) - mark
         optimizers[which].step()
         if which:
-            mark = clock()
+            mark = clock(device)
             after()
-            hooked += clock() - mark
-        return clock() - start, hooked
+            hooked += clock(device) - mark
+        return clock(device) - start, hooked
 
     without: list[float] = []
     total: list[float] = []
@@ -230,16 +225,38 @@ def measure(method: str, depth: int, pairs: int, device: torch.device, batch: in
     )
 
 
-def table(costs: list[Cost]) -> str:
-    """Markdown."""
-    rows = [
-        "| method | network | time inside hooks / rest of the step | step with / without (95 %) |",
-        "|---|---|---|---|",
-    ]
-    for c in costs:
-        inside = f"{100 * c.inside_hooks:.2f} %" if c.method != "A/A" else ""
-        rows.append(f"| {c.method} | ResNet-{c.depth} | {inside} | {c.ratio:.3f} ({c.low:.3f} to {c.high:.3f}) |")
-    return "\n".join(rows)
+def table(costs: Sequence[Cost], gpu: Sequence[Cost] = (), gpu_name: str = "") -> str:
+    """Markdown.
+
+    Args:
+        costs: rows.
+        gpu: the same measured on a GPU, two more columns; a row may be in either.
+        gpu_name: of that GPU.
+    """
+    names = ["method", "network", "time inside hooks / rest of the step", "step with / without (95 %)"]
+    names += [f"{gpu_name}: inside hooks / rest", "step with / without (95 %)"] if gpu else []
+    by_device = [{(cost.depth, cost.method): cost for cost in of} for of in (costs, gpu)[: 2 if gpu else 1]]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for depth in sorted({depth for found in by_device for depth, _ in found}):
+        for method in dict.fromkeys(method for found in by_device for of, method in found if of == depth):
+            cells = [method, f"ResNet-{depth}"]
+            for found in by_device:
+                c = found.get((depth, method))
+                cells.append("" if c is None or method == "A/A" else f"{100 * c.inside_hooks:.2f} %")
+                cells.append("" if c is None else f"{c.ratio:.3f} ({c.low:.3f} to {c.high:.3f})")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _merged(path: Path, head: dict[str, Any], costs: Sequence[Cost]) -> list[dict[str, Any]]:
+    """The rows of the file that were measured on the same device and not now, and those measured now."""
+    rows = {(cost.depth, cost.method): cost._asdict() for cost in costs}
+    if path.exists():
+        found = json.loads(path.read_text())
+        if all(found[key] == value for key, value in head.items()):
+            rows = {(row["depth"], row["method"]): row for row in found["costs"]} | rows
+    order = list(METHODS)
+    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], order.index(key[1])))]
 
 
 def main() -> None:
@@ -248,16 +265,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--depths", nargs="+", type=int, default=[20, 56])
     parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--out", type=Path, help="rows measured before on the same device stay in the file")
     options = parser.parse_args()
     device = torch.device(options.device)
     costs = [measure(name, depth, options.pairs, device) for depth in options.depths for name in options.methods]
     print(table(costs))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {"device": name, "torch": version("torch"), "batch": 64, "costs": [cost._asdict() for cost in costs]}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    head = {"device": description(device), "torch": version("torch"), "batch": 64}
+    path: Path = options.out or result_path("overhead.json", device)
+    result = head | {"costs": _merged(path, head, costs)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -117,26 +117,36 @@ def _with_half(mean: float, half: float, sign: str = "") -> str:
     return f"{mean:{sign}.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
 
 
-def table(rows: Sequence[Row], baseline: str = "baseline") -> str:
+def table(rows: Sequence[Row], baseline: str = "baseline", gpu: Sequence[Row] = (), gpu_name: str = "") -> str:
     """Markdown, with a column of parameters where they differ.
 
     Args:
         rows: from :func:`summary`.
         baseline: what differences were taken to.
+        gpu: the same of runs on a GPU, with their own baseline: more columns.
+        gpu_name: of that GPU.
     """
     sizes = len({row.parameters for row in rows}) > 1
     names = ["method", "seeds", *(["parameters"] if sizes else []), "test accuracy %", f"difference to {baseline}", "p",
              "mean O before, after", "effective rank"]  # fmt: skip
+    names += [f"{gpu_name}: seeds", "test accuracy %", "difference", "p"] if gpu else []
+    there = {row.method: row for row in gpu}
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
-        p = "" if np.isnan(row.p) else f"{row.p:.3f}"
         scores = "" if np.isnan(row.score_after) else f"{row.score_before:.3f}, {row.score_after:.3f}"
         rank = "" if np.isnan(row.effective_rank) else f"{row.effective_rank:.3f}"
         size = [] if not sizes else ["" if row.parameters is None else f"{row.parameters:,}"]
-        difference = _with_half(row.difference, row.difference_half, "+")
-        cells = [row.method, str(row.seeds), *size, _with_half(row.mean, row.half), difference, p, scores, rank]
+        cells = [row.method, str(row.seeds), *size, *_accuracy(row), scores, rank]
+        if gpu:
+            cells += [str(there[row.method].seeds), *_accuracy(there[row.method])] if row.method in there else [""] * 4
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _accuracy(row: Row) -> list[str]:
+    """Mean, difference and p-value."""
+    p = "" if np.isnan(row.p) else f"{row.p:.3f}"
+    return [_with_half(row.mean, row.half), _with_half(row.difference, row.difference_half, "+"), p]
 
 
 def event_table(runs: dict[str, list[dict[str, Any]]]) -> str:

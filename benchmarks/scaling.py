@@ -1,11 +1,11 @@
 """Predict what each callback costs on 8 to 1,024 GPUs, from counted quantities and published hardware figures.
 
     python -m benchmarks.scaling              # count, predict, print
-    python -m benchmarks.scaling --check      # on this machine: predict the time inside hooks, and measure it
+    python -m benchmarks.scaling --check      # on this machine's CPU: predict the time inside hooks, and measure it
 
 Counted, on real tensors: kernels, bytes and matrix-product operations of the hooks of one step, operations of a forward
 pass. Measured elsewhere: what an event costs. Published: memory bandwidth and peak rates. Assumed, and said so in
-``docs/scaling.md``: the shares of the peaks that are reached. Nothing here was run on a GPU.
+``docs/scaling.md``: the shares of the peaks that are reached.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.device import RESULTS, result_path
 from benchmarks.fake_device import KernelCounter, profiled_operations
 from benchmarks.models import CifarResNet, build_network
 from benchmarks.overhead import METHODS
 
-RESULTS = Path(__file__).parent / "results"
-RESULT = RESULTS / "scaling.json"
+RESULT = result_path("scaling.json", "cpu")
 SHOWN = ("wau", "repr sub-network phase", "csgd", "basis", "soft", "srip")
 GPUS_SHOWN = (8, 64, 256, 1024)
 

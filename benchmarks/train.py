@@ -30,6 +30,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespa
 import benchmarks.data
 import lightning_filterdiv  # noqa: F401  # registers the callbacks' short names
 from benchmarks.classification import Classification
+from benchmarks.device import description
 from benchmarks.models import count_parameters
 from benchmarks.record import LastCheckpoint, Record, SeededSteps, differences
 from benchmarks.requeue import RequeueAtStep
@@ -182,6 +183,7 @@ class BenchmarkCLI(LightningCLI):
             "test_accuracy": test["test_acc"],
             "parameters": count_parameters(self.model),
             "processes": trainer.world_size,
+            "device": description(trainer.strategy.root_device),
             "seconds": round(self.seconds, 1),
             "settings": self.record.settings,
             "curve": self.record.rows,

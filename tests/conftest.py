@@ -9,6 +9,12 @@ import torch
 # Two processes of these tests share a machine of two cores.
 torch.set_num_threads(1)
 
+if os.environ.get("FILTERDIV_ACCELERATOR") == "gpu":
+    # Runs are compared bit by bit. Average pooling has no implementation that says it is deterministic: it only warns.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False
+
 # The tests of tests/ddp run inside one torchrun that test_two_processes.py starts.
 collect_ignore = [] if "LOCAL_RANK" in os.environ else ["ddp"]
 

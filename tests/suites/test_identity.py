@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 import lightning_filterdiv
 from lightning_filterdiv import WeightAsynchronousUpdate
 from tests.registry import CASES, ONE_EACH, PER_STEP, SLOW_CASES, Case, Wrong
-from tests.support.training import Classifier, batches, differing, fit, make_trainer
+from tests.support.training import ACCELERATOR, Classifier, batches, differing, fit, make_trainer
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -80,7 +80,7 @@ def _command_line(text: str, folder: Path) -> LightningCLI:
 def test_yaml_round_trip(case: Case, tmp_path: Path) -> None:
     """Parsed by short name, fitted, saved by LightningCLI, and the saved file gives the same run again."""
     trainer = {
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "devices": 1,
         "max_epochs": 3,
         "enable_progress_bar": False,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_filterdiv import WeightAsynchronousUpdate
 from tests.registry import PER_STEP, SLOW_CASES, Case
-from tests.support.training import Classifier, ManualClassifier, Run, batches, differing, fit
+from tests.support.training import DEVICE, Classifier, ManualClassifier, Run, batches, differing, fit
 
 Make = Callable[[], list[Callback]]
 
@@ -25,7 +25,7 @@ Make = Callable[[], list[Callback]]
 
 def check_scaler(make: Make) -> None:
     """Steps that overflow are skipped as a whole: no weight moves, and training goes on."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**40, growth_interval=10**6)
     before: list[torch.Tensor] = []
 
     def remember(model: Classifier, step: int) -> None:
@@ -33,7 +33,7 @@ def check_scaler(make: Make) -> None:
 
     model = Classifier()
     model.hook = remember
-    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    plugin = MixedPrecision("16-mixed", DEVICE, scaler)
     run = fit(make(), model=model, max_epochs=8, plugins=[plugin])
     skipped = [bool(torch.equal(now, then)) for then, now in pairwise(before)]
     assert scaler.get_scale() < 2.0**40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -23,6 +24,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1e-2, fused=True),
 }
 STEPS_PER_EPOCH = 6
+#: Where the suites train: ``FILTERDIV_ACCELERATOR=gpu pytest tests/suites`` runs them on a GPU.
+ACCELERATOR = os.environ.get("FILTERDIV_ACCELERATOR", "cpu")
+DEVICE = "cuda" if ACCELERATOR == "gpu" else "cpu"
 #: For a trainer's methods that read a checkpoint. Lightning 2.5 has no such argument: what it loads is checked by the
 #: suites' own ``torch.load``.
 SAFELY: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(pl.Trainer.fit).parameters else {}
@@ -143,7 +147,7 @@ class Run:
 
 def make_trainer(callbacks: Sequence[Callback] = (), **options: Any) -> pl.Trainer:
     defaults: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "devices": 1,
         "max_epochs": 3,
         "logger": False,

@@ -1,0 +1,37 @@
+"""The device that a measurement runs on: its name, its clock, and where results measured on it go."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+__all__ = ["RESULTS", "clock", "default_device", "description", "result_path"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def default_device() -> str:
+    """``"cuda"`` where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def description(device: torch.device | str) -> str:
+    """Name of the GPU, or the CPU's number of threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def clock(device: torch.device | str) -> float:
+    """Seconds on the host, after everything that was started on ``device``."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def result_path(name: str, device: torch.device | str) -> Path:
+    """Results of a GPU lie beside those of the CPU, in a folder of their own."""
+    return (RESULTS / "gpu" if torch.device(device).type == "cuda" else RESULTS) / name
