@@ -25,27 +25,29 @@ __all__ = [
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def _off_identity(rows: Tensor, identity: Tensor | None) -> Tensor:
-    """``rows rows^T - I``, ``(B, n, d)`` to ``(B, n, n)``, in one kernel."""
+def _off_identity(rows: Tensor, identity: Tensor | None, factor: int = 1) -> Tensor:
+    """``factor (rows rows^T - I)``, ``(B, n, d)`` to ``(B, n, n)``, in one kernel."""
     if identity is None:
         identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return torch.baddbmm(identity, rows, rows.mT, beta=-1)
+    return torch.baddbmm(identity, rows, rows.mT, beta=-factor, alpha=factor)
 
 
-def soft_gradient(filters: Tensor, identity: Tensor | None = None) -> Tensor:
-    """``4 (W W^T - I) W = 4 W (W^T W - I)``, of ``|G - I|_F^2``.
+def soft_gradient(filters: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """``4 (W W^T - I) W = 4 W (W^T W - I)``, of ``|G - I|_F^2``, in two kernels.
 
     Args:
         filters: ``(B, J, d)``.
         identity: ``(n, n)``, made once; ``None``: made here.
+        out: where to put it; likewise below.
     """
-    off = _off_identity(smaller_side(filters), identity)
-    # The product with 4 costs nothing on the small matrix.
-    off = off.mul_(4)
-    return torch.bmm(off, filters) if filters.shape[1] <= filters.shape[2] else torch.bmm(filters, off)
+    off = _off_identity(smaller_side(filters), identity, 4)
+    left, right = (off, filters) if filters.shape[1] <= filters.shape[2] else (filters, off)
+    return torch.bmm(left, right, out=out)
 
 
-def masked_gradient(filters: Tensor, mask: Tensor, identity: Tensor | None = None) -> Tensor:
+def masked_gradient(
+    filters: Tensor, mask: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """``2 ((M + M^T) o (W W^T - I)) W``, of ``sum_ij M_ij (W W^T - I)_ij^2``.
 
     Args:
@@ -53,10 +55,10 @@ def masked_gradient(filters: Tensor, mask: Tensor, identity: Tensor | None = Non
         mask: ``M + M^T``, ``(J, J)`` or ``(B, J, J)``, as numbers; the factor 4 holds for a mask of ones only.
         identity: as in :func:`soft_gradient`.
     """
-    return torch.bmm(_off_identity(filters, identity).mul_(mask).mul_(2), filters)
+    return torch.bmm(_off_identity(filters, identity, 2).mul_(mask), filters, out=out)
 
 
-def mutual_coherence_gradient(filters: Tensor, identity: Tensor | None = None) -> Tensor:
+def mutual_coherence_gradient(filters: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Of ``max_ij |W W^T - I|_ij``, shared evenly between pairs that are equally far off, as autograd does.
 
     Args:
@@ -68,10 +70,10 @@ def mutual_coherence_gradient(filters: Tensor, identity: Tensor | None = None) -
     worst = (size == size.amax(dim=(1, 2), keepdim=True)).to(off.dtype)
     worst = worst / worst.sum(dim=(1, 2), keepdim=True)
     # Off is symmetric, so both (i, j) and (j, i) are among the worst.
-    return torch.bmm(off.sign_().mul_(worst).mul_(2), filters)
+    return torch.bmm(off.sign_().mul_(worst).mul_(2), filters, out=out)
 
 
-def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False) -> Tensor:
+def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False, out: Tensor | None = None) -> Tensor:
     """Of two-step power iteration, differentiated through both steps, in products of matrices with four vectors.
 
     With ``a = A start``, ``v = a / |a|``, ``b = A v``, ``u = b / |b|`` the value is ``|b|`` and
@@ -101,8 +103,8 @@ def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False) 
     if squared:
         vectors = vectors * (2 * sigma)
     if rows is filters:
-        return torch.bmm(vectors, torch.bmm(partners.mT, filters))
-    return torch.bmm(torch.bmm(filters, vectors), partners.mT)
+        return torch.bmm(vectors, torch.bmm(partners.mT, filters), out=out)
+    return torch.bmm(torch.bmm(filters, vectors), partners.mT, out=out)
 
 
 def convolutional_gradient(kernels: Tensor, stride: Sequence[int]) -> Tensor:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.arguments import check_choice
 from lightning_filterdiv.orthonormality import functional, gradients
+from lightning_filterdiv.orthonormality.batches import Bank, Batch
 from lightning_filterdiv.orthonormality.targets import FilterBlock
 from lightning_filterdiv.randomness import keyed_generator, stage
-from lightning_filterdiv.stacking import gather, group_by, storage_order
+from lightning_filterdiv.stacking import group_by
 
 __all__ = ["DEFAULT_WEIGHTS", "Form", "OrthonormalityPenalty", "check_form"]
 
@@ -49,68 +49,6 @@ def check_form(form: Form, blocks: Sequence[FilterBlock]) -> None:
                 f"{block.name} is a transposed convolution, for which form='convolutional' is not defined; leave it "
                 f"out with exclude=[{block.name!r}] or use form='soft'"
             )
-
-
-@dataclass
-class _Batch:
-    """Blocks of one layout, and how their parameters become one ``(B, n, d)`` batch and back."""
-
-    blocks: list[FilterBlock]
-    form: Form
-    identity: Tensor = field(init=False)  # of the side whose Gram matrix the form takes
-    mask: Tensor | None = None  # (B, n, n) of ones and zeros
-    twice: Tensor | None = None  # with its transpose added, for the gradient
-    _segments: list[list[nn.Parameter]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        count = len(self.blocks[0].segments)
-        self._segments = [[p for block in self.blocks for p in block.segments[at]] for at in range(count)]
-        first = self.parameters[0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        n, d = self.blocks[0].shape
-        mask = self.blocks[0].mask
-        side = n if mask is not None or self.form == "mutual_coherence" else min(n, d)
-        self.identity = torch.eye(side, dtype=dtype, device=first.device)
-        if mask is not None:
-            both = np.stack([block.mask for block in self.blocks if block.mask is not None]).astype(np.float32)
-            self.mask = torch.tensor(both, device="cpu").to(first.device, dtype)
-            self.twice = self.mask + self.mask.mT
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Of all segments, in the order in which :meth:`split` returns their parts."""
-        return [parameter for segment in self._segments for parameter in segment]
-
-    def read(self) -> Tensor:
-        """Kernels in float32 or wider, ``(B, n, C, *k)``; ``B`` counts blocks times groups."""
-        first = self.blocks[0]
-        parts = [gather(segment) for segment in self._segments]
-        wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
-        if first.transposed:  # (L, in, J/G, *k)
-            return torch.flatten(wide[0].unflatten(1, (first.groups, -1)).transpose(2, 3), 0, 1)
-        if first.groups > 1:
-            return torch.flatten(wide[0].unflatten(1, (first.groups, -1)), 0, 1)
-        rows = [part.reshape(len(self.blocks), -1, *part.shape[2:]) for part in wide]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-
-    def split(self, kernels: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`read` for values shaped like it: one tensor per parameter."""
-        first = self.blocks[0]
-        if first.transposed:
-            stacked = [kernels.unflatten(0, (-1, first.groups)).transpose(2, 3).flatten(1, 2)]
-        elif first.groups > 1:
-            stacked = [kernels.unflatten(0, (-1, first.groups)).flatten(1, 2)]
-        else:
-            sizes = [sum(len(p) for p in segment) // len(self.blocks) for segment in self._segments]
-            stacked = [part.reshape(-1, *segment[0].shape)
-                       for part, segment in zip(kernels.split(sizes, dim=1), self._segments, strict=True)]  # fmt: skip
-        found: list[Tensor] = []
-        for part, segment in zip(stacked, self._segments, strict=True):
-            # Equal strides let a GPU add all of them in one kernel; no copy for contiguous weights.
-            order = [0, *(1 + dim for dim in storage_order(segment[0]))]
-            part = part.permute(order).contiguous().permute(sorted(range(part.dim()), key=order.__getitem__))
-            found += part.unbind()
-        return found
 
 
 class OrthonormalityPenalty:
@@ -186,12 +124,41 @@ class OrthonormalityPenalty:
             kinds = tuple((len(s), s[0].shape, s[0].stride(), s[0].dtype, s[0].device) for s in block.segments)
             return kinds, block.groups, block.transposed, block.stride, block.mask is None, block.pool
 
-        self._batches = [_Batch(members, form) for members in group_by(self.blocks, layout)]
+        def side(blocks: list[FilterBlock]) -> int:
+            n, d = blocks[0].shape
+            return n if blocks[0].mask is not None or form == "mutual_coherence" else min(n, d)
+
+        def wide(blocks: list[FilterBlock]) -> torch.dtype:
+            return torch.promote_types(blocks[0].parameters[0].dtype, torch.float32)
+
+        # SRIP starts from given vectors, for which the order inside a filter counts.
+        self._banks = [
+            Bank(alike, [side(blocks) for blocks in alike], form == "srip", wide(alike[0]))
+            for alike in group_by(group_by(self.blocks, layout), wide)
+        ]
         # "basis" is a mean over the entries of all blocks of a pool, whatever optimizer owns them.
         self._entries: dict[str, int] = {}
         for block in blocks:
             self._entries[block.pool] = self._entries.get(block.pool, 0) + block.entries
+        self._kinds = [self._alike(bank) for bank in self._banks]
         self._pending: tuple[float, int] | None = None
+
+    def _alike(self, bank: Bank) -> list[tuple[float, dict[str, Any], list[int]]]:
+        """Places that one operation moves, with their share of the weight and their group of the optimizer.
+
+        A parameter that belongs to several blocks is moved once by each.
+        """
+        kinds: dict[Hashable, tuple[float, dict[str, Any], list[int]]] = {}
+        seen: Counter[int] = Counter()
+        for batch in bank.batches:
+            share = self._share(batch.blocks[0])
+            for place in batch.members:
+                parameter = bank.parameters[place]
+                if (group := self._groups.get(id(parameter))) is not None:
+                    key = (share, id(group) if self.decoupled else None, seen[id(parameter)])
+                    kinds.setdefault(key, (share, group, []))[2].append(place)
+                    seen[id(parameter)] += 1
+        return list(kinds.values())
 
     def before_step(self, *, weight: float, step: int, gradient_scale: Tensor | None = None) -> None:
         """Add ``weight`` times the penalty's gradient to the gradients (decoupled: remember the weight).
@@ -217,20 +184,24 @@ class OrthonormalityPenalty:
     def _move(self, weight: float, step: int, factor: Tensor | None) -> None:
         with torch.autocast(self._device.type, enabled=False):
             starts = self._starts(step)
-            for batch in self._batches:
-                moved = [p for p in batch.parameters if p.grad is not None and id(p) in self._groups]
-                if not moved:
+            for bank, kinds in zip(self._banks, self._kinds, strict=True):
+                # A parameter without gradient takes no part in the step.
+                moving = {i for _, _, places in kinds for i in places if bank.parameters[i].grad is not None}
+                if not moving:
                     continue
-                parts = dict(zip(map(id, batch.parameters), batch.split(self._gradient(batch, starts)), strict=True))
-                amount = weight * self._share(batch.blocks[0])
-                if not self.decoupled:
-                    self._add(
-                        [p.grad for p in moved if p.grad is not None], [parts[id(p)] for p in moved], amount, factor
-                    )
-                    continue
-                for alike in group_by(moved, lambda p: id(self._groups[id(p)])):
-                    rate = -amount * self._groups[id(alike[0])]["lr"]
-                    self._add([p.detach() for p in alike], [parts[id(p)] for p in alike], rate, factor)
+                bank.load(finite=self.decoupled)  # what this step broke must not reach the others through the Gram
+                for batch in bank.batches:
+                    if not moving.isdisjoint(batch.members):
+                        self._differentiate(batch, starts)
+                for share, group, places in kinds:
+                    amount = weight * share * (-group["lr"] if self.decoupled else 1.0)
+                    pairs: list[tuple[Tensor, Tensor]] = []
+                    for i in places:
+                        parameter, gradient = bank.parameters[i], bank.parameters[i].grad
+                        if gradient is not None:
+                            pairs.append((parameter.detach() if self.decoupled else gradient, bank.found.views[i]))
+                    for alike in group_by(pairs, lambda pair: pair[0].dtype):
+                        self._add([target for target, _ in alike], [part for _, part in alike], amount, factor)
 
     @staticmethod
     def _add(targets: list[Tensor], parts: list[Tensor], amount: Any, factor: Tensor | None) -> None:
@@ -254,48 +225,57 @@ class OrthonormalityPenalty:
         """Block name -> why its penalty cannot be used now; empty where all are finite. Synchronises."""
         found: dict[str, str] = {}
         starts = self._starts(0)
-        for batch in self._batches:
-            kernels = batch.read().unflatten(0, (len(batch.blocks), -1)).flatten(1)
+        for bank in self._banks:
+            bank.load()
             with torch.autocast(self._device.type, enabled=False):
-                gradient = self._gradient(batch, starts).unflatten(0, (len(batch.blocks), -1)).flatten(1)
-            largest, moved = kernels.abs().amax(1).tolist(), gradient.isfinite().all(1).tolist()
-            for block, size, fine in zip(batch.blocks, largest, moved, strict=True):
-                if not math.isfinite(size):
-                    found[block.name] = "its weights contain NaN or inf"
-                elif not fine:
-                    found[block.name] = f"its weights are so large (up to {size:.1e}) that the gradient overflows"
+                for batch in bank.batches:
+                    self._differentiate(batch, starts)
+            largest = torch.stack([view.abs().amax() for view in bank.values.views]).tolist()
+            moved = torch.stack([view.isfinite().all() for view in bank.found.views]).tolist()
+            for batch in bank.batches:
+                places = {id(bank.parameters[i]): i for i in batch.members}
+                for block in batch.blocks:
+                    mine = [places[id(p)] for p in block.parameters]
+                    sizes = [largest[i] for i in mine]
+                    if not all(map(math.isfinite, sizes)):
+                        found[block.name] = "its weights contain NaN or inf"
+                    elif not all(moved[i] for i in mine):
+                        found[block.name] = (
+                            f"its weights are so large (up to {max(sizes):.1e}) that the gradient overflows"
+                        )
         return found
 
-    def _gradient(self, batch: _Batch, starts: Mapping[int, Tensor]) -> Tensor:
-        kernels = batch.read()
-        if self.decoupled:  # a filter that this step broke must not reach the others through the Gram matrix
-            kernels = torch.nan_to_num(kernels, nan=0.0, posinf=0.0, neginf=0.0)
-        if self.form == "convolutional" and any(functional.self_padding(kernels.shape[3:], batch.blocks[0].stride)):
-            return gradients.convolutional_gradient(kernels, batch.blocks[0].stride)
-        rows = kernels.flatten(2)
+    def _differentiate(self, batch: Batch, starts: Mapping[int, Tensor]) -> None:
+        """Put the gradient of what is loaded into the buffer."""
+        stride = batch.blocks[0].stride
+        if self.form == "convolutional" and any(functional.self_padding(batch.kernels().shape[3:], stride)):
+            batch.store(gradients.convolutional_gradient(batch.kernels(), stride))
+            return
+        rows, out = batch.rows(), batch.out
         if batch.twice is not None:
-            found = gradients.masked_gradient(rows, batch.twice, batch.identity)
+            found = gradients.masked_gradient(rows, batch.twice, batch.identity, out=out)
         elif self.form == "mutual_coherence":
-            found = gradients.mutual_coherence_gradient(rows, batch.identity)
+            found = gradients.mutual_coherence_gradient(rows, batch.identity, out=out)
         elif self.form == "srip":
-            found = gradients.spectral_gradient(rows, starts[id(batch)], squared=self.squared)
+            found = gradients.spectral_gradient(rows, starts[id(batch)], squared=self.squared, out=out)
         else:  # the side of the Gram matrix changes no gradient, so the basis form shares it
-            found = gradients.soft_gradient(rows, batch.identity)
-        return found.view(kernels.shape)
+            found = gradients.soft_gradient(rows, batch.identity, out=out)
+        if out is None:
+            batch.store(found)
 
     def _starts(self, step: int) -> dict[int, Tensor]:
         """SRIP's starting vectors of all batches, one copy to the device."""
         if self.form != "srip":
             return {}
-        shapes = [(len(b.blocks) * b.blocks[0].groups, min(b.blocks[0].shape)) for b in self._batches]
+        batches = [batch for bank in self._banks for batch in bank.batches]
+        shapes = [(len(b.blocks) * b.blocks[0].groups, min(b.blocks[0].shape)) for b in batches]
         sizes = [count * n for count, n in shapes]
         drawn = torch.randn(sum(sizes), generator=keyed_generator(self.seed, self.stream, "srip", step))
         parts = stage(drawn, self._device).split(sizes)
-        wide = [
-            part.view(shape).to(torch.promote_types(batch.parameters[0].dtype, torch.float32))
-            for batch, part, shape in zip(self._batches, parts, shapes, strict=True)
-        ]
-        return {id(batch): part for batch, part in zip(self._batches, wide, strict=True)}
+        return {
+            id(batch): part.view(shape).to(batch.identity.dtype)
+            for batch, part, shape in zip(batches, parts, shapes, strict=True)
+        }
 
     @torch.no_grad()
     def values(self, step: int = 0) -> dict[str, Tensor]:
@@ -306,11 +286,13 @@ class OrthonormalityPenalty:
         """
         starts = self._starts(step)
         found: dict[str, Tensor] = {}
-        for batch in self._batches:
-            with torch.autocast(self._device.type, enabled=False):
-                per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
-            groups = batch.blocks[0].groups
-            found |= {b.name: v for b, v in zip(batch.blocks, per_matrix.view(-1, groups).sum(1).unbind(), strict=True)}
+        for bank in self._banks:
+            bank.load()
+            for batch in bank.batches:
+                with torch.autocast(self._device.type, enabled=False):
+                    per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
+                sums = per_matrix.view(-1, batch.blocks[0].groups).sum(1).unbind()
+                found |= {block.name: value for block, value in zip(batch.blocks, sums, strict=True)}
         if self.form == "basis":
             found = {block.name: found[block.name] / block.entries for block in self.blocks}
         return {block.name: found[block.name] for block in self.blocks}
@@ -321,13 +303,12 @@ class OrthonormalityPenalty:
         return torch.stack([value.double() * shares[name] for name, value in values.items()]).sum()
 
 
-def _values(batch: _Batch, form: Form, start: Tensor | None, squared: bool) -> Tensor:
+def _values(batch: Batch, form: Form, start: Tensor | None, squared: bool) -> Tensor:
     """What each matrix of a batch is above the reachable minimum, ``(B,)``; ``"basis"`` as a sum over entries."""
-    kernels = batch.read()
-    rows = kernels.flatten(2)
+    rows = batch.rows()
     if form == "convolutional":
         unreachable = max(0, rows.shape[1] - rows.shape[2])
-        return functional.convolutional_orthogonality(kernels, batch.blocks[0].stride) - unreachable
+        return functional.convolutional_orthogonality(batch.kernels(), batch.blocks[0].stride) - unreachable
     if form == "mutual_coherence":
         return functional.mutual_coherence_penalty(rows)
     if form == "srip":
