@@ -92,6 +92,7 @@ class ParameterStack:
         if len(layouts) != 1:
             raise ValueError(f"a stack needs parameters of one shape, stride, dtype and device, got {layouts}")
         self.parameters = list(parameters)
+        self._storage: Tensor | None = None
         self._buffer: Tensor | None = None
         self._places: list[tuple[int, int]] = []
         if all(_owns_storage(parameter) for parameter in parameters):
@@ -102,18 +103,26 @@ class ParameterStack:
         first = self.parameters[0]
         unit = max(1, _ALIGNMENT_BYTES // first.element_size())
         pitch = -(-first.numel() // unit) * unit
-        storage = first.new_empty(pitch * len(self.parameters))
-        buffer = storage.as_strided((len(self.parameters), *first.shape), (pitch, *first.stride()))
+        self._storage = first.new_zeros(pitch * len(self.parameters))
+        self._buffer = buffer = self.shaped(self._storage)
         for row, parameter in zip(buffer, self.parameters, strict=True):
             row.copy_(parameter)
             parameter.data = row
-        self._buffer = buffer
         self._places = [_place(parameter) for parameter in self.parameters]
 
     @property
     def shared(self) -> bool:
         """Whether the parameters still live in the stack's storage (then reading and writing copy nothing twice)."""
         return self._buffer is not None and self._places == [_place(parameter) for parameter in self.parameters]
+
+    def shaped(self, storage: Tensor) -> Tensor:
+        """``(L, *shape)`` view of a tensor laid out like the one that :meth:`storage` returns."""
+        first, pitch = self.parameters[0], storage.numel() // len(self.parameters)
+        return storage.as_strided((len(self.parameters), *first.shape), (pitch, *first.stride()))
+
+    def storage(self) -> Tensor | None:
+        """The parameters as one dense one-dimensional tensor, with gaps of zeros; ``None`` where they share none."""
+        return self._storage if self.shared else None
 
     def read(self) -> Tensor:
         """Current values ``(L, *shape)``. It may be the parameters themselves: use it before they change."""
@@ -129,6 +138,10 @@ class ParameterStack:
         else:
             scatter(self.parameters, values)
 
+    def holds(self, values: Tensor) -> bool:
+        """Whether ``values``, from :meth:`read`, are the parameters themselves, so that nothing is to be written."""
+        return values is self._buffer
+
     @torch.no_grad()
     def release(self) -> None:
         """Give every parameter a storage of its own again; one whose data was moved meanwhile has it already."""
@@ -136,4 +149,4 @@ class ParameterStack:
             for parameter in self.parameters:
                 if _place(parameter)[0] == _place(self._buffer)[0]:
                     parameter.data = parameter.data.clone()
-        self._buffer = None
+        self._storage = self._buffer = None

@@ -51,8 +51,8 @@ class Case:
         refuses_other_layers: part of the message for a checkpoint of other layers, where the weights' loading is the
             first to notice; ``None``: its own state is.
         lr_scale: by what the learning rates of the suites are multiplied: a product of three factors takes about three
-            steps at once, and the suites' SGD is at the edge of divergence as it is; gates halve a signal that no norm
-            restores.
+            steps at once, and the suites' SGD is at the edge of divergence as it is, the more when filters move out of
+            step; gates halve a signal that no norm restores.
         refused_precisions: values of Trainer's ``precision`` that it refuses.
     """
 
@@ -128,9 +128,10 @@ _WAU_WRONG: tuple[Wrong, ...] = (
 )
 
 
-def _wau(name: str, gradients_only: bool = False, **arguments: Any) -> Case:
+def _wau(name: str, gradients_only: bool = False, lr_scale: float = 1.0, **arguments: Any) -> Case:
     return Case(
         name=name,
+        lr_scale=lr_scale,
         cls=WeightAsynchronousUpdate,
         arguments=arguments,
         wrong=_WAU_WRONG,
@@ -182,7 +183,8 @@ def _orthonormality(name: str, kernels: int = 90, **arguments: Any) -> Case:
 
 
 CASES: tuple[Case, ...] = (
-    _wau("wau"),
+    # At the full rate every fifth seed of the subsets diverges in the suites' short fit with SGD; none does at 2/3.
+    _wau("wau", lr_scale=2 / 3),
     _wau("wau_official", axis="in", sampling="with_replacement"),
     _wau("wau_gradient", gradients_only=True, hold="gradient", update_fraction=0.3),
     _wau("wau_rescaled", rescale=True, update_fraction=0.8),
