@@ -98,10 +98,12 @@ class ChannelImportance(FilterCallback):
         return cast(list[GatedConv2d], list(self.layers.values()))
 
     def release(self) -> None:
-        """The gates stop counting; they stay in the network."""
+        """The gates stop counting; they stay in the network, and what they let through is kept on the CPU."""
         for conv in self._gated():
             if isinstance(conv, GatedConv2d):
                 conv.gate.total = None
+        self._sums = None if self._sums is None else self._sums.cpu()
+        self._finished = None if self._finished is None else self._finished.cpu()
 
     def reset(self) -> None:
         """Forget what an earlier fit saw."""
