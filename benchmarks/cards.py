@@ -19,6 +19,7 @@ from benchmarks import (
     entropy_depth,
     entropy_speed,
     events,
+    large_steps,
     launches,
     monitor,
     overhead,
@@ -67,11 +68,15 @@ def _entropy_depth() -> str:
 
 def _quality(*beginnings: str) -> str:
     """FM5k: the baseline and the methods whose names begin like this, p-values corrected over them."""
-    rows = []
-    for folder in ("fm5k-c3", "gpu/fm5k-c3"):
+
+    def rows(folder: str) -> list[report.Row]:
         runs = report.read(RESULTS / folder)
-        rows.append(report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)}))
-    return report.table(rows[0], "baseline", rows[1], _devices("gpu/fm5k-c3"))
+        return report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)})
+
+    gpu = "gpu/fm5k-c3"
+    if not (RESULTS / gpu).exists():
+        return report.table(rows("fm5k-c3"))
+    return report.table(rows("fm5k-c3"), "baseline", rows(gpu), _devices(gpu))
 
 
 def _devices(folder: str) -> str:
@@ -94,13 +99,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
-    "events": lambda: events.table(json.loads(events.RESULT.read_text())),
+    "events": lambda: events.table(_read("events.json"), None, _read("gpu/events.json")),
     "events_repr": lambda: events.table(
-        json.loads(events.RESULT.read_text()), (events.TRACE, *events.CYCLE, events.LOG, events.WHOLE)
+        _read("events.json"), (events.TRACE, *events.CYCLE, events.LOG, events.WHOLE), _read("gpu/events.json")
     ),
-    "events_csgd": lambda: events.table(
-        json.loads(events.RESULT.read_text()), (events.TRACE, events.CLUSTER, events.MERGE)
-    ),
+    "events_csgd": lambda: events.table(_read("events.json"), (events.TRACE, events.CLUSTER, events.MERGE)),
+    "large_steps": lambda: large_steps.table(_read("gpu/large_steps.json"), _read("scaling.json")["counted"]),
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),

@@ -82,8 +82,14 @@ def measure(workload: Workload, name: str, device: torch.device, steps: int) -> 
 
 
 def table(record: dict[str, Any], counted: dict[str, Any]) -> str:
-    """Markdown: predicted for the published figures of this GPU, and measured on it."""
-    gpu = next(gpu for gpu in GPUS if gpu.name in record["device"])
+    """Markdown: predicted for the published figures of this GPU, and measured on it.
+
+    Raises:
+        ValueError: there are no published figures of this GPU in ``benchmarks.scaling``.
+    """
+    gpu = next((gpu for gpu in GPUS if gpu.name in record["device"]), None)
+    if gpu is None:
+        raise ValueError(f"{record['device']} is not in benchmarks.scaling.GPUS; add its data sheet's figures there")
     rows = ["| network | callback | products | hooks, predicted | measured | step, predicted | measured "
             "| share, predicted | measured |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in (Measured(**row) for row in record["rows"]):

@@ -70,16 +70,17 @@ def table(counts: dict[str, dict[str, int]], gpu: dict[str, dict[str, int]] | No
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="counts of other methods stay in the file")
     options = parser.parse_args()
-    counts = {
-        method: {str(depth): count(method, depth, options.device) for depth in (20, 110)}
-        for method in METHODS
-        if method != "A/A"
-    }
-    print(table(counts))
     path: Path = options.out or result_path("launches.json", options.device)
+    known = json.loads(path.read_text())["counts"] if path.exists() else {}
+    known |= {
+        method: {str(depth): count(method, depth, options.device) for depth in (20, 110)} for method in options.methods
+    }
+    counts = {method: known[method] for method in METHODS if method in known}
+    print(table(counts))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"device": description(options.device), "counts": counts}, indent=1) + "\n")
 

@@ -269,13 +269,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="rows measured before on the same device stay in the file")
     options = parser.parse_args()
     device = torch.device(options.device)
-    costs = [measure(name, depth, options.pairs, device) for depth in options.depths for name in options.methods]
-    print(table(costs))
     head = {"device": description(device), "torch": version("torch"), "batch": 64}
     path: Path = options.out or result_path("overhead.json", device)
-    result = head | {"costs": _merged(path, head, costs)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    costs: list[Cost] = []
+    for depth in options.depths:
+        for name in options.methods:
+            costs.append(measure(name, depth, options.pairs, device))
+            path.write_text(json.dumps(head | {"costs": _merged(path, head, costs)}, indent=1) + "\n")
+    print(table(costs))
 
 
 if __name__ == "__main__":

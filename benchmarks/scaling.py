@@ -44,10 +44,12 @@ class Gpu(NamedTuple):
     reached: float  # assumed share of ``bf16`` that training reaches
 
 
-#: NVIDIA's data sheets of A100 (SXM, 80 GB) and H100 (SXM); one 200 or 400 Gb/s adapter per device.
+#: NVIDIA's data sheets of A100 (SXM, 80 GB), H100 (SXM) and H200 (SXM: an H100 with faster memory); one 200 or 400 Gb/s
+#: adapter per device.
 GPUS = (
     Gpu("A100", 2.039e12, 312e12, 19.5e12, 156e12, 25e9, 0.2),
     Gpu("H100", 3.35e12, 989e12, 67e12, 495e12, 50e9, 0.1),
+    Gpu("H200", 4.8e12, 989e12, 67e12, 495e12, 50e9, 0.1),
 )
 #: Assumed shares of the peaks that the hooks reach, bandwidth and products; and seconds between two kernels.
 REACHED_BANDWIDTH, REACHED_PRODUCTS, GAP = 0.6, 0.3, 4e-6
