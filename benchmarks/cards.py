@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import (
     channel_graph_cost,
@@ -32,20 +31,16 @@ from benchmarks import (
     summary,
     ucp,
 )
+from benchmarks.device import RESULTS, read_result
 from lightning_filterdiv import orthonormality
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def _read(path: str) -> Any:
-    return json.loads((RESULTS / path).read_text())
 
 
 def _overhead(*beginnings: str) -> str:
     """The A/A row and the methods whose names begin like this."""
-    records = [_read(path) for path in ("overhead.json", "gpu/overhead.json")]
+    records = [read_result(path) for path in ("overhead.json", "gpu/overhead.json")]
     costs, gpu = (
         [overhead.Cost(**c) for c in record["costs"] if c["method"].startswith(("A/A", *beginnings))]
         for record in records
@@ -56,7 +51,7 @@ def _overhead(*beginnings: str) -> str:
 
 def _launches(*beginnings: str) -> str:
     """The methods whose names begin like this."""
-    cpu, gpu = _read("launches.json"), _read("gpu/launches.json")
+    cpu, gpu = read_result("launches.json"), read_result("gpu/launches.json")
     counts = {method: of for method, of in cpu["counts"].items() if method.startswith(beginnings)}
     return launches.table(counts, gpu["counts"], gpu["device"])
 
@@ -99,12 +94,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
-    "events": lambda: events.table(_read("events.json"), None, _read("gpu/events.json")),
+    "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
     "events_repr": lambda: events.table(
-        _read("events.json"), (events.TRACE, *events.CYCLE, events.LOG, events.WHOLE), _read("gpu/events.json")
+        read_result("events.json"),
+        (events.TRACE, *events.CYCLE, events.LOG, events.WHOLE),
+        read_result("gpu/events.json"),
     ),
-    "events_csgd": lambda: events.table(_read("events.json"), (events.TRACE, events.CLUSTER, events.MERGE)),
-    "large_steps": lambda: large_steps.table(_read("gpu/large_steps.json"), _read("scaling.json")["counted"]),
+    "events_csgd": lambda: events.table(read_result("events.json"), (events.TRACE, events.CLUSTER, events.MERGE)),
+    "large_steps": lambda: large_steps.table(
+        read_result("gpu/large_steps.json"), read_result("scaling.json")["counted"]
+    ),
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),

@@ -1,13 +1,15 @@
-"""The device that a measurement runs on: its name, its clock, and where results measured on it go."""
+"""The device that a measurement runs on: its name, its clock, and where results measured on it are."""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "clock", "default_device", "description", "result_path"]
+__all__ = ["RESULTS", "clock", "default_device", "description", "read_result", "result_path"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,3 +37,8 @@ def clock(device: torch.device | str) -> float:
 def result_path(name: str, device: torch.device | str) -> Path:
     """Results of a GPU lie beside those of the CPU, in a folder of their own."""
     return (RESULTS / "gpu" if torch.device(device).type == "cuda" else RESULTS) / name
+
+
+def read_result(name: str) -> Any:
+    """What a file of results holds, by its path below ``benchmarks/results``."""
+    return json.loads((RESULTS / name).read_text())

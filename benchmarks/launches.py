@@ -72,17 +72,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--out", type=Path, help="counts of other methods stay in the file")
+    parser.add_argument("--out", type=Path, help="counts of other methods on the same device stay in the file")
     options = parser.parse_args()
     path: Path = options.out or result_path("launches.json", options.device)
-    known = json.loads(path.read_text())["counts"] if path.exists() else {}
+    device = description(options.device).split(",")[0]  # threads change no count
+    found = json.loads(path.read_text()) if path.exists() else {}
+    known = found["counts"] if found.get("device") == device else {}
     known |= {
         method: {str(depth): count(method, depth, options.device) for depth in (20, 110)} for method in options.methods
     }
     counts = {method: known[method] for method in METHODS if method in known}
     print(table(counts))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": description(options.device), "counts": counts}, indent=1) + "\n")
+    path.write_text(json.dumps({"device": device, "counts": counts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.device import RESULTS, read_result
 from benchmarks.runs import interval, read_runs
-
-RESULTS = Path(__file__).parent / "results"
 
 #: Callback or function, its card, what it does, when it helps.
 _METHODS = (
@@ -92,27 +89,23 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def _read(path: str) -> Any:
-    return json.loads((RESULTS / path).read_text())
-
-
 def _hooks(method: str) -> str:
     """Share of a ResNet-20 step that the hooks add, on a CPU and, where measured, on a GPU."""
     cpu, gpu = (
         [c["inside_hooks"] for c in record["costs"] if (c["method"], c["depth"]) == (method, 20)]
-        for record in (_read("overhead.json"), _read("gpu/overhead.json"))
+        for record in (read_result("overhead.json"), read_result("gpu/overhead.json"))
     )
     return f"+{100 * cpu[0]:.1f} %" + (f" (+{100 * gpu[0]:.0f} %)" if gpu else "")
 
 
 def _changed(name: str) -> str:
     """What a step of the changed ResNet-20 takes beyond that of the plain one."""
-    (cost,) = [c for c in _read("structure_cost.json")["costs"] if c["change"] == name]
+    (cost,) = [c for c in read_result("structure_cost.json")["costs"] if c["change"] == name]
     return f"{100 * (cost['ratio'] - 1):+.0f} %"
 
 
 def _looks() -> str:
-    look = _read("monitor.json")["looks"]["resnet50"]
+    look = read_result("monitor.json")["looks"]["resnet50"]
     return f"none; {look['seconds']:.1f} s per look at ResNet-50"
 
 
@@ -191,7 +184,7 @@ def composability(part: str) -> str:
     Args:
         part: ``"pairs"`` or ``"beside"``.
     """
-    found: dict[str, dict[str, str]] = _read("composability.json")[part]
+    found: dict[str, dict[str, str]] = read_result("composability.json")[part]
     columns = list(dict.fromkeys(name for row in found.values() for name in row))
     head = "first, then:" if part == "pairs" else "beside:"
     lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

@@ -45,6 +45,17 @@ def test_overhead_measured_in_parts_keeps_what_the_same_device_measured(tmp_path
     assert [row["method"] for row in elsewhere] == ["wau"]
 
 
+def test_counts_of_another_device_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["launches", "--methods", "wau", "--device", "cpu", "--out", str(tmp_path / "l.json")]
+    )
+    monkeypatch.setattr(launches, "count", lambda method, depth, device: depth)
+    for device, kept in (("CPU", ["wau", "soft"]), ("Some GPU", ["wau"])):
+        (tmp_path / "l.json").write_text(json.dumps({"device": device, "counts": {"soft": {"20": 1, "110": 1}}}))
+        launches.main()
+        assert list(json.loads((tmp_path / "l.json").read_text())["counts"]) == kept
+
+
 def test_launches_and_events_leave_gaps() -> None:
     _, _, *rows = _rows(launches.table({"wau": {"20": 1, "110": 1}, "soft": {"20": 2, "110": 3}},
                                        {"soft": {"20": 4, "110": 5}}, "G"))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": lambda: nn.Conv2d(6, 12, 3, groups=6),
     "strided and dilated": lambda: nn.Conv2d(4, 6, 5, stride=2, dilation=2),
     "channels_last": lambda: nn.Conv2d(6, 8, (3, 2)).to(memory_format=torch.channels_last),
+    "wide channels_last": lambda: nn.Conv2d(2, 24, 2).to(
+        memory_format=torch.channels_last
+    ),  # more filters than entries
     "grouped channels_last": lambda: nn.Conv2d(6, 8, 3, groups=2).to(memory_format=torch.channels_last),
     "transposed": lambda: nn.ConvTranspose2d(6, 8, (3, 2)),
     "transposed grouped": lambda: nn.ConvTranspose2d(6, 8, (3, 2), groups=2),
@@ -368,3 +372,21 @@ def test_refusals() -> None:
     named = select_filters(shared, [name for name, _, _ in shared_bases(shared)])
     with pytest.raises(ValueError, match="stage1: unique=True is defined for form='basis' only"):
         OrthonormalityPenalty(filter_blocks(shared, named, unique=True), optimizer, form="soft")
+
+
+def test_a_parameter_of_several_blocks_is_moved_by_each() -> None:
+    """And never twice by one operation, which on a GPU would lose one of the two."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3).double()
+    conv.weight.grad = torch.zeros_like(conv.weight)
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    (block,) = filter_blocks(conv, {"conv": conv})
+    OrthonormalityPenalty([block], optimizer, form="soft").before_step(weight=1, step=0)
+    once = conv.weight.grad.clone()
+    penalty = OrthonormalityPenalty([block, replace(block, name="again")], optimizer, form="soft")
+    conv.weight.grad.zero_()
+    penalty.before_step(weight=1, step=0)
+    torch.testing.assert_close(conv.weight.grad, 2 * once)
+    for bank, kinds in zip(penalty._banks, penalty._kinds, strict=True):
+        for _, _, places in kinds:
+            assert len({id(bank.parameters[i]) for i in places}) == len(places)
