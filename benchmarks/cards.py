@@ -45,7 +45,7 @@ def _overhead(*beginnings: str) -> str:
         [overhead.Cost(**c) for c in record["costs"] if c["method"].startswith(("A/A", *beginnings))]
         for record in records
     )
-    machines = "; ".join(f"{record['device']}, torch {record['torch']}" for record in records)
+    machines = "; ".join(overhead.machine(record) for record in records)
     return f"{overhead.table(costs, gpu, records[1]['device'])}\n\n{machines}; batch {records[0]['batch']}, 32x32."
 
 

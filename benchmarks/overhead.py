@@ -172,6 +172,7 @@ class Cost(NamedTuple):
     low: float  # bootstrap 95 % interval of the ratio
     high: float
     step_ms: float
+    pairs: int  # of steps, with and without
 
 
 def measure(method: str, depth: int, pairs: int, device: torch.device, batch: int = 64) -> Cost:
@@ -222,6 +223,7 @@ def measure(method: str, depth: int, pairs: int, device: torch.device, batch: in
         resampled[25],
         resampled[974],
         1000 * median(without),
+        pairs,
     )
 
 
@@ -246,6 +248,19 @@ def table(costs: Sequence[Cost], gpu: Sequence[Cost] = (), gpu_name: str = "") -
                 cells.append("" if c is None else f"{c.ratio:.3f} ({c.low:.3f} to {c.high:.3f})")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def machine(record: dict[str, Any]) -> str:
+    """Of a result file: device, version and the steps behind the medians, as ``"NVIDIA H200, torch 2.11.0, medians of 40
+    steps"``."""
+    pairs: dict[int, list[int]] = {}
+    for depth, count in sorted({(cost["depth"], cost["pairs"]) for cost in record["costs"]}):
+        pairs.setdefault(count, []).append(depth)
+    if len(pairs) == 1:
+        (steps,) = map(str, pairs)
+    else:
+        steps = ", ".join(f"{count} (ResNet-{', '.join(map(str, depths))})" for count, depths in pairs.items())
+    return f"{record['device']}, torch {record['torch']}, medians of {steps} steps"
 
 
 def _merged(path: Path, head: dict[str, Any], costs: Sequence[Cost]) -> list[dict[str, Any]]:

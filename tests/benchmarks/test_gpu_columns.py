@@ -19,7 +19,7 @@ def _rows(markdown: str) -> list[list[str]]:
 
 
 def _cost(method: str, depth: int, inside: float) -> Cost:
-    return Cost(method, depth, inside, 1.01, 0.99, 1.03, 7.0)
+    return Cost(method, depth, inside, 1.01, 0.99, 1.03, 7.0, 40)
 
 
 def test_overhead_keeps_every_row_of_either_device() -> None:
@@ -43,6 +43,14 @@ def test_overhead_measured_in_parts_keeps_what_the_same_device_measured(tmp_path
     assert [(row["method"], row["inside_hooks"]) for row in merged] == [("A/A", 0.0), ("wau", 0.1), ("soft", 0.5)]
     elsewhere = overhead._merged(path, head | {"device": "Y"}, [_cost("wau", 20, 0.1)])
     assert [row["method"] for row in elsewhere] == ["wau"]
+
+
+def test_the_steps_behind_a_median_are_said() -> None:
+    rows = [_cost("soft", 20, 0.5)._asdict(), _cost("soft", 56, 0.5)._asdict()]
+    record = {"device": "X", "torch": "2", "costs": rows}
+    assert overhead.machine(record) == "X, torch 2, medians of 40 steps"
+    rows.append(_cost("soft", 110, 0.5)._replace(pairs=20)._asdict())
+    assert overhead.machine(record) == "X, torch 2, medians of 40 (ResNet-20, 56), 20 (ResNet-110) steps"
 
 
 def test_counts_of_another_device_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
