@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -105,6 +106,31 @@ class KernelCounter(TorchDispatchMode):
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             self.flops += 2 * result.numel() * args[1 if "add" in name else 0].shape[-1]
         return result
+
+
+#: Modules whose per-step paths copy something that was drawn on the host to the device, by ``stage``.
+STAGING = ("lightning_filterdiv.async_update.functional", "lightning_filterdiv.orthonormality.penalty")
+
+
+@contextmanager
+def host_draws_apart(counter: KernelCounter) -> Iterator[None]:
+    """Leave out of ``counter``, which counts on the CPU, what a step draws on the host before it copies it over.
+
+    A per-step path draws first, copies once and never returns to the host: what was counted up to its copy is not the
+    device's.
+    """
+
+    def crossing(cpu_tensor: Tensor, device: torch.device) -> Tensor:
+        counter.kernels.clear()
+        counter.flops = 0
+        counter.kernels["stage"] = 1
+        counter.bytes = 2 * cpu_tensor.nbytes
+        return cpu_tensor
+
+    with ExitStack() as stack:
+        for module in STAGING:
+            stack.enter_context(mock.patch(f"{module}.stage", crossing))
+        yield
 
 
 @contextmanager

@@ -251,8 +251,7 @@ def table(costs: Sequence[Cost], gpu: Sequence[Cost] = (), gpu_name: str = "") -
 
 
 def machine(record: dict[str, Any]) -> str:
-    """Of a result file: device, version and the steps behind the medians, as ``"NVIDIA H200, torch 2.11.0, medians of 40
-    steps"``."""
+    """Device, version and steps behind the medians of a result file: ``"CPU, torch 2.15.0, medians of 40 steps"``."""
     pairs: dict[int, list[int]] = {}
     for depth, count in sorted({(cost["depth"], cost["pairs"]) for cost in record["costs"]}):
         pairs.setdefault(count, []).append(depth)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.device import RESULTS, result_path
-from benchmarks.fake_device import KernelCounter, profiled_operations
+from benchmarks.fake_device import KernelCounter, host_draws_apart, profiled_operations
 from benchmarks.models import CifarResNet, build_network
 from benchmarks.overhead import METHODS
 
@@ -80,7 +80,7 @@ class Count(NamedTuple):
 
 
 def count_hooks(method: str, model: nn.Module) -> Count:
-    """What one step's hooks start and move, counted as a GPU would run them.
+    """What one step's hooks start and move, counted as a GPU would run them: without draws on the host.
 
     Args:
         method: of ``benchmarks.overhead``.
@@ -94,7 +94,7 @@ def count_hooks(method: str, model: nn.Module) -> Count:
     optimizer.step()
     after()
     counter = KernelCounter("cpu")
-    with counter:
+    with counter, host_draws_apart(counter):
         before(1)
     optimizer.step()
     with counter:

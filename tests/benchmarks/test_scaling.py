@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import communication, scaling
-from benchmarks.fake_device import KernelCounter
+from benchmarks.fake_device import STAGING, KernelCounter, fake_stage
 from benchmarks.models import CifarResNet
+from benchmarks.overhead import METHODS
 from benchmarks.scaling import GPUS, WORKLOADS, Count
+from tests.support.fake_gpu import needs_fake_gpu
 
 
 def test_bytes_are_those_read_and_written() -> None:
@@ -47,6 +50,28 @@ def test_counted_products_of_the_soft_penalty_are_those_of_its_formula() -> None
         # The smaller of W W^T and W^T W is formed.
         expected += 2 * 2 * filters * fan_in * min(filters, fan_in)
     assert scaling.count_hooks("soft", model).flops == expected
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize("method", ["wau", "wau hold=gradient", "basis", "soft", "srip"])
+def test_counts_on_a_cpu_are_those_of_a_fake_gpu(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn on the host does not count, the copy of it does."""
+    found = scaling.count_hooks(method, CifarResNet(20))
+    counter = KernelCounter()
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_stage(monkeypatch.setattr, STAGING) as crossings:
+        with torch.device("cuda"):
+            model = CifarResNet(20)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        before, after = METHODS[method](model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        before(0)
+        after()
+        crossings.clear()
+        with counter:
+            before(1)
+            after()
+    assert found.kernels == counter.kernels.total() + len(crossings)
+    assert found.flops == counter.flops
 
 
 def test_forward_operations_are_the_published_ones() -> None:

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from benchmarks.fake_device import DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
+from benchmarks.fake_device import STAGING, DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
 from benchmarks.models import CifarResNet
 from tests.registry import PER_STEP, Case
 from tests.support.fake_gpu import needs_fake_gpu
-
-#: Modules that import ``stage``.
-STAGING = ["lightning_filterdiv.async_update.functional", "lightning_filterdiv.orthonormality.penalty"]
 
 
 def _with_gradients(model: nn.Module) -> torch.optim.Optimizer:
