@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from benchmarks.loader import SeededBatches, Shares, crop_and_flip
+from benchmarks.loader import SeededBatches, SeededItems, Shares, crop_and_flip
 from lightning_filterdiv import demo
 from lightning_filterdiv.arguments import check_integer
 from lightning_filterdiv.randomness import keyed_generator
@@ -24,6 +24,11 @@ from lightning_filterdiv.randomness import keyed_generator
 __all__ = ["CIFAR10", "CIFAR100", "Digits", "FashionMNIST", "ImageNet", "ImagesInMemory"]
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _process(data: pl.LightningDataModule) -> tuple[int, int]:
+    """Rank and number of processes."""
+    return (0, 1) if data.trainer is None else (data.trainer.global_rank, data.trainer.world_size)
 
 
 class ImagesInMemory(pl.LightningDataModule):
@@ -70,6 +75,14 @@ class ImagesInMemory(pl.LightningDataModule):
         """Training images and labels, test images and labels; images ``(N, C, H, W)`` float in 0..1."""
         raise NotImplementedError
 
+    def fetch(self) -> None:
+        """Download, if it can be."""
+
+    def prepare_data(self) -> None:
+        """Download if asked to; Lightning calls this in one process per machine."""
+        if self.download:
+            self.fetch()
+
     def setup(self, stage: str | None = None) -> None:
         """Read once, take the subset, normalise.
 
@@ -97,14 +110,10 @@ class ImagesInMemory(pl.LightningDataModule):
             return images
         return torch.cat([self.transform(part) for part in images.split(1000)])
 
-    def _process(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-
     def train_dataloader(self) -> SeededBatches:
         """Seeded batches; the incomplete last one is dropped."""
         assert self.parts is not None, "setup() runs first"
-        rank, world_size = self._process()
+        rank, world_size = _process(self)
         if len(self.parts[0]) < self.batch_size * world_size:
             raise ValueError(
                 f"{len(self.parts[0])} training images do not fill one batch of {self.batch_size} on {world_size} "
@@ -116,7 +125,7 @@ class ImagesInMemory(pl.LightningDataModule):
     def val_dataloader(self) -> Shares:
         """The test images, every one once."""
         assert self.parts is not None, "setup() runs first"
-        return Shares(self.parts[2:], 500, *self._process())
+        return Shares(self.parts[2:], 500, *_process(self))
 
     def test_dataloader(self) -> Shares:
         """The test images, every one once."""
@@ -134,21 +143,28 @@ class Digits(ImagesInMemory):
 
 
 class FashionMNIST(ImagesInMemory):
-    """Fashion-MNIST, 28x28 grey, 60,000 + 10,000 images, from ``root`` or from Debian's package."""
+    """Fashion-MNIST, 28x28 grey, 60,000 + 10,000 images, from ``root`` (also as torchvision lays it out there), from
+    where torchvision put it (``data`` by default), or from Debian's package."""
 
     image_shape = (1, 28, 28)
 
+    def fetch(self) -> None:
+        """See :meth:`ImagesInMemory.fetch`."""
+        torchvision.datasets.FashionMNIST(self.root or "data", download=True)
+
     def read(self) -> Parts:
         """See :meth:`ImagesInMemory.read`."""
-        if self.download and self.root is not None:
-            torchvision.datasets.FashionMNIST(self.root, download=True)
-            return demo.FashionMNIST(str(Path(self.root) / "FashionMNIST" / "raw")).load()
-        return demo.FashionMNIST(self.root).load()
+        fetched = Path(self.root or "data") / "FashionMNIST" / "raw"
+        return demo.FashionMNIST(str(fetched) if fetched.is_dir() else self.root).load()
 
 
 class _CIFAR(ImagesInMemory):
     image_shape = (3, 32, 32)
     source: type[torchvision.datasets.CIFAR10]
+
+    def fetch(self) -> None:
+        """See :meth:`ImagesInMemory.fetch`."""
+        self.source(self.root or "data", download=True)
 
     def read(self) -> Parts:
         """See :meth:`ImagesInMemory.read`."""
@@ -156,7 +172,7 @@ class _CIFAR(ImagesInMemory):
         parts: list[Tensor] = []
         for train in (True, False):
             try:
-                found = self.source(root, train=train, download=self.download)
+                found = self.source(root, train=train)
             except RuntimeError as error:  # what torchvision raises for files that are absent or damaged
                 raise FileNotFoundError(
                     f"{type(self).__name__} is not in {root!r}: put {self.source.filename} there and unpack it, or let "
@@ -182,14 +198,12 @@ class CIFAR100(_CIFAR):
 class ImageNet(pl.LightningDataModule):
     """Folders ``train/CLASS/*`` and ``val/CLASS/*``: random resized crop and mirror image, centre crop for validation.
 
-    The order of a ``DataLoader`` is not kept in checkpoints: resume at the end of an epoch is exact, inside one not.
-
     Args:
         root: folder that holds ``train`` and ``val``.
         batch_size: images per step and process.
         workers: loader processes per training process.
         classes: number of class folders.
-        seed: set from ``seed_everything``, which also seeds the workers.
+        seed: of order and augmentation, which a resumed run repeats, also in the middle of an epoch.
     """
 
     image_shape = (3, 224, 224)
@@ -218,24 +232,20 @@ class ImageNet(pl.LightningDataModule):
             raise ValueError(f"{path} holds {len(images.classes)} class folders, classes={self.classes} was asked for")
         return images
 
-    def _loader(self, images: torchvision.datasets.ImageFolder, shuffle: bool) -> DataLoader[Any]:
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
-        )
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled; Lightning shares it out between the processes."""
-        return self._loader(self._folder("train", [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]), True)
+    def train_dataloader(self) -> SeededItems:
+        """Seeded batches; the incomplete last one is dropped."""
+        images = self._folder("train", [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+        rank, world_size = _process(self)
+        return SeededItems(images, self.batch_size, self.seed, rank, world_size, **self._options)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Resize to 256, centre crop of 224."""
-        return self._loader(self._folder("val", [v2.Resize(256), v2.CenterCrop(224)]), False)
+        """Resize to 256, centre crop of 224; Lightning shares it out between the processes."""
+        images = self._folder("val", [v2.Resize(256), v2.CenterCrop(224)])
+        return DataLoader(images, batch_size=self.batch_size, persistent_workers=self.workers > 0, **self._options)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The validation images: the test part has no public labels."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from lightning_filterdiv import RePr
@@ -15,7 +18,7 @@ from lightning_filterdiv.filters import named_convolutions
 from lightning_filterdiv.monitor.functional import redundancy_metrics
 from lightning_filterdiv.randomness import keyed_generator
 
-__all__ = ["LastCheckpoint", "Record", "SeededSteps", "differences"]
+__all__ = ["LastCheckpoint", "Record", "SeededSteps", "WholeFiles", "differences", "run_differences"]
 
 
 def differences(planned: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
@@ -28,6 +31,12 @@ def differences(planned: dict[str, Any], found: dict[str, Any], prefix: str = ""
         elif one != other:
             lines.append(f"{prefix}{key}: {one!r}, not {other!r}")
     return lines
+
+
+def run_differences(planned: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The same of the settings of two runs; what says nothing of processes had one."""
+    one = {"processes": 1}
+    return differences(one | planned, one | found)
 
 
 def _redundancy(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -76,6 +85,20 @@ class LastCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Saves beside the old checkpoint and then replaces it: there is a complete one at every moment.
+
+    Lightning writes into the folder of temporary files and moves the file from there; between two file systems that is
+    a copy over the only checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Save, then replace."""
+        scratch = f"{path}.part"
+        super().save_checkpoint(checkpoint, scratch, storage_options)
+        os.replace(scratch, path)
+
+
 class Record(Callback):
     """Loss and accuracy after every epoch, accuracy right after an event of RePr, redundancy before and after.
 
@@ -84,6 +107,7 @@ class Record(Callback):
     Args:
         settings: what the run is; a checkpoint of other settings is refused.
         look: accuracy is that of so many first test images of data held in memory; 0 for none.
+
     """
 
     def __init__(self, settings: dict[str, Any], look: int) -> None:
@@ -92,8 +116,15 @@ class Record(Callback):
         self.before: dict[str, dict[str, float]] = {}
         self.after: dict[str, dict[str, float]] = {}
         self._losses: list[Tensor] = []
+        self._epoch = 0  # that the losses are of
         self._events = 0
+        self._seconds, self._started = 0.0, time.perf_counter()
         self._batch: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training, from the first start on."""
+        return self._seconds + time.perf_counter() - self._started
 
     def _accuracy(self, module: pl.LightningModule) -> dict[str, float]:
         if self._batch is None:
@@ -107,13 +138,15 @@ class Record(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the filters before the first step; find the images to look at."""
-        if not trainer.is_global_zero:
-            return
+        self._started = time.perf_counter()
         parts = getattr(trainer.datamodule, "parts", None)  # type: ignore[attr-defined]  # set by a connector
-        if parts is not None and self.look:
+        if parts is not None and self.look and trainer.is_global_zero:
             self._batch = parts[2][: self.look].to(pl_module.device), parts[3][: self.look].to(pl_module.device)
-        if not self.before:
+        if not self.before and trainer.is_global_zero:
             self.before = _redundancy(pl_module)
+        if self._losses and self._epoch != trainer.current_epoch:
+            # The run stopped between the last step and the end of an epoch, an end that Lightning leaves out on resume.
+            self._close(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -132,13 +165,18 @@ class Record(Callback):
     ) -> None:
         """Collect the loss."""
         self._losses.append(outputs["loss"].detach())
+        self._epoch = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look after the epoch."""
-        loss = round(float(torch.stack(self._losses).mean()), 4)
+        self._close(trainer, pl_module)
+
+    def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Those of before a resume come from the checkpoint, on the CPU.
+        loss = round(float(torch.stack([loss.to(pl_module.device) for loss in self._losses]).mean()), 4)
         self._losses = []
         if trainer.is_global_zero:
-            self.rows.append({"epoch": trainer.current_epoch + 1, "loss": loss, **self._accuracy(pl_module)})
+            self.rows.append({"epoch": self._epoch + 1, "loss": loss, **self._accuracy(pl_module)})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the filters after the last step."""
@@ -154,6 +192,8 @@ class Record(Callback):
             "before": self.before,
             "settings": self.settings,
             "losses": losses,
+            "epoch": self._epoch,
+            "seconds": self.seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,10 +202,11 @@ class Record(Callback):
         Raises:
             ValueError: the checkpoint is of a run with other settings.
         """
-        if found := differences(self.settings, state_dict["settings"]):
+        if found := run_differences(self.settings, state_dict["settings"]):
             raise ValueError(
                 "the checkpoint belongs to another run: this run has " + "; ".join(found) + "; choose another "
                 "--trainer.default_root_dir, or --resume false to start over"
             )
         self.rows, self._events, self.before = state_dict["rows"], state_dict["events"], state_dict["before"]
         self._losses = [torch.tensor(loss) for loss in state_dict["losses"]]
+        self._epoch, self._seconds = state_dict["epoch"], state_dict["seconds"]

@@ -90,7 +90,8 @@ def summary(runs: dict[str, list[dict[str, Any]]], baseline: str = "baseline") -
         shared = sorted(by_seed.keys() & accuracy.get(baseline, {}).keys())
         if method != baseline and len(shared) > 1:
             differences[method] = [by_seed[seed] - accuracy[baseline][seed] for seed in shared]
-            p[method] = float(stats.ttest_1samp(differences[method], 0.0).pvalue)
+            # Of a method that changes no weight all differences are zero, and t is 0 / 0.
+            p[method] = float(stats.ttest_1samp(differences[method], 0.0).pvalue) if any(differences[method]) else 1.0
     adjusted = _holm(p)
     nan = float("nan")
     return [

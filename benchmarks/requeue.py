@@ -32,7 +32,7 @@ def slurm_job() -> str | None:
 
 
 class RequeueAtStep(Callback):
-    """On SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) save ``checkpoints/last.ckpt`` after a step and requeue the job.
+    """On SIGUSR1 (``#SBATCH --signal=SIGUSR1@300``) save ``checkpoints/last.ckpt`` after a step and requeue the job.
 
     Args:
         every_n_steps: batches between two times that the ranks ask one another; each is a collective of one number,

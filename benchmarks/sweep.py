@@ -7,7 +7,8 @@
 
 Every run is a process of ``benchmarks.train`` and leaves one file ``METHOD-seedN.json`` in the folder of results. Stop
 the sweep as you like: the same command goes on from the last checkpoint of every run that was begun. A file that was
-made with other settings is reported and never overwritten or mixed in; two sweeps over one folder share the work.
+made with other settings is reported and never overwritten; ``protocol.json`` keeps sweeps of other data, networks or
+recipes out of the folder, so that what is compared there is comparable; two sweeps over one folder share the work.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.record import differences
-from benchmarks.train import BenchmarkCLI, run_settings
+from benchmarks.record import run_differences
+from benchmarks.runs import write_whole
+from benchmarks.train import BenchmarkCLI, compact, planned_processes, run_settings
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = Path(__file__).parent / "results"
@@ -89,14 +91,16 @@ class Run:
         return [sys.executable, "-m", "benchmarks.train", "fit", *self.arguments, *places]
 
     def settings(self) -> dict[str, Any]:
-        """What the run computes.
+        """What the run computes; ``processes`` is left out where the machine decides.
 
         Raises:
             SystemExit: the configurations do not fit together; the parser says why.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            return run_settings(_Settings(self.arguments, run=False).config)
+            config = _Settings(self.arguments, run=False).config
+        processes = planned_processes(config)
+        return run_settings(config) | ({} if processes is None else {"processes": processes})
 
     def status(self) -> str:
         """``"done"``, ``"begun"`` or ``"missing"``."""
@@ -154,6 +158,44 @@ def plan(
     ]
 
 
+def protocol_differences(planned: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """:func:`~benchmarks.record.run_differences`, but any number of processes fits a plan that leaves it open."""
+    given = found if "processes" in planned else {key: value for key, value in found.items() if key != "processes"}
+    return run_differences(planned, given)
+
+
+def check_protocol(runs: Sequence[Run]) -> str:
+    """Compare what the runs of a grid have in common with what the folder of results holds.
+
+    Args:
+        runs: from :func:`plan`.
+
+    Returns:
+        The text of ``protocol.json``, to be written before the first run.
+
+    Raises:
+        SweepError: the folder holds runs of another protocol, or a method replaces a transform of the data; the message
+            says which setting.
+    """
+    first = runs[0]
+    data, model, recipe, _, trainer = first.files
+    shared = replace(first, files=(data, model, recipe, trainer))
+    common = {key: value for key, value in shared.settings().items() if key not in ("seed", "callbacks")}
+    for run in {run.method: run for run in runs}.values():
+        own = run.settings()["data"]
+        if lost := [key for key, value in common["data"].items() if value is not None and own.get(key) != value]:
+            raise SweepError(
+                f"method {run.method} replaces what the data file says of {', '.join(lost)}: its runs would not be "
+                f"comparable with the others; write a data file that has both"
+            )
+    path = first.result.parent / "protocol.json"
+    if path.exists() and (changed := protocol_differences(common, json.loads(path.read_text()))):
+        raise SweepError(
+            f"{path.parent} holds runs of another protocol: this sweep has {'; '.join(changed)}. Choose another --out"
+        )
+    return path.read_text() if path.exists() else compact(common)
+
+
 def check_results(runs: Sequence[Run]) -> None:
     """Compare the settings in every finished result with those of this sweep.
 
@@ -169,7 +211,7 @@ def check_results(runs: Sequence[Run]) -> None:
         found = json.loads(run.result.read_text()).get("settings")
         if found is None:
             raise SweepError(f"{run.result} says nothing about its settings; move it away or choose another --out")
-        if changed := differences(planned[run.method] | {"seed": run.seed}, found):
+        if changed := protocol_differences(planned[run.method] | {"seed": run.seed}, found):
             raise SweepError(
                 f"{run.result} was made with other settings: this sweep has {'; '.join(changed)}. "
                 f"Choose another --out, or move the file away to run it anew"
@@ -186,6 +228,10 @@ def _lock(run: Run, wait: bool) -> Iterator[int | None]:
         except BlockingIOError:
             yield None
             return
+        except OSError as error:  # some network file systems are mounted without locks
+            raise SweepError(
+                f"{run.folder} cannot be locked ({error}): choose an --out on another file system"
+            ) from error
         yield file.fileno()
 
 
@@ -217,9 +263,12 @@ def execute(run: Run, threads: int, wait: bool = False) -> str:
             process = subprocess.run(
                 run.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock,)
             )
-        if process.returncode:
+        if process.returncode or not run.result.exists():  # Lightning ends with status 0 on SIGTERM
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise SweepError(f"{run.method} seed {run.seed} ended with status {process.returncode}:\n{tail}\nsee {log}")
+            raise SweepError(
+                f"{run.method} seed {run.seed} ended with status {process.returncode} and no result:\n{tail}\n"
+                f"see {log}; the same command goes on from its last checkpoint"
+            )
     shutil.rmtree(run.folder, ignore_errors=True)
     return "done"
 
@@ -235,19 +284,23 @@ def run_locally(runs: list[Run], jobs: int, threads: int) -> list[str]:
         for wait in (False, True):  # what another process has in work comes last
             futures = {pool.submit(execute, run, threads, wait): run for run in runs}
             runs = []
-            for future in as_completed(futures):
-                run = futures[future]
-                try:
-                    outcome = future.result()
-                    bar.set_postfix_str(f"{run.method} seed {run.seed}: {outcome}")
-                except SweepError as error:
-                    outcome = "failed"
-                    failures.append(str(error))
-                    tqdm.write(str(error), file=sys.stderr)
-                if outcome == _ELSEWHERE:
-                    runs.append(run)
-                else:
-                    bar.update()
+            try:
+                for future in as_completed(futures):
+                    run = futures[future]
+                    try:
+                        outcome = future.result()
+                        bar.set_postfix_str(f"{run.method} seed {run.seed}: {outcome}")
+                    except SweepError as error:
+                        outcome = "failed"
+                        failures.append(str(error))
+                        tqdm.write(str(error), file=sys.stderr)
+                    if outcome == _ELSEWHERE:
+                        runs.append(run)
+                    else:
+                        bar.update()
+            except BaseException:  # Ctrl-C reaches the runs as well; begin no other
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return failures
 
 
@@ -281,7 +334,10 @@ def submit(runs: Sequence[Run], arguments: Sequence[str], script: Path, options:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # No abbreviations: --slurm is taken out of what the tasks of an array are given.
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     made.add_argument("--data", default="fashion_mnist")
     made.add_argument("--model", default="c3")
     made.add_argument("--recipe", default="fm5k")
@@ -309,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.data, options.model, options.recipe, options.methods, options.seeds, options.trainer,
             out.resolve(), [f"--{entry}" for entry in options.set],
         )  # fmt: skip
+        protocol = check_protocol(runs)
         if options.only is not None:
             runs = [runs[options.only]]
         check_results(runs)
@@ -316,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run in runs:
                 print(f"{run.method} seed {run.seed}: {run.status()}")
             return 0
+        write_whole(out / "protocol.json", protocol)
         if options.slurm:
             rest = [part for part in given if part != "--slurm"]
             script = Path(__file__).parent / "slurm" / "sweep.sbatch"

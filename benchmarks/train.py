@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from inspect import signature
@@ -32,11 +31,11 @@ import lightning_filterdiv  # noqa: F401  # registers the callbacks' short names
 from benchmarks.classification import Classification
 from benchmarks.device import description
 from benchmarks.models import count_parameters
-from benchmarks.record import LastCheckpoint, Record, SeededSteps, differences
+from benchmarks.record import LastCheckpoint, Record, SeededSteps, WholeFiles, run_differences
 from benchmarks.requeue import RequeueAtStep
 from benchmarks.runs import write_whole
 
-__all__ = ["BenchmarkCLI", "compact", "run_settings"]
+__all__ = ["BenchmarkCLI", "compact", "planned_processes", "run_settings"]
 
 #: Settings that change where or how fast a run goes, not what it computes.
 _NEUTRAL = {
@@ -45,6 +44,8 @@ _NEUTRAL = {
 }
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "sync_batchnorm",
             "gradient_clip_algorithm", "limit_train_batches")  # fmt: skip
+#: Recorded only where they are not Lightning's defaults, which are nothing.
+_RARE = ("min_epochs", "min_steps", "max_time", "fast_dev_run", "overfit_batches", "limit_test_batches")
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -73,7 +74,7 @@ def _methods(callbacks: Any) -> list[dict[str, Any]]:
 
 
 def run_settings(config: Namespace) -> dict[str, Any]:
-    """What a run computes, from the parsed configuration: two runs with equal settings are the same run.
+    """What a run computes, from the parsed configuration: equal settings on as many processes are the same run.
 
     Args:
         config: of one subcommand.
@@ -87,9 +88,16 @@ def run_settings(config: Namespace) -> dict[str, Any]:
             **{k: v for k, v in arguments.items() if k not in _NEUTRAL["data"]},
         },
         "model": {k: v for k, v in model.items() if k not in _NEUTRAL["model"]},
-        "trainer": {key: _plain(trainer[key]) for key in _TRAINER},
+        "trainer": {key: _plain(trainer[key]) for key in _TRAINER}
+        | {key: _plain(trainer[key]) for key in _RARE if trainer[key]},
         "callbacks": _methods(trainer["callbacks"]),
     }
+
+
+def planned_processes(config: Namespace) -> int | None:
+    """How many processes the configuration asks for; ``None`` where that is left to the machine."""
+    devices = str(config["trainer"]["devices"])  # a number, a list, "auto" or -1
+    return int(devices) * int(config["trainer"]["num_nodes"]) if devices.isdigit() else None
 
 
 class BenchmarkCLI(LightningCLI):
@@ -102,6 +110,7 @@ class BenchmarkCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=1,
             save_config_callback=None,  # result.json says it
+            auto_configure_optimizers=False,  # the model's own, from its settings
             args=None if arguments is None else list(arguments),
             run=run,
             parser_kwargs={"prog": "benchmarks.train", "fit": {"description": __doc__}} if run else {},
@@ -132,13 +141,13 @@ class BenchmarkCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has."""
         options = self.options
-        if options["seed_everything"] is False or options["seed_everything"] is True:
-            raise SystemExit("benchmarks.train: a run needs a seed, --seed_everything NUMBER")
         self.record = Record(run_settings(options), options["look"])
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         at = next((i for i, c in enumerate(callbacks) if isinstance(c, LastCheckpoint)), len(callbacks))
         self.requeue = RequeueAtStep()
+        self.record.settings["processes"] = trainer.world_size  # batches are per process
+        trainer.strategy.checkpoint_io = WholeFiles()
         callbacks[at:at] = [SeededSteps(int(options["seed_everything"])), self.record, self.requeue]
         return trainer
 
@@ -152,7 +161,7 @@ class BenchmarkCLI(LightningCLI):
         self.finished = path.exists()
         if self.finished:
             found = json.loads(path.read_text())
-            if changed := differences(self.record.settings, found["settings"]):
+            if changed := run_differences(self.record.settings, found["settings"]):
                 raise SystemExit(
                     f"benchmarks.train: {path} holds the result of another run: this run has {'; '.join(changed)}; "
                     f"choose another --trainer.default_root_dir or --result"
@@ -165,9 +174,8 @@ class BenchmarkCLI(LightningCLI):
         if "weights_only" in signature(Trainer.fit).parameters:  # from Lightning 2.6 on
             arguments["weights_only"] = True
         self.requeue.listen()
-        started = time.perf_counter()
         self.trainer.fit(**arguments)
-        self.seconds = time.perf_counter() - started
+        self.seconds = self.record.seconds
 
     def after_fit(self) -> None:
         """Test, and write the result."""

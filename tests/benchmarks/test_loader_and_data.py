@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.data import CIFAR10, Digits, FashionMNIST, ImageNet
-from benchmarks.loader import SeededBatches, Shares, crop_and_flip
+from benchmarks.loader import SeededBatches, SeededItems, Shares, crop_and_flip
 
 
 def test_shares_of_all_ranks_are_the_whole_in_order() -> None:
@@ -62,6 +62,62 @@ def test_augmentation_is_a_function_of_seed_epoch_index_and_rank() -> None:
     assert torch.equal(batches()[0], batches()[0])
     assert not torch.equal(batches()[0], batches(epoch=1)[0])
     assert not torch.equal(batches()[0], batches(rank=1)[0])
+
+
+class Noisy(torch.utils.data.Dataset[torch.Tensor]):
+    """Row and a random number, as a random transform would draw it."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return torch.tensor([float(row), float(torch.rand(()))])
+
+
+def test_items_and_their_transforms_are_functions_of_seed_epoch_and_row() -> None:
+    def batches(epoch: int = 0, workers: int = 0, start: int = 0, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
+        loader = SeededItems(Noisy(), 6 // ranks, 4, rank, ranks, num_workers=workers)
+        loader.load_state_dict({"epoch": epoch, "next": start})  # as after a resume in the middle of the epoch
+        loader.set_epoch(epoch)
+        state = torch.get_rng_state()
+        found = list(loader)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert loader.state_dict() == {"epoch": epoch, "next": 3}
+        return found
+
+    whole = batches()
+    assert [batch.shape for batch in whole] == [(6, 2)] * 3
+    assert len(torch.cat(whole)[:, 0].unique()) == 18
+    assert all(torch.equal(one, other) for one, other in zip(whole, batches(workers=2), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(whole[1:], batches(workers=2, start=1), strict=True))
+    assert not torch.equal(whole[0], batches(epoch=1)[0])
+    halves = [batches(rank=rank, ranks=2) for rank in range(2)]
+    for one, first, second in zip(whole, *halves, strict=True):
+        assert {tuple(item) for item in one.tolist()} == {tuple(item) for item in torch.cat([first, second]).tolist()}
+    drawn = {float(row): float(value) for row, value in torch.cat(whole)}
+    again = {float(row): float(value) for row, value in torch.cat(batches(epoch=1))}
+    assert all(drawn[row] != again[row] for row in drawn.keys() & again.keys())
+
+
+def test_data_are_fetched_once_per_machine_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", lambda root, download: calls.append((root, download)))
+    FashionMNIST(root=str(tmp_path)).prepare_data()
+    assert calls == []
+    FashionMNIST(root=str(tmp_path), download=True).prepare_data()
+    FashionMNIST(download=True).prepare_data()
+    assert calls == [(str(tmp_path), True), ("data", True)]
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)  # where torchvision puts it
+    asked: list[str | None] = []
+    monkeypatch.setattr("lightning_filterdiv.demo.FashionMNIST", lambda root: asked.append(root) or Nothing())
+    FashionMNIST(root=str(tmp_path)).read()
+    FashionMNIST(root=str(tmp_path / "raw")).read()
+    assert asked == [str(tmp_path / "FashionMNIST" / "raw"), str(tmp_path / "raw")]
+
+
+class Nothing:
+    def load(self) -> None:
+        """Nothing."""
 
 
 def test_images_are_normalised_by_the_training_part() -> None:

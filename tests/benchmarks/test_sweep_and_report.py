@@ -102,6 +102,55 @@ def test_results_of_other_settings_are_named_and_not_mixed_in(tmp_path: Path) ->
         sweep.check_results(runs)
 
 
+def test_a_run_that_ends_without_a_result_keeps_its_checkpoint(tmp_path: Path) -> None:
+    """As Lightning does on SIGTERM: status 0."""
+    run = scripted(tmp_path, "open(FOLDER + '/last.ckpt', 'w').write('x')")
+    with pytest.raises(SweepError, match=r"(?s)ended with status 0 and no result.*goes on from its last checkpoint"):
+        sweep.execute(run, 1)
+    assert (run.folder / "last.ckpt").exists()
+
+
+def test_ctrl_c_begins_no_other_run(tmp_path: Path) -> None:
+    line = "import time; open(RESULT + '.began', 'w').close(); time.sleep(2); open(RESULT, 'w').write('{}')"
+    start = (
+        "from pathlib import Path; from tests.benchmarks.test_sweep_and_report import scripted; from benchmarks import "
+        f"sweep; sweep.run_locally([scripted(Path({str(tmp_path)!r}), {line!r}, m) for m in 'abcd'], jobs=1, threads=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", start], cwd=sweep.ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "a-seed1.json.began").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert sorted(path.name for path in tmp_path.glob("*.began")) == ["a-seed1.json.began"]
+
+
+def test_a_folder_holds_one_protocol(tmp_path: Path) -> None:
+    runs = grid(tmp_path)
+    text = sweep.check_protocol(runs)
+    (tmp_path / "protocol.json").write_text(text)
+    assert sweep.check_protocol(runs) == text
+    (more,) = sweep.plan("digits", "c3", "quick", ["soft"], [7], "cpu", tmp_path)  # another method, another seed
+    assert sweep.check_protocol([more]) == text
+    for data, model, overrides, said in (
+        ("fashion_mnist", "c3", [], "data.class: 'FashionMNIST', not 'Digits'"),
+        ("digits", "c8", [], "model.network: 'c8', not 'c3'"),
+        ("digits", "c3", ["--model.lr=0.3"], "model.lr: 0.3, not 0.02"),
+        ("digits", "c3", ["--trainer.devices=2"], "processes: 2, not 1"),
+    ):
+        other = sweep.plan(data, model, "quick", ["soft"], [1], "cpu", tmp_path, overrides)
+        with pytest.raises(SweepError, match="holds runs of another protocol") as caught:
+            sweep.check_protocol(other)
+        assert said in str(caught.value)
+    neutral = sweep.plan("digits", "c3", "quick", ["soft"], [1], "cpu", tmp_path, ["--model.channels_last=false"])
+    assert sweep.check_protocol(neutral) == text
+
+
+def test_a_method_that_replaces_the_transform_of_the_data_is_refused(tmp_path: Path) -> None:
+    runs = sweep.plan("fashion_mnist_14", "c3", "fm5k", ["baseline", "wavelet"], [1], "cpu", tmp_path)
+    with pytest.raises(SweepError, match="method wavelet replaces what the data file says of transform"):
+        sweep.check_protocol(runs)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -120,9 +169,11 @@ def test_unknown_configurations_list_what_there_is(
 def test_committed_results_belong_to_the_committed_configurations() -> None:
     """What the tables show is what the commands beside them would make."""
     folder = sweep.RESULTS / "fm5k-c3"
-    methods = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("*.json")})
+    methods = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("*-seed*.json")})
     assert len(methods) > 10
-    sweep.check_results(sweep.plan("fashion_mnist", "c3", "fm5k", methods, range(1, 11), "cpu", folder))
+    runs = sweep.plan("fashion_mnist", "c3", "fm5k", methods, range(1, 11), "cpu", folder)
+    sweep.check_results(runs)
+    assert sweep.check_protocol(runs) == (folder / "protocol.json").read_text()
 
 
 def test_slurm_gets_the_missing_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,13 +203,12 @@ def test_a_sweep_killed_in_the_middle_finishes_without_repeating_itself(tmp_path
     os.killpg(process.pid, signal.SIGKILL)  # the sweep and the run
     process.wait()
     done = tmp_path / "baseline-seed1.json"
-    stamp, half = done.stat().st_mtime_ns, begun.stat().st_mtime_ns
+    stamp = done.stat().st_mtime_ns
     assert not (tmp_path / "wau-seed1.json").exists()
     subprocess.run(command, cwd=sweep.ROOT, env=environment, check=True)
     assert done.stat().st_mtime_ns == stamp
-    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*-seed*.json")}
     assert sorted(results) == ["baseline-seed1", "baseline-seed2", "wau-seed1", "wau-seed2"]
-    assert half
     for name, result in results.items():
         assert [row["epoch"] for row in result["curve"]] == list(range(1, 41)), name
     whole = tmp_path / "whole"
@@ -197,6 +247,14 @@ def test_seeds_without_a_partner_do_not_count_in_the_difference() -> None:
     assert rows[1].seeds == 3
     assert rows[1].difference == pytest.approx(1.5)
     assert "+1.50" in report.table(rows)
+
+
+def test_a_method_that_changes_nothing_leaves_the_other_p_values_alone() -> None:
+    base, better = [0.80, 0.81, 0.83], [0.81, 0.82, 0.845]
+    alone = report.summary(runs_of(baseline=base, soft=better))[1]
+    both = {row.method: row for row in report.summary(runs_of(baseline=base, monitor=base, soft=better))}
+    assert both["monitor"].p == 1
+    assert both["soft"].p == pytest.approx(2 * alone.p)
 
 
 def test_one_seed_has_no_interval_and_no_p() -> None:

@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from benchmarks import train
 from benchmarks.data import Digits
-from benchmarks.record import differences
+from benchmarks.record import Record, WholeFiles, differences, run_differences
 from benchmarks.sweep import CONFIGS, plan
 
 QUICK = [("data", "digits"), ("model", "c3"), ("recipe", "quick"), ("trainer", "cpu")]
@@ -57,9 +58,21 @@ def _only_this_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks.train"])
 
 
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("every", "device"),
+    [
+        pytest.param(2, "cpu", id="inside an epoch"),
+        pytest.param(3, "cpu", id="after the last of three steps, before the end of the epoch"),
+        pytest.param(2, "gpu_float32", id="on a GPU",
+                     marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+    ],
+)  # fmt: skip
+def test_a_killed_run_goes_on_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, device: str
+) -> None:
     # Dropout and augmented images: a resume repeats them only if randomness is keyed by the step.
-    more = ("--data.augment", "true", "--checkpoint.every_n_train_steps", "2")
+    more = ("--data.augment", "true", "--checkpoint.every_n_train_steps", str(every), "-c",
+            str(CONFIGS / "trainer" / f"{device}.yaml"))  # fmt: skip
     monkeypatch.setattr(train, "Classification", WithDropout)
     train.main(arguments(tmp_path / "whole", "wau", *more))
     original = train.BenchmarkCLI.instantiate_trainer
@@ -83,6 +96,32 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: py
         del result["seconds"]
     assert results[0] == results[1]
     assert [row["epoch"] for row in results[0]["curve"]] == [1, 2, 3, 4]
+
+
+def test_seconds_are_those_of_all_starts() -> None:
+    first = Record({"seed": 1}, 0)
+    first._started -= 100
+    second = Record({"seed": 1}, 0)
+    second.load_state_dict(first.state_dict())
+    assert 100 <= second.seconds < 110
+
+
+def test_a_checkpoint_is_replaced_by_a_complete_one_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, path)
+
+    def cut_off(self: TorchCheckpointIO, checkpoint: Any, path: str, *_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchCheckpointIO, "save_checkpoint", cut_off)
+        with pytest.raises(KilledError):
+            WholeFiles().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    WholeFiles().save_checkpoint({"step": 3}, path)
+    assert torch.load(path, weights_only=True) == {"step": 3}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_finished_run_is_left_alone_and_another_is_not_mixed_in(
@@ -130,11 +169,37 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
         train.Classification(network="c8", weights=str(tmp_path / "last.ckpt"))
 
 
-def test_a_run_needs_a_seed(tmp_path: Path) -> None:
+def test_a_run_needs_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arguments(tmp_path)
     given[given.index("--seed_everything") + 1] = "true"
     with pytest.raises(SystemExit):
         train.main(given)
+    assert "seed" in capsys.readouterr().err
+
+
+def test_the_optimizer_is_that_of_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an option of Lightning's would replace is not recorded in the result, so there is no such option."""
+    with pytest.raises(SystemExit):
+        train.main(arguments(tmp_path, "wau", "--optimizer", "Adam"))
+    assert "--optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--trainer.limit_test_batches=1", "trainer.limit_test_batches: 1"),
+        ("--trainer.overfit_batches=2", "trainer.overfit_batches: 2"),
+        ("--trainer.fast_dev_run=true", "trainer.fast_dev_run: True"),
+        ("--trainer.devices=2", "processes: 2, not 1"),
+    ],
+)
+def test_what_changes_a_result_makes_another_run(tmp_path: Path, override: str, said: str) -> None:
+    (plain,) = plan("digits", "c3", "quick", ["wau"], [1], "cpu", tmp_path)
+    (other,) = plan("digits", "c3", "quick", ["wau"], [1], "cpu", tmp_path, [override])
+    (difference,) = run_differences(other.settings(), plain.settings())
+    assert said in difference
+    old = {key: value for key, value in plain.settings().items() if key != "processes"}  # from before it was recorded
+    assert run_differences(plain.settings(), old) == []
 
 
 @pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml")))
