@@ -52,33 +52,29 @@ METHODS: dict[str, list[Callback]] = {
 
 
 class Count(Callback):
-    """Collectives of some steps in the middle of the second epoch.
+    """Collectives of some steps in the middle of the second epoch, each from the end of the step before to its own end.
 
-    Comes last, so that what other callbacks do at the end of a step is seen.
+    Comes last, so that what other callbacks do at the start and at the end of a step is seen.
     """
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int]] = []
         self._recorded: profile | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Begin to record; the callbacks before this one have had their turn and are counted at the next step's end."""
-        if trainer.current_epoch == 1 and trainer.fit_loop.batch_idx in LOOK:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Count, and begin to record the next step."""
+        if self._recorded is not None:
+            self._recorded.__exit__(None, None, None)
+            calls, size = 0, 0
+            for event in self._recorded.events() or []:
+                if event.name.startswith(("gloo:", "nccl:")):
+                    calls += 1
+                    size += _bytes(event.input_shapes)
+            self.steps.append((calls, size))
+            self._recorded = None
+        if trainer.current_epoch == 1 and trainer.fit_loop.batch_idx + 1 in LOOK:
             self._recorded = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
             self._recorded.__enter__()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Count."""
-        if self._recorded is None:
-            return
-        self._recorded.__exit__(None, None, None)
-        calls, size = 0, 0
-        for event in self._recorded.events() or []:
-            if event.name.startswith(("gloo:", "nccl:")):
-                calls += 1
-                size += _bytes(event.input_shapes)
-        self.steps.append((calls, size))
-        self._recorded = None
 
 
 def _bytes(shapes: Any) -> int:
@@ -165,7 +161,9 @@ def _processes(count: int, *options: str) -> str:
     """Start this module on ``count`` processes and return what rank 0 printed last."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}",
                f"--master-port={_port()}", "-m", "benchmarks.communication", "--here", *options]  # fmt: skip
-    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    # One thread per process, also of a single one, to which torchrun would leave all cores.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
     if process.returncode:
         raise RuntimeError(process.stderr[-3000:])
     return process.stdout.strip().splitlines()[-1]
@@ -191,7 +189,7 @@ def weak_table(weak: dict[str, float]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--here", action="store_true", help="measure in the processes that torchrun or srun started")
+    parser.add_argument("--here", action="store_true", help="measure in the processes that torchrun started")
     parser.add_argument("--weak", nargs="*", type=int, help="numbers of processes for a table of weak scaling")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,13 +32,21 @@ def count(method: str, depth: int, device: str) -> int:
     model = CifarResNet(depth).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    before, after = METHODS[method](model, torch.optim.SGD(model.parameters(), lr=0.1))
-    before(0)
+    # With momentum, as in training: what is held through a step includes it.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before, after = METHODS[method](model, optimizer)
+    before(0)  # makes buffers
+    optimizer.step()
     after()
+    found = _operations(lambda: before(1), device)
+    optimizer.step()
+    return found + _operations(after, device)
+
+
+def _operations(action: Callable[[], object], device: str) -> int:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as recorded:
-        before(1)
-        after()
+        action()
     if device == "cuda":
         kernels = [e for e in recorded.events() or [] if "CUDA" in str(e.device_type)]
         return len(kernels)

@@ -129,10 +129,14 @@ def trial(out: Path, method: str = "wau", epochs: int = 150, seconds: float = 60
         finals[name] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     wrong = []
     for name in ("requeued", "signalled"):
-        for part in ("state_dict", "optimizer_states", "global_step"):
-            wrong += [f"{name}: {n}" for n in _differences(finals["alone"][part], finals[name][part], part)]
+        found = [
+            f"{name}: {n}"
+            for part in ("state_dict", "optimizer_states", "global_step")
+            for n in _differences(finals["alone"][part], finals[name][part], part)
+        ]
         step = finals[name]["global_step"]
-        print(f"{name}: after {step} steps {'equal to' if not wrong else 'different from'} the run left alone")
+        print(f"{name}: after {step} steps {'different from' if found else 'equal to'} the run left alone")
+        wrong += found
     return wrong
 
 

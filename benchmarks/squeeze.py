@@ -89,7 +89,10 @@ def trained_network(seed: int, folder: Path) -> nn.Module:
     net = resnet()
     path = folder / ".partial" / f"trained-seed{seed}.pt"
     if not path.exists():
-        raise FileNotFoundError(f"run the arm 'trained' of seed {seed} first")
+        raise FileNotFoundError(
+            f"the weights of the arm 'trained' of seed {seed} are not here: run it first, after moving "
+            f"trained-seed{seed}.json away if that is there"
+        )
     net.load_state_dict(torch.load(path, weights_only=True))
     return net
 
@@ -176,7 +179,11 @@ def run(arm: str, seed: int, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     result = RUN[arm](seed, folder)
     seconds = round(time.perf_counter() - started, 1)
-    versions = {"torch": torch.__version__, "lightning": version("lightning"), "torch_pruning": "1.6.1"}
+    versions = {
+        "torch": torch.__version__,
+        "lightning": version("lightning"),
+        "torch_pruning": version("torch-pruning"),
+    }
     return {
         "arm": arm,
         "seed": seed,
