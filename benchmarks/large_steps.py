@@ -90,16 +90,17 @@ def table(record: dict[str, Any], counted: dict[str, Any]) -> str:
     gpu = next((gpu for gpu in GPUS if gpu.name in record["device"]), None)
     if gpu is None:
         raise ValueError(f"{record['device']} is not in benchmarks.scaling.GPUS; add its data sheet's figures there")
-    rows = ["| network | callback | products | hooks, predicted | measured | step, predicted | measured "
-            "| share, predicted | measured |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = ["| network | callback | products | hooks, predicted | measured | ratio | rest of the step, predicted "
+            "| measured | share, predicted | measured |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in (Measured(**row) for row in record["rows"]):
         of = counted[row.network]
         hooks = hook_seconds(Count(**of["hooks"][row.method]), gpu, row.tf32)
         step = step_seconds(WORKLOADS[row.network], gpu, of["forward_flops"])
+        hooks_ms = f"{1e3 * hooks:.2f} ms | {1e3 * row.hooks:.2f} ms"
+        step_ms = f"{1e3 * step:.1f} ms | {1e3 * row.step:.1f} ms"
         rows.append(
-            f"| {row.network} | {row.method} | {'TF32' if row.tf32 else 'float32'} | {1e3 * hooks:.2f} ms "
-            f"| {1e3 * row.hooks:.2f} ms | {1e3 * step:.1f} ms | {1e3 * row.step:.1f} ms | {100 * hooks / step:.1f} % "
-            f"| {100 * row.hooks / row.step:.1f} % |"
+            f"| {row.network} | {row.method} | {'TF32' if row.tf32 else 'float32'} | {hooks_ms} "
+            f"| {hooks / row.hooks:.2f} | {step_ms} | {100 * hooks / step:.1f} % | {100 * row.hooks / row.step:.1f} % |"
         )
     return "\n".join([*rows, "", f"{record['device']}, torch {record['torch']}, 64 images, bfloat16 autocast."])
 

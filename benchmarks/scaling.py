@@ -53,6 +53,11 @@ GPUS = (
 )
 #: Assumed shares of the peaks that the hooks reach, bandwidth and products; and seconds between two kernels.
 REACHED_BANDWIDTH, REACHED_PRODUCTS, GAP = 0.6, 0.3, 4e-6
+#: Seconds that the host needs for the hooks of a step, and for each of their kernels: a least-squares fit of relative
+#: errors to what ``benchmarks.large_steps`` measured on an H200 for the methods without large matrix products
+#: (``FITTED``); the other methods check it.
+HOST_STEP, HOST_KERNEL = 1.2e-3, 20e-6
+FITTED = ("wau", "repr sub-network phase", "srip")
 
 
 class Workload(NamedTuple):
@@ -112,8 +117,18 @@ def forward_flops(workload: Workload) -> int:
     return int(counter.get_total_flops())
 
 
+def host_seconds(count: Count) -> float:
+    """Time that the host needs to start the hooks of a step."""
+    return HOST_STEP + count.kernels * HOST_KERNEL
+
+
 def hook_seconds(count: Count, gpu: Gpu, tf32: bool = False) -> float:
-    """Time inside the hooks of a step, nothing overlapped."""
+    """Time inside the hooks of a step where the GPU waits for its host: that of the slower of both."""
+    return max(host_seconds(count), device_seconds(count, gpu, tf32))
+
+
+def device_seconds(count: Count, gpu: Gpu, tf32: bool = False) -> float:
+    """The GPU's time for the hooks of a step, nothing overlapped."""
     rate = gpu.tf32 if tf32 else gpu.fp32
     moved, computed = count.bytes / (REACHED_BANDWIDTH * gpu.bandwidth), count.flops / (REACHED_PRODUCTS * rate)
     return count.kernels * GAP + moved + computed
@@ -146,23 +161,23 @@ def counted() -> dict[str, Any]:
 
 
 def step_table(result: dict[str, Any]) -> str:
-    """Markdown: predicted share of a step, the same for every number of devices."""
+    """Markdown: predicted share of a step, the same for every number of devices; in brackets that of the GPU alone."""
     columns = [(gpu, tf32) for gpu in GPUS for tf32 in (False, True)]
     names = [f"{gpu.name}{', TF32' if tf32 else ''} %" for gpu, tf32 in columns]
-    rows = [f"| network | callback | kernels | MB touched | GFLOP | {' | '.join(names)} |"]
-    rows.append("|---|---|---|---|---|" + "---|" * len(columns))
+    rows = [f"| network | callback | kernels | host, ms | MB touched | GFLOP | {' | '.join(names)} |"]
+    rows.append("|---|---|---|---|---|---|" + "---|" * len(columns))
     for name, of in result["counted"].items():
         workload = WORKLOADS[name]
         for method, counts in of["hooks"].items():
             count = Count(**counts)
-            shares = [
-                100 * hook_seconds(count, gpu, tf32) / step_seconds(workload, gpu, of["forward_flops"])
-                for gpu, tf32 in columns
-            ]
-            numbers = " | ".join(f"{share:.1f}" for share in shares)
+            numbers = []
+            for gpu, tf32 in columns:
+                step = step_seconds(workload, gpu, of["forward_flops"])
+                shares = [100 * seconds(count, gpu, tf32) / step for seconds in (hook_seconds, device_seconds)]
+                numbers.append(f"{shares[0]:.1f} ({shares[1]:.1f})")
             rows.append(
-                f"| {name} | {method} | {count.kernels} | {count.bytes / 1e6:.0f} | {count.flops / 1e9:.1f} "
-                f"| {numbers} |"
+                f"| {name} | {method} | {count.kernels} | {1e3 * host_seconds(count):.1f} | {count.bytes / 1e6:.0f} "
+                f"| {count.flops / 1e9:.1f} | {' | '.join(numbers)} |"
             )
     return "\n".join(rows)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import communication, scaling
+from benchmarks.device import RESULTS
 from benchmarks.fake_device import STAGING, KernelCounter, fake_stage
 from benchmarks.models import CifarResNet
 from benchmarks.overhead import METHODS
@@ -82,12 +84,37 @@ def test_forward_operations_are_the_published_ones() -> None:
 
 def test_the_model_adds_what_it_says() -> None:
     gpu = GPUS[0]
-    assert scaling.hook_seconds(Count(10, 0, 0), gpu) == pytest.approx(40e-6)
-    assert scaling.hook_seconds(Count(0, int(0.6 * gpu.bandwidth), 0), gpu) == pytest.approx(1)
-    assert scaling.hook_seconds(Count(0, 0, int(0.3 * gpu.fp32)), gpu) == pytest.approx(1)
-    assert scaling.hook_seconds(Count(0, 0, int(0.3 * gpu.tf32)), gpu, tf32=True) == pytest.approx(1)
+    assert scaling.device_seconds(Count(10, 0, 0), gpu) == pytest.approx(40e-6)
+    assert scaling.device_seconds(Count(0, int(0.6 * gpu.bandwidth), 0), gpu) == pytest.approx(1)
+    assert scaling.device_seconds(Count(0, 0, int(0.3 * gpu.fp32)), gpu) == pytest.approx(1)
+    assert scaling.device_seconds(Count(0, 0, int(0.3 * gpu.tf32)), gpu, tf32=True) == pytest.approx(1)
+    assert scaling.host_seconds(Count(50, 10**9, 10**9)) == pytest.approx(2.2e-3)
+    assert scaling.hook_seconds(Count(50, 0, 0), gpu) == pytest.approx(2.2e-3)  # the host is the slower one
+    assert scaling.hook_seconds(Count(50, 0, int(0.3 * gpu.fp32)), gpu) == pytest.approx(1 + 50 * 4e-6)
     assert scaling.communication_seconds(1_000_000, 1, gpu) == 0
     assert scaling.communication_seconds(1_000_000, 1024, gpu) == pytest.approx(8e6 / gpu.network, rel=1e-3)
+
+
+def test_the_host_is_fitted_to_some_methods_and_predicts_the_others() -> None:
+    """Against the committed measurement of a GPU; within a factor of two, as docs/scaling.md says."""
+    measured = json.loads((RESULTS / "gpu" / "large_steps.json").read_text())
+    counted = json.loads(scaling.RESULT.read_text())["counted"]
+    gpu = next(gpu for gpu in GPUS if gpu.name in measured["device"])
+    ratios: dict[str, list[float]] = {}
+    rows, seconds = [], []
+    for row in measured["rows"]:
+        count = Count(**counted[row["network"]]["hooks"][row["method"]])
+        ratios.setdefault(row["method"], []).append(scaling.hook_seconds(count, gpu, row["tf32"]) / row["hooks"])
+        if row["method"] in scaling.FITTED:
+            assert scaling.device_seconds(count, gpu, row["tf32"]) < row["hooks"]
+            rows.append([1.0, count.kernels])
+            seconds.append(row["hooks"])
+    weights = 1 / np.array(seconds)
+    fit, *_ = np.linalg.lstsq(np.array(rows) * weights[:, None], np.ones(len(rows)), rcond=None)
+    assert fit == pytest.approx([scaling.HOST_STEP, scaling.HOST_KERNEL], rel=0.05)
+    others = [ratio for method, of in ratios.items() if method not in scaling.FITTED for ratio in of]
+    assert len(others) >= 12
+    assert all(0.5 < ratio < 2 for ratio in others)
 
 
 def test_no_callback_sends_anything_in_a_step() -> None:
