@@ -74,6 +74,12 @@ def _quality(*beginnings: str) -> str:
     return report.table(rows("fm5k-c3"), "baseline", rows(gpu), _devices(gpu))
 
 
+def _resnet20(*methods: str) -> str:
+    """FM5k with ResNet-20: the baseline and these methods, or all; p-values corrected over all."""
+    rows = report.summary(report.read(RESULTS / "fm5k-resnet20"))
+    return report.table([row for row in rows if not methods or row.method in ("baseline", *methods)])
+
+
 def _devices(folder: str) -> str:
     """Names of what the runs of a folder trained on."""
     return ", ".join(sorted({run["device"] for of in report.read(RESULTS / folder).values() for run in of}))
@@ -93,6 +99,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
+    "fm5k_resnet20": lambda: _resnet20(),
+    "fm5k_resnet20_wau": lambda: _resnet20("wau"),
+    "fm5k_resnet20_repr": lambda: _resnet20("repr"),
+    "fm5k_resnet20_orthonormality": lambda: _resnet20("basis", "soft"),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
     "events_repr": lambda: events.table(

@@ -74,10 +74,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     chosen = select_dropped(scores, 0.3)
     dropped = timed("drop", lambda: DroppedFilters.drop(model, graph, chosen))
     values = timed("new directions", lambda: _directions(layers, dropped))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes the momentum that a regrowth resets
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     timed("regrow", lambda: dropped.regrow(values, [optimizer]))
     timed(LOG, lambda: [orthogonality_score(matrix).mean() for matrix in matrices.values()])
     if device.type == "cpu":
