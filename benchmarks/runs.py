@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +40,7 @@ def run_parser(
 def write_whole(path: Path, text: str) -> None:
     """Write a file by way of another, so that a run that is cut off leaves no half one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may write the same one
     scratch.write_text(text)
     scratch.replace(path)
 

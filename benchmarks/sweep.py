@@ -373,7 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run in runs:
                 print(f"{run.method} seed {run.seed}: {run.status()}")
             return 0
-        write_whole(out / "protocol.json", protocol)
+        if not (out / "protocol.json").exists():
+            write_whole(out / "protocol.json", protocol)
         if options.slurm:
             rest = [part for part in given if part != "--slurm"]
             script = Path(__file__).parent / "slurm" / "sweep.sbatch"
