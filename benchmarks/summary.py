@@ -128,7 +128,9 @@ def _rank(arm: str) -> str:
 
 
 def _diverse(arm: str) -> str:
-    return f"effective rank {_rank('baseline')} to {_rank(arm)}, accuracy {_difference('fm5k-c3', arm, 'baseline')}"
+    small, residual = (_difference(folder, arm, "baseline") for folder in ("fm5k-c3", "fm5k-resnet20"))
+    ranks = f"effective rank {_rank('baseline')} to {_rank(arm)}"
+    return f"three convolutions: {ranks}, accuracy {small}; ResNet-20: {residual}"
 
 
 def _squeezed() -> str:

@@ -166,12 +166,20 @@ def test_unknown_configurations_list_what_there_is(
     assert message in capsys.readouterr().err
 
 
-def test_committed_results_belong_to_the_committed_configurations() -> None:
+@pytest.mark.parametrize(
+    ("data", "model", "name", "count"),
+    [
+        ("fashion_mnist", "c3", "fm5k-c3", 17),
+        ("fashion_mnist", "resnet20", "fm5k-resnet20", 5),
+        ("fashion_mnist_14", "resnet20", "fm5k-resnet20-14", 3),
+    ],
+)
+def test_committed_results_belong_to_the_committed_configurations(data: str, model: str, name: str, count: int) -> None:
     """What the tables show is what the commands beside them would make."""
-    folder = sweep.RESULTS / "fm5k-c3"
+    folder = sweep.RESULTS / name
     methods = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("*-seed*.json")})
-    assert len(methods) > 10
-    runs = sweep.plan("fashion_mnist", "c3", "fm5k", methods, range(1, 11), "cpu", folder)
+    assert len(methods) >= count
+    runs = sweep.plan(data, model, "fm5k", methods, range(1, 11), "cpu", folder)
     sweep.check_results(runs)
     assert sweep.check_protocol(runs) == (folder / "protocol.json").read_text()
 
