@@ -113,7 +113,9 @@ def test_a_run_that_ends_without_a_result_keeps_its_checkpoint(tmp_path: Path) -
 def test_ctrl_c_begins_no_other_run(tmp_path: Path) -> None:
     line = "import time; open(RESULT + '.began', 'w').close(); time.sleep(2); open(RESULT, 'w').write('{}')"
     start = (
-        "from pathlib import Path; from tests.benchmarks.test_sweep_and_report import scripted; from benchmarks import "
+        # Ctrl-C is ignored by what is started in the background, as tests may be.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
+        "from tests.benchmarks.test_sweep_and_report import scripted; from benchmarks import "
         f"sweep; sweep.run_locally([scripted(Path({str(tmp_path)!r}), {line!r}, m) for m in 'abcd'], jobs=1, threads=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", start], cwd=sweep.ROOT, stderr=subprocess.PIPE, text=True)
