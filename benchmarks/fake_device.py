@@ -113,6 +113,14 @@ STAGING = ("lightning_filterdiv.async_update.functional", "lightning_filterdiv.o
 
 
 @contextmanager
+def _staged(crossing: Callable[[Tensor, torch.device], Tensor]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in STAGING:
+            stack.enter_context(mock.patch(f"{module}.stage", crossing))
+        yield
+
+
+@contextmanager
 def host_draws_apart(counter: KernelCounter) -> Iterator[None]:
     """Leave out of ``counter``, which counts on the CPU, what a step draws on the host before it copies it over.
 
@@ -127,14 +135,12 @@ def host_draws_apart(counter: KernelCounter) -> Iterator[None]:
         counter.bytes = 2 * cpu_tensor.nbytes
         return cpu_tensor
 
-    with ExitStack() as stack:
-        for module in STAGING:
-            stack.enter_context(mock.patch(f"{module}.stage", crossing))
+    with _staged(crossing):
         yield
 
 
 @contextmanager
-def fake_stage(patch: Callable[[str, Any], None], modules: Sequence[str]) -> Iterator[list[int]]:
+def fake_stage() -> Iterator[list[int]]:
     """Replace ``stage`` by one that makes a fake device tensor, and count its calls: the only allowed crossing."""
     calls: list[int] = []
 
@@ -142,12 +148,11 @@ def fake_stage(patch: Callable[[str, Any], None], modules: Sequence[str]) -> Ite
         calls.append(cpu_tensor.numel())
         return torch.empty(cpu_tensor.shape, dtype=cpu_tensor.dtype, device=device)
 
-    for module in modules:
-        patch(f"{module}.stage", crossing)
-    yield calls
+    with _staged(crossing):
+        yield calls
 
 
-def profiled_operations(action: Callable[[], None]) -> Counter[str]:
+def profiled_operations(action: Callable[[], object]) -> Counter[str]:
     """Operations inside ``action`` by name, the inner ones too, views left out (torch.profiler on the CPU)."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         action()

@@ -14,47 +14,31 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.device import default_device, description, result_path
+from benchmarks.fake_device import profiled_operations
 from benchmarks.models import CifarResNet
-from benchmarks.overhead import METHODS
+from benchmarks.overhead import METHODS, trained_hooks
 
 RESULT = result_path("launches.json", "cpu")
-# They move no data and start nothing on a device.
-_VIEWS = ("as_strided", "detach", "expand", "narrow", "permute", "reshape", "select", "slice", "split", "transpose",
-          "unbind", "unflatten", "unsqueeze", "view", "empty", "empty_strided", "split_with_sizes")  # fmt: skip
 
 
 def count(method: str, depth: int, device: str) -> int:
     """Operations (on CUDA: kernels and copies) of one step's hooks on ResNet-``depth``."""
     model = CifarResNet(depth).to(device)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    # With momentum, as in training: what is held through a step includes it.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    before, after = METHODS[method](model, optimizer)
-    before(0)  # makes buffers
-    optimizer.step()
-    after()
+    optimizer, (before, after) = trained_hooks(method, model)  # what is held through a step includes momentum
     found = _operations(lambda: before(1), device)
     optimizer.step()
     return found + _operations(after, device)
 
 
 def _operations(action: Callable[[], object], device: str) -> int:
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as recorded:
+    if device != "cuda":
+        return profiled_operations(action).total()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         action()
-    if device == "cuda":
-        kernels = [e for e in recorded.events() or [] if "CUDA" in str(e.device_type)]
-        return len(kernels)
-    return sum(
-        event.count
-        for event in recorded.key_averages()
-        if event.key.startswith("aten::") and event.key.removeprefix("aten::") not in _VIEWS
-    )
+    return len([event for event in recorded.events() or [] if "CUDA" in str(event.device_type)])
 
 
 def table(counts: dict[str, dict[str, int]], gpu: dict[str, dict[str, int]] | None = None, gpu_name: str = "") -> str:

@@ -162,6 +162,18 @@ METHODS: dict[str, Callable[[nn.Module, Optimizer], Hooks]] = {
 }
 
 
+def trained_hooks(method: str, model: nn.Module) -> tuple[Optimizer, Hooks]:
+    """Optimizer and hooks of a model that has made one step: there are gradients, momentum and buffers."""
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before, after = METHODS[method](model, optimizer)
+    before(0)
+    optimizer.step()
+    after()
+    return optimizer, (before, after)
+
+
 class Cost(NamedTuple):
     """Medians over steps."""
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.device import RESULTS, result_path
 from benchmarks.fake_device import KernelCounter, host_draws_apart, profiled_operations
 from benchmarks.models import CifarResNet, build_network
-from benchmarks.overhead import METHODS
+from benchmarks.overhead import trained_hooks
 
 RESULT = result_path("scaling.json", "cpu")
 SHOWN = ("wau", "repr sub-network phase", "csgd", "basis", "soft", "srip")
@@ -91,13 +91,7 @@ def count_hooks(method: str, model: nn.Module) -> Count:
         method: of ``benchmarks.overhead``.
         model: on the CPU.
     """
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    before, after = METHODS[method](model, optimizer)
-    before(0)  # makes buffers
-    optimizer.step()
-    after()
+    optimizer, (before, after) = trained_hooks(method, model)
     counter = KernelCounter("cpu")
     with counter, host_draws_apart(counter):
         before(1)
@@ -248,16 +242,14 @@ def check(depths: tuple[int, ...], repeats: int) -> dict[str, Any]:
     for depth in depths:
         for method in SHOWN:
             torch.manual_seed(0)
-            model = CifarResNet(depth)
-            count = count_hooks(method, model)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            before, after = METHODS[method](model, optimizer)
+            count = count_hooks(method, CifarResNet(depth))
+            # A network of its own: hooks of two updates would share storage.
+            _, (before, after) = trained_hooks(method, CifarResNet(depth))
 
             def hooks(before: Callable[[int], object] = before, after: Callable[[], object] = after) -> None:
                 before(1)
                 after()
 
-            hooks()
             operations = profiled_operations(hooks).total()
             predicted = (
                 operations * machine["gap"] + count.bytes / machine["bandwidth"] + count.flops / machine["flops"]

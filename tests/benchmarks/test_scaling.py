@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import communication, scaling
 from benchmarks.device import RESULTS
-from benchmarks.fake_device import STAGING, KernelCounter, fake_stage
+from benchmarks.fake_device import KernelCounter, fake_stage
 from benchmarks.models import CifarResNet
 from benchmarks.overhead import METHODS
 from benchmarks.scaling import GPUS, WORKLOADS, Count
@@ -56,11 +56,11 @@ def test_counted_products_of_the_soft_penalty_are_those_of_its_formula() -> None
 
 @needs_fake_gpu
 @pytest.mark.parametrize("method", ["wau", "wau hold=gradient", "basis", "soft", "srip"])
-def test_counts_on_a_cpu_are_those_of_a_fake_gpu(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_on_a_cpu_are_those_of_a_fake_gpu(method: str) -> None:
     """What is drawn on the host does not count, the copy of it does."""
     found = scaling.count_hooks(method, CifarResNet(20))
     counter = KernelCounter()
-    with FakeTensorMode(allow_non_fake_inputs=True), fake_stage(monkeypatch.setattr, STAGING) as crossings:
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_stage() as crossings:
         with torch.device("cuda"):
             model = CifarResNet(20)
         for parameter in model.parameters():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from benchmarks.fake_device import STAGING, DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
+from benchmarks.fake_device import DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
 from benchmarks.models import CifarResNet
 from tests.registry import PER_STEP, Case
 from tests.support.fake_gpu import needs_fake_gpu
@@ -21,10 +21,10 @@ def _with_gradients(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def fake_gpu_kernels(case: Case, depth: int, patch: Callable[..., None]) -> KernelCounter:
+def fake_gpu_kernels(case: Case, depth: int) -> KernelCounter:
     """Kernels of one step of ``case`` on a ResNet of ``depth`` on a fake GPU."""
     counter = KernelCounter()
-    with FakeTensorMode(allow_non_fake_inputs=True), fake_stage(patch, STAGING) as crossings:
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_stage() as crossings:
         with torch.device("cuda"):
             model = CifarResNet(depth)
             optimizer = _with_gradients(model)
@@ -39,9 +39,9 @@ def fake_gpu_kernels(case: Case, depth: int, patch: Callable[..., None]) -> Kern
 
 @needs_fake_gpu
 @pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
-def test_kernels_do_not_depend_on_depth(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    shallow = fake_gpu_kernels(case, 20, monkeypatch.setattr)
-    deep = fake_gpu_kernels(case, 110, monkeypatch.setattr)
+def test_kernels_do_not_depend_on_depth(case: Case) -> None:
+    shallow = fake_gpu_kernels(case, 20)
+    deep = fake_gpu_kernels(case, 110)
     assert shallow.kernels == deep.kernels
     assert 0 < shallow.kernels.total() <= case.kernels
 
@@ -86,7 +86,7 @@ def test_the_counter_notices() -> None:
 
 
 @needs_fake_gpu
-def test_a_loop_over_layers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_over_layers_is_caught() -> None:
     def naive(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable[[int], None], Callable[[], None]]:
         from lightning_filterdiv.async_update import functional
 
@@ -101,5 +101,5 @@ def test_a_loop_over_layers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return before, lambda: None
 
     case = Case(name="naive", cls=PER_STEP[0].cls, per_step=naive)
-    shallow = fake_gpu_kernels(case, 20, monkeypatch.setattr)
-    assert shallow.kernels.total() < fake_gpu_kernels(case, 110, monkeypatch.setattr).kernels.total()
+    shallow = fake_gpu_kernels(case, 20)
+    assert shallow.kernels.total() < fake_gpu_kernels(case, 110).kernels.total()
