@@ -304,10 +304,10 @@ def _adamw_step(model: nn.Module, _: torch.optim.Optimizer) -> tuple[Callable[[i
 
 
 @needs_fake_gpu
-def test_the_decoupled_form_does_not_depend_on_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoupled_form_does_not_depend_on_depth() -> None:
     case = Case(name="csgd_adamw", cls=CentripetalSGD, per_step=_adamw_step)
-    shallow = fake_gpu_kernels(case, 20, monkeypatch.setattr)
-    assert shallow.kernels == fake_gpu_kernels(case, 110, monkeypatch.setattr).kernels
+    shallow = fake_gpu_kernels(case, 20)
+    assert shallow.kernels == fake_gpu_kernels(case, 110).kernels
     assert 0 < shallow.kernels.total() <= 130
 
 
