@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from benchmarks import train
+from benchmarks.classification import Classification
 from benchmarks.data import Digits
 from benchmarks.record import Record, WholeFiles, differences, run_differences
 from benchmarks.sweep import CONFIGS, plan
@@ -31,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-class WithDropout(train.Classification):
+class WithDropout(Classification):
     """Zeroes features at random."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -139,7 +140,7 @@ def test_a_finished_run_is_left_alone_and_another_is_not_mixed_in(
         train.main(arguments(tmp_path, "wau", "--model.lr", "0.5"))
     result = json.loads(before)
     assert result["method"] == "wau"
-    model = train.Classification(image_shape=(1, 8, 8)).eval()
+    model = Classification(image_shape=(1, 8, 8)).eval()
     model.load_state_dict(final)
     data = Digits(train_images=200, seed=3)
     data.setup()
@@ -151,7 +152,7 @@ def test_a_finished_run_is_left_alone_and_another_is_not_mixed_in(
 
 
 def test_the_control_slows_convolutions_only(tmp_path: Path) -> None:
-    model = train.Classification(convolution_lr=0.5, lr=0.1)
+    model = Classification(convolution_lr=0.5, lr=0.1)
     (optimizer,), _ = [model.configure_optimizers()["optimizer"]], None
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
@@ -161,12 +162,12 @@ def test_the_control_slows_convolutions_only(tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
-    donor = train.Classification()
+    donor = Classification()
     torch.save({"state_dict": donor.state_dict()}, tmp_path / "last.ckpt")
-    started = train.Classification(weights=str(tmp_path / "last.ckpt"))
+    started = Classification(weights=str(tmp_path / "last.ckpt"))
     assert torch.equal(started.net.conv2.weight, donor.net.conv2.weight)
     with pytest.raises(ValueError, match="is not of this network"):
-        train.Classification(network="c8", weights=str(tmp_path / "last.ckpt"))
+        Classification(network="c8", weights=str(tmp_path / "last.ckpt"))
 
 
 def test_a_run_needs_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_every_public_callback_is_registered() -> None:
 # --------------------------------------------------------------------------- YAML
 
 
-class FixedData(lightning_filterdiv.callback.pl.LightningDataModule):
+class FixedData(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         return batches()
 
