@@ -1,11 +1,16 @@
-"""Runs of an experiment, one small JSON file each: what is there is kept, the rest is made; and means over them."""
+"""Runs of an experiment, one small JSON file each: what is there is kept, the rest is made; and means over them.
+
+Several processes may be given the same runs: they share the work.
+"""
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +18,13 @@ from typing import Any
 import torch
 from scipy import stats
 
-__all__ = ["half_interval", "interval", "read_runs", "run_missing", "run_parser", "write_whole"]
+__all__ = [
+    "LockError", "exclusive", "half_interval", "interval", "read_runs", "run_missing", "run_parser", "write_whole",
+]  # fmt: skip
+
+
+class LockError(RuntimeError):
+    """The file system of the results has no locks."""
 
 
 def run_parser(
@@ -45,6 +56,31 @@ def write_whole(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
+@contextmanager
+def exclusive(path: Path, wait: bool) -> Iterator[int | None]:
+    """File descriptor of a lock, ``None`` if another process holds it; it goes with the process, however that ends.
+
+    Args:
+        path: file of the lock; it and its folder are made, and stay.
+        wait: for the process that holds it.
+
+    Raises:
+        LockError: the file system has no locks; the message says what to do.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+            return
+        except OSError as error:  # some network file systems are mounted without
+            raise LockError(
+                f"{path.parent} cannot be locked ({error}): choose an --out on another file system"
+            ) from error
+        yield file.fileno()
+
+
 def read_runs(folder: Path, which: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
     """Name -> its results by seed, in the order asked for, without what has not run."""
     found = {
@@ -69,17 +105,31 @@ def interval(values: Sequence[float], sign: str = "") -> str:
 def run_missing(options: argparse.Namespace, run: Callable[[Any, int], dict[str, Any]], prefix: str = "") -> None:
     """Make every run of :func:`run_parser`'s options whose file does not exist, on one thread, seed by seed.
 
+    A seed is the work of one process at a time, because its runs may start from one another; what another process has
+    in work comes last, and is taken over if that process leaves it unfinished.
+
     Args:
         options: what the parser returned.
         run: (which, seed) -> result with a ``test_accuracy``.
         prefix: of the files, before the name of the run.
+
+    Raises:
+        LockError: the file system of ``--out`` has no locks.
     """
     torch.set_num_threads(1)
-    for seed in options.seeds:
-        for which in options.which:
-            path = options.out / f"{prefix}{which}-seed{seed}.json"
-            if path.exists():
-                continue
-            result = run(which, seed)
-            write_whole(path, json.dumps(result, indent=1) + "\n")
-            print(f"{prefix}{which} seed {seed}: {100 * result['test_accuracy']:.2f} %", flush=True)
+    seeds = list(options.seeds)
+    for wait in (False, True):
+        elsewhere = []
+        for seed in seeds:
+            with exclusive(options.out / ".partial" / f"{prefix}seed{seed}.lock", wait) as lock:
+                if lock is None:
+                    elsewhere.append(seed)
+                    continue
+                for which in options.which:
+                    path = options.out / f"{prefix}{which}-seed{seed}.json"
+                    if path.exists():
+                        continue
+                    result = run(which, seed)
+                    write_whole(path, json.dumps(result, indent=1) + "\n")
+                    print(f"{prefix}{which} seed {seed}: {100 * result['test_accuracy']:.2f} %", flush=True)
+        seeds = elsewhere

@@ -14,7 +14,6 @@ recipes out of the folder, so that what is compared there is comparable; two swe
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -22,9 +21,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.record import run_differences
-from benchmarks.runs import write_whole
+from benchmarks.runs import LockError, exclusive, write_whole
 from benchmarks.train import BenchmarkCLI, compact, planned_processes, run_settings
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -218,23 +216,6 @@ def check_results(runs: Sequence[Run]) -> None:
             )
 
 
-@contextmanager
-def _lock(run: Run, wait: bool) -> Iterator[int | None]:
-    """File descriptor of the run's lock, ``None`` if another process holds it; it goes with the process."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-            return
-        except OSError as error:  # some network file systems are mounted without locks
-            raise SweepError(
-                f"{run.folder} cannot be locked ({error}): choose an --out on another file system"
-            ) from error
-        yield file.fileno()
-
-
 def execute(run: Run, threads: int, wait: bool = False) -> str:
     """Make one run unless it is done or in work elsewhere.
 
@@ -248,10 +229,11 @@ def execute(run: Run, threads: int, wait: bool = False) -> str:
 
     Raises:
         SweepError: the process failed; its last lines are in the message, all of them in its folder.
+        LockError: the file system of the results has no locks.
     """
     if run.result.exists():
         return "skipped"
-    with _lock(run, wait) as lock:
+    with exclusive(run.folder / "lock", wait) as lock:
         if lock is None:
             return _ELSEWHERE
         if run.result.exists():  # finished between the look and the lock
@@ -290,7 +272,7 @@ def run_locally(runs: list[Run], jobs: int, threads: int) -> list[str]:
                     try:
                         outcome = future.result()
                         bar.set_postfix_str(f"{run.method} seed {run.seed}: {outcome}")
-                    except SweepError as error:
+                    except (SweepError, LockError) as error:
                         outcome = "failed"
                         failures.append(str(error))
                         tqdm.write(str(error), file=sys.stderr)
