@@ -23,7 +23,7 @@ from scipy import stats
 
 from benchmarks.runs import half_interval
 
-__all__ = ["Row", "curves", "event_table", "read", "summary", "table"]
+__all__ = ["Row", "accuracy_cells", "curves", "event_table", "read", "summary", "table"]
 
 
 class Row(NamedTuple):
@@ -137,15 +137,15 @@ def table(rows: Sequence[Row], baseline: str = "baseline", gpu: Sequence[Row] = 
         scores = "" if np.isnan(row.score_after) else f"{row.score_before:.3f}, {row.score_after:.3f}"
         rank = "" if np.isnan(row.effective_rank) else f"{row.effective_rank:.3f}"
         size = [] if not sizes else ["" if row.parameters is None else f"{row.parameters:,}"]
-        cells = [row.method, str(row.seeds), *size, *_accuracy(row), scores, rank]
+        cells = [row.method, str(row.seeds), *size, *accuracy_cells(row), scores, rank]
         if gpu:
-            cells += [str(there[row.method].seeds), *_accuracy(there[row.method])] if row.method in there else [""] * 4
+            cells += [str(there[row.method].seeds), *accuracy_cells(there[row.method])] if row.method in there else [""] * 4
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _accuracy(row: Row) -> list[str]:
-    """Mean, difference and p-value."""
+def accuracy_cells(row: Row) -> list[str]:
+    """Mean, difference and p-value, each with its interval, empty where there is none."""
     p = "" if np.isnan(row.p) else f"{row.p:.3f}"
     return [_with_half(row.mean, row.half), _with_half(row.difference, row.difference_half, "+"), p]
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,10 +29,11 @@ import torch_pruning
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from benchmarks import report
 from benchmarks.classifier import Classifier
 from benchmarks.loader import SeededBatches
 from benchmarks.models import CifarResNet
-from benchmarks.runs import run_missing, run_parser
+from benchmarks.runs import interval, run_missing, run_parser
 from lightning_filterdiv import CentripetalSGD
 from lightning_filterdiv.centripetal import cluster_channels, merge_with_report
 from lightning_filterdiv.centripetal.measure import count_macs, count_parameters, latency_ratio
@@ -228,16 +228,27 @@ _LABELS = {
 
 
 def table(folder: Path) -> str:
-    """Markdown: accuracy after the last epoch, means over seeds."""
-    rows = ["| network | seeds | test accuracy % | MACs | parameters |", "|---|---|---|---|---|"]
+    """Markdown: accuracy after the last epoch, and what each network has over C-SGD's, paired by seed.
+
+    Args:
+        folder: of the arms' results.
+    """
+    rows = [
+        "| network | seeds | test accuracy % | difference to C-SGD, merged | p | MACs | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
     found = results(folder)
-    for arm in sorted(found, key=list(_LABELS).index):
-        runs = found[arm]
-        accuracies = [100 * run["test_accuracy"] for run in runs]
-        spread = f" ({min(accuracies):.2f} to {max(accuracies):.2f})" if len(accuracies) > 1 else ""
+    found = {arm: found[arm] for arm in _LABELS if arm in found}
+    compared = {arm: runs for arm, runs in found.items() if arm != "trained"}
+    summary = {row.method: row for row in report.summary(compared, "csgd")}
+    for arm, runs in found.items():
+        if arm in summary:
+            accuracy_cells = report.accuracy_cells(summary[arm])
+        else:
+            accuracy_cells = [interval([100 * run["test_accuracy"] for run in runs]), "", ""]
         label = _LABELS[arm].format(s=START_EPOCHS, e=EPOCHS, d=START_EPOCHS + EPOCHS)
         macs, parameters = f"{runs[0]['macs'] / 1e6:.2f} M", f"{runs[0]['parameters']:,}"
-        rows.append(f"| {label} | {len(runs)} | {fmean(accuracies):.2f}{spread} | {macs} | {parameters} |")
+        rows.append(f"| {' | '.join([label, str(len(runs)), *accuracy_cells, macs, parameters])} |")
     return "\n".join(rows)
 
 
