@@ -2,8 +2,8 @@
 
     python -m benchmarks.callback_time --steps 60
 
-``benchmarks.overhead`` times the rules; here a Trainer trains ResNet-20 (batch 64, 32x32), and every hook that Lightning
-or the optimizer calls on a callback is timed, its bookkeeping included. RePr stands before its first drop and
+``benchmarks.overhead`` times the rules; here a Trainer trains ResNet-20 (batch 64, 32x32), and every hook that
+Lightning or the optimizer calls on a callback is timed, its bookkeeping included. RePr stands before its first drop and
 FilterSimilarityMonitor between two looks: there no hook may start an operation on tensors. Operations are counted in a
 fit of their own. Times are synchronised with the device here, and only here.
 """
@@ -162,7 +162,10 @@ def measure(name: str, steps: int, device: torch.device) -> Cost:
 
 def table(costs: Sequence[Cost]) -> str:
     """Markdown."""
-    lines = ["| callback | us in its hooks, per step | / rest of the step | operations on tensors |", "|---|---|---|---|"]
+    lines = [
+        "| callback | us per step in its hooks | / rest of the step | operations on tensors |",
+        "|---|---|---|---|",
+    ]
     lines += [f"| {c.callback} | {c.microseconds:.0f} | {100 * c.share:.3f} % | {c.operations:g} |" for c in costs]
     return "\n".join(lines)
 

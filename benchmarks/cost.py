@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ class Cost:
 def measured(device: torch.device | str = "cpu") -> Iterator[Cost]:
     """Measure the body. The peak is the kernel's high-water mark, reset at the start (Linux), or the allocator's.
 
+    What was freed before goes back to the system first (glibc), or it would hide a need of the body.
+
     Args:
         device: where the body works; a GPU is waited for, and its memory is what counts.
     """
@@ -40,6 +43,8 @@ def measured(device: torch.device | str = "cpu") -> Iterator[Cost]:
         torch.cuda.reset_peak_memory_stats(device)
         memory = torch.cuda.memory_allocated(device) / 2**20
     else:
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         memory = _resident("VmRSS")
     wall, processor = clock(device), time.process_time()

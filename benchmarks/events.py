@@ -74,7 +74,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     chosen = select_dropped(scores, 0.3)
     dropped = timed("drop", lambda: DroppedFilters.drop(model, graph, chosen))
     values = timed("new directions", lambda: _directions(layers, dropped))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = _with_momentum(model)
     timed("regrow", lambda: dropped.regrow(values, [optimizer]))
     timed(LOG, lambda: [orthogonality_score(matrix).mean() for matrix in matrices.values()])
     if device.type == "cpu":
@@ -86,6 +86,16 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     print(f"{name}: {len(layers)} layers, {dropped.count} filters dropped")
     parts = {part: {"seconds": cost.seconds, "MiB": cost.extra_mib} for part, cost in costs.items()}
     return parts | {WHOLE: {"seconds": cycle, "MiB": memory}}
+
+
+def _with_momentum(model: nn.Module) -> torch.optim.Optimizer:
+    """SGD that has made a step and so keeps a buffer per parameter; the step moves nothing."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 def _directions(layers: dict[str, Conv], dropped: DroppedFilters) -> dict[str, Tensor]:

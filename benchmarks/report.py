@@ -139,7 +139,8 @@ def table(rows: Sequence[Row], baseline: str = "baseline", gpu: Sequence[Row] = 
         size = [] if not sizes else ["" if row.parameters is None else f"{row.parameters:,}"]
         cells = [row.method, str(row.seeds), *size, *accuracy_cells(row), scores, rank]
         if gpu:
-            cells += [str(there[row.method].seeds), *accuracy_cells(there[row.method])] if row.method in there else [""] * 4
+            other = there.get(row.method)
+            cells += [""] * 4 if other is None else [str(other.seeds), *accuracy_cells(other)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
