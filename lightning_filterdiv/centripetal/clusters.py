@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 Clustering = Literal["kmeans", "even", "imbalanced"]
+# A start of k-means grows with the cube of the channels: 7 s for 2,048 on one core. There ten starts find a sum of
+# squares that is at most 1 % smaller.
+_ONE_START_ABOVE = 512
 KeepFraction = float | dict[str, float]
 
 
@@ -63,8 +66,9 @@ def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "k
     Args:
         filters: ``(J, d)``, one row per filter; only its length matters for methods other than ``"kmeans"``.
         n_clusters: between 1 and J.
-        method: ``"kmeans"`` on the rows; ``"even"``: contiguous blocks, the first ``J mod n`` one longer;
-            ``"imbalanced"``: one cluster of ``J - n + 1`` filters, the others alone.
+        method: ``"kmeans"`` on the rows, the best of ten starts (for more than 512 filters one start); ``"even"``:
+            contiguous blocks, the first ``J mod n`` one longer; ``"imbalanced"``: one cluster of ``J - n + 1`` filters,
+            the others alone.
         seed: of k-means.
 
     Returns:
@@ -104,9 +108,10 @@ def _kmeans(filters: Tensor, n_clusters: int, seed: int) -> Tensor:
         # a stage of a network, their kernels have tens of thousands of numbers.
         filters = torch.linalg.qr(filters.T, mode="r").R.T.contiguous()
     state = int(torch.randint(2**31 - 1, (), generator=keyed_generator(seed, "kmeans")))
+    starts = 10 if len(filters) <= _ONE_START_ABOVE else 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # equal filters; taken care of below
-        labels = KMeans(n_clusters, n_init=10, random_state=state).fit(filters.numpy()).labels_
+        labels = KMeans(n_clusters, n_init=starts, random_state=state).fit(filters.numpy()).labels_
     index = np.asarray(labels, dtype=np.int64)
     # Fewer distinct filters than clusters: take filters out of the largest clusters until there are enough.
     while len(found := np.unique(index)) < n_clusters:
