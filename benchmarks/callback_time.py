@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +39,6 @@ from lightning_filterdiv import (
     WeightAsynchronousUpdate,
 )
 
-RESULT = result_path("callback_time.json", "cpu")
 BATCH, WARM_UP = 64, 5
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
@@ -160,14 +159,22 @@ def measure(name: str, steps: int, device: torch.device) -> Cost:
     )
 
 
-def table(costs: Sequence[Cost]) -> str:
-    """Markdown."""
+def table(record: dict[str, Any]) -> str:
+    """Markdown, with a line on the machine."""
+    costs = [Cost(**cost) for cost in record["costs"]]
     lines = [
         "| callback | us per step in its hooks | / rest of the step | operations on tensors |",
         "|---|---|---|---|",
     ]
     lines += [f"| {c.callback} | {c.microseconds:.0f} | {100 * c.share:.3f} % | {c.operations:g} |" for c in costs]
-    return "\n".join(lines)
+    versions = f"torch {record['torch']}, Lightning {record['lightning']}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{record['device']}, {versions}; medians of {costs[0].steps} steps, batch {record['batch']}, 32x32.",
+        ]
+    )
 
 
 def main() -> None:
@@ -180,14 +187,14 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     costs = [measure(name, options.steps, device) for name in options.callbacks]
-    result = {
+    result: dict[str, Any] = {
         "device": description(device), "torch": version("torch"), "lightning": version("lightning"), "batch": BATCH,
         "costs": [cost._asdict() for cost in costs],
     }  # fmt: skip
     path: Path = options.out or result_path("callback_time.json", device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(costs))
+    print(table(result))
 
 
 if __name__ == "__main__":

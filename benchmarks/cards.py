@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import (
+    callback_time,
     channel_graph_cost,
     communication,
     entropy_depth,
@@ -136,6 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
     "fm5k_c3": lambda: _quality("wau", "conv_lr_half", "repr", *orthonormality.DEFAULT_WEIGHTS),
     "overhead": lambda: _overhead(""),
+    "callback_time": lambda: callback_time.table(read_result("callback_time.json")),
     "launches": lambda: _launches(""),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
     "structure_cost": lambda: structure_cost.table(
