@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from benchmarks.models import NetworkName, build_network
+from benchmarks.models import build_network
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.shared_basis import share_anchored_filters, share_filter_bases
 
@@ -23,7 +23,8 @@ class Classification(pl.LightningModule):
     """Image classification; logs ``train_loss``, ``val_acc`` and ``test_acc``.
 
     Args:
-        network: by name, fitted to the images.
+        network: by name, fitted to the images; or ``module.function`` of your own, called with channels, size of the
+            (square) images and classes.
         options: further arguments of that network, such as ``{"width": 12}``.
         lr: learning rate of SGD at the start.
         momentum: of SGD.
@@ -42,7 +43,7 @@ class Classification(pl.LightningModule):
 
     def __init__(
         self,
-        network: NetworkName = "c3",
+        network: str = "c3",
         options: dict[str, Any] | None = None,
         lr: float = 0.02,
         momentum: float = 0.9,

@@ -30,7 +30,7 @@ import benchmarks.data
 import lightning_filterdiv  # noqa: F401  # registers the callbacks' short names
 from benchmarks.classification import Classification
 from benchmarks.device import description
-from benchmarks.models import count_parameters
+from benchmarks.models import check_network, count_parameters
 from benchmarks.record import LastCheckpoint, Record, SeededSteps, WholeFiles, run_differences
 from benchmarks.requeue import RequeueAtStep
 from benchmarks.runs import write_whole
@@ -131,6 +131,15 @@ class BenchmarkCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A network that there is not is an error of the command line, also of a sweep that only parses it."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        try:
+            check_network((self.config[subcommand] if subcommand else self.config)["model"]["network"])
+        except ValueError as error:
+            parser.error(str(error))
 
     @property
     def options(self) -> Namespace:

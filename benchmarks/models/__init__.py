@@ -1,7 +1,7 @@
 """Networks of the benchmarks."""
 
 from benchmarks.models.cifar_resnet import CifarResNet
-from benchmarks.models.networks import NetworkName, build_network
+from benchmarks.models.networks import NetworkName, build_network, check_network
 from benchmarks.models.plain import plain_convolutions
 from benchmarks.models.staged import StagedDenseNet, StagedResNet, StagedResNeXt, count_parameters
 from benchmarks.models.wide_resnet import WideResNet
@@ -14,6 +14,7 @@ __all__ = [
     "StagedResNet",
     "WideResNet",
     "build_network",
+    "check_network",
     "count_parameters",
     "plain_convolutions",
 ]

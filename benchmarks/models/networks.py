@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torchvision
@@ -14,7 +16,7 @@ from benchmarks.models.staged import StagedDenseNet
 from benchmarks.models.wide_resnet import WideResNet
 from lightning_filterdiv.demo import three_convolutions
 
-__all__ = ["NetworkName", "build_network"]
+__all__ = ["NetworkName", "build_network", "check_network"]
 
 NetworkName = Literal[
     "c3", "c8", "resnet20", "resnet32", "resnet56", "resnet110", "resnet20_projection", "resnet56_projection",
@@ -88,26 +90,53 @@ _OWN: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def check_network(name: str) -> None:
+    """Raise where ``name`` is neither one of :data:`NetworkName` nor a path to import from.
+
+    Raises:
+        ValueError: it says what there is.
+    """
+    if name not in get_args(NetworkName) and "." not in name:
+        known = ", ".join(get_args(NetworkName))
+        raise ValueError(f"model.network must be one of {known}, or module.function of your own, got {name!r}")
+
+
+def _imported(path: str) -> Callable[..., nn.Module]:
+    module, _, name = path.rpartition(".")
+    try:
+        found: Callable[..., nn.Module] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"model.network {path!r} cannot be imported ({error}); give module.function, with the module's folder in "
+            f"PYTHONPATH or the command started from there"
+        ) from error
+    return found
+
+
 def build_network(name: str, image_shape: tuple[int, int, int], classes: int, **options: Any) -> nn.Module:
     """The network of that name for images ``(channels, height, width)``.
 
     Args:
-        name: one of :data:`NetworkName`.
+        name: one of :data:`NetworkName`, or ``module.function`` of your own, called as
+            ``function(channels, size, classes, **options)``.
         image_shape: of one image; height and width are equal.
         classes: outputs.
         options: further arguments of that network, such as ``width``.
 
     Raises:
-        ValueError: unknown name, an option that the network does not know, images that are not square or too small.
+        ValueError: unknown name, nothing to import there, an option that the network does not know, images that are
+            not square or too small.
+        TypeError: what was imported makes no module.
     """
-    if name not in get_args(NetworkName):
-        raise ValueError(f"model.network must be one of {', '.join(get_args(NetworkName))}, got {name!r}")
+    check_network(name)
     channels, height, width = image_shape
     if height != width:
         raise ValueError(f"the networks of the benchmarks need square images, got {height}x{width}")
+    build = _OWN.get(name) or (_imported(name) if "." in name else partial(_torchvision, name))
     try:
-        if name in _OWN:
-            return _OWN[name](channels, height, classes, **options)
-        return _torchvision(name, channels, height, classes, **options)
+        network = build(channels, height, classes, **options)
     except TypeError as error:
         raise ValueError(f"model.options {options} do not fit {name}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"model.network {name} made {type(network).__name__}, not a torch.nn.Module")
+    return network

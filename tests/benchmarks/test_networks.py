@@ -52,8 +52,15 @@ def test_large_images_keep_the_published_start() -> None:
         ("c3", (1, 28, 20), {}, "square images, got 28x20"),
         ("c3", (1, 28, 28), {"widht": 3}, "do not fit c3"),
         ("vgg16_bn", (1, 28, 28), {}, "at least 32 pixels, got 28"),
+        ("nothing.here", (1, 28, 28), {}, r"'nothing.here' cannot be imported \(No module named 'nothing'\)"),
+        ("torch.nn.Nothing", (1, 28, 28), {}, "no attribute 'Nothing'.*give module.function"),
     ],
 )
 def test_what_does_not_fit_is_refused(name: str, shape: tuple[int, int, int], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_network(name, shape, 10, **options)
+
+
+def test_what_is_imported_must_make_a_module() -> None:
+    with pytest.raises(TypeError, match=r"model.network builtins.max made int, not a torch.nn.Module"):
+        build_network("builtins.max", (1, 28, 28), 10)

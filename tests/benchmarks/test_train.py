@@ -54,6 +54,21 @@ class KillAt(Callback):
             raise KilledError
 
 
+def kill(arguments: list[str], step: int) -> None:
+    """Run until ``step`` begins."""
+    original = train.BenchmarkCLI.instantiate_trainer
+
+    def killed(self: train.BenchmarkCLI, **kwargs: Any) -> pl.Trainer:
+        trainer = original(self, **kwargs)
+        trainer.callbacks.append(KillAt(step))
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.BenchmarkCLI, "instantiate_trainer", killed)
+        with pytest.raises(KilledError):
+            train.main(arguments)
+
+
 @pytest.fixture(autouse=True)
 def _only_this_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks.train"])
@@ -76,18 +91,8 @@ def test_a_killed_run_goes_on_to_the_same_result(
             str(CONFIGS / "trainer" / f"{device}.yaml"))  # fmt: skip
     monkeypatch.setattr(train, "Classification", WithDropout)
     train.main(arguments(tmp_path / "whole", "wau", *more))
-    original = train.BenchmarkCLI.instantiate_trainer
-
-    def killed(self: train.BenchmarkCLI, **kwargs: Any) -> pl.Trainer:
-        trainer = original(self, **kwargs)
-        trainer.callbacks.append(KillAt(5))
-        return trainer
-
-    monkeypatch.setattr(train.BenchmarkCLI, "instantiate_trainer", killed)
-    with pytest.raises(KilledError):
-        train.main(arguments(tmp_path / "cut", "wau", *more))
+    kill(arguments(tmp_path / "cut", "wau", *more), 5)
     assert not (tmp_path / "cut" / "result.json").exists()
-    monkeypatch.setattr(train.BenchmarkCLI, "instantiate_trainer", original)
     train.main(arguments(tmp_path / "cut", "wau", *more))
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys()
@@ -176,6 +181,39 @@ def test_a_run_needs_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         train.main(given)
     assert "seed" in capsys.readouterr().err
+
+
+def small_network(channels: int, size: int, classes: int, width: int = 4) -> torch.nn.Module:
+    """Of a user: eight by eight pixels, as digits have."""
+    assert size == 8
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(channels, width, 3), torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3), torch.nn.Flatten(),
+        torch.nn.Linear(16 * width, classes),
+    )  # fmt: skip
+
+
+def test_a_network_of_ones_own_is_trained_and_resumed(tmp_path: Path) -> None:
+    own = ("--model.network", f"{__name__}.small_network", "--model.options", "{width: 5}")
+    train.main(arguments(tmp_path / "whole", "wau", *own))
+    kill(arguments(tmp_path / "cut", "wau", *own), 7)
+    assert (tmp_path / "cut" / "checkpoints" / "last.ckpt").exists()
+    train.main(arguments(tmp_path / "cut", "wau", *own))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole["net.0.weight"].shape == (5, 1, 3, 3)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    settings = json.loads((tmp_path / "cut" / "result.json").read_text())["settings"]
+    assert settings["model"]["network"] == f"{__name__}.small_network"
+
+
+def test_a_network_that_there_is_not_is_an_error_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(arguments(tmp_path, "wau", "--model.network", "resnet21"))
+    assert "model.network must be one of c3, c8, resnet20" in capsys.readouterr().err
+    (run,) = plan("digits", "c3", "quick", ["wau"], [1], "cpu", tmp_path, ["--model.network=resnet21"])
+    with pytest.raises(SystemExit):
+        run.settings()
 
 
 def test_the_optimizer_is_that_of_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
