@@ -35,8 +35,14 @@ from benchmarks.train import BenchmarkCLI, compact, planned_processes, run_setti
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.resolve()
 _ELSEWHERE = "in work elsewhere"
+
+
+def _environment(**more: str) -> dict[str, str]:
+    """For the processes of a sweep: they run where it was started, so that paths mean what they mean there."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path} | more
 
 
 class SweepError(RuntimeError):
@@ -239,12 +245,12 @@ def execute(run: Run, threads: int, wait: bool = False) -> str:
         if run.result.exists():  # finished between the look and the lock
             return "skipped"
         log = run.folder / "output.txt"
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log.open("a") as output:
             # With the lock's descriptor: a run that outlives a killed sweep stays locked.
             process = subprocess.run(
-                run.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock,)
-            )
+                run.command, env=_environment(OMP_NUM_THREADS=str(threads)), stdout=output, stderr=subprocess.STDOUT,
+                pass_fds=(lock,),
+            )  # fmt: skip
         if process.returncode or not run.result.exists():  # Lightning ends with status 0 on SIGTERM
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise SweepError(
@@ -306,7 +312,7 @@ def submit(runs: Sequence[Run], arguments: Sequence[str], script: Path, options:
         return ""
     command = ["sbatch", f"--array={','.join(missing)}", *options, str(script), *arguments]
     try:
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        process = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     except FileNotFoundError as error:
         raise SweepError("there is no sbatch here: start --slurm on a login node of the cluster") from error
     if process.returncode:

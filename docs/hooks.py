@@ -23,7 +23,9 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/README.md": "benchmarks.md",
     "benchmarks/RESULTS.md": "results.md",
+    "benchmarks/slurm/README.md": "slurm.md",
     **{
         f"lightning_filterdiv/{p.parent.name}/README.md": f"methods/{p.parent.name}.md"
         for p in PACKAGE.glob("*/README.md")

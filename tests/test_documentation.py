@@ -12,7 +12,8 @@ import yaml
 from lightning_filterdiv.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "lightning_filterdiv").rglob("README.md"))]
+CARDS = sorted((ROOT / "lightning_filterdiv").rglob("README.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *CARDS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(language, text, id=f"{page.relative_to(ROOT)}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
@@ -88,7 +89,7 @@ CARD = ["Plain PyTorch", "Trainer", "YAML", "How it works", "Suggested hyper-par
 CARD += ["Costs, limits, composability", "Measured results", "Attribution"]
 
 
-@pytest.mark.parametrize("card", PAGES[2:], ids=lambda card: card.parent.name)
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
 def test_cards_have_one_order(card: Path) -> None:
     """A reader who knows one finds the same thing in the same place of every other."""
     wanted = [h for h in CARD if card.parent.name != "channel_graph" or h not in {"Trainer", "YAML", CARD[4]}]

@@ -190,14 +190,49 @@ def test_slurm_gets_the_missing_runs_only(tmp_path: Path, monkeypatch: pytest.Mo
     runs = grid(tmp_path)
     runs[1].result.write_text("{}")
     script = tmp_path / "sbatch"
-    script.write_text('#!/bin/sh\necho "$@"\n')
+    script.write_text('#!/bin/sh\necho "$@"\necho "$PWD:$PYTHONPATH" >where\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "mine")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     said = sweep.submit(runs, GRID, Path("job.sbatch"), ["--time=1:00:00"])
     assert said.split() == ["--array=0,2,3", "--time=1:00:00", "job.sbatch", *GRID]
+    assert (tmp_path / "where").read_text().strip() == f"{tmp_path}:{sweep.ROOT}{os.pathsep}mine"
     script.write_text("#!/bin/sh\necho no such partition >&2\nexit 1\n")
     with pytest.raises(SweepError, match="sbatch refuses: no such partition"):
         sweep.submit(runs, GRID, Path("job.sbatch"), [])
+
+
+def test_a_sweep_of_ones_own_files_runs_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations by relative path, a network, a data set and a callback from modules beside them."""
+    (tmp_path / "mine.py").write_text(
+        "import lightning.pytorch as pl\n"
+        "import torch\n"
+        "from benchmarks.data import ImagesInMemory\n"
+        "def net(channels, size, classes, width=4):\n"
+        "    first = torch.nn.Conv2d(channels, width, size)\n"
+        "    return torch.nn.Sequential(first, torch.nn.Flatten(), torch.nn.Linear(width, classes))\n"
+        "class Stripes(ImagesInMemory):\n"
+        "    image_shape, classes = (2, 6, 6), 3\n"
+        "    def read(self):\n"
+        "        labels = torch.arange(120) % 3\n"
+        "        images = torch.rand(120, 2, 6, 6) + labels.view(-1, 1, 1, 1)\n"
+        "        return images[:90], labels[:90], images[90:], labels[90:]\n"
+        "class Note(pl.Callback):\n"
+        "    def on_train_end(self, trainer, pl_module):\n"
+        "        open('noted', 'w').close()\n"
+    )
+    (tmp_path / "stripes.yaml").write_text("data: {class_path: mine.Stripes}\n")
+    (tmp_path / "note.yaml").write_text("trainer: {callbacks: [{class_path: mine.Note}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as "python -m" does
+    arguments = ["--data", "stripes.yaml", "--recipe", "quick", "--methods", "note.yaml", "--seeds", "1",
+                 "--out", "out", "--set", "model.network=mine.net", "data.batch_size=8", "trainer.max_epochs=1"]  # fmt: skip
+    assert sweep.main(arguments) == 0
+    assert (tmp_path / "noted").exists()
+    result = json.loads((tmp_path / "out" / "note-seed1.json").read_text())
+    assert result["settings"]["callbacks"] == [{"class": "Note"}]
+    assert result["parameters"] == 4 * 2 * 36 + 4 + 4 * 3 + 3
 
 
 @pytest.mark.soak
