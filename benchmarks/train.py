@@ -55,14 +55,17 @@ def compact(result: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Namespaces and tuples as JSON has them."""
+    """What JSON has no form for, such as namespaces, devices and functions, as it has them."""
     if isinstance(value, Namespace):
         return {key: _plain(entry) for key, entry in vars(value).items()}
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    return value
+    if value is None or isinstance(value, str | int | float):
+        return value
+    named = hasattr(value, "__qualname__")  # the text of a function holds its address, which is another in every run
+    return f"{value.__module__}.{value.__qualname__}" if named else str(value)
 
 
 def _methods(callbacks: Any) -> list[dict[str, Any]]:

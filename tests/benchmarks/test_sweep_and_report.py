@@ -226,8 +226,19 @@ def test_a_sweep_of_ones_own_files_runs_from_any_folder(tmp_path: Path, monkeypa
     (tmp_path / "note.yaml").write_text("trainer: {callbacks: [{class_path: mine.Note}]}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as "python -m" does
-    arguments = ["--data", "stripes.yaml", "--recipe", "quick", "--methods", "note.yaml", "--seeds", "1",
-                 "--out", "out", "--set", "model.network=mine.net", "data.batch_size=8", "trainer.max_epochs=1"]  # fmt: skip
+    arguments = [
+        "--data",
+        "stripes.yaml",
+        "--recipe",
+        "quick",
+        "--methods",
+        "note.yaml",
+        "--seeds",
+        "1",
+        "--out",
+        "out",
+    ]
+    arguments += ["--set", "model.network=mine.net", "data.batch_size=8", "trainer.max_epochs=1"]
     assert sweep.main(arguments) == 0
     assert (tmp_path / "noted").exists()
     result = json.loads((tmp_path / "out" / "note-seed1.json").read_text())

@@ -273,5 +273,25 @@ def test_recipes_compose_with_their_data(tmp_path: Path, data: str, model: str, 
     assert settings["trainer"]["max_epochs"] > 1
 
 
+def average(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    return old + (new - old) / (count + 1)
+
+
+def test_settings_that_json_has_no_form_for_are_written_by_name(tmp_path: Path) -> None:
+    """Callbacks of others take devices and functions."""
+    (tmp_path / "swa.yaml").write_text(
+        "trainer:\n"
+        "  callbacks:\n"
+        "    - class_path: lightning.pytorch.callbacks.StochasticWeightAveraging\n"
+        f"      init_args: {{swa_lrs: 0.1, device: cpu, avg_fn: {__name__}.average}}\n"
+    )
+    more = ("-c", str(tmp_path / "swa.yaml"), "--trainer.max_epochs", "1")
+    train.main(arguments(tmp_path / "run", "baseline", *more))
+    train.main(arguments(tmp_path / "run", "baseline", *more))  # the settings read back are the same
+    (swa,) = json.loads((tmp_path / "run" / "result.json").read_text())["settings"]["callbacks"]
+    assert swa["class"] == "StochasticWeightAveraging"
+    assert (swa["device"], swa["avg_fn"]) == ("cpu", f"{__name__}.average")
+
+
 def test_differences_name_the_setting() -> None:
     assert differences({"a": {"b": 1, "c": None}, "d": [1]}, {"a": {"b": 2}, "d": [1]}) == ["a.b: 1, not 2"]
