@@ -134,9 +134,11 @@ def _diverse(arm: str) -> str:
 
 
 def _squeezed() -> str:
-    (full, narrow) = (next(iter(_runs("squeeze", arm).values())) for arm in ("full", "csgd"))
+    merged = _runs("squeeze", "csgd")
+    full, narrow = (next(iter(_runs("squeeze", arm).values())) for arm in ("full", "csgd"))
+    changed = sum(run["predictions_that_differ"] for run in merged.values())
     return (
-        f"MACs {100 * (narrow['macs'] / full['macs'] - 1):+.0f} %, {narrow['predictions_that_differ']} of 10,000 "
+        f"MACs {100 * (narrow['macs'] / full['macs'] - 1):+.0f} %, {changed} of {10_000 * len(merged):,} "
         f"predictions changed by the merge, accuracy {_difference('squeeze', 'csgd', 'full')} against the full width, "
         f"{_difference('squeeze', 'csgd', 'prune')} against pruning"
     )

@@ -2,12 +2,13 @@
 
 C3(32) to C3(16), FM5k's data and 60 epochs in all; schedules are FM5k's, scaled to each part. Arms:
 
-``ucp``        20 epochs with ChannelImportance, then the half of every layer's filters whose gates are most open, drawn
-               anew and trained for 40, as published
-``ucp_kept``   the same with the weights that were trained beside the gates
+``ucp``           20 epochs with ChannelImportance, then the half of every layer's filters whose gates are most open,
+                  drawn anew and trained for 40, as published
+``ucp_kept``      the same with the weights that were trained beside the gates
+``random_kept``   the same, but half of the filters at random: what the gates' choice is worth
 
-    python -m benchmarks.sweep --methods narrow --seeds 1 2 3     # C3(16) from scratch, what the arms are compared with
-    python -m benchmarks.ucp --seeds 1 2 3                        # skips runs whose file exists
+    python -m benchmarks.sweep --methods narrow --seeds 1 2 3 4 5    # C3(16) from scratch, what the arms are compared with
+    python -m benchmarks.ucp --seeds 1 2 3 4 5                       # skips runs whose file exists
     python -m benchmarks.ucp --table
 """
 
@@ -30,9 +31,10 @@ from benchmarks.runs import run_missing, run_parser
 from lightning_filterdiv import ChannelImportance
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance import prune_channels, remove_gates, select_channels
+from lightning_filterdiv.randomness import keyed_generator
 
 EPOCHS, GATED, KEPT = 60, 20, 0.5
-ARMS = ("ucp", "ucp_kept")
+ARMS = ("ucp", "ucp_kept", "random_kept")
 RESULTS = Path(__file__).parent / "results" / "ucp"
 NARROW = Path(__file__).parent / "results" / "fm5k-c3"
 
@@ -71,11 +73,14 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     # The same draw for both arms and for all seeds of other programs: the wide network comes first.
     pl.seed_everything(seed, verbose=False)
     narrow = classifier(EPOCHS - GATED)
-    if arm == "ucp_kept":
+    if arm != "ucp":
         narrow.net.load_state_dict(remove_gates(gated.net).state_dict())
     graph = ChannelGraph.trace(narrow.net, narrow.example_input_array)
     importance = {name.removeprefix("net."): values for name, values in gates.importance.items()}
-    narrow.net = prune_channels(narrow.net, graph, select_channels(graph, importance, keep_fraction=KEPT))
+    order = importance
+    if arm == "random_kept":
+        order = {n: torch.rand(len(gate), generator=keyed_generator("ucp", seed, n)) for n, gate in importance.items()}
+    narrow.net = prune_channels(narrow.net, graph, select_channels(graph, order, keep_fraction=KEPT))
     train(narrow, data, EPOCHS - GATED)
     return {
         "method": arm,
@@ -101,7 +106,7 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    options = run_parser(__doc__, "--arms", ARMS, [1, 2, 3], RESULTS).parse_args()
+    options = run_parser(__doc__, "--arms", ARMS, [1, 2, 3, 4, 5], RESULTS).parse_args()
     if options.table:
         print(table(options.out))
         return
