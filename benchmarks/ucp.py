@@ -7,7 +7,7 @@ C3(32) to C3(16), FM5k's data and 60 epochs in all; schedules are FM5k's, scaled
 ``ucp_kept``      the same with the weights that were trained beside the gates
 ``random_kept``   the same, but half of the filters at random: what the gates' choice is worth
 
-    python -m benchmarks.sweep --methods narrow --seeds 1 2 3 4 5    # C3(16) from scratch, what the arms are compared with
+    python -m benchmarks.sweep --methods narrow --seeds 1 2 3 4 5    # C3(16) from scratch, to compare with
     python -m benchmarks.ucp --seeds 1 2 3 4 5                       # skips runs whose file exists
     python -m benchmarks.ucp --table
 """
