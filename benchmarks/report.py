@@ -1,7 +1,7 @@
 """Tables of a folder of runs: mean accuracy, 95 % interval, paired difference to the baseline and its p-value.
 
     python -m benchmarks.report benchmarks/results/fm5k-c3
-    python -m benchmarks.report benchmarks/results/fm5k-c3 --csv table.csv --plot curves.png
+    python -m benchmarks.report benchmarks/results/fm5k-c3 --csv table.csv --plot curves.png --differences seeds.png
 
 p-values are those of a paired t-test over the seeds that a method shares with the baseline, Holm-corrected over all
 methods of the table.
@@ -23,7 +23,7 @@ from scipy import stats
 
 from benchmarks.runs import half_interval
 
-__all__ = ["Row", "accuracy_cells", "curves", "event_table", "read", "summary", "table"]
+__all__ = ["Row", "accuracy_cells", "curves", "difference_figure", "event_table", "read", "summary", "table"]
 
 
 class Row(NamedTuple):
@@ -198,6 +198,42 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
+def difference_figure(runs: dict[str, list[dict[str, Any]]], baseline: str = "baseline") -> Figure:
+    """Every method's difference to the baseline: seeds as dots, mean and 95 % interval as a bar, best first.
+
+    Args:
+        runs: what :func:`read` returned.
+        baseline: what differences are taken to.
+
+    Raises:
+        ValueError: no method shares two seeds with the baseline.
+    """
+    rows = sorted(
+        (row for row in summary(runs, baseline) if not np.isnan(row.difference)), key=lambda row: row.difference
+    )
+    if not rows:
+        raise ValueError(f"no method shares two seeds with {baseline!r}: there is no interval to draw")
+    accuracy = {m: {r["seed"]: 100 * r["test_accuracy"] for r in of} for m, of in runs.items()}
+    figure = Figure(figsize=(7.0, 0.9 + 0.27 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    for height, row in enumerate(rows):
+        color = "C0" if row.p < 0.05 else "0.45"
+        seeds = sorted(accuracy[row.method].keys() & accuracy[baseline].keys())
+        points = [accuracy[row.method][seed] - accuracy[baseline][seed] for seed in seeds]
+        panel.plot(points, [height] * len(points), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+        panel.errorbar(row.difference, height, xerr=row.difference_half, fmt="|", color=color, markersize=11, capsize=0)
+    panel.axvline(0.0, color="black", linewidth=0.8)
+    names = [f"{row.method}  ({'p < 0.001' if row.p < 0.0005 else f'p = {row.p:.3f}'})" for row in rows]
+    panel.set_yticks(range(len(rows)), names, fontsize="small")
+    panel.set_xlabel(
+        f"difference to {baseline}, points of test accuracy\n"
+        f"dots: seeds; bars: mean and 95 % interval; blue: Holm-corrected p < 0.05",
+        fontsize="small",
+    )
+    panel.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,7 +241,8 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--baseline", default="baseline")
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="picture of accuracy and loss over the epochs")
+    parser.add_argument("--differences", type=Path, help="picture of every method's difference to the baseline")
     options = parser.parse_args()
     try:
         runs = read(options.folder, options.methods)
@@ -220,6 +257,11 @@ def main() -> int:
             writer.writerows(rows)
     if options.plot:
         curves(runs).savefig(options.plot, dpi=110)
+    if options.differences:
+        try:
+            difference_figure(runs, options.baseline).savefig(options.differences, dpi=110)
+        except ValueError as error:
+            parser.error(str(error))
     return 0
 
 

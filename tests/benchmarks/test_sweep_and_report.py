@@ -328,6 +328,22 @@ def test_sizes_are_shown_where_they_differ() -> None:
     assert "| slim | 2 | 12,650 | 56.50 ± 69.88 | +1.50 ± 6.35 | 0.205 |" in text
 
 
+def test_differences_are_drawn_with_their_seeds() -> None:
+    runs = runs_of(baseline=[0.5, 0.6, 0.7], better=[0.6, 0.7, 0.81], alone=[0.9])
+    runs["lost"] = [
+        {"method": "lost", "seed": 1, "test_accuracy": 0.5},
+        {"method": "lost", "seed": 2, "test_accuracy": 0.4},
+    ]
+    (panel,) = report.difference_figure(runs).axes
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert [label.split()[0] for label in labels] == ["lost", "better"]  # the best on top; one seed has no interval
+    dots = {round(y[0]): sorted(x) for x, y in (line.get_data() for line in panel.get_lines()) if len(x) > 2}
+    np.testing.assert_allclose(dots[1], [10, 10, 11])
+    only = {"baseline": runs["baseline"], "alone": runs["alone"]}
+    with pytest.raises(ValueError, match="no method shares two seeds with 'baseline'"):
+        report.difference_figure(only)
+
+
 def test_curves_show_every_method(tmp_path: Path) -> None:
     runs = report.read(sweep.RESULTS / "fm5k-c3", ["baseline", "repr"])
     accuracy, loss = report.curves(runs).axes
