@@ -174,7 +174,9 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
     ),
     "ExpandNet": lambda: f"accuracy {_difference('fm5k-c3', 'expand_third', 'baseline')}",
     "ChannelImportance": lambda: (
-        f"half of the filters, accuracy {_difference('ucp', 'ucp', 'narrow', 'fm5k-c3')} against the narrow network"
+        f"half of the filters, against the narrow network: accuracy {_difference('ucp', 'ucp', 'narrow', 'fm5k-c3')}, "
+        f"{_difference('ucp', 'ucp_kept', 'narrow', 'fm5k-c3')} with weights kept, "
+        f"{_difference('ucp', 'random_kept', 'narrow', 'fm5k-c3')} with kept ones at random"
     ),
     "share_anchored_filters": lambda: _fewer("fm5k-resnet20-14", "anchored", "baseline"),
     "WaveletReconstruction": lambda: f"accuracy {_difference('fm5k-c3', 'wavelet', 'baseline')}",
