@@ -5,7 +5,7 @@ seed), judged on all 10,000 test images; batch 64, SGD with Nesterov momentum 0.
 0.05, divided by ten after 60 % and 87 % of the epochs; no augmentation. Every narrow network has 5/8 of all widths and
 has cost 25 epochs in total (15 + 10), the figure is the accuracy after the last one.
 
-    python -m benchmarks.squeeze --seeds 1            # skips arms whose file exists
+    python -m benchmarks.squeeze --seeds 1 2 3 4 5    # skips arms whose file exists
     python -m benchmarks.squeeze --latency            # only measures the narrow network's latency, on an idle machine
     python -m benchmarks.squeeze --table
 
@@ -291,7 +291,7 @@ def latency_table(path: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = run_parser(__doc__, "--arms", ARMS, [1], RESULTS)
+    parser = run_parser(__doc__, "--arms", ARMS, [1, 2, 3, 4, 5], RESULTS)
     parser.add_argument("--latency", action="store_true", help="measure latency and stop")
     parser.add_argument("--pairs", type=int, default=60, help="of --latency")
     options = parser.parse_args()
