@@ -39,11 +39,15 @@ def _state(job: str) -> dict[str, str]:
 def _wait(what: str, reached: Callable[[], bool], job: str, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not reached():
-        state = _state(job)["JobState"]
+        said = _state(job)
+        state = said["JobState"]
         if state in _DEAD:
-            raise RuntimeError(f"job {job} is {state} while waiting for {what}")
+            raise RuntimeError(f"job {job} is {state} while waiting for {what}; see {said['StdOut']}")
         if time.monotonic() > end:
-            raise TimeoutError(f"{what} of job {job} not within {seconds:.0f} s; it is {state}")
+            raise TimeoutError(
+                f"{what} of job {job} not within {seconds:.0f} s; it is {state}, reason {said['Reason']} (two tasks need "
+                f"a node with two free CPUs); see {said['StdOut']}"
+            )
         time.sleep(0.5)
 
 
