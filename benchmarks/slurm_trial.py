@@ -45,8 +45,8 @@ def _wait(what: str, reached: Callable[[], bool], job: str, seconds: float) -> N
             raise RuntimeError(f"job {job} is {state} while waiting for {what}; see {said['StdOut']}")
         if time.monotonic() > end:
             raise TimeoutError(
-                f"{what} of job {job} not within {seconds:.0f} s; it is {state}, reason {said['Reason']} (two tasks need "
-                f"a node with two free CPUs); see {said['StdOut']}"
+                f"{what} of job {job} not within {seconds:.0f} s; it is {state}, reason {said['Reason']} (two tasks "
+                f"need two free CPUs); see {said['StdOut']}"
             )
         time.sleep(0.5)
 
