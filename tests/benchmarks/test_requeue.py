@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import requeue
+from benchmarks import requeue, slurm_trial
 
 
 class Trainer(SimpleNamespace):
@@ -91,3 +91,19 @@ def test_jobs_have_the_name_that_scontrol_wants(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert requeue.slurm_job() == job
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ("PENDING", TimeoutError, r"the end of job 7 not within -?0 s; it is PENDING, reason Resources .*see out.txt"),
+        ("NODE_FAIL", RuntimeError, "job 7 is NODE_FAIL while waiting for the end; see out.txt"),
+    ],
+)
+def test_a_job_that_does_not_come_to_its_end_says_why(
+    monkeypatch: pytest.MonkeyPatch, state: str, error: type[Exception], message: str
+) -> None:
+    said = {"JobState": state, "Reason": "Resources", "StdOut": "out.txt"}
+    monkeypatch.setattr(slurm_trial, "_state", lambda job: said)
+    with pytest.raises(error, match=message):
+        slurm_trial._wait("the end", lambda: False, "7", -1e-9)
