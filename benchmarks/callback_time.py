@@ -49,6 +49,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "CentripetalSGD": lambda: CentripetalSGD(strength=0.05),
     "BasisOrthonormality": BasisOrthonormality,
 }
+OPTIMIZER_HOOKS = ("register_step_pre_hook", "register_step_post_hook")
 _HOOKS = (
     "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step", "on_train_batch_end",
@@ -117,7 +118,7 @@ def _accounted(callback: Callback, steps: _Steps) -> Iterator[None]:
     with ExitStack() as stack:
         for name in _HOOKS:
             stack.enter_context(mock.patch.object(callback, name, seen(getattr(callback, name))))
-        for name in ("register_step_pre_hook", "register_step_post_hook"):
+        for name in OPTIMIZER_HOOKS:
             stack.enter_context(mock.patch.object(Optimizer, name, registering(getattr(Optimizer, name))))
         yield
 
@@ -141,12 +142,17 @@ def _fit(make: Callable[[], Callback], steps: int, device: torch.device, count: 
 def measure(name: str, steps: int, device: torch.device) -> Cost:
     """Two fits of one epoch: one is timed, in the other operations are counted.
 
+    Args:
+        name: in :data:`CALLBACKS`.
+        steps: that are timed; some more come before them.
+        device: where.
+
     Raises:
         ValueError: too few steps.
     """
-    if steps < WARM_UP + 3:
-        raise ValueError(f"--steps={steps}: the first {WARM_UP} are left out, at least {WARM_UP + 3} are needed")
-    books = _fit(CALLBACKS[name], steps, device, count=False)
+    if steps < 3:
+        raise ValueError(f"--steps={steps}: a median needs at least 3")
+    books = _fit(CALLBACKS[name], WARM_UP + steps, device, count=False)
     whole = [b - a for a, b in zip(books.ends[WARM_UP - 1 :], books.ends[WARM_UP:], strict=False)]
     inside = books.inside[WARM_UP : WARM_UP + len(whole)]
     counts = _fit(CALLBACKS[name], WARM_UP + 3, device, count=True).counts[WARM_UP:]

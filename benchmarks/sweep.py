@@ -138,7 +138,14 @@ def plan(
 
     Raises:
         FileNotFoundError: no such configuration; the message lists what there is.
+        SweepError: two methods would leave the same file.
     """
+    names = [Path(method).stem for method in methods]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SweepError(
+            f"--methods names {', '.join(twice)} more than once, and a result is called after its method: give your "
+            f"file another name"
+        )
 
     def file(kind: str, name: str) -> Path:
         path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / kind / f"{name}.yaml"
@@ -157,7 +164,7 @@ def plan(
             files=(*shared, file("method", method), last),
             overrides=tuple(overrides),
         )
-        for seed in seeds
+        for seed in dict.fromkeys(seeds)
         for method in methods
     ]
 

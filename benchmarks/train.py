@@ -68,12 +68,16 @@ def _plain(value: Any) -> Any:
     return f"{value.__module__}.{value.__qualname__}" if named else str(value)
 
 
+def _class(path: str) -> str:
+    """Name of a class in the settings, short for ours and Lightning's: no other is taken for one of them."""
+    package, _, _ = path.partition(".")
+    return path.rpartition(".")[2] if package in {"benchmarks", "lightning", "lightning_filterdiv"} else path
+
+
 def _methods(callbacks: Any) -> list[dict[str, Any]]:
     """Callbacks of the trainer's list with the arguments that were given."""
     entries = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
-    return [
-        {"class": entry["class_path"].rpartition(".")[2], **(_plain(entry.get("init_args")) or {})} for entry in entries
-    ]
+    return [{"class": _class(entry["class_path"]), **(_plain(entry.get("init_args")) or {})} for entry in entries]
 
 
 def run_settings(config: Namespace) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def run_settings(config: Namespace) -> dict[str, Any]:
     return {
         "seed": int(config["seed_everything"]),
         "data": {
-            "class": data["class_path"].rpartition(".")[2],
+            "class": _class(data["class_path"]),
             **{k: v for k, v in arguments.items() if k not in _NEUTRAL["data"]},
         },
         "model": {k: v for k, v in model.items() if k not in _NEUTRAL["model"]},

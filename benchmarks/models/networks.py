@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torchvision
@@ -113,6 +114,18 @@ def _imported(path: str) -> Callable[..., nn.Module]:
     return found
 
 
+def _own_network(path: str, channels: int, size: int, classes: int, options: dict[str, Any]) -> nn.Module:
+    build = _imported(path)
+    try:
+        signature(build).bind(channels, size, classes, **options)
+    except TypeError as error:
+        raise ValueError(f"model.options {options} do not fit {path}: {error}") from error
+    network = build(channels, size, classes, **options)  # what goes wrong in there is shown as it is
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"model.network {path} made {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
 def build_network(name: str, image_shape: tuple[int, int, int], classes: int, **options: Any) -> nn.Module:
     """The network of that name for images ``(channels, height, width)``.
 
@@ -132,11 +145,10 @@ def build_network(name: str, image_shape: tuple[int, int, int], classes: int, **
     channels, height, width = image_shape
     if height != width:
         raise ValueError(f"the networks of the benchmarks need square images, got {height}x{width}")
-    build = _OWN.get(name) or (_imported(name) if "." in name else partial(_torchvision, name))
+    if "." in name:
+        return _own_network(name, channels, height, classes, options)
+    build = _OWN.get(name) or partial(_torchvision, name)
     try:
-        network = build(channels, height, classes, **options)
+        return build(channels, height, classes, **options)
     except TypeError as error:
         raise ValueError(f"model.options {options} do not fit {name}: {error}") from error
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"model.network {name} made {type(network).__name__}, not a torch.nn.Module")
-    return network

@@ -21,7 +21,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["RePr, before its first drop", "FilterSimilarityMonitor, between looks"])
 def test_no_operation_is_started_between_events(name: str) -> None:
-    cost = callback_time.measure(name, 8, CPU)
+    cost = callback_time.measure(name, 3, CPU)
     assert (cost.operations, cost.steps) == (0, 3)
     assert 0 < cost.microseconds < 1e6
     assert 0 < cost.share < 0.5
@@ -31,6 +31,10 @@ def test_what_the_optimizer_calls_counts_as_inside() -> None:
     """WAU puts held filters back in a hook of the optimizer: there are operations after the step too."""
     steps = callback_time._fit(callback_time.CALLBACKS["WeightAsynchronousUpdate"], 4, CPU, count=True)
     assert len(set(steps.counts[1:])) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback_time, "OPTIMIZER_HOOKS", ())
+        without = callback_time._fit(callback_time.CALLBACKS["WeightAsynchronousUpdate"], 4, CPU, count=True)
+    assert 0 < without.counts[-1] < steps.counts[-1]
 
     class Half(Callback):
         def on_before_optimizer_step(self, *_: Any) -> None:
@@ -38,7 +42,6 @@ def test_what_the_optimizer_calls_counts_as_inside() -> None:
 
     half = callback_time._fit(Half, 3, CPU, count=True)
     assert half.counts == [2, 2, 2]
-    assert steps.counts[-1] > 2
 
 
 def test_hooks_of_optimizers_are_seen() -> None:
@@ -54,5 +57,5 @@ def test_hooks_of_optimizers_are_seen() -> None:
 
 
 def test_too_few_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="--steps=7: the first 5 are left out, at least 8 are needed"):
-        callback_time.measure("EntropyDepthBound", 7, CPU)
+    with pytest.raises(ValueError, match="--steps=2: a median needs at least 3"):
+        callback_time.measure("EntropyDepthBound", 2, CPU)

@@ -62,5 +62,21 @@ def test_what_does_not_fit_is_refused(name: str, shape: tuple[int, int, int], op
 
 
 def test_what_is_imported_must_make_a_module() -> None:
-    with pytest.raises(TypeError, match=r"model.network builtins.max made int, not a torch.nn.Module"):
-        build_network("builtins.max", (1, 28, 28), 10)
+    with pytest.raises(TypeError, match=r"no_network made int, not a torch.nn.Module"):
+        build_network(f"{__name__}.no_network", (1, 28, 28), 10)
+
+
+def no_network(channels: int, size: int, classes: int) -> int:
+    return 3
+
+
+def broken_network(channels: int, size: int, classes: int) -> torch.nn.Module:
+    return torch.nn.Conv2d(channels, "many", 3)
+
+
+def test_an_error_of_ones_own_function_is_not_called_a_wrong_option() -> None:
+    with pytest.raises(ValueError, match=r"model.options \{'width': 3\} do not fit .*no_network: .*'width'"):
+        build_network(f"{__name__}.no_network", (1, 28, 28), 10, width=3)
+    with pytest.raises(TypeError) as caught:
+        build_network(f"{__name__}.broken_network", (1, 28, 28), 10)
+    assert "model.options" not in str(caught.value)

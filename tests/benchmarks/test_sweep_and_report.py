@@ -50,6 +50,15 @@ def test_the_grid_goes_seed_by_seed_and_later_files_win(tmp_path: Path) -> None:
     assert own.settings()["model"]["lr"] == 0.7
 
 
+def test_methods_of_one_name_are_refused(tmp_path: Path) -> None:
+    """A result is called after its method: one of the two would never run."""
+    (tmp_path / "wau.yaml").write_text("trainer: {callbacks: [{class_path: RePr}]}\n")
+    for methods in (["wau", str(tmp_path / "wau.yaml")], ["wau", "wau"]):
+        with pytest.raises(SweepError, match="names wau more than once"):
+            sweep.plan("digits", "c3", "quick", methods, [1], "cpu", tmp_path)
+    assert len(sweep.plan("digits", "c3", "quick", ["wau"], [1, 2, 1], "cpu", tmp_path)) == 2
+
+
 def test_a_run_is_made_once(tmp_path: Path) -> None:
     run = scripted(tmp_path, "open(RESULT, 'w').write('{}')")
     assert run.status() == "missing"
@@ -242,7 +251,8 @@ def test_a_sweep_of_ones_own_files_runs_from_any_folder(tmp_path: Path, monkeypa
     assert sweep.main(arguments) == 0
     assert (tmp_path / "noted").exists()
     result = json.loads((tmp_path / "out" / "note-seed1.json").read_text())
-    assert result["settings"]["callbacks"] == [{"class": "Note"}]
+    assert result["settings"]["callbacks"] == [{"class": "mine.Note"}]
+    assert result["settings"]["data"]["class"] == "mine.Stripes"
     assert result["parameters"] == 4 * 2 * 36 + 4 + 4 * 3 + 3
 
 

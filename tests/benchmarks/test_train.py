@@ -273,6 +273,21 @@ def test_recipes_compose_with_their_data(tmp_path: Path, data: str, model: str, 
     assert settings["trainer"]["max_epochs"] > 1
 
 
+class Digits8(Digits):
+    """Not the benchmarks' own."""
+
+
+def test_a_class_of_ones_own_is_not_taken_for_ours(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"data: {{class_path: {__name__}.Digits8}}\n")
+    ours, own = (
+        plan(data, "c3", "quick", ["wau"], [1], "cpu", tmp_path)[0].settings()
+        for data in ("digits", str(tmp_path / "own.yaml"))
+    )
+    assert ours["data"]["class"] == "Digits"
+    assert own["data"]["class"] == f"{__name__}.Digits8"
+    assert [entry["class"] for entry in own["callbacks"]] == ["WeightAsynchronousUpdate"]
+
+
 def average(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return old + (new - old) / (count + 1)
 
