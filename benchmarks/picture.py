@@ -8,6 +8,7 @@ with CentripetalSGD, for equally many epochs more. One seed: it shows what the c
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from importlib.metadata import version
@@ -55,6 +56,7 @@ def fit(model: SmallConvNet, epochs: int, callbacks: list[Callback]) -> float:
 
 def main() -> None:
     """Command line."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     pl.seed_everything(SEED, verbose=False)
     start = SmallConvNet()

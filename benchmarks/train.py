@@ -142,16 +142,16 @@ class BenchmarkCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """A network that there is not is an error of the command line, also of a sweep that only parses it."""
         super().parse_arguments(parser, args)
-        subcommand = self.config.get("subcommand")
         try:
-            check_network((self.config[subcommand] if subcommand else self.config)["model"]["network"])
+            check_network(self.options["model"]["network"])
         except ValueError as error:
             parser.error(str(error))
 
     @property
     def options(self) -> Namespace:
         """The configuration of the run."""
-        options: Namespace = self.config[self.subcommand] if self.subcommand else self.config
+        subcommand = self.config.get("subcommand")  # self.subcommand is set only after parsing
+        options: Namespace = self.config[subcommand] if subcommand else self.config
         return options
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -70,7 +70,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     gated, gates = classifier(GATED), ChannelImportance()
     train(gated, data, GATED, [gates])
-    # The same draw for both arms and for all seeds of other programs: the wide network comes first.
+    # The same draw for all arms and for all seeds of other programs: the wide network comes first.
     pl.seed_everything(seed, verbose=False)
     narrow = classifier(EPOCHS - GATED)
     if arm != "ucp":

@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 Clustering = Literal["kmeans", "even", "imbalanced"]
-# A start of k-means grows with the cube of the channels: 7 s for 2,048 on one core. There ten starts find a sum of
-# squares that is at most 1 % smaller.
+# A start of k-means grows with the cube of the channels: 7 s for 2,048 on one core. Ten starts find a sum of squares
+# that is at most 0.8 % smaller (512 and 1,024 filters, three kinds of spectrum).
 _ONE_START_ABOVE = 512
 KeepFraction = float | dict[str, float]
 
