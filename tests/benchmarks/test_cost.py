@@ -23,6 +23,8 @@ def test_a_peak_that_is_over_at_the_end_counts() -> None:
 
 def test_memory_that_was_freed_before_does_not_hide_a_need() -> None:
     """The allocator keeps small pieces below one still in use, and would hand them out again unseen."""
+    piece = torch.ones(8 * MEGABYTE)
+    del piece  # from now on pieces up to that size come from the heap, which shrinks only from its end
     pieces = [torch.ones(MEGABYTE) for _ in range(100)]
     last = pieces[-1]
     del pieces
