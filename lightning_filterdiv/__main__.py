@@ -1,5 +1,5 @@
 """``python -m lightning_filterdiv``."""
 
-from lightning_filterdiv.cli import main
+from lightning_filterdiv.command_line.main import main
 
 raise SystemExit(main())

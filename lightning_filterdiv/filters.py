@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_filterdiv.arguments import check_module, check_tensor
+from lightning_filterdiv.tensors.arguments import check_module, check_tensor
 
 __all__ = [
     "CONVOLUTIONS",

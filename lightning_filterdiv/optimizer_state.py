@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, Rprop
 
-from lightning_filterdiv.flat_buffer import FlatBuffer
-from lightning_filterdiv.stacking import group_by
+from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
+from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = ["HeldRows", "RowHold", "initial_state", "reset_rows", "row_state"]
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_filterdiv.arguments import check_tensor
+from lightning_filterdiv.tensors.arguments import check_tensor
 
 __all__ = [
     "as_wide",

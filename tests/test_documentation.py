@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_filterdiv.cli import _parser, main
+from lightning_filterdiv.command_line.main import _parser, main
 
 ROOT = Path(__file__).parent.parent
 CARDS = sorted((ROOT / "lightning_filterdiv").rglob("README.md"))
@@ -118,7 +118,7 @@ def test_help_of_a_benchmark_starts_nothing(
 
 
 def test_tables_are_those_of_the_result_files() -> None:
-    from benchmarks import cards
+    from benchmarks.tables import cards
 
     for page in cards.pages():
-        assert cards.filled(page.read_text()) == page.read_text(), f"{page}: run python -m benchmarks.cards"
+        assert cards.filled(page.read_text()) == page.read_text(), f"{page}: run python -m benchmarks.tables.cards"

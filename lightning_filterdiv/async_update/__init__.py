@@ -1,6 +1,5 @@
 """Weight asynchronous update (WAU): only a random subset of filters moves at every step."""
 
-from lightning_filterdiv.async_update.callback import WeightAsynchronousUpdate
-from lightning_filterdiv.async_update.functional import AsynchronousUpdate
+import lazy_loader
 
-__all__ = ["AsynchronousUpdate", "WeightAsynchronousUpdate"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

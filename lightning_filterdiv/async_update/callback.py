@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.async_update.functional import AsynchronousUpdate, Axis, Hold, Sampling
-from lightning_filterdiv.callback import FilterCallback, optimizer_index, unannounced_step
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
+from lightning_filterdiv.training.callback import FilterCallback, optimizer_index, unannounced_step
 
 __all__ = ["WeightAsynchronousUpdate"]
 
@@ -36,7 +36,7 @@ class WeightAsynchronousUpdate(FilterCallback):
         include: patterns of layers; ``None`` for every ``Conv1d/2d/3d``.
         exclude: patterns of layers to leave out.
         seed: the subsets are a function of the seed and the step number, the same on all ranks.
-        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_filterdiv.arguments import check_choice, check_number
 from lightning_filterdiv.filters import Conv, mask_layout
-from lightning_filterdiv.randomness import keyed_generator, stage
-from lightning_filterdiv.stacking import ParameterStack, gather, group_by, scatter
+from lightning_filterdiv.tensors.arguments import check_choice, check_number
+from lightning_filterdiv.tensors.randomness import keyed_generator, stage
+from lightning_filterdiv.tensors.stacking import ParameterStack, gather, group_by, scatter
 
 __all__ = ["AsynchronousUpdate", "Axis", "Hold", "Sampling", "draw_subsets", "effective_fraction", "subset_size"]
 

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD
 
-from lightning_filterdiv.centripetal.clusters import ClusteredTensor
 from lightning_filterdiv.centripetal.forecast import (
     LOSSLESS_K,
     TARGET_K,
@@ -23,7 +22,8 @@ from lightning_filterdiv.centripetal.forecast import (
     solve_strength,
 )
 from lightning_filterdiv.centripetal.functional import CentripetalUpdate
-from lightning_filterdiv.learning_rates import StepSettings, forecast_settings
+from lightning_filterdiv.narrowing.clusters import ClusteredTensor
+from lightning_filterdiv.training.learning_rates import StepSettings, forecast_settings
 
 __all__ = ["Budget", "ClipMeter"]
 

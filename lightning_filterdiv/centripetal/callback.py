@@ -13,11 +13,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_filterdiv.arguments import check_choice, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
 from lightning_filterdiv.centripetal.budget import Budget, ClipMeter
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
-from lightning_filterdiv.centripetal.clusters import (
+from lightning_filterdiv.centripetal.course import Course
+from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
+from lightning_filterdiv.centripetal.functional import (
+    CentripetalUpdate,
+    cluster_distances,
+    relative,
+    relative_deviations,
+)
+from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
+from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
+from lightning_filterdiv.narrowing.clusters import (
     ClusteredTensor,
     Clustering,
     KeepFraction,
@@ -27,20 +36,11 @@ from lightning_filterdiv.centripetal.clusters import (
     clustered_tensors,
     kept_fractions,
 )
-from lightning_filterdiv.centripetal.course import Course
-from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
-from lightning_filterdiv.centripetal.functional import (
-    CentripetalUpdate,
-    cluster_distances,
-    relative,
-    relative_deviations,
-)
-from lightning_filterdiv.centripetal.merge import MergeReport, merge_with_report
-from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
-from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.example_inputs import ExampleInputs
-from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
-from lightning_filterdiv.network_argument import check_network, layers_inside
+from lightning_filterdiv.narrowing.merge import MergeReport, merge_with_report
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_number
+from lightning_filterdiv.training.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
+from lightning_filterdiv.training.example_inputs import ExampleInputs
+from lightning_filterdiv.training.submodule import check_network, layers_inside
 
 __all__ = ["CentripetalSGD"]
 
@@ -70,7 +70,7 @@ class CentripetalSGD(FilterCallback):
             shares them is chosen.
         exclude: patterns of layers to leave out.
         seed: of k-means.
-        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; at the first step a kernel that is not finite, by layer.
@@ -384,7 +384,7 @@ class CentripetalSGD(FilterCallback):
                 merge whatever it does.
 
         Returns:
-            See :func:`~lightning_filterdiv.centripetal.merge.merge_with_report`.
+            See :func:`~lightning_filterdiv.narrowing.merge.merge_with_report`.
 
         Raises:
             RuntimeError: nothing was clustered yet.

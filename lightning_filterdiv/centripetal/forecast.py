@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lightning_filterdiv.learning_rates import StepSettings
+from lightning_filterdiv.training.learning_rates import StepSettings
 
 __all__ = ["LOSSLESS_K", "TARGET_K", "Solution", "deviation_factors", "reached_k", "safe_strength", "solve_strength"]
 

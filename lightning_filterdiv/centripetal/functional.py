@@ -16,16 +16,25 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lightning_filterdiv.centripetal.clusters import ClusteredTensor
-from lightning_filterdiv.flat_buffer import FlatBuffer
+from lightning_filterdiv.narrowing.clusters import (
+    ClusteredTensor,
+    cluster_channels,
+    cluster_filters,
+    clustered_tensors,
+)
 from lightning_filterdiv.optimizer_state import row_state
-from lightning_filterdiv.stacking import group_by
+from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
+from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = [
     "CentripetalUpdate",
+    "ClusteredTensor",
     "centripetal_gradient",
+    "cluster_channels",
     "cluster_distances",
+    "cluster_filters",
     "cluster_means",
+    "clustered_tensors",
     "equalise",
     "relative_deviations",
 ]
@@ -171,7 +180,7 @@ class CentripetalUpdate:
     is not averaged in this step: a NaN stays in its own filter.
 
     Args:
-        tensors: what is clustered, from :func:`~lightning_filterdiv.centripetal.clusters.clustered_tensors`; those that
+        tensors: what is clustered, from :func:`~lightning_filterdiv.narrowing.clusters.clustered_tensors`; those that
             the optimizer does not own are ignored.
         optimizer: the optimizer that makes the steps.
         strength: eps for kernels.

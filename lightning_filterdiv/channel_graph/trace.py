@@ -14,8 +14,8 @@ from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from ..arguments import check_module
 from ..filters import CONVOLUTIONS, FLOAT_FIRST, canonical_name, quantised_modules
+from ..tensors.arguments import check_module
 from . import layers, moves
 from .capture import find_submodule
 from .classes import Table, channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements

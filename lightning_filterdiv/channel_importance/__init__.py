@@ -1,24 +1,5 @@
-"""Channel importance from squeeze-and-excite gates (UCP), and pruning of the channels that do not matter."""
+"""Channel importance from squeeze-and-excite gates (UCP), and the choice of the channels that matter."""
 
-from lightning_filterdiv.channel_importance.callback import ChannelImportance
-from lightning_filterdiv.channel_importance.gates import (
-    ChannelGate,
-    GatedConv2d,
-    gated_layers,
-    insert_gates,
-    measure_importance,
-    remove_gates,
-)
-from lightning_filterdiv.channel_importance.selection import prune_channels, select_channels
+import lazy_loader
 
-__all__ = [
-    "ChannelGate",
-    "ChannelImportance",
-    "GatedConv2d",
-    "gated_layers",
-    "insert_gates",
-    "measure_importance",
-    "prune_channels",
-    "remove_gates",
-    "select_channels",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_filterdiv.arguments import check_integer
-from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.channel_importance.gates import GatedConv2d, gated_layers, insert_gates
 from lightning_filterdiv.filters import Conv
+from lightning_filterdiv.tensors.arguments import check_integer
+from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["ChannelImportance"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.filters import NoLayersError, canonical_name, select_filters
-from lightning_filterdiv.randomness import keyed_generator
+from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
     "REDUCTION", "ChannelGate", "GatedConv2d", "gated_layers", "insert_gates", "measure_importance", "remove_gates",
@@ -65,6 +65,9 @@ class ChannelGate(nn.Module):
 
 class GatedConv2d(nn.Conv2d):
     """A convolution whose outputs pass a :class:`ChannelGate`; made by :func:`insert_gates` only."""
+
+    #: Why narrowing refuses the network, read by :mod:`lightning_filterdiv.narrowing`.
+    narrowing_obstacle = "still has its gate: prune a fresh network, or call remove_gates first"
 
     gate: ChannelGate
 

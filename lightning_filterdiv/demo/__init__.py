@@ -1,6 +1,5 @@
 """A small network and real data sets that need no download: for ``filterdiv demo``, first steps and tests."""
 
-from lightning_filterdiv.demo.data import Digits, FashionMNIST
-from lightning_filterdiv.demo.model import SmallConvNet, three_convolutions
+import lazy_loader
 
-__all__ = ["Digits", "FashionMNIST", "SmallConvNet", "three_convolutions"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_filterdiv.arguments import check_integer
-from lightning_filterdiv.randomness import keyed_generator
+from lightning_filterdiv.tensors.arguments import check_integer
+from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = ["Digits", "FashionMNIST", "Images", "load_fashion_mnist"]
 

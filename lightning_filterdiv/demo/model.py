@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_filterdiv.arguments import check_integer
+from lightning_filterdiv.tensors.arguments import check_integer
 
 __all__ = ["SmallConvNet", "three_convolutions"]
 

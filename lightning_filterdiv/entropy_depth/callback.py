@@ -10,8 +10,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_filterdiv.arguments import check_choice, check_integer
-from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.channel_graph import ChannelGraphError
 from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
 from lightning_filterdiv.entropy_depth.estimate import Measured, measure
@@ -19,9 +17,11 @@ from lightning_filterdiv.entropy_depth.functional import RULE, DepthBound, Round
 from lightning_filterdiv.entropy_depth.images import ImageDataError
 from lightning_filterdiv.entropy_depth.loaders import image_source
 from lightning_filterdiv.entropy_depth.source import undisturbed
-from lightning_filterdiv.example_inputs import ExampleInputs
 from lightning_filterdiv.filters import Conv, select_filters
-from lightning_filterdiv.network_argument import check_network, layers_inside
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer
+from lightning_filterdiv.training.callback import FilterCallback
+from lightning_filterdiv.training.example_inputs import ExampleInputs
+from lightning_filterdiv.training.submodule import check_network, layers_inside
 
 __all__ = ["Action", "EntropyDepthBound"]
 

@@ -7,11 +7,11 @@ import sys
 import time
 from typing import Any, TextIO
 
-from lightning_filterdiv.arguments import check_choice, check_integer
 from lightning_filterdiv.entropy_depth.functional import DepthBound, EntropyStatistics, Rounding, Unit, image_entropy
 from lightning_filterdiv.entropy_depth.images import ImageDataError, Looks
 from lightning_filterdiv.entropy_depth.loaders import image_source
 from lightning_filterdiv.entropy_depth.source import ImageSource, undisturbed
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer
 
 __all__ = ["Measured", "estimate_depth_bound", "measure"]
 

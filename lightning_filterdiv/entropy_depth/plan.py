@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lightning_filterdiv.arguments import check_integer
+from lightning_filterdiv.tensors.arguments import check_integer
 
 __all__ = ["DepthPlan", "chain_parameters", "plan_depth", "widths_at_equal_parameters"]
 

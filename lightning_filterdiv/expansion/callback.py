@@ -11,8 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_filterdiv.arguments import check_choice, check_integer
-from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.expansion.layers import ExpandedModule
 from lightning_filterdiv.expansion.surgery import (
     Initial,
@@ -25,7 +23,9 @@ from lightning_filterdiv.expansion.surgery import (
     set_factors,
 )
 from lightning_filterdiv.filters import Conv
-from lightning_filterdiv.randomness import keyed_generator
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer
+from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["ExpandNet"]
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_filterdiv.arguments import check_choice, check_integer, check_module
 from lightning_filterdiv.expansion.functional import Kind, draw_factors
 from lightning_filterdiv.expansion.layers import ExpandedConv2d, ExpandedLinear, ExpandedModule
 from lightning_filterdiv.filters import (
@@ -25,7 +24,8 @@ from lightning_filterdiv.filters import (
     quantised_modules,
     weight_obstacle,
 )
-from lightning_filterdiv.randomness import keyed_generator
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_module
+from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = ["ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "expand", "expand_layer", "set_factors"]
 

@@ -1,6 +1,5 @@
 """See how alike the filters are: while the network trains, and in a checkpoint."""
 
-from lightning_filterdiv.monitor.callback import FilterSimilarityMonitor
-from lightning_filterdiv.monitor.metrics import EffectiveRank, FilterCoherence
+import lazy_loader
 
-__all__ = ["EffectiveRank", "FilterCoherence", "FilterSimilarityMonitor"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,8 +11,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 
-from lightning_filterdiv.arguments import check_flag, check_integer
-from lightning_filterdiv.callback import FilterCallback
 from lightning_filterdiv.filters import NoLayersError, check_patterns, filter_count, filter_matrix, select_filters
 from lightning_filterdiv.monitor.events import collect_deviations, collect_events
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map
@@ -22,6 +20,8 @@ from lightning_filterdiv.monitor.layout import custom_scalars_layout
 from lightning_filterdiv.monitor.loggers import FigureWriter, check_writable
 from lightning_filterdiv.monitor.views import look_at
 from lightning_filterdiv.similarity import expected_abs_cosine
+from lightning_filterdiv.tensors.arguments import check_flag, check_integer
+from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["FilterSimilarityMonitor"]
 

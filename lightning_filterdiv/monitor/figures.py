@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_filterdiv.monitor.views import LayerView
-from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.similarity import expected_abs_cosine
+from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
     "BLUE",

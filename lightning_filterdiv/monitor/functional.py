@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_filterdiv.filters import Conv, filter_matrix
 from lightning_filterdiv.similarity import cosine_similarity, effective_rank
-from lightning_filterdiv.stacking import group_by
+from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = ["METRICS", "redundancy_metrics"]
 

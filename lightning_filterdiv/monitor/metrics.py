@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_filterdiv.arguments import check_choice, check_flag
 from lightning_filterdiv.filters import CONVOLUTIONS, filter_matrix
 from lightning_filterdiv.similarity import cosine_similarity, effective_rank
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag
 
 __all__ = ["EffectiveRank", "FilterCoherence"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_filterdiv.flat_buffer import FlatBuffer
 from lightning_filterdiv.orthonormality.targets import FilterBlock
+from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
 
 __all__ = ["Bank", "Batch"]
 

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
 from lightning_filterdiv.filters import Conv, canonical_name, select_filters
 from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty
 from lightning_filterdiv.orthonormality.targets import FilterBlock, filter_blocks
 from lightning_filterdiv.shared_basis.modules import shared_bases
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
+from lightning_filterdiv.training.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
 
 __all__ = ["BasisOrthonormality"]
 
@@ -44,7 +44,7 @@ class BasisOrthonormality(FilterCallback):
         include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none.
         exclude: patterns of layers to leave out.
         seed: of the starting vectors of ``"srip"``, a function of the seed and the step.
-        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_filterdiv.arguments import check_integer, check_tensor
 from lightning_filterdiv.similarity import as_wide
+from lightning_filterdiv.tensors.arguments import check_integer, check_tensor
 
 __all__ = [
     "basis_penalty",

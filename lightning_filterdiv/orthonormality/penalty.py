@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_filterdiv.arguments import check_choice
 from lightning_filterdiv.orthonormality import functional, gradients
 from lightning_filterdiv.orthonormality.batches import Bank, Batch
 from lightning_filterdiv.orthonormality.targets import FilterBlock
-from lightning_filterdiv.randomness import keyed_generator, stage
-from lightning_filterdiv.stacking import group_by
+from lightning_filterdiv.tensors.arguments import check_choice
+from lightning_filterdiv.tensors.randomness import keyed_generator, stage
+from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = ["DEFAULT_WEIGHTS", "Form", "OrthonormalityPenalty", "check_form"]
 

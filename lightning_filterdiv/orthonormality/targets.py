@@ -13,7 +13,7 @@ from torch import nn
 from lightning_filterdiv.filters import CONVOLUTIONS, Conv, canonical_name
 from lightning_filterdiv.orthonormality.functional import tap_stride
 from lightning_filterdiv.shared_basis.modules import SharedBasisConv2d, shared_bases
-from lightning_filterdiv.stacking import group_by
+from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = ["FilterBlock", "filter_blocks"]
 

@@ -1,6 +1,5 @@
 """RePr: drop the most redundant filters for a while, bring them back orthogonal to everything else."""
 
-from lightning_filterdiv.repr_.callback import RePr
-from lightning_filterdiv.repr_.network import DroppedFilters
+import lazy_loader
 
-__all__ = ["DroppedFilters", "RePr"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.callback import FilterCallback, optimizer_index, unannounced_step
-from lightning_filterdiv.example_inputs import ExampleInputs
 from lightning_filterdiv.filters import (
     Conv,
     NoLayersError,
@@ -24,9 +21,7 @@ from lightning_filterdiv.filters import (
     named_convolutions,
     select_filters,
 )
-from lightning_filterdiv.network_argument import check_network, layers_inside
 from lightning_filterdiv.optimizer_state import RowHold
-from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.repr_.functional import (
     Criterion,
     RePrEvent,
@@ -47,6 +42,11 @@ from lightning_filterdiv.repr_.selection import (
     regrown,
     restore_dropped,
 )
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
+from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.training.callback import FilterCallback, optimizer_index, unannounced_step
+from lightning_filterdiv.training.example_inputs import ExampleInputs
+from lightning_filterdiv.training.submodule import check_network, layers_inside
 
 __all__ = ["RePr"]
 
@@ -77,7 +77,7 @@ class RePr(FilterCallback):
             shortcuts.
         exclude: patterns of layers to leave out.
         seed: of random ranking and new directions.
-        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.callback.FilterCallback`.
+        check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; a layer with NaN or inf when filters are ranked or regrown.

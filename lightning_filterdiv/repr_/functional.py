@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_filterdiv.arguments import check_choice, check_flag, check_integer, check_number, check_tensor
-from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.similarity import expected_abs_cosine, normalize_rows, orthogonality_score
-from lightning_filterdiv.stacking import group_by
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number, check_tensor
+from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = [
     "Criterion",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import canonical_name, write_filters
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold, initial_state, row_state
-from lightning_filterdiv.randomness import keyed_generator
+from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = ["DroppedFilters", "NextLayer", "Slice"]
 

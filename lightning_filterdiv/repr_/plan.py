@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_filterdiv.learning_rates import forecast_learning_rates
 from lightning_filterdiv.repr_.functional import RePrEvent, remaining_rate_share
+from lightning_filterdiv.training.learning_rates import forecast_learning_rates
 
 __all__ = ["Happened", "check_plan", "events_missed", "fit_epochs"]
 

@@ -10,11 +10,11 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_filterdiv.arguments import check_choice, check_flag
 from lightning_filterdiv.filters import canonical_name
 from lightning_filterdiv.shared_basis.modules import shared_bases
 from lightning_filterdiv.shared_basis.stages import Stage, find_stages
 from lightning_filterdiv.shared_basis.surgery import SharingError, SharingPlan, check_layers, replace_layer
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag
 
 __all__ = ["Anchoring", "share_anchored_filters"]
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_filterdiv.arguments import check_flag, check_integer
 from lightning_filterdiv.filters import canonical_name, weight_obstacle
 from lightning_filterdiv.shared_basis.modules import (
     BasisUser,
@@ -20,6 +19,7 @@ from lightning_filterdiv.shared_basis.modules import (
     shared_bases,
 )
 from lightning_filterdiv.shared_basis.stages import ROLES, find_stages, stage_width
+from lightning_filterdiv.tensors.arguments import check_flag, check_integer
 
 __all__ = ["SharingError", "SharingPlan", "check_layers", "replace_layer", "share_filter_bases"]
 

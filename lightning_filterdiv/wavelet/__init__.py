@@ -1,6 +1,5 @@
 """Fixed wavelet layers that enhance edges: reconstruction from chosen sub-bands, and local modulus maxima."""
 
-from lightning_filterdiv.wavelet.functional import dilated_details, local_maxima, reconstruct
-from lightning_filterdiv.wavelet.modules import WaveletModulusMaxima, WaveletReconstruction
+import lazy_loader
 
-__all__ = ["WaveletModulusMaxima", "WaveletReconstruction", "dilated_details", "local_maxima", "reconstruct"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_filterdiv.arguments import check_choice, check_integer
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer
 from lightning_filterdiv.wavelet.functional import Band, dilated_details, filters_of, local_maxima, reconstruct
 
 __all__ = ["WaveletModulusMaxima", "WaveletReconstruction"]

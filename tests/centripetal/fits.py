@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_filterdiv.learning_rates import StepSettings, forecast_settings
+from lightning_filterdiv.training.learning_rates import StepSettings, forecast_settings
 from tests.support.training import Classifier
 
 IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(2))

@@ -15,10 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_filterdiv import CentripetalSGD
-from lightning_filterdiv.centripetal import (
-    NotTiedError,
-    deviation_factors,
-)
+from lightning_filterdiv.centripetal import deviation_factors
+from lightning_filterdiv.narrowing import NotTiedError
 from tests.centripetal.fits import IMAGES, Recorder, Scheduled
 from tests.support.training import Classifier, fit, small_net
 

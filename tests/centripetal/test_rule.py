@@ -23,7 +23,7 @@ from lightning_filterdiv.centripetal import (
 )
 from lightning_filterdiv.centripetal.forecast import safe_strength
 from lightning_filterdiv.centripetal.functional import cluster_distances
-from lightning_filterdiv.learning_rates import StepSettings
+from lightning_filterdiv.training.learning_rates import StepSettings
 from tests.registry import Case
 from tests.suites.test_per_step_cost import fake_gpu_kernels
 from tests.support.fake_gpu import needs_fake_gpu

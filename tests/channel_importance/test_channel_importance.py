@@ -19,12 +19,12 @@ from lightning_filterdiv.channel_importance import (
     gated_layers,
     insert_gates,
     measure_importance,
-    prune_channels,
     remove_gates,
     select_channels,
 )
 from lightning_filterdiv.demo import three_convolutions
 from lightning_filterdiv.filters import NoLayersError
+from lightning_filterdiv.narrowing import prune_channels
 from tests.support.training import STEPS_PER_EPOCH, Classifier, batches, fit
 
 

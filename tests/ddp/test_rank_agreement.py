@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.nn import functional as reductions
 
-from lightning_filterdiv.rank_check import RankDivergenceError
+from lightning_filterdiv.tensors.rank_check import RankDivergenceError
 from tests.ddp import test_two_ranks as two
 from tests.ddp.test_two_ranks import SeedsPerRank, Witness, fit_ddp, raises_on_every_rank, setup_module
 from tests.registry import CASES, ONE_EACH, Case

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_filterdiv import EntropyDepthBound, RePr, WeightAsynchronousUpdate
-from lightning_filterdiv.rank_check import RankDivergenceError, check_ranks_agree
+from lightning_filterdiv.tensors.rank_check import RankDivergenceError, check_ranks_agree
 from tests.registry import SLOW_CASES, Case
 from tests.suites.test_resume import KINDS
 from tests.support.training import Classifier, Run, batches, differing, fit

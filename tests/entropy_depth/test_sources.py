@@ -30,7 +30,7 @@ from torch.utils.data import (
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, VisionDataset
 
-from benchmarks.loader import SeededBatches
+from benchmarks.training.loader import SeededBatches
 from lightning_filterdiv.demo import Digits
 from lightning_filterdiv.demo.data import DEBIAN_FASHION_MNIST, load_fashion_mnist
 from lightning_filterdiv.entropy_depth import ImageDataError, estimate, estimate_depth_bound, image_entropy, loaders

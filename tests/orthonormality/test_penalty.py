@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.fake_device import KernelCounter
+from benchmarks.cost.fake_device import KernelCounter
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.filters import filter_matrix, select_filters
 from lightning_filterdiv.orthonormality import (

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_filterdiv.randomness import keyed_generator
 from lightning_filterdiv.repr_.functional import (
     null_space_dimension,
     orthogonal_directions,
@@ -22,6 +21,7 @@ from lightning_filterdiv.repr_.functional import (
     select_dropped,
 )
 from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
+from lightning_filterdiv.tensors.randomness import keyed_generator
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

@@ -14,11 +14,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.launches import count
+from benchmarks.cost.launches import count
 from benchmarks.models import CifarResNet
 from lightning_filterdiv import WeightAsynchronousUpdate
-from lightning_filterdiv.centripetal import cluster_channels, merge_channels, tie_channels
+from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.narrowing import merge_channels, tie_channels
 from tests.registry import CASES, ONE_EACH, Case
 from tests.support.training import Classifier, Run, fit
 

@@ -175,7 +175,7 @@ def test_two_identical_instances_are_refused(case: Case) -> None:
 
 @pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
 def test_two_instances_on_one_layer_are_refused(case: Case) -> None:
-    with pytest.raises(lightning_filterdiv.callback.MisconfigurationException, match=r"act on layer 'net\.3'"):
+    with pytest.raises(lightning_filterdiv.training.callback.MisconfigurationException, match=r"act on layer 'net\.3'"):
         fit([case.make(include=["net.3"]), case.make(include=["net.*"])])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from benchmarks.fake_device import DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
+from benchmarks.cost.fake_device import DeviceTrafficError, KernelCounter, fake_stage, profiled_operations
 from benchmarks.models import CifarResNet
 from tests.registry import PER_STEP, Case
 from tests.support.fake_gpu import needs_fake_gpu

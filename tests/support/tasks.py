@@ -18,7 +18,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from benchmarks.loader import SeededBatches
+from benchmarks.training.loader import SeededBatches
 from lightning_filterdiv.filters import NoLayersError
 
 STEPS_PER_EPOCH = 4

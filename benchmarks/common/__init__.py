@@ -1,0 +1,1 @@
+"""What several rooms of the benchmarks use: the device that is timed, and where files are."""

@@ -1,0 +1,1 @@
+"""What callbacks and changed networks cost: time, kernels, communication, events, and what they predict."""

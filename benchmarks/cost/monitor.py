@@ -1,0 +1,107 @@
+"""What a look of FilterSimilarityMonitor costs: seconds and peak extra memory of one logging epoch on a large network.
+
+    python -m benchmarks.cost.monitor --networks resnet50 wrn28_10
+
+A real Trainer with a TensorBoard logger, one batch per epoch; the hook at the epoch's end is timed. Peak memory is the
+kernel's high-water mark of resident memory, reset before each look (Linux). On a busy machine CPU seconds say more than
+wall time: both are given, with the load average. The first look of a run also loads fonts: only later ones count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from benchmarks.common.paths import RESULTS
+from benchmarks.cost.events import large_network
+from benchmarks.cost.measure import measured
+from lightning_filterdiv import FilterSimilarityMonitor
+
+RESULT = RESULTS / "monitor.json"
+
+
+class _Classifier(pl.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class _Timed(FilterSimilarityMonitor):
+    """Times every look."""
+
+    costs: ClassVar[list[dict[str, float]]] = []
+
+    def _look(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
+        with measured() as cost:
+            super()._look(trainer, epoch, when)
+        self.costs.append({"seconds": cost.seconds, "CPU seconds": cost.cpu_seconds, "peak extra MiB": cost.extra_mib})
+
+
+def measure(network: str, looks: int) -> dict[str, float]:
+    """Median over looks of each cost; the first look, before training, is left out."""
+    net, images = large_network(network)
+    model = _Classifier(net)
+    batch = torch.utils.data.TensorDataset(images, torch.tensor([0, 1]))
+    monitor = _Timed()
+    monitor.costs.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=looks,
+            logger=TensorBoardLogger(folder),
+            callbacks=[monitor],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        trainer.fit(model, torch.utils.data.DataLoader(batch, batch_size=2))
+        written = sum(file.stat().st_size for file in Path(folder).rglob("events*"))
+    result = {key: median(cost[key] for cost in monitor.costs[1:]) for key in monitor.costs[0]}
+    result["layers"] = float(len(monitor.layers))
+    return result | {"MiB written per look": written / len(monitor.costs) / 2**20}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown, with a line on the machine."""
+    results = record["looks"]
+    names = list(results)
+    rows = [f"| one look, 8 layers drawn | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    rows += [f"| {key} | {' | '.join(f'{results[name][key]:.3g}' for name in names)} |" for key in results[names[0]]]
+    busy = f"load average {record['load']:.1f} on {record['cores']} cores at the start"
+    return "\n".join([*rows, "", f"CPU, {record['threads']} thread, torch {record['torch']}; {busy}."])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["resnet50", "wrn28_10"])
+    parser.add_argument("--looks", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    results = {name: measure(name, options.looks) for name in options.networks}
+    record = {"torch": version("torch"), "threads": torch.get_num_threads(), "load": load, "cores": cores}
+    print(table(record | {"looks": results}))
+    options.out.write_text(json.dumps(record | {"looks": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What a changed network costs per training step, relative to the plain one: interleaved pairs, medians, an A/A row.
+
+    python -m benchmarks.cost.structure --pairs 40
+
+For methods that change the network instead of adding hooks to a step. ResNet-20, batch 64, 32x32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common.paths import RESULTS
+from benchmarks.models import CifarResNet, count_parameters
+from lightning_filterdiv.channel_importance import insert_gates
+from lightning_filterdiv.expansion import expand
+from lightning_filterdiv.shared_basis import share_anchored_filters, share_filter_bases
+from lightning_filterdiv.wavelet import WaveletReconstruction
+
+RESULT = RESULTS / "structure_cost.json"
+BATCH = 64
+
+
+class Enhanced(nn.Module):
+    """A network behind a fixed wavelet layer."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.net = WaveletReconstruction(output="add"), net
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images to ``(B, 10)`` logits."""
+        logits: Tensor = self.net(self.layer(images))
+        return logits
+
+
+def _changed(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], nn.Module]:
+    """``change`` works in place."""
+
+    def build(net: nn.Module) -> nn.Module:
+        change(net)
+        return net
+
+    return build
+
+
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "A/A": lambda net: net,
+    "share_filter_bases": _changed(lambda net: share_filter_bases(net, shared=16, unique=1)),
+    "share_anchored_filters": _changed(share_anchored_filters),
+    "ExpandNet": _changed(expand),
+    "ChannelImportance": _changed(insert_gates),
+    "WaveletReconstruction": Enhanced,
+}
+
+
+class Cost(NamedTuple):
+    """Medians over pairs of steps."""
+
+    change: str
+    ratio: float
+    low: float  # bootstrap 95 % interval
+    high: float
+    parameters: float  # relative to the plain network, while training
+
+
+def measure(change: str, pairs: int) -> Cost:
+    """Train the plain and the changed network side by side."""
+    torch.manual_seed(0)
+    plain = CifarResNet(20)
+    changed = CHANGES[change](CifarResNet(20))
+    models = [plain, changed]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4) for m in models]
+    images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    order = random.Random(0)
+
+    def step(which: int) -> float:
+        start = time.perf_counter()
+        optimizers[which].zero_grad()
+        nn.functional.cross_entropy(models[which](images), labels).backward()
+        optimizers[which].step()
+        return time.perf_counter() - start
+
+    ratios = []
+    for number in range(pairs + 3):
+        times = {which: step(which) for which in order.sample([0, 1], 2)}
+        if number >= 3:  # the first steps allocate
+            ratios.append(times[1] / times[0])
+    resampled = sorted(median(order.choices(ratios, k=len(ratios))) for _ in range(1000))
+    size = count_parameters(changed) / count_parameters(plain)
+    return Cost(change, median(ratios), resampled[25], resampled[974], size)
+
+
+def table(costs: list[Cost]) -> str:
+    """Markdown."""
+    rows = ["| ResNet-20 with | step / plain step (95 %) | parameters while training / plain |", "|---|---|---|"]
+    rows += [f"| {c.change} | {c.ratio:.2f} ({c.low:.2f} to {c.high:.2f}) | {c.parameters:.2f} |" for c in costs]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    costs = [measure(change, options.pairs) for change in CHANGES]
+    print(table(costs))
+    result = {"torch": version("torch"), "threads": 1, "batch": BATCH, "costs": [cost._asdict() for cost in costs]}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

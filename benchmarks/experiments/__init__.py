@@ -1,0 +1,1 @@
+"""Experiments with a protocol of their own: squeezing, shared bases, pruning by gates, depth."""

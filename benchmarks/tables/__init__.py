@@ -1,0 +1,1 @@
+"""From result files to the tables of README, the cards and RESULTS."""

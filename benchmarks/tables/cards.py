@@ -1,0 +1,180 @@
+"""Write the tables of README and method cards from the result files, so that no number is typed by hand.
+
+python -m benchmarks.tables.cards            # fills what stands between "<!-- table: NAME -->" and "<!-- end -->"
+python -m benchmarks.tables.cards --check    # only says what is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.common.device import read_result
+from benchmarks.common.paths import RESULTS, ROOT
+from benchmarks.cost import (
+    callback_time,
+    communication,
+    events,
+    large_steps,
+    launches,
+    monitor,
+    overhead,
+    peers,
+    scaling,
+)
+from benchmarks.cost import channel_graph as channel_graph_cost
+from benchmarks.cost import entropy as entropy_speed
+from benchmarks.cost import structure as structure_cost
+from benchmarks.experiments import entropy_depth, shared_basis, squeeze, ucp
+from benchmarks.tables import summary
+from benchmarks.training import report
+from lightning_filterdiv import orthonormality
+
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _overhead(*beginnings: str) -> str:
+    """The A/A row and the methods whose names begin like this."""
+    records = [read_result(path) for path in ("overhead.json", "gpu/overhead.json")]
+    costs, gpu = (
+        [overhead.Cost(**c) for c in record["costs"] if c["method"].startswith(("A/A", *beginnings))]
+        for record in records
+    )
+    machines = "; ".join(overhead.machine(record) for record in records)
+    return f"{overhead.table(costs, gpu, records[1]['device'])}\n\n{machines}; batch {records[0]['batch']}, 32x32."
+
+
+def _launches(*beginnings: str) -> str:
+    """The methods whose names begin like this."""
+    cpu, gpu = read_result("launches.json"), read_result("gpu/launches.json")
+    counts = {method: of for method, of in cpu["counts"].items() if method.startswith(beginnings)}
+    return launches.table(counts, gpu["counts"], gpu["device"])
+
+
+def _entropy_depth() -> str:
+    speed = json.loads(entropy_speed.RESULT.read_text())
+    return entropy_depth.table(entropy_depth.OUT, speed["rows"]["raw 8-bit array"]["bound"])
+
+
+def _quality(*beginnings: str) -> str:
+    """FM5k: the baseline and the methods whose names begin like this, p-values corrected over them."""
+
+    def rows(folder: str) -> list[report.Row]:
+        runs = report.read(RESULTS / folder)
+        return report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)})
+
+    gpu = "gpu/fm5k-c3"
+    if not (RESULTS / gpu).exists():
+        return report.table(rows("fm5k-c3"))
+    return report.table(rows("fm5k-c3"), "baseline", rows(gpu), _devices(gpu))
+
+
+def _resnet20(*methods: str) -> str:
+    """FM5k with ResNet-20: the baseline and these methods, or all; p-values corrected over all."""
+    rows = report.summary(report.read(RESULTS / "fm5k-resnet20"))
+    return report.table([row for row in rows if not methods or row.method in ("baseline", *methods)])
+
+
+def _devices(folder: str) -> str:
+    """Names of what the runs of a folder trained on."""
+    return ", ".join(sorted({run["device"] for of in report.read(RESULTS / folder).values() for run in of}))
+
+
+def _compared(folder: str, *methods: str) -> str:
+    """These methods alone, the first of which is the baseline."""
+    return report.table(report.summary(report.read(RESULTS / folder, methods), methods[0]), methods[0])
+
+
+def _events(*methods: str) -> str:
+    return report.event_table(report.read(RESULTS / "fm5k-c3", methods))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "methods": summary.table,
+    "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
+    "fm5k_repr": lambda: _quality("repr"),
+    "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
+    "fm5k_resnet20": lambda: _resnet20(),
+    "fm5k_resnet20_wau": lambda: _resnet20("wau"),
+    "fm5k_resnet20_repr": lambda: _resnet20("repr"),
+    "fm5k_resnet20_orthonormality": lambda: _resnet20("basis", "soft"),
+    "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
+    "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
+    "events_repr": lambda: events.table(
+        read_result("events.json"),
+        (events.TRACE, *events.CYCLE, events.LOG, events.WHOLE),
+        read_result("gpu/events.json"),
+    ),
+    "events_csgd": lambda: events.table(read_result("events.json"), (events.TRACE, events.CLUSTER, events.MERGE)),
+    "large_steps": lambda: large_steps.table(
+        read_result("gpu/large_steps.json"), read_result("scaling.json")["counted"]
+    ),
+    "channel_graph_cost": lambda: channel_graph_cost.table(
+        json.loads(channel_graph_cost.RESULT.read_text())["results"]
+    ),
+    "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
+    "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
+    "overhead_wau": lambda: _overhead("wau", "naive per-layer wau"),
+    "overhead_repr": lambda: _overhead("repr"),
+    "overhead_csgd": lambda: _overhead("csgd", "official per-layer csgd"),
+    "overhead_orthonormality": lambda: _overhead(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
+    "squeeze": lambda: squeeze.table(squeeze.OUT),
+    "squeeze_merge": lambda: squeeze.merge_table(squeeze.OUT),
+    "squeeze_latency": lambda: squeeze.latency_table(squeeze.OUT / "latency.json"),
+    "shared_basis": lambda: shared_basis.table(shared_basis.OUT),
+    "shared_basis_gradients": lambda: shared_basis.profile_table(shared_basis.OUT),
+    "fm5k_expansion": lambda: _compared("fm5k-c3", "baseline", "expand_third", "lr_third", "expand"),
+    "fm5k_anchored": lambda: _compared("fm5k-resnet20-14", "baseline", "anchored", "anchored_regulator"),
+    "fm5k_wavelet": lambda: _compared("fm5k-c3", "baseline", "wavelet", "wavelet_edges", "wavelet_maxima"),
+    "ucp": lambda: ucp.table(ucp.OUT),
+    "entropy_depth": _entropy_depth,
+    "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
+    "fm5k_c3": lambda: _quality("wau", "conv_lr_half", "repr", *orthonormality.DEFAULT_WEIGHTS),
+    "overhead": lambda: _overhead(""),
+    "callback_time": lambda: callback_time.table(read_result("callback_time.json")),
+    "launches": lambda: _launches(""),
+    "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
+    "structure_cost": lambda: structure_cost.table(
+        [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]
+    ),
+    "composability": lambda: summary.composability("pairs"),
+    "composability_beside": lambda: summary.composability("beside"),
+    "weak_scaling": lambda: communication.weak_table(json.loads(communication.RESULT.read_text())["weak"]),
+    "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),
+    "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),
+    "scaling_events": lambda: scaling.event_table(json.loads(scaling.RESULT.read_text())),
+    "launches_wau": lambda: _launches("wau", "naive per-layer wau"),
+    "launches_csgd": lambda: _launches("csgd", "official per-layer csgd"),
+    "launches_orthonormality": lambda: _launches(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
+}
+
+
+def filled(text: str) -> str:
+    """``text`` with every table block made anew."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def pages() -> list[Path]:
+    """Pages that may hold tables."""
+    folders = ("lightning_filterdiv", "benchmarks", "docs")
+    return [ROOT / "README.md", *sorted(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
+
+
+def main() -> int:
+    """Command line; status 1 if ``--check`` finds a page out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check: bool = parser.parse_args().check
+    stale = [page for page in pages() if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} {'is out of date' if check else 'updated'}")
+        if not check:
+            page.write_text(filled(page.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""The LightningModule of ``benchmarks.training.train``: a network by name, cross-entropy, SGD with step decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from benchmarks.models import build_network
+from lightning_filterdiv.filters import select_filters
+from lightning_filterdiv.shared_basis import share_anchored_filters, share_filter_bases
+
+__all__ = ["Classification"]
+
+
+class Classification(pl.LightningModule):
+    """Image classification; logs ``train_loss``, ``val_acc`` and ``test_acc``.
+
+    Args:
+        network: by name, fitted to the images; or ``module.function`` of your own, called with channels, size of the
+            (square) images and classes.
+        options: further arguments of that network, such as ``{"width": 12}``.
+        lr: learning rate of SGD at the start.
+        momentum: of SGD.
+        nesterov: of SGD.
+        weight_decay: of all parameters.
+        milestones: epochs at which the learning rate is multiplied by ``gamma``.
+        gamma: see ``milestones``.
+        convolution_lr: learning rate of convolutions relative to ``lr``; a control for methods that move filters less.
+        weights: checkpoint of a finished run of the same network to start from (``checkpoints/last.ckpt``).
+        shared_filter_bases: arguments of ``share_filter_bases`` to apply to the network.
+        anchored_filters: arguments of ``share_anchored_filters`` to apply to the network.
+        channels_last: memory format; the same numbers up to rounding.
+        image_shape: channels, height and width; comes from the data.
+        classes: comes from the data.
+    """
+
+    def __init__(
+        self,
+        network: str = "c3",
+        options: dict[str, Any] | None = None,
+        lr: float = 0.02,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 1e-4,
+        milestones: list[int] | None = None,
+        gamma: float = 0.1,
+        convolution_lr: float = 1.0,
+        weights: str | None = None,
+        shared_filter_bases: dict[str, Any] | None = None,
+        anchored_filters: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        image_shape = image_shape[0], image_shape[1], image_shape[2]  # a list, when it comes from YAML
+        self.net = build_network(network, image_shape, classes, **(options or {}))
+        if shared_filter_bases is not None:
+            share_filter_bases(self.net, **shared_filter_bases)
+        if anchored_filters is not None:
+            share_anchored_filters(self.net, **anchored_filters)
+        if weights is not None:
+            self._start_from(weights)
+        self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")
+        self.example_input_array = torch.zeros(2, *image_shape)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def _start_from(self, path: str) -> None:
+        """Load the network of another run.
+
+        Raises:
+            ValueError: it is of another network.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        net = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+        try:
+            self.net.load_state_dict(net)
+        except RuntimeError as error:
+            raise ValueError(f"--model.weights {path} is not of this network: {error}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` images to ``(B, classes)`` logits."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def _evaluate(self, batch: Sequence[Tensor], name: str) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log(name, self.accuracy, prog_bar=True, on_epoch=True)
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Log ``val_acc``."""
+        self._evaluate(batch, "val_acc")
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Log ``test_acc``."""
+        self._evaluate(batch, "test_acc")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD; convolutions are a parameter group of their own where ``convolution_lr`` is not 1."""
+        hp = self.hparams
+        groups: list[dict[str, Any]] = [{"params": list(self.parameters())}]
+        if hp["convolution_lr"] != 1:
+            convolutions = {id(p) for conv in select_filters(self).values() for p in conv.parameters()}
+            groups = [
+                {"params": [p for p in self.parameters() if id(p) not in convolutions]},
+                {
+                    "params": [p for p in self.parameters() if id(p) in convolutions],
+                    "lr": hp["convolution_lr"] * hp["lr"],
+                },
+            ]
+        optimizer = torch.optim.SGD(
+            groups, lr=hp["lr"], momentum=hp["momentum"], nesterov=hp["nesterov"], weight_decay=hp["weight_decay"]
+        )
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, hp["milestones"] or [], gamma=hp["gamma"])
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -1,0 +1,2 @@
+from .callback import WeightAsynchronousUpdate as WeightAsynchronousUpdate
+from .functional import AsynchronousUpdate as AsynchronousUpdate

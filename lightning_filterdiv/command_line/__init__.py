@@ -1,0 +1,1 @@
+"""The ``filterdiv`` command."""

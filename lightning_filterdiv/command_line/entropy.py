@@ -1,0 +1,186 @@
+"""``filterdiv entropy``: the depth bound of a data set, and a network held against it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
+from lightning_filterdiv.command_line.model_source import (
+    ModelSourceError,
+    add_model_arguments,
+    build_model,
+    search_here,
+)
+from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
+from lightning_filterdiv.entropy_depth.estimate import estimate_depth_bound
+from lightning_filterdiv.entropy_depth.functional import DepthBound, Rounding, Unit
+from lightning_filterdiv.entropy_depth.images import ImageDataError
+from lightning_filterdiv.entropy_depth.loaders import image_source
+from lightning_filterdiv.filters import named_convolutions
+
+__all__ = ["add_arguments", "run"]
+
+_FORMS = "digits, fashion_mnist, torchvision:NAME, pkg.module:Name (a data set or LightningDataModule), or a folder"
+_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of ``filterdiv entropy``."""
+    parser.add_argument("--data", required=True, metavar="SOURCE", help=f"training images: {_FORMS}")
+    parser.add_argument("--root", type=Path, help="where the files of fashion_mnist or torchvision:NAME are")
+    parser.add_argument("--unit", choices=get_args(Unit), default="nats", help="of the entropy that is rounded")
+    parser.add_argument("--rounding", choices=get_args(Rounding), default="ceil", help="of the mean entropy")
+    parser.add_argument("--max-images", type=int, metavar="N", help="measure N images, evenly spaced; default all")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--input-size", type=int, nargs="+", metavar="N", help="height and width that the network is traced with"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print entropy and bound, and with a model its depth per stage and a plan.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ModelSourceError: data or a network that cannot be used; with the reason.
+    """
+    if options.max_images is not None and options.max_images < 1:
+        raise ModelSourceError(f"--max-images must be at least 1, got {options.max_images}")
+    data = _build_data(options.data, options.root)
+    try:
+        bound = estimate_depth_bound(data, options.unit, options.rounding, options.max_images)
+    except ImageDataError as error:
+        raise ModelSourceError(f"--data {options.data}: {error}") from error
+    print(bound.describe())
+    if options.model is None and options.config is None:
+        return 0
+    model = build_model(options.model, options.config)
+    try:
+        graph = ChannelGraph.trace(model, _example_inputs(model, data, options.input_size))
+        depth = network_depth(graph)
+    except (ChannelGraphError, ValueError) as error:
+        raise ModelSourceError(f"{type(model).__name__} cannot be traced: {error}") from error
+    print(_comparison(type(model).__name__, depth, bound))
+    return 0
+
+
+def _comparison(name: str, depth: NetworkDepth, bound: DepthBound) -> str:
+    plan = depth.plan(bound.bound)
+    lines = ["", f"{name}: {depth.describe()}", ""]
+    columns = ("stage", "resolution", "depth", "bound", "width", "plan")
+    lines.append("".join(f"{column:>14}" for column in columns))
+    rows = zip(depth.stages, plan.depths, plan.widths, strict=True)
+    for index, (stage, planned, width) in enumerate(rows, start=1):
+        words = f"{planned} x {width}" if planned < stage.depth else "as it is"
+        cells = (index, stage.name, stage.depth, bound.bound, stage.width, words)
+        lines.append("".join(f"{cell!s:>14}" for cell in cells))
+    deep = len(depth.beyond(bound.bound))
+    lines.append("")
+    if deep:
+        lines.append(
+            f"{deep} of {len(depth.stages)} stages are deeper than the bound. The plan (convolutions x width) has "
+            f"{100 * plan.change:+.1f} % weights on the longest path."
+        )
+    else:
+        lines.append("No stage is deeper than the bound.")
+    return "\n".join(lines)
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+class _Folder:
+    """Image files below a folder, in order of their names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        from PIL import Image
+
+        with Image.open(self.files[index]) as image:
+            return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _build_data(source: str, root: Path | None) -> Any:
+    kind, separator, name = source.partition(":")
+    known: dict[str, Callable[[], Tensor]] = {
+        "digits": _digits,
+        "fashion_mnist": lambda: _fashion_mnist(root),
+    }
+    if source in known:
+        return known[source]()
+    if Path(source).is_dir():
+        folder = _Folder(Path(source))
+        if not len(folder):
+            raise ModelSourceError(f"--data {source}: the folder holds no image files ({', '.join(sorted(_ENDINGS))})")
+        return folder
+    if not (separator and kind and name):
+        raise ModelSourceError(f"--data {source!r} is none of {_FORMS}")
+    if kind == "torchvision":
+        return _torchvision(name, root)
+    search_here()
+    try:
+        built = getattr(importlib.import_module(kind), name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ModelSourceError(f"--data {source}: it cannot be built without arguments ({error})") from error
+    return built
+
+
+def _digits() -> Tensor:
+    from lightning_filterdiv.demo import Digits
+
+    return Digits().load()[0]
+
+
+def _fashion_mnist(root: Path | None) -> Tensor:
+    from lightning_filterdiv.demo.data import load_fashion_mnist
+
+    try:
+        return load_fashion_mnist("train", root)[0]
+    except FileNotFoundError as error:
+        raise ModelSourceError(str(error)) from error
+
+
+def _torchvision(name: str, root: Path | None) -> Any:
+    from torchvision import datasets
+
+    if name not in datasets.__all__:
+        raise ModelSourceError(f"torchvision has no data set {name!r}: {', '.join(datasets.__all__[:12])}, ...")
+    if root is None:
+        raise ModelSourceError(f"--data torchvision:{name} needs --root, the folder its files are in")
+    try:
+        return getattr(datasets, name)(str(root))
+    except Exception as error:  # every data set has errors of its own for files that are missing
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelSourceError(f"--data torchvision:{name} at {root}: {reason} (nothing is downloaded)") from error
+
+
+def _example_inputs(model: nn.Module, data: Any, size: list[int] | None) -> Any:
+    """The model's own example, else zeros of the images' size with the channels that its first convolution reads."""
+    if size is None and getattr(model, "example_input_array", None) is not None:
+        return None
+    first = next((conv for _, conv in named_convolutions(model)), None)
+    if first is None:
+        raise ModelSourceError(
+            f"{type(model).__name__} has no convolution: there is no depth to speak of; name another"
+        )
+    if size is not None:
+        spatial = size * 2 if len(size) == 1 else size
+    else:
+        shape = list(next(image_source(data, 1).batches()).shape[1:])
+        channels_last = len(shape) == 3 and shape[-1] <= 4 < shape[0]
+        spatial = shape[:2] if channels_last else shape[-2:]
+    return torch.zeros(1, first.in_channels, *spatial)

@@ -1,0 +1,169 @@
+"""``filterdiv inspect``: how redundant is a network that exists already?"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_filterdiv.command_line.model_source import (
+    ModelSourceError,
+    add_model_arguments,
+    build_model,
+    load_weights,
+    read_checkpoint,
+)
+from lightning_filterdiv.filters import Conv, canonical_name, select_filters
+from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map, to_rgb
+from lightning_filterdiv.monitor.loggers import check_writable
+from lightning_filterdiv.monitor.page import Picture, as_html
+from lightning_filterdiv.monitor.report import LayerReport, as_csv, as_text, report_layers
+from lightning_filterdiv.monitor.views import look_at
+from lightning_filterdiv.tensors.arguments import check_integer, check_number
+
+__all__ = ["add_arguments", "run"]
+
+_PLAIN: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of ``filterdiv inspect``."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a .ckpt or .pt file, torchvision:NAME, timm:NAME or pkg.module:Class"
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="default: report")
+    parser.add_argument("--threshold", type=float, default=0.9, help="|cos| from which filters count as alike, 0.9")
+    parser.add_argument("--max-figures", type=int, default=8, help="draw at most so many layers, default 8")
+    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only layers of these names")
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave layers of these names out")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write ``report.txt``, ``report.csv``, ``index.html`` and the figures, and print the table.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ModelSourceError: the network, the file, an option or the folder cannot be used.
+        NoLayersError: a pattern matches no layer.
+    """
+    try:
+        check_number("--threshold", options.threshold, low=0.0, below=1.0)
+        check_integer("--max-figures", options.max_figures, low=0)
+    except (TypeError, ValueError) as error:
+        raise ModelSourceError(str(error)) from error
+    layers, title, notes = find_layers(options)
+    if reason := check_writable(options.out):
+        raise ModelSourceError(f"--out {options.out} cannot be written ({reason}); name another folder")
+    rows = report_layers(layers, options.threshold)
+    pictures = _draw(layers, rows, options)
+    heading = "\n".join([f"Filter redundancy of {title}", *notes])
+    text = as_text(rows, heading, options.threshold)
+    (options.out / "report.txt").write_text(text + "\n")
+    (options.out / "report.csv").write_text(as_csv(rows))
+    (options.out / "index.html").write_text(as_html(rows, title, notes, options.threshold, pictures))
+    print(f"{text}\n\nwritten to {options.out}: index.html, report.txt, report.csv and {len(pictures)} figures")
+    return 0
+
+
+def find_layers(options: argparse.Namespace) -> tuple[dict[str, Conv], str, list[str]]:
+    """Layers to report on, what they belong to, and notes on where the weights come from."""
+    source: str = options.source
+    named = ":" in source and not Path(source).exists()
+    if named:
+        if options.model is not None or options.config is not None:
+            raise ModelSourceError(f"{source!r} names a network already; --model and --config belong to a file")
+        network, note = _with_local_weights(source, options.trust_pickle)
+        return select_filters(network, options.include, options.exclude), source, [note]
+    path = Path(source)
+    if not path.exists():
+        raise ModelSourceError(
+            f"{source}: no such file, and no torchvision:NAME, timm:NAME or pkg.module:Class either"
+            f"{f'; did you mean torchvision:{source}?' if source in torchvision.models.list_models() else ''}"
+        )
+    checkpoint = read_checkpoint(path, options.trust_pickle)
+    weights: Mapping[str, Tensor] = checkpoint["state_dict"]
+    if options.model is None and options.config is None:
+        if "callbacks" not in checkpoint and "epoch" not in checkpoint:
+            raise ModelSourceError(
+                f"{path} is a bare state dict: say which network it belongs to with --model ({_FORMS}) or --config"
+            )
+        network = _plain_convolutions(weights, path)
+        notes = [
+            f"Weights of {path.name}, read as they are stored. A transposed convolution looks like an ordinary one in "
+            f"a file: name the network with --model or --config if it has some."
+        ]
+    else:
+        network = build_model(options.model, options.config, checkpoint.get("hyper_parameters"))
+        load_weights(network, weights)
+        notes = [f"Weights of {path.name} in {options.model or options.config}."]
+    return select_filters(network, options.include, options.exclude), path.name, notes
+
+
+def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """A network of bare convolutions that holds every kernel of a Lightning checkpoint."""
+    network = nn.Module()
+    for key, tensor in weights.items():
+        name, _, last = canonical_name(key).rpartition(".")
+        if last != "weight" or tensor.dim() not in _PLAIN or not name:
+            continue
+        parent = network
+        *levels, leaf = name.split(".")
+        for level in levels:
+            if level not in parent._modules:
+                parent.add_module(level, nn.Module())
+            parent = parent.get_submodule(level)
+        kernel_size: Any = tuple(tensor.shape[2:])
+        with torch.device("meta"):
+            conv = _PLAIN[tensor.dim()](tensor.shape[1], tensor.shape[0], kernel_size, bias=False)
+        conv.weight = nn.Parameter(tensor.detach(), requires_grad=False)
+        parent.add_module(leaf, conv)
+    if not any(True for _ in network.parameters()):
+        raise ModelSourceError(f"{path} holds no convolution: no weight of it has 3 to 5 dimensions")
+    return network
+
+
+def _with_local_weights(source: str, trust_pickle: bool) -> tuple[nn.Module, str]:
+    """The network, with torchvision's default weights where they are on disk already; nothing is ever downloaded."""
+    network = build_model(source)
+    kind, _, name = source.partition(":")
+    if kind != "torchvision":
+        return network, "Random weights, as the constructor makes them."
+    default = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
+    file = Path(torch.hub.get_dir()) / "checkpoints" / default.url.split("/")[-1] if default is not None else None
+    if file is None or not file.is_file():
+        missing = f": {file.name} is not in torch's hub folder, and nothing is downloaded" if file is not None else ""
+        return network, f"Random weights{missing}."
+    if not trust_pickle:
+        read_checkpoint(file)  # torchvision would unpickle whatever lies there
+    return torchvision.models.get_model(name, weights=default), f"Weights of {file.name}, found on this machine."
+
+
+def _draw(layers: Mapping[str, Conv], rows: list[LayerReport], options: argparse.Namespace) -> list[Picture]:
+    """Figures of the layers that stand out most, also as PNG files."""
+
+    def interest(row: LayerReport) -> tuple[float, float]:
+        return row.mergeable / row.filters, row.mean_abs_cosine - row.random_abs_cosine
+
+    ranked = sorted(rows, key=interest, reverse=True)[: options.max_figures]
+    views = [look_at(row.layer, layers[row.layer]) for row in rows if row in ranked]
+    if not views:
+        return []
+    pictures = [("distribution", to_rgb(cosine_distribution(views)))]
+    for view in views:
+        pictures.append((f"similarity-{view.name}", to_rgb(similarity_heat_map(view))))
+        pictures.append((f"kernels-{view.name}", to_rgb(kernel_mosaic(view))))
+    folder = options.out / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, pixels in pictures:
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return pictures

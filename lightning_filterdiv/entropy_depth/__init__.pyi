@@ -1,0 +1,9 @@
+from .callback import EntropyDepthBound as EntropyDepthBound
+from .depth import NetworkDepth as NetworkDepth
+from .depth import network_depth as network_depth
+from .estimate import estimate_depth_bound as estimate_depth_bound
+from .functional import DepthBound as DepthBound
+from .functional import image_entropy as image_entropy
+from .images import ImageDataError as ImageDataError
+from .plan import DepthPlan as DepthPlan
+from .plan import plan_depth as plan_depth

@@ -1,0 +1,9 @@
+from .callback import ExpandNet as ExpandNet
+from .functional import compose as compose
+from .functional import compose_bias as compose_bias
+from .functional import compose_chain as compose_chain
+from .layers import ExpandedConv2d as ExpandedConv2d
+from .layers import ExpandedLinear as ExpandedLinear
+from .surgery import ExpansionError as ExpansionError
+from .surgery import contract as contract
+from .surgery import expand as expand

@@ -1,0 +1,3 @@
+from .callback import FilterSimilarityMonitor as FilterSimilarityMonitor
+from .metrics import EffectiveRank as EffectiveRank
+from .metrics import FilterCoherence as FilterCoherence

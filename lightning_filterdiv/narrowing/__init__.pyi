@@ -1,0 +1,16 @@
+from .clusters import ClusteredTensor as ClusteredTensor
+from .clusters import cluster_channels as cluster_channels
+from .clusters import cluster_filters as cluster_filters
+from .clusters import clustered_tensors as clustered_tensors
+from .files import MergedFileError as MergedFileError
+from .files import load_merged as load_merged
+from .files import save_merged as save_merged
+from .measure import count_macs as count_macs
+from .measure import count_parameters as count_parameters
+from .measure import latency_ratio as latency_ratio
+from .merge import MergeReport as MergeReport
+from .merge import NotTiedError as NotTiedError
+from .merge import merge_channels as merge_channels
+from .merge import merge_with_report as merge_with_report
+from .merge import tie_channels as tie_channels
+from .prune import prune_channels as prune_channels

@@ -1,0 +1,201 @@
+"""From a network with equal channels to a really narrower one, with the proof in numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
+from lightning_filterdiv.channel_graph.capture import find_submodule
+from lightning_filterdiv.channel_graph.export import bare_module, example_arguments
+from lightning_filterdiv.channel_graph.narrow import copy_network, named_tensors, narrow, tie
+from lightning_filterdiv.channel_graph.verify import TOLERANCE as ROUNDING
+from lightning_filterdiv.channel_graph.verify import compare, random_inputs
+from lightning_filterdiv.narrowing.measure import count_parameters, macs_of_call
+from lightning_filterdiv.tensors.arguments import check_number
+
+__all__ = ["MergeReport", "NotTiedError", "merge_channels", "merge_with_report", "tie_channels"]
+
+_log = logging.getLogger(__name__)
+
+
+class NotTiedError(NarrowingError):
+    """The members of the clusters are not equal: merging them would change what the network computes."""
+
+
+class MergeReport(NamedTuple):
+    """What merging did.
+
+    Attributes:
+        channels_before: channels of all clustered groups.
+        channels_after: clusters.
+        deviation: largest ``|w - mean| / |w|`` of a clustered tensor before the merge, running statistics included.
+        worst: the tensor that it belongs to.
+        projection: relative change of the outputs by setting every member to its cluster's mean.
+        trim: relative change of the outputs by narrowing the tied network, in float64; rounding only.
+        parameters_before: of the original.
+        parameters_after: of the narrow network.
+        macs_before: multiply-accumulate operations of a forward pass on the example inputs.
+        macs_after: of the narrow network.
+    """
+
+    channels_before: int
+    channels_after: int
+    deviation: float
+    worst: str
+    projection: float
+    trim: float
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+
+    def __str__(self) -> str:
+        def share(after: int, before: int) -> str:
+            return f"{before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)"
+
+        return "\n".join(
+            [
+                f"channels      {share(self.channels_after, self.channels_before)}",
+                f"parameters    {share(self.parameters_after, self.parameters_before)}",
+                f"MACs          {share(self.macs_after, self.macs_before)}",
+                f"deviation     {self.deviation:.1e} of the norm, the largest of all tensors ({self.worst})",
+                f"projection    changes the outputs by {self.projection:.1e} (relative)",
+                f"trimming      changes the outputs by {self.trim:.1e} (relative, float64)",
+            ]
+        )
+
+
+def tie_channels(
+    model: nn.Module, clusters: Mapping[str, Tensor], example_inputs: Any = None, *, network: str | None = None
+) -> None:
+    """Set every filter, per-channel parameter and running statistic to the mean of its cluster, in place.
+
+    Args:
+        model: the network.
+        clusters: group name -> ``(size,)`` int64 cluster index of each channel.
+        example_inputs: for the trace; see :meth:`~lightning_filterdiv.channel_graph.ChannelGraph.trace`.
+        network: trace only this submodule.
+
+    Raises:
+        NarrowingError: unknown or pinned group (with the reason), or clusters of a wrong shape.
+        ExampleInputsError, TraceError: the network cannot be traced on these inputs.
+    """
+    tie(model, ChannelGraph.trace(model, example_inputs, network=network), clusters)
+
+
+def merge_channels(
+    model: nn.Module,
+    clusters: Mapping[str, Tensor],
+    example_inputs: Any = None,
+    *,
+    network: str | None = None,
+    tolerance: float = 1e-3,
+) -> nn.Module:
+    """A new, really narrower network. See :func:`merge_with_report`, whose report is logged."""
+    merged, report = merge_with_report(model, clusters, example_inputs, network=network, tolerance=tolerance)
+    _log.info("merged %s\n%s", type(model).__name__, report)
+    return merged
+
+
+def merge_with_report(
+    model: nn.Module,
+    clusters: Mapping[str, Tensor],
+    example_inputs: Any = None,
+    *,
+    network: str | None = None,
+    tolerance: float = 1e-3,
+) -> tuple[nn.Module, MergeReport]:
+    """A new, really narrower network with one channel per cluster, and what merging did.
+
+    A copy is first projected (every member set to its cluster's mean) and then narrowed: the kept channel's column in
+    every consumer is the sum of its cluster's columns. The narrow network is compared with the projected one on random
+    inputs in float64.
+
+    Args:
+        model: the network; it is left as it was.
+        clusters: group name -> ``(size,)`` int64 cluster index of each channel; other groups stay as they are.
+        example_inputs: for the trace; see :meth:`~lightning_filterdiv.channel_graph.ChannelGraph.trace`.
+        network: trace only this submodule.
+        tolerance: largest relative change of the outputs by the projection; ``float("inf")`` merges whatever it does.
+
+    Returns:
+        A module of the same class (dtype, device, ``requires_grad``, modes and memory format kept), and the report.
+
+    Raises:
+        NotTiedError: the projection changes the outputs by more than ``tolerance``.
+        NarrowingError: unknown or pinned group (with the reason), clusters of a wrong shape, widths that the network's
+            forward cannot express, or a narrow network that does not compute the same.
+        ExampleInputsError, TraceError: the network cannot be traced on these inputs.
+    """
+    if tolerance != float("inf"):
+        check_number("tolerance", tolerance, low=0.0)
+    graph = ChannelGraph.trace(model, example_inputs, network=network)
+    projected = copy_network(model)
+    tie(projected, graph, clusters)
+    deviation, worst = _largest_deviation(model, projected)
+    merged = narrow(projected, graph, clusters)
+    arguments = example_arguments(_traced(model, network), example_inputs)
+    projection, trim = _compare(model, graph, clusters, arguments, network)
+    if not trim <= ROUNDING:
+        raise NarrowingError(
+            f"the narrow network differs from the tied one by {trim:.1e} (relative, float64), more than "
+            f"{ROUNDING:.0e}; "
+            f"nothing was merged. Please report the network: the channel graph is wrong about it"
+        )
+    if not projection <= tolerance:
+        raise NotTiedError(
+            f"the clusters are not tied: setting their members to the mean changes the outputs by {projection:.1e} "
+            f"(relative), more than tolerance={tolerance:g}; {worst} is {deviation:.1e} of its norm away. Train longer "
+            f"or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to merge anyway "
+            f"and fine-tune"
+        )
+    return merged, MergeReport(
+        channels_before=sum(len(index) for index in clusters.values()),
+        channels_after=sum(len(index.unique()) for index in clusters.values()),
+        deviation=deviation,
+        worst=worst,
+        projection=projection,
+        trim=trim,
+        parameters_before=count_parameters(model),
+        parameters_after=count_parameters(merged),
+        macs_before=macs_of_call(_traced(model, network), *arguments),
+        macs_after=macs_of_call(_traced(merged, network), *arguments),
+    )
+
+
+def _traced(model: nn.Module, network: str | None) -> nn.Module:
+    return bare_module(find_submodule(bare_module(model), network))
+
+
+@torch.no_grad()
+def _largest_deviation(model: nn.Module, projected: nn.Module) -> tuple[float, str]:
+    before, after = named_tensors(model), named_tensors(projected)
+    worst = (0.0, "none")
+    for name, tensor in before.items():
+        if tensor.is_floating_point():
+            off = torch.linalg.vector_norm(tensor.double() - after[name].double())
+            scale = torch.linalg.vector_norm(tensor.double()).clamp_min(torch.finfo(torch.float64).tiny)
+            worst = max(worst, (float(off / scale), name))
+    return worst
+
+
+def _compare(
+    model: nn.Module, graph: ChannelGraph, clusters: Mapping[str, Tensor], arguments: Any, network: str | None
+) -> tuple[float, float]:
+    """Relative change of the outputs by projecting and by trimming, in float64 and eval mode, on random inputs."""
+    original = copy_network(model)
+    device = next((p.device for p in original.parameters()), torch.device("cpu"))
+    if device.type == "mps":  # it has no float64
+        original, device = original.cpu(), torch.device("cpu")
+    original = original.double().eval()
+    args, kwargs = random_inputs(arguments, device, torch.Generator().manual_seed(0))
+    tied = copy_network(original)
+    tie(tied, graph, clusters)
+    projection = compare(_traced(original, network), _traced(tied, network), args, kwargs)
+    trimmed = narrow(tied, graph, clusters)
+    return projection, compare(_traced(tied, network), _traced(trimmed, network), args, kwargs)

@@ -1,0 +1,11 @@
+from .callback import BasisOrthonormality as BasisOrthonormality
+from .functional import basis_penalty as basis_penalty
+from .functional import convolutional_orthogonality as convolutional_orthogonality
+from .functional import double_soft_orthogonality as double_soft_orthogonality
+from .functional import mutual_coherence_penalty as mutual_coherence_penalty
+from .functional import soft_orthogonality as soft_orthogonality
+from .functional import spectral_restricted_isometry as spectral_restricted_isometry
+from .penalty import DEFAULT_WEIGHTS as DEFAULT_WEIGHTS
+from .penalty import OrthonormalityPenalty as OrthonormalityPenalty
+from .targets import FilterBlock as FilterBlock
+from .targets import filter_blocks as filter_blocks

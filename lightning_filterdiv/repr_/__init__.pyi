@@ -1,0 +1,2 @@
+from .callback import RePr as RePr
+from .network import DroppedFilters as DroppedFilters

@@ -1,0 +1,1 @@
+from .stages import squeeze_in_stages as squeeze_in_stages

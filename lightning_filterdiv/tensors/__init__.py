@@ -1,0 +1,1 @@
+"""Framework-free tools: tensors in buffers, keyed randomness, checks of arguments, agreement of ranks."""

@@ -1,0 +1,392 @@
+"""``FilterCallback``: the guard rails that every callback of this package shares.
+
+A subclass says which layers it wants, prepares itself in :meth:`FilterCallback.prepare`, and acts in Lightning's hooks.
+Everything else is here: choosing layers when the network is final, refusing what cannot be right, a stable state key,
+state that a ``weights_only`` load accepts, optimizer hooks that are always removed, and a check that ranks agree.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_filterdiv.filters import (
+    Conv,
+    NoLayersError,
+    check_patterns,
+    filter_count,
+    named_convolutions,
+    select_filters,
+)
+from lightning_filterdiv.tensors.arguments import check_integer
+from lightning_filterdiv.tensors.rank_check import check_ranks_agree
+
+__all__ = ["FilterCallback", "gradient_scale", "optimizer_index", "unannounced_step"]
+
+_STATE_VERSION = 1
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks
+
+
+def optimizer_index(trainer: pl.Trainer, optimizer: Any) -> int:
+    """Which of ``trainer.optimizers`` is meant, by itself or by Lightning's wrapper around it.
+
+    Raises:
+        RuntimeError: none of them. (Never a ``StopIteration``: Lightning would take it for the end of the data.)
+    """
+    # The optimizer itself first: one that wraps another (Lookahead) has an attribute of the same name as Lightning's.
+    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
+        for index, known in enumerate(trainer.optimizers):
+            if known is candidate:
+                return index
+    raise RuntimeError(
+        f"a step of {type(optimizer).__name__} was announced, which is none of the optimizers of configure_optimizers; "
+        f"step those, or Lightning's wrappers of them from self.optimizers()"
+    )
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
+    """By what gradients are still multiplied: fused optimizers divide by the loss scale inside their step.
+
+    Returns:
+        A scalar on the device of the optimizer's parameters, ``None`` where gradients are unscaled already.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=optimizer.param_groups[0]["params"][0].device))
+    return scale
+
+
+def unannounced_step(name: str) -> RuntimeError:
+    """What the callback ``name`` raises when an optimizer steps without on_before_optimizer_step before it."""
+    return RuntimeError(
+        f"an optimizer step reached {name} without on_before_optimizer_step: in manual optimization call step() on "
+        f"self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
+    )
+
+
+class FilterCallback(Callback):
+    """Base of all callbacks of this package.
+
+    Every constructor argument is keyword-only, a plain value, and stored under its own name: ``repr`` and the saved
+    state rely on it.
+
+    Args:
+        include: patterns of layers to act on; ``None`` for the method's default.
+        exclude: patterns of layers to leave out.
+        check_ranks_every_n_steps: compare the touched tensors bit by bit across ranks every so many steps and raise
+            if they differ; 0 (default) never. For debugging: it synchronises.
+    """
+
+    #: Exact strategy classes in which every rank holds whole parameters and whole gradients, in both of Lightning's
+    #: namespaces (DeepSpeed's class derives from DDP's: subclasses do not count). To use another one, check that this
+    #: is true of it and add its qualified name.
+    trusted_strategies: ClassVar[set[str]] = {
+        f"{package}.strategies.{strategy}"
+        for package in ("lightning.pytorch", "pytorch_lightning")
+        for strategy in ("single_device.SingleDeviceStrategy", "ddp.DDPStrategy")
+    }
+    #: Position among callbacks that edit gradients: penalties (10) before averages (20) before masks (30).
+    gradient_stage: ClassVar[int | None] = None
+    #: Whether frozen layers are left alone (a monitor looks at them too).
+    trainable_only: ClassVar[bool] = True
+    #: Whether two instances of the class may share a layer.
+    shares_layers: ClassVar[bool] = False
+    #: Arguments that say *which* layers are meant; they alone make up the state key.
+    identity_arguments: ClassVar[tuple[str, ...]] = ("include", "exclude", "network")
+
+    def __init__(
+        self,
+        *,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        check_ranks_every_n_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.include = check_patterns("include", include)
+        self.exclude = check_patterns("exclude", exclude)
+        self.check_ranks_every_n_steps = check_integer("check_ranks_every_n_steps", check_ranks_every_n_steps, low=0)
+        self.layers: dict[str, Conv] = {}
+        self._handles: list[RemovableHandle] = []
+        self._nesting: dict[int, int] = {}
+        self._begun: dict[int, int] = {}
+        self._restored_layers: dict[str, int] | None = None
+        self._restored = False
+        self._loading_for: str | None = None
+        self._trainable: tuple[tuple[int, bool], ...] = ()
+
+    # ------------------------------------------------------------------ for subclasses
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Get ready for training with ``self.layers``: the network, the optimizers and restored state are final."""
+
+    def release(self) -> None:
+        """Undo what :meth:`prepare` did to the model; called on every way out of training, exceptions included."""
+
+    def reset(self) -> None:
+        """Forget what a previous fit left behind; called when a new fit starts from step 0 without a checkpoint."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What must survive a resume: tensors, numbers, strings, lists and dicts only."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`extra_state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: the state is damaged; reported with the callback's name.
+        """
+
+    def touched_tensors(self) -> dict[str, Tensor]:
+        """Tensors that must stay identical on all ranks; by default weights and biases of the chosen layers."""
+        return {f"{name}.{key}": p for name, conv in self.layers.items() for key, p in conv.named_parameters()}
+
+    def after_optimizer_step(self, optimizer: Optimizer, action: Callable[[], None]) -> RemovableHandle:
+        """Run ``action`` after every real step of ``optimizer``, until training ends or the handle is removed.
+
+        A torch step post-hook is the only place that a skipped fp16 step does not reach. It also fires for the inner
+        steps of an optimizer whose ``step`` calls ``super().step``; those do not count.
+        """
+        self._track_steps(optimizer)
+        handle = optimizer.register_step_post_hook(lambda *_: None if self.inside_step(optimizer) else action())
+        self._handles.append(handle)
+        return handle
+
+    def inside_step(self, optimizer: Optimizer) -> bool:
+        """Whether a step of ``optimizer`` is under way, for optimizers that :meth:`after_optimizer_step` knows."""
+        return self._nesting.get(id(optimizer), 0) > 0
+
+    def steps_begun(self, optimizer: Optimizer) -> int:
+        """How many steps of ``optimizer`` have begun, those that never ended included."""
+        return self._begun.get(id(optimizer), 0)
+
+    def _track_steps(self, optimizer: Optimizer) -> None:
+        key = id(optimizer)
+        if key in self._begun:
+            return
+        self._begun[key] = 0
+
+        def begins(*_: Any) -> None:
+            self._begun[key] += not self._nesting.get(key)
+            self._nesting[key] = self._nesting.get(key, 0) + 1
+
+        def ends(*_: Any) -> None:
+            self._nesting[key] = max(0, self._nesting.get(key, 0) - 1)
+
+        self._handles += [optimizer.register_step_pre_hook(begins), optimizer.register_step_post_hook(ends)]
+
+    def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
+        """The layers meant by ``include`` and ``exclude``; a method with a default of its own overrides it."""
+        return select_filters(pl_module, self.include, self.exclude)
+
+    # ------------------------------------------------------------------ identity, repr, state
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments by name; those that a subclass passes on as ``**kwargs`` are its parent's."""
+        found: dict[str, Any] = {}
+        for cls in type(self).__mro__:
+            parameters = inspect.signature(cls).parameters.values()
+            found |= {
+                p.name: getattr(self, p.name) for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            }
+            if cls is FilterCallback or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments().items())})"
+
+    @property
+    def state_key(self) -> str:
+        """Class and the layers meant, nothing else: a resume with one number changed must find its state."""
+        identity = {name: value for name, value in self.arguments().items() if name in self.identity_arguments}
+        return self._generate_state_key(**identity)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that loads with ``weights_only=True``."""
+        return {
+            "version": _STATE_VERSION,
+            "arguments": self.arguments(),
+            "layers": {name: filter_count(conv) for name, conv in self.layers.items()} or self._restored_layers or {},
+            "extra": self.extra_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state and say which arguments changed since it was saved (the new ones are used).
+
+        Raises:
+            ValueError: the state is damaged or was written by a newer version of the package.
+        """
+        name = type(self).__name__
+        if self._loading_for not in (None, "fit"):
+            return  # trainer.validate(ckpt_path=...) between two fits must not turn the clock of training back
+        try:
+            if not isinstance(state_dict, dict):
+                raise TypeError(f"it is a {type(state_dict).__name__}, not a dict")
+            version = state_dict["version"]
+            if not isinstance(version, int) or version > _STATE_VERSION:
+                raise ValueError(f"state version {version!r} is not known to this release (it reads {_STATE_VERSION})")
+            saved, layers, extra = state_dict["arguments"], state_dict["layers"], state_dict["extra"]
+            if not (isinstance(saved, dict) and isinstance(layers, dict) and isinstance(extra, dict)):
+                raise TypeError("arguments, layers and extra must be dicts")
+            self.load_extra_state(extra)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"the checkpoint's state of {name} cannot be used: {reason}. Resume from another checkpoint, or remove "
+                f"checkpoint['callbacks'][{self.state_key!r}] to start {name} afresh from these weights"
+            ) from error
+        self._restored_layers, self._restored = dict(layers), True
+        changed = {k: (saved[k], v) for k, v in self.arguments().items() if k in saved and saved[k] != v}
+        if changed:
+            listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            rank_zero_warn(f"{name} resumes with changed arguments, the new values are used: {listed}")
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to resume when the file holds our state under another key: it would be ignored silently."""
+        self._loading_for = trainer.state.fn
+        if trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get("callbacks") or {}
+        present = {callback.state_key for callback in _callbacks(trainer)}
+        ours = [key for key in saved if str(key).startswith(type(self).__qualname__ + "{") and key not in present]
+        if self.state_key not in saved and ours:
+            raise MisconfigurationException(
+                f"the checkpoint holds the state of {type(self).__name__} for other layers, "
+                f"{', '.join(map(repr, ours))}, while this run has {self.state_key!r}. Resume with the same include, "
+                f"exclude and network, or remove the entry from checkpoint['callbacks'] to start it afresh"
+            )
+
+    # ------------------------------------------------------------------ hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse strategies that shard parameters, and an order of callbacks that would undo a mask."""
+        strategy = type(trainer.strategy)
+        qualified = f"{strategy.__module__}.{strategy.__qualname__}"
+        if qualified not in self.trusted_strategies:
+            raise MisconfigurationException(
+                f"{type(self).__name__} works on whole parameters and whole gradients and has not been shown to be "
+                f"exact under {strategy.__name__}, which may shard them. Use strategy='ddp' or a single device; if "
+                f"every rank holds whole tensors under it, add {qualified!r} to FilterCallback.trusted_strategies"
+            )
+        self._check_order(_callbacks(trainer))
+
+    def _check_order(self, callbacks: Sequence[object]) -> None:
+        if self.gradient_stage is None:
+            return
+        mine = next(i for i, callback in enumerate(callbacks) if callback is self)
+        for callback in callbacks[mine + 1 :]:
+            stage = getattr(callback, "gradient_stage", None)
+            if stage is not None and stage < self.gradient_stage:
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} must come before {type(self).__name__} in the list of callbacks: it "
+                    f"changes gradients that {type(self).__name__} then masks or averages. Swap the two"
+                )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the layers, now that wrappers, devices, restored weights and optimizers are final."""
+        self._clean_up()
+        if not self._restored and trainer.global_step == 0:
+            self.reset()
+        self._resolve(trainer, pl_module)
+        if self._restored_layers:
+            self._check_restored_layers(self._restored_layers, dict(named_convolutions(pl_module)))
+        self._restored, self._restored_layers = False, None
+        self.prepare(trainer, pl_module)
+
+    def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
+        # All layers of the network count, not only the chosen ones: a layer may be frozen by now.
+        resolved = {name: filter_count(conv) for name, conv in present.items()}
+        wrong = [name for name in saved if resolved.get(name, saved[name]) != saved[name]]
+        missing = [name for name in saved if name not in resolved]
+        if wrong or missing:
+            parts = [f"{name} had {saved[name]} filters, now {resolved[name]}" for name in wrong[:3]]
+            parts += [f"{name} is gone" for name in missing[:3]]
+            raise MisconfigurationException(
+                f"the checkpoint's state of {type(self).__name__} belongs to a different network: {'; '.join(parts)}. "
+                f"Resume with the network it was saved from, or without this checkpoint"
+            )
+
+    def _resolve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = self.choose(pl_module)
+        left_alone: list[str] = []
+        if self.trainable_only:
+            owned = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
+            left_alone = [n for n, c in found.items() if not c.weight.requires_grad or id(c.weight) not in owned]
+        self.layers = {name: conv for name, conv in found.items() if name not in left_alone}
+        if not self.layers:
+            raise NoLayersError(
+                f"{type(self).__name__}: all {len(left_alone)} selected convolutions are frozen or in no optimizer "
+                f"(first: {left_alone[0]!r}). Unfreeze some, or select others with include"
+            )
+        self._check_overlap(_callbacks(trainer))
+        count = sum(filter_count(conv) for conv in self.layers.values())
+        note = f" ({len(left_alone)} frozen or unoptimized layers left alone)" if left_alone else ""
+        rank_zero_info(f"{type(self).__name__}: {len(self.layers)} layers, {count} filters{note}")
+        self._trainable = self._trainable_signature(trainer)
+
+    def _check_overlap(self, callbacks: Sequence[object]) -> None:
+        if self.shares_layers:
+            return
+        for other in callbacks:
+            if other is self or type(other) is not type(self) or not isinstance(other, FilterCallback):
+                continue
+            if shared := [name for name in self.layers if name in other.layers]:
+                raise MisconfigurationException(
+                    f"two {type(self).__name__} callbacks act on layer {shared[0]!r}"
+                    f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''}; "
+                    f"give them disjoint layers with include and exclude"
+                )
+
+    @staticmethod
+    def _trainable_signature(trainer: pl.Trainer) -> tuple[tuple[int, bool], ...]:
+        groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        return tuple((id(p), p.requires_grad) for group in groups for p in group)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notice, once per epoch, layers that were unfrozen or handed to an optimizer since (backbone finetuning)."""
+        self._nesting.clear()  # a step that user code broke off and caught is over by now
+        if batch_idx == 0 and self.trainable_only and self._trainable_signature(trainer) != self._trainable:
+            self._clean_up()
+            self._resolve(trainer, pl_module)
+            self.prepare(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare ranks, if asked to."""
+        every = self.check_ranks_every_n_steps
+        if every and trainer.global_step % every == 0:
+            check_ranks_agree(self.touched_tensors(), f"after step {trainer.global_step}")
+
+    def _clean_up(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._nesting, self._begun = {}, {}
+        self.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow."""
+        self._clean_up()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave model and optimizers as they would be without the callback."""
+        self._clean_up()

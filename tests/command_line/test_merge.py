@@ -1,0 +1,85 @@
+"""``filterdiv merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_filterdiv import CentripetalSGD
+from lightning_filterdiv.command_line.main import main
+from lightning_filterdiv.demo import Digits, SmallConvNet
+from lightning_filterdiv.narrowing import load_merged, merge_channels
+from tests.support.training import fit
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LightningModule trained until its clusters are one, and saved."""
+    folder = tmp_path_factory.mktemp("merge")
+    torch.manual_seed(0)
+    saving = ModelCheckpoint(dirpath=folder, filename="end")
+    data = Digits()
+    data.setup()
+    loader = data.train_dataloader()
+    fit([CentripetalSGD(), saving], model=SmallConvNet(width=8), loader=loader, max_epochs=14)  # type: ignore[arg-type]
+    return folder / "end.ckpt"
+
+
+def test_the_command_merges_a_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = checkpoint.with_name("narrow.pt")
+    source = ["--model", "lightning_filterdiv.demo:SmallConvNet"]
+    assert main(["merge", str(checkpoint), "--out", str(out), *source]) == 0
+    text = capsys.readouterr().out
+    for line in ("channels      24 -> 15", "parameters  ", "MACs  ", "projection  ", "latency  "):
+        assert line in text
+    original = SmallConvNet.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    narrow = load_merged(SmallConvNet(width=8), out).eval()
+    assert narrow.net.conv2.weight.shape == (5, 5, 3, 3)
+    data = Digits()
+    data.setup()
+    images = next(iter(data.test_dataloader()))[0]
+    assert torch.equal(narrow(images).argmax(1), original(images).argmax(1))
+    clusters = CentripetalSGD.clusters_from(torch.load(checkpoint, weights_only=True))
+    by_hand = merge_channels(original, clusters)
+    assert torch.equal(by_hand.net.conv3.weight, narrow.net.conv3.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (lambda c: c["callbacks"].clear(), [], "holds no clusters of CentripetalSGD"),
+        (lambda c: None, ["--input-shape", "1,3,8,8"], "does not accept the example inputs"),
+        (lambda c: c["state_dict"]["net.conv2.weight"].normal_(), [], "--tolerance inf"),
+        (lambda c: c["state_dict"].pop("net.conv2.bias"), [], "1 missing ('net.conv2.bias'"),
+    ],
+    ids=["no clusters", "input shape", "not tied", "other weights"],
+)
+def test_the_command_ends_in_one_readable_line(
+    change: Any,
+    arguments: list[str],
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "wrong.ckpt")
+    source = ["--model", "lightning_filterdiv.demo:SmallConvNet"]
+    out = tmp_path / "narrow.pt"
+    assert main(["merge", str(tmp_path / "wrong.ckpt"), "--out", str(out), *source, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("filterdiv merge: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_the_command_refuses_a_wrong_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "x.ckpt", "--out", "y.pt", "--input-shape", "1,0"])
+    assert "must be positive integers such as 1,3,224,224, got '1,0'" in capsys.readouterr().err

@@ -1,0 +1,63 @@
+"""The tested window is stated once, kept, and a version outside it is warned about."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import warnings
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+from lightning_filterdiv.training.versions import TESTED, check_versions
+
+ROOT = Path(__file__).parent.parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def _release(text: str) -> tuple[int, int]:
+    found = re.search(r"(\d+)\.(\d+)", text)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+def test_what_runs_here_is_in_the_window() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_versions()
+        check_versions({"torch": torch.__version__, "lightning": lightning.__version__})
+
+
+@pytest.mark.parametrize("package", TESTED)
+def test_the_window_is_that_of_the_project_and_of_the_readme(package: str) -> None:
+    low, high = TESTED[package]
+    (bound,) = [entry for entry in PROJECT["project"]["dependencies"] if re.match(rf"{package}>=", entry)]
+    (pinned,) = [c for c in PROJECT["tool"]["uv"]["constraint-dependencies"] if c.startswith(f"{package}==")]
+    assert _release(bound) == low
+    assert _release(pinned) == high
+    assert f"{package} {low[0]}.{low[1]} to {high[0]}.{high[1]}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"torch": "2.5.1+cu121"}, "tested with torch 2.6 to 2.15, this is 2.5.1+cu121: install torch>=2.6"),
+        (
+            {"torch": "3.0.0a0"},
+            "tested with torch 2.6 to 2.15, this is 3.0.0a0: if a callback misbehaves, try one of these",
+        ),
+        ({"lightning": "2.7.0.dev1"}, "tested with lightning 2.5 to 2.6, this is 2.7.0.dev1"),
+    ],
+)
+def test_outside_it_there_is_a_warning(found: dict[str, str], message: str) -> None:
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        check_versions(found)
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.15.9+cpu", "2.10", "local"])
+def test_inside_it_there_is_none(version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_versions({"torch": version})
