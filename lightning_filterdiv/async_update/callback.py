@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS
 
 from lightning_filterdiv.async_update.functional import AsynchronousUpdate, Axis, Hold, Sampling
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.training.callback import FilterCallback, optimizer_index, unannounced_step
+from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["WeightAsynchronousUpdate"]
 
@@ -65,8 +64,7 @@ class WeightAsynchronousUpdate(FilterCallback):
         self.rescale = check_flag("rescale", rescale)
         self.seed = check_integer("seed", seed, low=0)
         self._updates: dict[int, AsynchronousUpdate] = {}
-        self._steps: list[int] = []
-        self._announced: dict[int, int] = {}
+        self._taken: list[int] = []  # steps of each optimizer
 
     def fraction_at(self, epoch: int, step: int) -> float:
         """Share of filters to update at this step; override it for a schedule.
@@ -87,19 +85,18 @@ class WeightAsynchronousUpdate(FilterCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build one :class:`AsynchronousUpdate` per optimizer that owns chosen layers."""
         count = len(trainer.optimizers)
-        self._announced = {}
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS):
                 raise MisconfigurationException(
                     "WeightAsynchronousUpdate needs one update per step and LBFGS searches along a line within a step; "
                     "use SGD, Adam or another optimizer with one evaluation per step"
                 )
-        if self._steps and len(self._steps) != count:
+        if self._taken and len(self._taken) != count:
             raise ValueError(
-                f"the state of WeightAsynchronousUpdate was saved with {len(self._steps)} optimizers, "
+                f"the state of WeightAsynchronousUpdate was saved with {len(self._taken)} optimizers, "
                 f"this run has {count}"
             )
-        self._steps = self._steps or [0] * count
+        self._taken = self._taken or [0] * count
         for index, optimizer in enumerate(trainer.optimizers):
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
             layers = {name: conv for name, conv in self.layers.items() if id(conv.weight) in owned}
@@ -116,7 +113,7 @@ class WeightAsynchronousUpdate(FilterCallback):
                 seed=self.seed,
                 stream=f"{self.state_key}/{index}",
             )
-            self.after_optimizer_step(optimizer, partial(self._after_step, index))
+            self.follow_steps(index)
         if self.update_fraction < 1 and all(update.holds_nothing() for update in self._updates.values()):
             rank_zero_warn(
                 f"WeightAsynchronousUpdate holds nothing still: update_fraction={self.update_fraction:g} comes to all "
@@ -124,31 +121,27 @@ class WeightAsynchronousUpdate(FilterCallback):
                 f"smaller update_fraction, or include wider layers"
             )
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def before_step(self, index: int) -> None:
         """Draw this step's subsets and remember, or mask, what they leave out."""
-        index = optimizer_index(trainer, optimizer)
-        # In fp32 the closure runs inside the step, with a scaler before it: only the former can run twice.
-        known = trainer.optimizers[index]
-        begun = self.steps_begun(known)
-        if self.inside_step(known) and self._announced.get(index) == begun:
-            raise MisconfigurationException(
-                f"{type(known).__name__} evaluates its closure more than once per step, so that "
-                f"WeightAsynchronousUpdate cannot tell where the step began and nothing would be held still; use an "
-                f"optimizer with one evaluation per step"
-            )
-        self._announced[index] = begun
-        if (update := self._updates.get(index)) is not None:
-            step = self._steps[index]
-            update.before_step(step, self.fraction_at(trainer.current_epoch, step))
+        step = self._taken[index]
+        self._updates[index].before_step(step, self.fraction_at(self.trainer.current_epoch, step))
 
-    def _after_step(self, index: int) -> None:
-        try:
-            self._updates[index].after_step()
-        except RuntimeError as error:
-            raise unannounced_step("WeightAsynchronousUpdate") from error
-        self._steps[index] += 1  # a step that a gradient scaler skips did not happen: its subset is drawn again
+    def repeated_step(self, index: int) -> None:
+        """Refuse an optimizer that has moved the weights before it evaluates them again.
+
+        Raises:
+            MisconfigurationException: always.
+        """
+        raise MisconfigurationException(
+            f"{type(self.trainer.optimizers[index]).__name__} evaluates its closure more than once per step, so that "
+            f"WeightAsynchronousUpdate cannot tell where the step began and nothing would be held still; use an "
+            f"optimizer with one evaluation per step"
+        )
+
+    def after_step(self, index: int) -> None:
+        """Put the filters outside the subset back. A step that a gradient scaler skips draws its subset again."""
+        self._updates[index].after_step()
+        self._taken[index] += 1
 
     def release(self) -> None:
         """Give the weights storages of their own again."""
@@ -158,15 +151,15 @@ class WeightAsynchronousUpdate(FilterCallback):
 
     def reset(self) -> None:
         """Start counting steps from 0."""
-        self._steps = []
+        self._taken = []
 
     def extra_state(self) -> dict[str, Any]:
         """Steps taken per optimizer, the keys of the draws."""
-        return {"steps": list(self._steps)}
+        return {"steps": list(self._taken)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the step counts."""
         steps = state["steps"]
         if not isinstance(steps, list) or not all(isinstance(step, int) and step >= 0 for step in steps):
             raise TypeError(f"steps must be a list of counts, got {steps!r}")
-        self._steps = list(steps)
+        self._taken = list(steps)

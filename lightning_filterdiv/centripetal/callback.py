@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_filterdiv.centripetal.budget import Budget, ClipMeter
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
-from lightning_filterdiv.centripetal.course import Course
 from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
 from lightning_filterdiv.centripetal.functional import (
     CentripetalUpdate,
@@ -23,6 +20,7 @@ from lightning_filterdiv.centripetal.functional import (
     relative,
     relative_deviations,
 )
+from lightning_filterdiv.centripetal.history import DeviationHistory
 from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
@@ -38,8 +36,9 @@ from lightning_filterdiv.narrowing.clusters import (
 )
 from lightning_filterdiv.narrowing.merge import MergeReport, merge_with_report
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_number
-from lightning_filterdiv.training.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
+from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
+from lightning_filterdiv.training.steps import gradient_scale
 from lightning_filterdiv.training.submodule import check_network, layers_inside
 
 __all__ = ["CentripetalSGD"]
@@ -77,6 +76,7 @@ class CentripetalSGD(FilterCallback):
     """
 
     gradient_stage = 20
+    log_prefix = "centripetal"
 
     def __init__(
         self,
@@ -113,11 +113,10 @@ class CentripetalSGD(FilterCallback):
         self._seen: list[str] = []  # groups that a clustering was decided for, also those that keep all channels
         self._budget = Budget()
         self._clip = ClipMeter()
-        self._course = Course()
+        self._history = DeviationHistory()
         self._began: list[int] = []  # epoch and step of the clustering
         self._tensors: list[ClusteredTensor] = []
         self._updates: dict[int, CentripetalUpdate] = {}
-        self._announced: set[int] = set()
         self._inputs: ExampleInputs | None = None
         self._saved_inputs: dict[str, Any] | None = None
 
@@ -153,8 +152,8 @@ class CentripetalSGD(FilterCallback):
         """Check optimizers and precision, wait for the first forward call or start at once if its inputs are known."""
         check_usable(trainer.optimizers, self.layers)
         self._clip.watch(trainer)
-        for index, optimizer in enumerate(trainer.optimizers):
-            self.after_optimizer_step(optimizer, partial(self._after_step, index))
+        for index in range(len(trainer.optimizers)):
+            self.follow_steps(index)
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
         if self._inputs.known:
             self._begin(trainer, pl_module)
@@ -206,7 +205,7 @@ class CentripetalSGD(FilterCallback):
         if first:
             self._budget.announce(trainer, self._tensors, self.resolved_strength, self.vector_strength, self.clusters)
             self._began = [trainer.current_epoch, trainer.global_step]
-            self._course.begin(trainer.global_step, self._distances(), self._budget.paths())
+            self._history.begin(trainer.global_step, self._distances(), self._budget.paths())
         for index, optimizer in enumerate(trainer.optimizers):
             update = CentripetalUpdate(
                 self._tensors, optimizer, strength=self.resolved_strength, vector_strength=self.vector_strength
@@ -222,22 +221,16 @@ class CentripetalSGD(FilterCallback):
 
     # ------------------------------------------------------------------ steps
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def before_step(self, index: int) -> None:
         """Average gradients inside clusters and add the pull."""
         if not self._tensors:
-            self._begin(trainer, pl_module)
-        index = optimizer_index(trainer, optimizer)
-        self._announced.add(index)
+            self._begin(self.trainer, self.trainer.lightning_module)
         if (update := self._updates.get(index)) is not None:
-            update.before_step(gradient_scale(trainer, update.optimizer))
+            update.before_step(gradient_scale(self.trainer, update.optimizer))
             self._clip.before_step(update)
 
-    def _after_step(self, index: int) -> None:
-        if index not in self._announced:
-            raise unannounced_step("CentripetalSGD")
-        self._announced.discard(index)
+    def after_step(self, index: int) -> None:
+        """Apply the part of the pull that an optimizer with decoupled terms takes after its step."""
         if (update := self._updates.get(index)) is not None:
             self._clip.after_step(update)
             update.after_step()
@@ -246,7 +239,7 @@ class CentripetalSGD(FilterCallback):
         """Log the deviation of every tensor, and the forecast corrected for gradient clipping."""
         if not self._tensors:
             return
-        self._course.look(trainer.global_step, self._distances())
+        self._history.record(trainer.global_step, self._distances())
         numbers = self._budget.metrics(self._tensors)
         if (coefficient := self._clip.mean) is not None:
             numbers["clip_coefficient"] = coefficient
@@ -259,16 +252,12 @@ class CentripetalSGD(FilterCallback):
                         f"will be about {corrected:.1f}, not {self.forecast_k:.1f}, and below {LOSSLESS_K:.0f} merging "
                         f"is not lossless. Raise gradient_clip_val, the strength or the number of epochs"
                     )
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {f"filterdiv/centripetal/{name}": value for name, value in numbers.items()}, trainer.global_step
-                )
+        self.log_metrics(numbers)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how far the clusters got."""
         if self._tensors:
-            self._course.look(trainer.global_step, self._distances())
+            self._history.record(trainer.global_step, self._distances())
             worst = max(self._budget.measured, key=lambda name: _nan_last(self._budget.measured[name]))
             rank_zero_info(
                 f"CentripetalSGD: the largest deviation from a cluster's mean is {self._budget.measured[worst]:.1e} of "
@@ -292,13 +281,13 @@ class CentripetalSGD(FilterCallback):
 
     def filterdiv_deviation(self) -> dict[str, list[tuple[int, float, float]]]:
         """Layer -> (step, measured, forecast), both relative to the start, for the monitor."""
-        return self._course.of_layers(list(self.layers))
+        return self._history.for_layers(list(self.layers))
 
     # ------------------------------------------------------------------ end, state
 
     def release(self) -> None:
         """Stop editing and capturing; clusters stay in the state."""
-        self._updates, self._tensors, self._announced = {}, [], set()
+        self._updates, self._tensors = {}, []
         self._clip.release()
         if self._inputs is not None:
             self._saved_inputs = self._inputs.state() or self._saved_inputs
@@ -308,7 +297,7 @@ class CentripetalSGD(FilterCallback):
     def reset(self) -> None:
         """Forget the clusters of an earlier fit."""
         self.clusters, self._seen, self.resolved_strength, self._saved_inputs = {}, [], None, None
-        self._budget, self._clip, self._course, self._began = Budget(), ClipMeter(), Course(), []
+        self._budget, self._clip, self._history, self._began = Budget(), ClipMeter(), DeviationHistory(), []
 
     def touched_tensors(self) -> dict[str, Tensor]:
         """Every clustered tensor."""
@@ -321,7 +310,7 @@ class CentripetalSGD(FilterCallback):
             "seen": list(self._seen),
             "strength": self.resolved_strength,
             "forecast": dict(self._budget.forecast),
-            "course": self._course.state(),
+            "course": self._history.state(),
             "began": list(self._began),
             "clip": self._clip.state(),
             "inputs": (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs,
@@ -338,7 +327,10 @@ class CentripetalSGD(FilterCallback):
         self._seen = [str(name) for name in state["seen"]]
         self.clusters, self.resolved_strength = {name: index.clone() for name, index in clusters.items()}, strength
         self._budget = Budget(forecast=dict(state["forecast"]))
-        self._course, self._began = Course.of_state(state["course"]), [int(number) for number in state["began"]]
+        self._history, self._began = (
+            DeviationHistory.from_state(state["course"]),
+            [int(number) for number in state["began"]],
+        )
         self._saved_inputs = state["inputs"]
 
     @staticmethod

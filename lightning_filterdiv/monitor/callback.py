@@ -163,12 +163,9 @@ class FilterSimilarityMonitor(FilterCallback):
         means = {name: row["mean_abs_cosine"] for name, row in metrics.items()}
         self._looks.append(Look(epoch, trainer.global_step, means))
         if self.scalars:
-            flat = {f"filterdiv/{metric}/{name}": row[metric] for name, row in metrics.items() for metric in METRICS}
-            flat |= {
-                f"filterdiv/{metric}/network": fmean(row[metric] for row in metrics.values()) for metric in METRICS
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(flat, step=trainer.global_step)
+            flat = {f"{metric}/{name}": row[metric] for name, row in metrics.items() for metric in METRICS}
+            flat |= {f"{metric}/network": fmean(row[metric] for row in metrics.values()) for metric in METRICS}
+            self.log_metrics(flat)
         if self._writer is not None:
             for tag, figure in self._draw(trainer, when):
                 self._writer.write(f"{_TAG}/{tag}", figure, trainer.global_step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +16,8 @@ from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, Or
 from lightning_filterdiv.orthonormality.targets import FilterBlock, filter_blocks
 from lightning_filterdiv.shared_basis.modules import shared_bases
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.training.callback import FilterCallback, gradient_scale, optimizer_index, unannounced_step
+from lightning_filterdiv.training.callback import FilterCallback
+from lightning_filterdiv.training.steps import gradient_scale
 
 __all__ = ["BasisOrthonormality"]
 
@@ -53,6 +53,7 @@ class BasisOrthonormality(FilterCallback):
     """
 
     gradient_stage = 10
+    log_prefix = "orthonormality"
 
     def __init__(
         self,
@@ -85,7 +86,6 @@ class BasisOrthonormality(FilterCallback):
             )
         self.seed = check_integer("seed", seed, low=0)
         self._penalties: dict[int, OrthonormalityPenalty] = {}
-        self._announced: set[int] = set()
         self._looked = -1
 
     @property
@@ -135,10 +135,9 @@ class BasisOrthonormality(FilterCallback):
                 owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
                 if any(id(p) in owned for block in blocks for p in block.parameters):
                     self._penalties[index] = self._penalty(blocks, optimizer, index)
-                self.after_optimizer_step(optimizer, partial(self._after_step, index))
+                self.follow_steps(index)
         except ValueError as error:
             raise MisconfigurationException(f"BasisOrthonormality: {error}") from error
-        self._announced = set()
         self._check_finite("at the start")
         source = "the form's own" if self.weight is None else "given"
         rank_zero_info(f"BasisOrthonormality: form {self.form!r}, weight {self.base_weight:g} ({source})")
@@ -165,45 +164,37 @@ class BasisOrthonormality(FilterCallback):
 
     # ------------------------------------------------------------------ steps
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def before_step(self, index: int) -> None:
         """Add the penalty's gradient, unscaled and once per real step, after DDP has averaged the loss's."""
-        index = optimizer_index(trainer, optimizer)
-        self._announced.add(index)
         if (penalty := self._penalties.get(index)) is None:
             return
+        trainer = self.trainer
         step = trainer.global_step
         weight = check_number("weight_at(epoch, step)", self.weight_at(trainer.current_epoch, step), low=0.0)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector; 0: never
         if every and step % every == 0 and step != self._looked:
-            self._log(trainer, step, weight)
-        scale = None if self.decoupled else gradient_scale(trainer, trainer.optimizers[index])
+            self._log(weight)
+        scale = None if self.decoupled else gradient_scale(trainer, penalty.optimizer)
         penalty.before_step(weight=weight, step=step, gradient_scale=scale)
 
-    def _after_step(self, index: int) -> None:
-        if index not in self._announced:
-            raise unannounced_step("BasisOrthonormality")
-        self._announced.discard(index)
+    def after_step(self, index: int) -> None:
+        """Move the weights, where the penalty is decoupled from the gradient."""
         if (penalty := self._penalties.get(index)) is not None:
             penalty.after_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the epoch reached; stop a fit that the penalty has made diverge."""
         self._check_finite("after this epoch")
-        self._log(trainer, trainer.global_step, self.weight_at(trainer.current_epoch, trainer.global_step))
+        self._log(self.weight_at(trainer.current_epoch, trainer.global_step))
 
-    def _log(self, trainer: pl.Trainer, step: int, weight: float) -> None:
-        self._looked = step
-        if not trainer.is_global_zero or not trainer.loggers:
-            return
-        numbers = {f"filterdiv/orthonormality/{name}": value for name, value in self.values().items()}
-        for logger in trainer.loggers:
-            logger.log_metrics({**numbers, "filterdiv/orthonormality/weight": weight}, step)
+    def _log(self, weight: float) -> None:
+        self._looked = self.trainer.global_step
+        if self.trainer.is_global_zero and self.trainer.loggers:
+            self.log_metrics({**self.values(), "weight": weight})
 
     def release(self) -> None:
         """Nothing of the model was changed; the penalties are forgotten."""
-        self._penalties, self._announced = {}, set()
+        self._penalties = {}
 
     def reset(self) -> None:
         """A new fit logs from its first step."""

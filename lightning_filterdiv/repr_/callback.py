@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.filters import (
     Conv,
@@ -44,7 +41,7 @@ from lightning_filterdiv.repr_.selection import (
 )
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.tensors.randomness import keyed_generator
-from lightning_filterdiv.training.callback import FilterCallback, optimizer_index, unannounced_step
+from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
 from lightning_filterdiv.training.submodule import check_network, layers_inside
 
@@ -85,6 +82,7 @@ class RePr(FilterCallback):
     """
 
     gradient_stage = 30
+    log_prefix = "repr"
 
     def __init__(
         self,
@@ -135,7 +133,6 @@ class RePr(FilterCallback):
         self._unsilenceable: set[str] = set()
         self._holds: dict[int, RowHold] = {}
         self._waited = False
-        self._hold_handles: list[RemovableHandle] = []
 
     # ------------------------------------------------------------------ decisions, to be overridden
 
@@ -184,6 +181,8 @@ class RePr(FilterCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check and print the plan; take up a phase that a checkpoint was saved in."""
         check_optimizers(trainer.optimizers)
+        for index in range(len(trainer.optimizers)):
+            self.follow_steps(index)
         self._events = self.schedule()
         check_plan(trainer, self._events)
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
@@ -283,7 +282,7 @@ class RePr(FilterCallback):
             old, survivors = dropped.old_filters(layer).cpu(), matrix.cpu()[surviving]
             values[layer], spaces[layer] = regrown(layer, old, survivors, self.gain, generator)
         values = trainer.strategy.broadcast(values)
-        self._stop_holding()
+        self._holds = {}
         dropped.regrow(
             values, trainer.optimizers, next_layer=self.next_layer, key=(self.seed, "next_layer", event.cycle)
         )
@@ -299,40 +298,24 @@ class RePr(FilterCallback):
         verb = "dropped" if event.kind == "drop" else "regrew"
         total = sum(filter_count(conv) for conv in self.layers.values())
         rank_zero_info(f"RePr {verb} {count} of {total} filters (cycle {event.cycle}, epoch {event.epoch})")
-        if trainer.is_global_zero:
-            flat = {f"filterdiv/repr/{name}": value for name, value in numbers.items()}
-            flat |= {f"filterdiv/repr/{verb}/{layer}": float(len(rows)) for layer, rows in filters.items()}
-            flat[f"filterdiv/repr/{verb}/network"] = float(count)
-            for logger in trainer.loggers:
-                logger.log_metrics(flat, step=trainer.global_step)
+        counts = {f"{verb}/{layer}": float(len(rows)) for layer, rows in filters.items()}
+        self.log_metrics({**numbers, **counts, f"{verb}/network": float(count)})
 
     # ------------------------------------------------------------------ holding
 
     def _start_holding(self, trainer: pl.Trainer) -> None:
         assert self._dropped is not None
-        for index, optimizer in enumerate(trainer.optimizers):
-            hold = self._dropped.hold(self.hold_consumers)
-            self._holds[index] = hold
-            self._hold_handles.append(self.after_optimizer_step(optimizer, partial(self._after_step, hold, optimizer)))
+        self._holds = {index: self._dropped.hold(self.hold_consumers) for index in range(len(trainer.optimizers))}
 
-    def _stop_holding(self) -> None:
-        while self._hold_handles:
-            self._hold_handles.pop().remove()
-        self._holds = {}
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def before_step(self, index: int) -> None:
         """In a sub-network phase: remember what must not move in this step."""
         if self._holds:
-            index = optimizer_index(trainer, optimizer)
-            self._holds[index].before_step(trainer.optimizers[index])
+            self._holds[index].before_step(self.trainer.optimizers[index])
 
-    @staticmethod
-    def _after_step(hold: RowHold, optimizer: Optimizer) -> None:
-        if not hold.pending:
-            raise unannounced_step("RePr")
-        hold.after_step(optimizer)
+    def after_step(self, index: int) -> None:
+        """Put back what the step moved of it."""
+        if self._holds:
+            self._holds[index].after_step(self.trainer.optimizers[index])
 
     # ------------------------------------------------------------------ end, state
 
@@ -347,7 +330,7 @@ class RePr(FilterCallback):
 
     def release(self) -> None:
         """Stop holding and capturing; the dropped filters stay in the state."""
-        self._stop_holding()
+        self._holds = {}
         if self._inputs is not None:
             self._saved_inputs = self._inputs.state() or self._saved_inputs
             self._inputs.close()

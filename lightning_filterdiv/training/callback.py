@@ -8,17 +8,16 @@ state that a ``weights_only`` load accepts, optimizer hooks that are always remo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_filterdiv.filters import (
     Conv,
@@ -30,8 +29,9 @@ from lightning_filterdiv.filters import (
 )
 from lightning_filterdiv.tensors.arguments import check_integer
 from lightning_filterdiv.tensors.rank_check import check_ranks_agree
+from lightning_filterdiv.training.steps import StepProtocol, optimizer_index
 
-__all__ = ["FilterCallback", "gradient_scale", "optimizer_index", "unannounced_step"]
+__all__ = ["FilterCallback"]
 
 _STATE_VERSION = 1
 
@@ -39,44 +39,6 @@ _STATE_VERSION = 1
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     return callbacks
-
-
-def optimizer_index(trainer: pl.Trainer, optimizer: Any) -> int:
-    """Which of ``trainer.optimizers`` is meant, by itself or by Lightning's wrapper around it.
-
-    Raises:
-        RuntimeError: none of them. (Never a ``StopIteration``: Lightning would take it for the end of the data.)
-    """
-    # The optimizer itself first: one that wraps another (Lookahead) has an attribute of the same name as Lightning's.
-    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
-        for index, known in enumerate(trainer.optimizers):
-            if known is candidate:
-                return index
-    raise RuntimeError(
-        f"a step of {type(optimizer).__name__} was announced, which is none of the optimizers of configure_optimizers; "
-        f"step those, or Lightning's wrappers of them from self.optimizers()"
-    )
-
-
-def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
-    """By what gradients are still multiplied: fused optimizers divide by the loss scale inside their step.
-
-    Returns:
-        A scalar on the device of the optimizer's parameters, ``None`` where gradients are unscaled already.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return None
-    scale: Tensor = scaler.scale(torch.ones((), device=optimizer.param_groups[0]["params"][0].device))
-    return scale
-
-
-def unannounced_step(name: str) -> RuntimeError:
-    """What the callback ``name`` raises when an optimizer steps without on_before_optimizer_step before it."""
-    return RuntimeError(
-        f"an optimizer step reached {name} without on_before_optimizer_step: in manual optimization call step() on "
-        f"self.optimizers(), not on self.optimizers(use_pl_optimizer=False)"
-    )
 
 
 class FilterCallback(Callback):
@@ -102,6 +64,8 @@ class FilterCallback(Callback):
     }
     #: Position among callbacks that edit gradients: penalties (10) before averages (20) before masks (30).
     gradient_stage: ClassVar[int | None] = None
+    #: Where the numbers of the callback stand in loggers: ``filterdiv/<log_prefix>/...``.
+    log_prefix: ClassVar[str] = ""
     #: Whether frozen layers are left alone (a monitor looks at them too).
     trainable_only: ClassVar[bool] = True
     #: Whether two instances of the class may share a layer.
@@ -121,9 +85,8 @@ class FilterCallback(Callback):
         self.exclude = check_patterns("exclude", exclude)
         self.check_ranks_every_n_steps = check_integer("check_ranks_every_n_steps", check_ranks_every_n_steps, low=0)
         self.layers: dict[str, Conv] = {}
-        self._handles: list[RemovableHandle] = []
-        self._nesting: dict[int, int] = {}
-        self._begun: dict[int, int] = {}
+        self._trainer: pl.Trainer | None = None
+        self._steps: dict[int, StepProtocol] = {}
         self._restored_layers: dict[str, int] | None = None
         self._restored = False
         self._loading_for: str | None = None
@@ -155,39 +118,48 @@ class FilterCallback(Callback):
         """Tensors that must stay identical on all ranks; by default weights and biases of the chosen layers."""
         return {f"{name}.{key}": p for name, conv in self.layers.items() for key, p in conv.named_parameters()}
 
-    def after_optimizer_step(self, optimizer: Optimizer, action: Callable[[], None]) -> RemovableHandle:
-        """Run ``action`` after every real step of ``optimizer``, until training ends or the handle is removed.
+    def before_step(self, index: int) -> None:
+        """Edit the gradients of ``self.trainer.optimizers[index]``, which are final, or remember what must not move.
 
-        A torch step post-hook is the only place that a skipped fp16 step does not reach. It also fires for the inner
-        steps of an optimizer whose ``step`` calls ``super().step``; those do not count.
+        Called for optimizers that :meth:`follow_steps` named. The step may still be skipped by a gradient scaler: then
+        the next call discards what this one remembered.
         """
-        self._track_steps(optimizer)
-        handle = optimizer.register_step_post_hook(lambda *_: None if self.inside_step(optimizer) else action())
-        self._handles.append(handle)
-        return handle
 
-    def inside_step(self, optimizer: Optimizer) -> bool:
-        """Whether a step of ``optimizer`` is under way, for optimizers that :meth:`after_optimizer_step` knows."""
-        return self._nesting.get(id(optimizer), 0) > 0
+    def after_step(self, index: int) -> None:
+        """Act on weights that a step of ``self.trainer.optimizers[index]`` has really moved."""
 
-    def steps_begun(self, optimizer: Optimizer) -> int:
-        """How many steps of ``optimizer`` have begun, those that never ended included."""
-        return self._begun.get(id(optimizer), 0)
+    def repeated_step(self, index: int) -> None:
+        """Called instead of :meth:`before_step` when an optimizer (SAM) evaluates one step more than once.
 
-    def _track_steps(self, optimizer: Optimizer) -> None:
-        key = id(optimizer)
-        if key in self._begun:
+        Every evaluation has gradients of its own, so editing each of them is right for a rule on gradients. A rule that
+        remembers weights overrides this, because the optimizer has moved them by now.
+        """
+        self.before_step(index)
+
+    def follow_steps(self, index: int) -> None:
+        """Have :meth:`before_step` and :meth:`after_step` called for this optimizer until training ends."""
+        optimizer = self.trainer.optimizers[index]
+        self._steps[index] = StepProtocol(optimizer, partial(self.after_step, index), type(self).__name__)
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The trainer of the running fit.
+
+        Raises:
+            RuntimeError: no fit is running.
+        """
+        if self._trainer is None:
+            raise RuntimeError(f"{type(self).__name__} is not in a running fit; pass it to Trainer(callbacks=[...])")
+        return self._trainer
+
+    def log_metrics(self, numbers: Mapping[str, float]) -> None:
+        """Hand numbers to all loggers as ``filterdiv/<log_prefix>/<name>``, on rank 0, at the current step."""
+        if not self.trainer.is_global_zero:
             return
-        self._begun[key] = 0
-
-        def begins(*_: Any) -> None:
-            self._begun[key] += not self._nesting.get(key)
-            self._nesting[key] = self._nesting.get(key, 0) + 1
-
-        def ends(*_: Any) -> None:
-            self._nesting[key] = max(0, self._nesting.get(key, 0) - 1)
-
-        self._handles += [optimizer.register_step_pre_hook(begins), optimizer.register_step_post_hook(ends)]
+        prefix = "filterdiv/" + (f"{self.log_prefix}/" if self.log_prefix else "")
+        named = {prefix + name: float(value) for name, value in numbers.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(named, step=self.trainer.global_step)
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """The layers meant by ``include`` and ``exclude``; a method with a default of its own overrides it."""
@@ -302,6 +274,7 @@ class FilterCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the layers, now that wrappers, devices, restored weights and optimizers are final."""
         self._clean_up()
+        self._trainer = trainer
         if not self._restored and trainer.global_step == 0:
             self.reset()
         self._resolve(trainer, pl_module)
@@ -363,11 +336,23 @@ class FilterCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Notice, once per epoch, layers that were unfrozen or handed to an optimizer since (backbone finetuning)."""
-        self._nesting.clear()  # a step that user code broke off and caught is over by now
+        for steps in self._steps.values():
+            steps.forget_broken_off()
         if batch_idx == 0 and self.trainable_only and self._trainable_signature(trainer) != self._trainable:
             self._clean_up()
+            self._trainer = trainer
             self._resolve(trainer, pl_module)
             self.prepare(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Announce the step to :meth:`before_step`; see :mod:`lightning_filterdiv.training.steps`."""
+        if not self._steps:
+            return
+        index = optimizer_index(trainer, optimizer)
+        if (steps := self._steps.get(index)) is not None:
+            (self.repeated_step if steps.announce() else self.before_step)(index)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -378,10 +363,11 @@ class FilterCallback(Callback):
             check_ranks_agree(self.touched_tensors(), f"after step {trainer.global_step}")
 
     def _clean_up(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self._nesting, self._begun = {}, {}
+        for steps in self._steps.values():
+            steps.release()
+        self._steps = {}
         self.release()
+        self._trainer = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow."""

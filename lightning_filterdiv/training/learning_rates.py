@@ -7,10 +7,12 @@ import math
 import warnings
 from collections.abc import Iterator
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import lightning.pytorch as pl
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:  # the forecasts of methods use StepSettings without Lightning
+    import lightning.pytorch as pl
 
 __all__ = ["StepSettings", "forecast_learning_rates", "forecast_settings", "steps_per_epoch"]
 

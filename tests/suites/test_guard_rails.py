@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_filterdiv import FilterCallback, WeightAsynchronousUpdate
 from lightning_filterdiv.filters import NoLayersError
-from lightning_filterdiv.training.callback import optimizer_index
+from lightning_filterdiv.training.steps import optimizer_index
 from tests.registry import ONE_EACH, PER_STEP, Case
 from tests.support.training import SAFELY, Classifier, batches, differing, fit, make_trainer, small_net
 

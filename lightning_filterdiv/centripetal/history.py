@@ -1,4 +1,4 @@
-"""How far the members of clusters were apart at every look, beside what was forecast for that step."""
+"""Distances of cluster members from their means over a fit, beside what was forecast for each step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Course"]
+__all__ = ["DeviationHistory"]
 
 # Enough for a figure; between them the logarithm of the forecast is interpolated.
 _KEPT = 400
 
 
 @dataclass
-class Course:
+class DeviationHistory:
     """Deviations of tensors from their clusters' means over a fit, all relative to its start.
 
     Attributes:
@@ -42,9 +42,9 @@ class Course:
             kept = np.unique(np.linspace(0, len(factors) - 1, min(len(factors), _KEPT)).astype(np.int64))
             logs = [math.log(max(abs(factors[i]), 1e-300)) for i in kept.tolist()]
             self._forecasts.append((list(names), (step + kept).astype(float).tolist(), logs))
-        self.look(step, deviations)
+        self.record(step, deviations)
 
-    def look(self, step: int, deviations: Mapping[str, float]) -> None:
+    def record(self, step: int, deviations: Mapping[str, float]) -> None:
         """Add what was measured at ``step``; tensors that were equal at the start have nothing to shrink."""
         for name, value in deviations.items():
             start = self._start.get(name, 0.0)
@@ -57,7 +57,7 @@ class Course:
                 return float(math.exp(np.interp(step, steps, logs)))
         return math.nan
 
-    def of_layers(self, layers: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
+    def for_layers(self, layers: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
         """The kernels of ``layers`` only: layer -> (step, measured, forecast)."""
         found = {layer: self.points.get(f"{layer}.weight", []) for layer in layers}
         return {layer: [(int(s), m, f) for s, m, f in points] for layer, points in found.items() if points}
@@ -71,7 +71,7 @@ class Course:
         }
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any]) -> Course:
+    def from_state(cls, state: Mapping[str, Any]) -> DeviationHistory:
         """Inverse of :meth:`state`."""
         points = {name: [list(point) for point in points] for name, points in state["points"].items()}
         return cls(points, dict(state["start"]), [(names, steps, logs) for names, steps, logs in state["forecasts"]])
