@@ -118,10 +118,10 @@ class _DrawsPerMicroBatch(WeightAsynchronousUpdate):
     """Mutant: masks gradients after every backward pass."""
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        super().on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
-        self._steps[0] += 1  # a draw of its own for the next one
+        super().before_step(0)
+        self._taken[0] += 1  # a draw of its own for the next one
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def before_step(self, index: int) -> None:
         pass
 
 
@@ -171,10 +171,10 @@ def test_clipping(case: Case) -> None:
 class _MasksTooLate(WeightAsynchronousUpdate):
     """Mutant: masks gradients after clipping, inside the step."""
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def before_step(self, index: int) -> None:
         pass
 
-    def _after_step(self, index: int) -> None:
+    def after_step(self, index: int) -> None:
         self._updates[index].before_step(0)
 
 
