@@ -37,7 +37,9 @@ ROOMS = {
     room: (f"lightning_filterdiv.{room}", *(f"lightning_filterdiv.{room}.{module}" for module in more))
     for room, more in {
         "orthonormality": (),
+        "narrowing": (),
         "centripetal": (),
+        "squeezing": (),
         "shared_basis": (),
         "repr_": ("functional",),
         "async_update": (),
@@ -49,7 +51,14 @@ ROOMS = {
         "channel_graph": (),
     }.items()
 }
-FRAMEWORK_FREE = ("filters", "similarity", "optimizer_state", "stacking", "randomness", "rank_check")
+FRAMEWORK_FREE = (
+    "filters",
+    "similarity",
+    "optimizer_state",
+    "tensors.stacking",
+    "tensors.randomness",
+    "tensors.rank_check",
+)
 #: Methods of every callback, described once at FilterCallback.
 INHERITED = "^(on_|setup$|teardown$|prepare$|release$|reset$|extra_state$|load_extra_state$|choose$|touched_tensors$)"
 _ROLE = re.compile(r":(?:func|class|meth|data|attr|mod):<code>(~?)([\w.]+)</code>")
@@ -124,8 +133,12 @@ def _notebook(path: Path, target: str, extra: dict[str, bytes]) -> str:
 
 
 def _public(module: str) -> list[str]:
-    """``__all__`` of a module, without dunder names and constants."""
+    """Public names of a module or a room, without dunder names and constants."""
     path = ROOT.joinpath(*module.split("."))
+    stub = path / "__init__.pyi"
+    if stub.is_file():
+        lines = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ImportFrom)]
+        return sorted((alias.name for node in lines for alias in node.names if not alias.name.isupper()), key=_by_kind)
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
@@ -133,12 +146,17 @@ def _public(module: str) -> list[str]:
     raise ValueError(f"{source} has no __all__, so its page of the reference would be empty")
 
 
+def _by_kind(name: str) -> tuple[bool, str]:
+    """Classes before functions, as ``__all__`` sorts them."""
+    return not name[0].isupper(), name
+
+
 def _reference() -> dict[str, str]:
     """Page name -> Markdown; a name is documented once, on the page that comes first."""
     callbacks = _public("lightning_filterdiv")
     pages = {"callbacks": _page("Callbacks", {"lightning_filterdiv": callbacks})}
+    seen = set(callbacks)
     for room, modules in ROOMS.items():
-        seen = set(callbacks)
         names: dict[str, list[str]] = {}
         for module in modules:
             names[module] = [name for name in _public(module) if name not in seen]

@@ -41,7 +41,7 @@ class StepSettings(NamedTuple):
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps in an epoch, the last one possibly on fewer batches; ``None``: nobody knows."""
+    """Number of optimizer steps in an epoch, the last one possibly on fewer batches; ``None`` if unknown."""
     batches = trainer.num_training_batches
     return None if batches == float("inf") else max(1, math.ceil(batches / trainer.accumulate_grad_batches))
 
@@ -82,18 +82,17 @@ def forecast_settings(trainer: pl.Trainer, index: int = 0) -> list[list[StepSett
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     if any(type(c).__name__ == "GradientAccumulationScheduler" and len(c.scheduling) > 1 for c in callbacks):
         return "the number of accumulated batches changes during the fit"
-    limits: list[int] = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+    # An iterable data set without max_steps gives -1.
+    total = trainer.estimated_stepping_batches
+    if total in (math.inf, -1):
         if per_epoch is None:
             return "the number of steps per epoch is unknown"
-        limits.append(trainer.max_epochs * per_epoch)
-    if not limits:
         return "the length of the fit is unknown (neither max_epochs nor max_steps)"
     if per_epoch is None and simulation.interval:
         return "the number of steps per epoch is unknown"
     done = trainer.global_step
-    steps = simulation.steps(done, per_epoch or max(limits))
-    return [next(steps) for _ in range(max(0, min(limits) - done))]
+    steps = simulation.steps(done, per_epoch or int(total))
+    return [next(steps) for _ in range(max(0, int(total) - done))]
 
 
 class _Simulation:
