@@ -30,20 +30,20 @@ def row_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor
         ValueError: the optimizer keeps other multi-element state for the parameter (factored moments, quantised or
             flattened history), whose rows cannot be told apart.
     """
-    found: dict[str, Tensor] = {}
+    state_rows: dict[str, Tensor] = {}
     state = optimizer.state.get(parameter, {})
     if isinstance(optimizer, LBFGS):  # one flattened history of all parameters, filed under the first of them
         state = {"old_dirs": []}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            found[key] = value
+            state_rows[key] = value
         elif (isinstance(value, Tensor) and value.numel() > 1) or isinstance(value, list | tuple | dict):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps state {key!r} that does not have the shape of its parameter "
                 f"{tuple(parameter.shape)}, so single filters cannot be held or reset exactly; "
                 f"use an optimizer with element-wise state such as SGD, Adam or AdamW"
             )
-    return found
+    return state_rows
 
 
 def reset_rows(optimizer: Optimizer, parameter: nn.Parameter, index: Tensor, dim: int = 0) -> None:
@@ -130,21 +130,21 @@ class _Group:
         state = optimizer.state.get(parameter)
         if not state:
             return row_state(optimizer, parameter)
-        seen, found = self._known.get(place, ({}, {}))
+        seen, rows = self._known.get(place, ({}, {}))
         if len(seen) != len(state) or any(seen.get(key) is not value for key, value in state.items()):
-            found = row_state(optimizer, parameter)
-            self._known[place] = dict(state), found
-        return found
+            rows = row_state(optimizer, parameter)
+            self._known[place] = dict(state), rows
+        return rows
 
     def slots(self, optimizer: Optimizer, members: Sequence[int]) -> dict[_Slot, tuple[list[int], list[Tensor]]]:
         """State of ``members``: the places that have it and the tensors, by key, dtype and device."""
-        found: dict[_Slot, tuple[list[int], list[Tensor]]] = {}
+        slots: dict[_Slot, tuple[list[int], list[Tensor]]] = {}
         for i in members:
             for key, value in self.row_state(optimizer, i).items():
-                places, tensors = found.setdefault((key, value.dtype, value.device), ([], []))
+                places, tensors = slots.setdefault((key, value.dtype, value.device), ([], []))
                 places.append(i)
                 tensors.append(value)
-        return found
+        return slots
 
     def zero(self, tensors: list[Tensor], members: Sequence[int]) -> None:
         """Assign zero to the held rows of ``tensors``: not a product, after an fp16 overflow inf * 0 would be NaN."""

@@ -48,9 +48,9 @@ class _Timed(FilterSimilarityMonitor):
 
     costs: ClassVar[list[dict[str, float]]] = []
 
-    def _look(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
+    def _take_snapshot(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
         with measured() as cost:
-            super()._look(trainer, epoch, when)
+            super()._take_snapshot(trainer, epoch, when)
         self.costs.append({"seconds": cost.seconds, "CPU seconds": cost.cpu_seconds, "peak extra MiB": cost.extra_mib})
 
 

@@ -25,7 +25,7 @@ from lightning_filterdiv.demo import Digits, SmallConvNet
 from lightning_filterdiv.monitor.comparison import compare_heat_maps
 from lightning_filterdiv.monitor.figures import to_rgb
 from lightning_filterdiv.monitor.functional import redundancy_metrics
-from lightning_filterdiv.monitor.views import LayerView, look_at
+from lightning_filterdiv.monitor.views import LayerView, view_layer
 
 RESULT = RESULTS / "picture.json"
 PICTURE = ROOT / "docs" / "img" / "similarity.png"
@@ -68,7 +68,7 @@ def main() -> None:
         accuracy = fit(model, EPOCHS, callbacks)
         conv = model.net.conv2
         assert isinstance(conv, torch.nn.Conv2d)
-        views[label] = look_at("conv2", conv)
+        views[label] = view_layer("conv2", conv)
         arms[label] = {"test_accuracy": accuracy, **redundancy_metrics({LAYER: conv})[LAYER]}
     record = {"seed": SEED, "epochs": [START, EPOCHS], "layer": LAYER, "torch": version("torch"), "arms": arms}
     RESULT.write_text(json.dumps(record, indent=1) + "\n")

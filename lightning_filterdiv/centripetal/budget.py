@@ -39,7 +39,7 @@ class _Share(NamedTuple):
 
 
 def _shares(trainer: pl.Trainer, tensors: Sequence[ClusteredTensor]) -> list[_Share]:
-    found: list[_Share] = []
+    shares: list[_Share] = []
     for index, optimizer in enumerate(trainer.optimizers):
         future = forecast_settings(trainer, index)
         for position, group in enumerate(optimizer.param_groups):
@@ -49,8 +49,8 @@ def _shares(trainer: pl.Trainer, tensors: Sequence[ClusteredTensor]) -> list[_Sh
                 names = [t.name for t in tensors if id(t.parameter) in owned and t.is_vector is vectors]
                 if names:
                     decoupled = not isinstance(optimizer, SGD)
-                    found.append(_Share(names, vectors, settings, StepSettings.of(group), decoupled))
-    return found
+                    shares.append(_Share(names, vectors, settings, StepSettings.of(group), decoupled))
+    return shares
 
 
 @dataclass
@@ -146,11 +146,11 @@ class Budget:
 
     def corrected(self, coefficient: float) -> float | None:
         """The smallest K if gradient clipping multiplies the pull by ``coefficient`` at every step."""
-        found = [
+        reached = [
             reached_k(settings, eps if decoupled else coefficient * eps, decoupled=decoupled)
             for settings, eps, decoupled in self._known
         ]
-        return min(found, default=None)
+        return min(reached, default=None)
 
     def metrics(self, tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
         """What is logged: the deviation of every tensor, the largest of kernels and of vectors, the forecast."""

@@ -145,8 +145,8 @@ class CentripetalSGD(FilterCallback):
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """Every convolution, transposed ones too, inside ``network``."""
-        found = select_filters(pl_module, ["*"] if self.include is None else self.include, self.exclude)
-        return layers_inside(self.network, found)
+        chosen = select_filters(pl_module, ["*"] if self.include is None else self.include, self.exclude)
+        return layers_inside(self.network, chosen)
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check optimizers and precision, wait for the first forward call or start at once if its inputs are known."""
@@ -172,14 +172,14 @@ class CentripetalSGD(FilterCallback):
         new = [name for name in groups if name not in self._seen]
         check_finite(pl_module, [groups[name] for name in new])
         if new:
-            found: dict[str, Tensor] | None = None
+            clusters: dict[str, Tensor] | None = None
             if trainer.is_global_zero:
-                found = cluster_channels(
+                clusters = cluster_channels(
                     pl_module, graph, self.keep_fraction, method=self.clustering, seed=self.seed, groups=new
                 )
-            found = trainer.strategy.broadcast(found)
-            assert found is not None
-            self.clusters |= {name: index.cpu() for name, index in found.items()}
+            clusters = trainer.strategy.broadcast(clusters)
+            assert clusters is not None
+            self.clusters |= {name: index.cpu() for name, index in clusters.items()}
             self._seen += new
         active = {name: index for name, index in self.clusters.items() if name in groups}
         self._check_clusters(graph, active)
@@ -266,9 +266,9 @@ class CentripetalSGD(FilterCallback):
 
     def _distances(self) -> dict[str, float]:
         """Distance of every tensor from its clusters' means; the relative ones are kept as measured last."""
-        found = cluster_distances(self._tensors)
-        self._budget.measured = {name: relative(off, norm) for name, (off, norm) in found.items()}
-        return {name: off for name, (off, _) in found.items()}
+        distances = cluster_distances(self._tensors)
+        self._budget.measured = {name: relative(off, norm) for name, (off, norm) in distances.items()}
+        return {name: off for name, (off, _) in distances.items()}
 
     # ------------------------------------------------------------------ for the monitor
 

@@ -131,9 +131,9 @@ def safe_strength(now: Sequence[StepSettings], *, decoupled: bool = False) -> fl
         now: current settings of the parameter groups.
         decoupled: see :func:`deviation_factors`.
     """
-    found = []
+    limits = []
     for at in now:
         if at.lr > 0:
             critical = 1.0 if decoupled else (1 - math.sqrt(at.momentum)) ** 2
-            found.append(min(0.01, critical) / at.lr)
-    return min(found, default=0.05)
+            limits.append(min(0.01, critical) / at.lr)
+    return min(limits, default=0.05)

@@ -316,8 +316,8 @@ def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[flo
         measured.append(torch.stack([torch.linalg.vector_norm(off), torch.linalg.vector_norm(wide), peak]).double())
     if not measured:
         return {}
-    found = torch.stack(measured).tolist()  # multiplied on the host: a norm of large numbers may not fit float32
-    return {t.name: (off * peak, norm * peak) for t, (off, norm, peak) in zip(tensors, found, strict=True)}
+    measures = torch.stack(measured).tolist()  # multiplied on the host: a norm of large numbers may not fit float32
+    return {t.name: (off * peak, norm * peak) for t, (off, norm, peak) in zip(tensors, measures, strict=True)}
 
 
 def relative(off: float, norm: float) -> float:

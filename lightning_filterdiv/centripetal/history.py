@@ -59,8 +59,8 @@ class DeviationHistory:
 
     def for_layers(self, layers: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
         """The kernels of ``layers`` only: layer -> (step, measured, forecast)."""
-        found = {layer: self.points.get(f"{layer}.weight", []) for layer in layers}
-        return {layer: [(int(s), m, f) for s, m, f in points] for layer, points in found.items() if points}
+        kernels = {layer: self.points.get(f"{layer}.weight", []) for layer in layers}
+        return {layer: [(int(s), m, f) for s, m, f in points] for layer, points in kernels.items() if points}
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

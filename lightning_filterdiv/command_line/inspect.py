@@ -24,7 +24,7 @@ from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosa
 from lightning_filterdiv.monitor.loggers import check_writable
 from lightning_filterdiv.monitor.page import Picture, as_html
 from lightning_filterdiv.monitor.report import LayerReport, as_csv, as_text, report_layers
-from lightning_filterdiv.monitor.views import look_at
+from lightning_filterdiv.monitor.views import view_layer
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
 __all__ = ["add_arguments", "run"]
@@ -155,7 +155,7 @@ def _draw(layers: Mapping[str, Conv], rows: list[LayerReport], options: argparse
         return row.mergeable / row.filters, row.mean_abs_cosine - row.random_abs_cosine
 
     ranked = sorted(rows, key=interest, reverse=True)[: options.max_figures]
-    views = [look_at(row.layer, layers[row.layer]) for row in rows if row in ranked]
+    views = [view_layer(row.layer, layers[row.layer]) for row in rows if row in ranked]
     if not views:
         return []
     pictures = [("distribution", to_rgb(cosine_distribution(views)))]

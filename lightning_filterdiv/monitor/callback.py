@@ -15,10 +15,10 @@ from lightning_filterdiv.filters import NoLayersError, check_patterns, filter_co
 from lightning_filterdiv.monitor.events import collect_deviations, collect_events
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map
 from lightning_filterdiv.monitor.functional import METRICS, redundancy_metrics
-from lightning_filterdiv.monitor.history_figures import Look, deviation_curves, dropped_filters, redundancy_timeline
+from lightning_filterdiv.monitor.history_figures import Snapshot, deviation_curves, dropped_filters, redundancy_timeline
 from lightning_filterdiv.monitor.layout import custom_scalars_layout
 from lightning_filterdiv.monitor.loggers import FigureWriter, check_writable
-from lightning_filterdiv.monitor.views import look_at
+from lightning_filterdiv.monitor.views import view_layer
 from lightning_filterdiv.similarity import expected_abs_cosine
 from lightning_filterdiv.tensors.arguments import check_flag, check_integer
 from lightning_filterdiv.training.callback import FilterCallback
@@ -76,7 +76,7 @@ class FilterSimilarityMonitor(FilterCallback):
             raise ValueError("figure_layers=[] selects no layer; use figures=False to draw nothing")
         self._named: list[str] = []
         self._drawn: list[str] = []
-        self._looks: list[Look] = []
+        self._snapshots: list[Snapshot] = []
         self._writer: FigureWriter | None = None
         self._trains = True
 
@@ -97,9 +97,9 @@ class FilterSimilarityMonitor(FilterCallback):
         if trainer.is_global_zero and self.scalars:
             self._lay_out(trainer)
         self._drawn = [name for name in self._drawn if name in self.layers]
-        if not self._looks:
+        if not self._snapshots:
             when = "before training" if trainer.global_step == 0 else "at the start"
-            self._look(trainer, trainer.current_epoch, when)
+            self._take_snapshot(trainer, trainer.current_epoch, when)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -111,15 +111,15 @@ class FilterSimilarityMonitor(FilterCallback):
         # The epoch that StochasticWeightAveraging appends trains nothing: it puts the averages in and updates norms.
         self._trains = not trainer.fit_loop._skip_backward
         completed = trainer.current_epoch
-        if self._trains and self._looks and self._looks[-1].epoch < completed and self.should_look(completed):
-            self._look(trainer, completed, f"after epoch {completed}")
+        if self._trains and self._snapshots and self._snapshots[-1].epoch < completed and self.should_log(completed):
+            self._take_snapshot(trainer, completed, f"after epoch {completed}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look again after the epoch's last step; callbacks that average weights have put the trained ones back."""
-        if self._trains and self.should_look(trainer.current_epoch + 1):
-            self._look(trainer, trainer.current_epoch + 1, f"after epoch {trainer.current_epoch + 1}")
+        """Take another snapshot after the last step; callbacks that average weights have put the trained ones back."""
+        if self._trains and self.should_log(trainer.current_epoch + 1):
+            self._take_snapshot(trainer, trainer.current_epoch + 1, f"after epoch {trainer.current_epoch + 1}")
 
-    def should_look(self, completed: int) -> bool:
+    def should_log(self, completed: int) -> bool:
         """The decision, to be overridden: whether to look when ``completed`` epochs are done."""
         return completed % self.every_n_epochs == 0
 
@@ -156,12 +156,12 @@ class FilterSimilarityMonitor(FilterCallback):
 
     # ------------------------------------------------------------------ what
 
-    def _look(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
+    def _take_snapshot(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
         if not trainer.is_global_zero:
             return
         metrics = redundancy_metrics(self.layers)
         means = {name: row["mean_abs_cosine"] for name, row in metrics.items()}
-        self._looks.append(Look(epoch, trainer.global_step, means))
+        self._snapshots.append(Snapshot(epoch, trainer.global_step, means))
         if self.scalars:
             flat = {f"{metric}/{name}": row[metric] for name, row in metrics.items() for metric in METRICS}
             flat |= {f"{metric}/network": fmean(row[metric] for row in metrics.values()) for metric in METRICS}
@@ -172,7 +172,7 @@ class FilterSimilarityMonitor(FilterCallback):
 
     def _draw(self, trainer: pl.Trainer, when: str) -> Iterator[tuple[str, Figure]]:
         """Figures one by one: only one is alive at a time."""
-        views = [look_at(name, self.layers[name]) for name in self.layers_to_draw()]
+        views = [view_layer(name, self.layers[name]) for name in self.layers_to_draw()]
         for view in views:
             yield f"similarity/{view.name}", similarity_heat_map(view, when)
             yield f"kernels/{view.name}", kernel_mosaic(view, when)
@@ -180,7 +180,7 @@ class FilterSimilarityMonitor(FilterCallback):
         del views
         others = self._others(trainer)
         events, deviations = collect_events(others), collect_deviations(others)
-        yield "timeline", redundancy_timeline(self._looks, events, deviations)
+        yield "timeline", redundancy_timeline(self._snapshots, events, deviations)
         counts = {name: filter_count(conv) for name, conv in self.layers.items()}
         if (dropped := dropped_filters(events, counts, self.max_figures)) is not None:
             yield "dropped", dropped
@@ -193,8 +193,8 @@ class FilterSimilarityMonitor(FilterCallback):
             return self._named[: self.max_figures]
         if self._drawn:
             return self._drawn
-        first, last = self._looks[0].means, self._looks[-1].means
-        trained = len(self._looks) > 1
+        first, last = self._snapshots[0].means, self._snapshots[-1].means
+        trained = len(self._snapshots) > 1
 
         def interest(name: str) -> float:
             if trained:
@@ -216,11 +216,11 @@ class FilterSimilarityMonitor(FilterCallback):
 
     def reset(self) -> None:
         """Forget the looks of an earlier fit."""
-        self._drawn, self._looks = [], []
+        self._drawn, self._snapshots = [], []
 
     def extra_state(self) -> dict[str, Any]:
         """The looks so far and the layers that are drawn: timeline and choice go on after a resume."""
-        return {"drawn": list(self._drawn), "looks": [list(look) for look in self._looks]}
+        return {"drawn": list(self._drawn), "looks": [list(snapshot) for snapshot in self._snapshots]}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`extra_state`."""
@@ -229,4 +229,4 @@ class FilterSimilarityMonitor(FilterCallback):
             raise TypeError(f"drawn must be a list of names, got {drawn!r}")
         if not isinstance(looks, list) or not all(len(look) == 3 and isinstance(look[2], dict) for look in looks):
             raise TypeError("looks must be a list of epoch, step and means by layer")
-        self._drawn, self._looks = list(drawn), [Look(*look) for look in looks]
+        self._drawn, self._snapshots = list(drawn), [Snapshot(*look) for look in looks]

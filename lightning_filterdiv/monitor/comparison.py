@@ -20,7 +20,7 @@ def compare_heat_maps(views: Mapping[str, LayerView]) -> Figure:
     Each map is in an order of its own that puts alike filters side by side, so that duplicates are bright blocks.
 
     Args:
-        views: what to write above a map -> the layer, from :func:`~lightning_filterdiv.monitor.views.look_at`.
+        views: what to write above a map -> the layer, from :func:`~lightning_filterdiv.monitor.views.view_layer`.
 
     Raises:
         ValueError: no view.

@@ -60,7 +60,7 @@ def collect_events(callbacks: Iterable[object]) -> list[FilterEvent]:
     Raises:
         ValueError: a callback reports an event without one of the entries; it is named.
     """
-    found: list[FilterEvent] = []
+    events: list[FilterEvent] = []
     for callback in callbacks:
         if not isinstance(callback, ReportsEvents):
             continue
@@ -69,14 +69,14 @@ def collect_events(callbacks: Iterable[object]) -> list[FilterEvent]:
             missing = [field for field in FilterEvent._fields if field not in event and field != "source"]
             if missing:
                 raise ValueError(f"{source}.filterdiv_events() reports an event without {missing[0]!r}: {event!r}")
-            found.append(FilterEvent(source, *(event[field] for field in FilterEvent._fields[1:])))
-    return sorted(found, key=lambda event: event.step)
+            events.append(FilterEvent(source, *(event[field] for field in FilterEvent._fields[1:])))
+    return sorted(events, key=lambda event: event.step)
 
 
 def collect_deviations(callbacks: Iterable[object]) -> Deviations:
     """Deviations of all callbacks by layer; layers without a measurement are left out."""
-    found: Deviations = {}
+    deviations: Deviations = {}
     for callback in callbacks:
         if isinstance(callback, ReportsDeviation):
-            found |= {layer: list(points) for layer, points in callback.filterdiv_deviation().items() if points}
-    return found
+            deviations |= {layer: list(points) for layer, points in callback.filterdiv_deviation().items() if points}
+    return deviations

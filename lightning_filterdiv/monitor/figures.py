@@ -231,9 +231,9 @@ def _leading_directions(columns: Tensor, count: int) -> Tensor:
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(columns @ (columns.mT @ basis)).Q
     left, _, _ = torch.linalg.svd(basis.mT @ columns, full_matrices=False)
-    found = basis @ left[:, :count]
-    missing = count - found.shape[1]
-    return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
+    projected = basis @ left[:, :count]
+    missing = count - projected.shape[1]
+    return projected if missing <= 0 else torch.nn.functional.pad(projected, (0, missing))
 
 
 def _planes(kernels: Tensor) -> Tensor:

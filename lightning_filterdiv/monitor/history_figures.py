@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from lightning_filterdiv.monitor.events import Deviations, FilterEvent
 from lightning_filterdiv.monitor.figures import BLUE, RED, new_figure, shorten, title
 
-__all__ = ["Look", "deviation_curves", "dropped_filters", "redundancy_timeline"]
+__all__ = ["Snapshot", "deviation_curves", "dropped_filters", "redundancy_timeline"]
 
 _LABELLED_ROWS = 40
 _FLOOR = 1e-9  # a deviation of exactly 0 on a log axis
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """One look at the network.
 
     Attributes:
@@ -34,7 +34,7 @@ class Look(NamedTuple):
 
 
 def redundancy_timeline(
-    looks: Sequence[Look], events: Sequence[FilterEvent] = (), deviations: Deviations | None = None
+    looks: Sequence[Snapshot], events: Sequence[FilterEvent] = (), deviations: Deviations | None = None
 ) -> Figure:
     """Mean ``|cos|`` of every layer over the epochs as colour, events as lines, C-SGD's deviation below it.
 
@@ -97,7 +97,7 @@ def _mark(axes: Axes, events: Sequence[FilterEvent]) -> str:
     return f"red: {', '.join(sources)}" if sources else ""
 
 
-def _draw_largest(axes: Axes, deviations: Deviations, looks: Sequence[Look]) -> None:
+def _draw_largest(axes: Axes, deviations: Deviations, looks: Sequence[Snapshot]) -> None:
     steps = np.array([look.step for look in looks], dtype=float)
     epochs = np.array([look.epoch for look in looks], dtype=float)
     worst: dict[int, tuple[float, float]] = {}

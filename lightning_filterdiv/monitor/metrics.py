@@ -46,7 +46,7 @@ class _MeanOverLayers(Metric):
         raise NotImplementedError
 
     def update(self, filters: Tensor | nn.Module) -> None:
-        """Look at one layer, or at a batch of layers of equal shape.
+        """Add one layer, or a batch of layers of equal shape.
 
         Args:
             filters: a convolution, ``(J, d)`` or ``(B, J, d)``.

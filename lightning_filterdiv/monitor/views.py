@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_filterdiv.filters import Conv, filter_matrix
 from lightning_filterdiv.similarity import cosine_similarity
 
-__all__ = ["LayerView", "look_at", "mergeable_filters", "similarity_order"]
+__all__ = ["LayerView", "mergeable_filters", "similarity_order", "view_layer"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LayerView:
 
 
 @torch.no_grad()
-def look_at(name: str, conv: Conv) -> LayerView:
+def view_layer(name: str, conv: Conv) -> LayerView:
     """Snapshot of a layer; similarities are computed where its weights are."""
     matrix = filter_matrix(conv)
     matrix = torch.nan_to_num(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), posinf=0.0, neginf=0.0)

@@ -24,7 +24,7 @@ class Batch:
         side: rows of the Gram matrix that the form takes.
         ordered: whether :meth:`rows` must have the order (channel, kernel position) in every memory format.
         values: buffer that holds the parameters of the blocks, segment by segment.
-        found: buffer laid out alike, for the gradients.
+        gradients: buffer laid out alike, for the gradients.
         first: place of the first parameter.
     """
 
@@ -34,7 +34,7 @@ class Batch:
         side: int,
         ordered: bool,
         values: FlatBuffer,
-        found: FlatBuffer,
+        gradients: FlatBuffer,
         first: int,
     ) -> None:
         self.blocks = list(blocks)
@@ -43,7 +43,7 @@ class Batch:
         self.members = range(first, first + sum(map(len, segments)))
         starts = [first + sum(map(len, segments[:at])) for at in range(len(segments))]
         self._parts = [values.stack(at, len(segment)) for at, segment in zip(starts, segments, strict=True)]
-        self._results = [found.stack(at, len(segment)) for at, segment in zip(starts, segments, strict=True)]
+        self._results = [gradients.stack(at, len(segment)) for at, segment in zip(starts, segments, strict=True)]
         self._rows: Tensor | None = None
         #: Where the gradient of :meth:`rows` belongs, ``(B, n, d)``; ``None``: hand it to :meth:`store`.
         self.out: Tensor | None = None
@@ -53,7 +53,7 @@ class Batch:
         if one_block and len(segments) == 1 and not blocks[0].transposed:
             shape = (len(blocks) * blocks[0].groups, n, block)
             self._rows, self.out = (
-                buffer.flat.narrow(0, buffer.start(first), like.numel()).view(shape) for buffer in (values, found)
+                buffer.flat.narrow(0, buffer.start(first), like.numel()).view(shape) for buffer in (values, gradients)
             )
         dtype, device = values.flat.dtype, values.flat.device
         self.identity = torch.eye(side, dtype=dtype, device=device)
@@ -118,9 +118,9 @@ class Bank:
         for blocks in batches:
             firsts.append(len(self.parameters))
             self.parameters += [p for segment in segments_of(blocks) for p in segment]
-        self.values, self.found = FlatBuffer(self.parameters, dtype), FlatBuffer(self.parameters, dtype)
+        self.values, self.gradients = FlatBuffer(self.parameters, dtype), FlatBuffer(self.parameters, dtype)
         self.batches = [
-            Batch(blocks, side, ordered, self.values, self.found, first)
+            Batch(blocks, side, ordered, self.values, self.gradients, first)
             for blocks, side, first in zip(batches, sides, firsts, strict=True)
         ]
 

@@ -108,17 +108,17 @@ class BasisOrthonormality(FilterCallback):
 
     def values(self) -> dict[str, float]:
         """Layer or Gram name -> the penalty now, above its reachable minimum, not weighted; ``"total"`` for all."""
-        found: dict[str, float] = {}
+        penalties: dict[str, float] = {}
         total = 0.0
         for penalty in self._penalties.values():
             # A Gram whose filters are in two optimizers counts once.
-            values = {name: value for name, value in penalty.values(self._looked).items() if name not in found}
+            values = {name: value for name, value in penalty.values(self._looked).items() if name not in penalties}
             if not values:
                 continue
             numbers = torch.stack([v.double() for v in [*values.values(), penalty.total(values)]]).tolist()
-            found |= dict(zip(values, numbers, strict=False))
+            penalties |= dict(zip(values, numbers, strict=False))
             total += numbers[-1]
-        return found | {"total": total} if found else {}
+        return penalties | {"total": total} if penalties else {}
 
     # ------------------------------------------------------------------ start
 

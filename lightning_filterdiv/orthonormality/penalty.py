@@ -199,7 +199,7 @@ class OrthonormalityPenalty:
                     for i in places:
                         parameter, gradient = bank.parameters[i], bank.parameters[i].grad
                         if gradient is not None:
-                            pairs.append((parameter.detach() if self.decoupled else gradient, bank.found.views[i]))
+                            pairs.append((parameter.detach() if self.decoupled else gradient, bank.gradients.views[i]))
                     for alike in group_by(pairs, lambda pair: pair[0].dtype):
                         self._add([target for target, _ in alike], [part for _, part in alike], amount, factor)
 
@@ -223,7 +223,7 @@ class OrthonormalityPenalty:
     @torch.no_grad()
     def broken(self) -> dict[str, str]:
         """Block name -> why its penalty cannot be used now; empty where all are finite. Synchronises."""
-        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         starts = self._starts(0)
         for bank in self._banks:
             bank.load()
@@ -231,19 +231,19 @@ class OrthonormalityPenalty:
                 for batch in bank.batches:
                     self._differentiate(batch, starts)
             largest = torch.stack([view.abs().amax() for view in bank.values.views]).tolist()
-            moved = torch.stack([view.isfinite().all() for view in bank.found.views]).tolist()
+            moved = torch.stack([view.isfinite().all() for view in bank.gradients.views]).tolist()
             for batch in bank.batches:
                 places = {id(bank.parameters[i]): i for i in batch.members}
                 for block in batch.blocks:
                     mine = [places[id(p)] for p in block.parameters]
                     sizes = [largest[i] for i in mine]
                     if not all(map(math.isfinite, sizes)):
-                        found[block.name] = "its weights contain NaN or inf"
+                        reasons[block.name] = "its weights contain NaN or inf"
                     elif not all(moved[i] for i in mine):
-                        found[block.name] = (
+                        reasons[block.name] = (
                             f"its weights are so large (up to {max(sizes):.1e}) that the gradient overflows"
                         )
-        return found
+        return reasons
 
     def _differentiate(self, batch: Batch, starts: Mapping[int, Tensor]) -> None:
         """Put the gradient of what is loaded into the buffer."""
@@ -285,17 +285,17 @@ class OrthonormalityPenalty:
         filter: ``n - d`` ("basis", and "convolutional" in part), ``|n - d|`` ("double_soft").
         """
         starts = self._starts(step)
-        found: dict[str, Tensor] = {}
+        penalties: dict[str, Tensor] = {}
         for bank in self._banks:
             bank.load()
             for batch in bank.batches:
                 with torch.autocast(self._device.type, enabled=False):
                     per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
                 sums = per_matrix.view(-1, batch.blocks[0].groups).sum(1).unbind()
-                found |= {block.name: value for block, value in zip(batch.blocks, sums, strict=True)}
+                penalties |= {block.name: value for block, value in zip(batch.blocks, sums, strict=True)}
         if self.form == "basis":
-            found = {block.name: found[block.name] / block.entries for block in self.blocks}
-        return {block.name: found[block.name] for block in self.blocks}
+            penalties = {block.name: penalties[block.name] / block.entries for block in self.blocks}
+        return {block.name: penalties[block.name] for block in self.blocks}
 
     def total(self, values: Mapping[str, Tensor]) -> Tensor:
         """The penalty of the blocks in ``values``, from :meth:`values`: pooled means for ``"basis"``, else the sum."""

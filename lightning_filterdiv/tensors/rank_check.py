@@ -54,8 +54,8 @@ def check_ranks_agree(tensors: Mapping[str, Tensor], context: str) -> None:
     mine = bit_checksums(tensors)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
-    everyone = torch.stack(gathered).cpu()
-    differs = (everyone != everyone[0]).any(dim=-1)  # (ranks, T)
+    all_ranks = torch.stack(gathered).cpu()
+    differs = (all_ranks != all_ranks[0]).any(dim=-1)  # (ranks, T)
     if bool(differs.any()):
         names = [name for name, bad in zip(tensors, differs.any(dim=0).tolist(), strict=True) if bad]
         ranks = [rank for rank, bad in enumerate(differs.any(dim=1).tolist()) if bad]

@@ -169,15 +169,15 @@ class FilterCallback(Callback):
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments by name; those that a subclass passes on as ``**kwargs`` are its parent's."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for cls in type(self).__mro__:
             parameters = inspect.signature(cls).parameters.values()
-            found |= {
+            values |= {
                 p.name: getattr(self, p.name) for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
             }
             if cls is FilterCallback or not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-        return found
+        return values
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments().items())})"
@@ -297,12 +297,12 @@ class FilterCallback(Callback):
             )
 
     def _resolve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = self.choose(pl_module)
+        chosen = self.choose(pl_module)
         left_alone: list[str] = []
         if self.trainable_only:
             owned = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
-            left_alone = [n for n, c in found.items() if not c.weight.requires_grad or id(c.weight) not in owned]
-        self.layers = {name: conv for name, conv in found.items() if name not in left_alone}
+            left_alone = [n for n, c in chosen.items() if not c.weight.requires_grad or id(c.weight) not in owned]
+        self.layers = {name: conv for name, conv in chosen.items() if name not in left_alone}
         if not self.layers:
             raise NoLayersError(
                 f"{type(self).__name__}: all {len(left_alone)} selected convolutions are frozen or in no optimizer "

@@ -41,8 +41,8 @@ def filters_of(wavelet: str) -> tuple[Tensor, Tensor]:
     _, pywt = libraries()
     if wavelet not in pywt.wavelist(kind="discrete"):
         raise ValueError(f"wavelet must be a discrete wavelet of PyWavelets ('haar', 'db2', ...), got {wavelet!r}")
-    found = pywt.Wavelet(wavelet)
-    low, high = (torch.tensor(taps, dtype=torch.float64) for taps in (found.dec_lo, found.dec_hi))
+    known = pywt.Wavelet(wavelet)
+    low, high = (torch.tensor(taps, dtype=torch.float64) for taps in (known.dec_lo, known.dec_hi))
     return low, high
 
 

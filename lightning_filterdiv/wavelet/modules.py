@@ -52,12 +52,12 @@ class _EdgeLayer(nn.Module):
         batch = x if x.dim() == 4 else x[None]
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            found = self.edges(batch.to(wide)).to(x.dtype)
+            edges = self.edges(batch.to(wide)).to(x.dtype)
         if self.output == "add":
-            found = batch + found
+            edges = batch + edges
         elif self.output == "append":
-            found = torch.cat([batch, found], dim=1)
-        return found if x.dim() == 4 else found[0]
+            edges = torch.cat([batch, edges], dim=1)
+        return edges if x.dim() == 4 else edges[0]
 
     def extra_repr(self) -> str:
         """The arguments."""

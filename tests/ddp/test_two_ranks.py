@@ -271,7 +271,7 @@ def test_the_monitor_writes_once(tmp_path: Path) -> None:
     fit_ddp([method, monitor, Witness()], max_steps=18, logger=TensorBoardLogger(folder))
     dist.barrier()
     assert len(list(folder.rglob("events.out.tfevents*"))) == 1
-    assert [look.step for look in monitor._looks] == ([0, 6, 12, 18] if RANK == 0 else [])
+    assert [look.step for look in monitor._snapshots] == ([0, 6, 12, 18] if RANK == 0 else [])
 
 
 def test_the_depth_bound_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

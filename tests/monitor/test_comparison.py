@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_filterdiv.monitor.comparison import compare_heat_maps
-from lightning_filterdiv.monitor.views import look_at
+from lightning_filterdiv.monitor.views import view_layer
 
 
 def test_maps_stand_side_by_side_on_one_scale() -> None:
@@ -14,7 +14,7 @@ def test_maps_stand_side_by_side_on_one_scale() -> None:
     diverse, alike = torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(4, 6, 3)
     with torch.no_grad():
         alike.weight[3:] = alike.weight[:3]
-    views = {"before": look_at("conv", alike), "after": look_at("conv", diverse)}
+    views = {"before": view_layer("conv", alike), "after": view_layer("conv", diverse)}
     figure = compare_heat_maps(views)
     before, after, _ = figure.axes
     assert [axes.get_title(loc="left").splitlines()[0] for axes in (before, after)] == ["before", "after"]
@@ -26,6 +26,6 @@ def test_maps_stand_side_by_side_on_one_scale() -> None:
 
 
 def test_a_layer_of_one_filter_and_no_layer() -> None:
-    assert len(compare_heat_maps({"one": look_at("conv", torch.nn.Conv2d(1, 1, 3))}).axes) == 2
+    assert len(compare_heat_maps({"one": view_layer("conv", torch.nn.Conv2d(1, 1, 3))}).axes) == 2
     with pytest.raises(ValueError, match="views is empty"):
         compare_heat_maps({})

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_filterdiv.filters import write_filters
 from lightning_filterdiv.monitor.events import FilterEvent, collect_deviations, collect_events
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map, to_rgb
-from lightning_filterdiv.monitor.history_figures import Look, deviation_curves, dropped_filters, redundancy_timeline
-from lightning_filterdiv.monitor.views import look_at, mergeable_filters, similarity_order
+from lightning_filterdiv.monitor.history_figures import Snapshot, deviation_curves, dropped_filters, redundancy_timeline
+from lightning_filterdiv.monitor.views import mergeable_filters, similarity_order, view_layer
 from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
 
 
@@ -31,7 +31,7 @@ def texts(figure: Figure) -> str:
 def layer(rows: torch.Tensor, name: str = "stage.conv") -> Any:
     conv = nn.Conv2d(rows.shape[1], rows.shape[0], 1)
     write_filters(conv, range(len(rows)), rows)
-    return look_at(name, conv)
+    return view_layer(name, conv)
 
 
 # --------------------------------------------------------------------------- views
@@ -66,7 +66,7 @@ def test_mergeable_filters_form_groups_whose_pairs_are_all_alike() -> None:
     ids=lambda conv: type(conv).__name__,
 )
 def test_every_kind_of_convolution_is_drawn(conv: Any) -> None:
-    view = look_at("layer", conv)
+    view = view_layer("layer", conv)
     assert view.kernels.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
     for figure in (similarity_heat_map(view), kernel_mosaic(view), cosine_distribution([view])):
         assert to_rgb(figure).std() > 5
@@ -76,11 +76,11 @@ def test_weights_that_are_not_finite_are_drawn() -> None:
     conv = nn.Conv2d(3, 5, 3)
     conv.weight.data[2] = float("nan")
     conv.weight.data[3] = float("inf")
-    view = look_at("diverged", conv)
+    view = view_layer("diverged", conv)
     assert bool(view.cosine.isfinite().all())
     for figure in (similarity_heat_map(view), kernel_mosaic(view), cosine_distribution([view])):
         to_rgb(figure)
-    to_rgb(redundancy_timeline([Look(0, 0, {"a": float("nan")}), Look(1, 5, {"a": float("nan")})]))
+    to_rgb(redundancy_timeline([Snapshot(0, 0, {"a": float("nan")}), Snapshot(1, 5, {"a": float("nan")})]))
 
 
 # --------------------------------------------------------------------------- layers
@@ -116,7 +116,7 @@ def test_distribution_marks_the_mean_and_the_exact_expectation() -> None:
 def test_colour_kernels_are_shown_in_colour_and_in_order() -> None:
     conv = nn.Conv2d(3, 4, 2)
     write_filters(conv, range(4), torch.tensor([[1.0] * 4 + [0.0] * 8, [0.0] * 4 + [1.0] * 4 + [0.0] * 4] * 2))
-    view = look_at("rgb", conv)
+    view = view_layer("rgb", conv)
     figure = kernel_mosaic(view)
     grid = np.asarray(figure.axes[0].images[0].get_array())
     assert grid.shape == (5, 5, 3)
@@ -131,14 +131,14 @@ def test_other_kernels_are_projected_on_the_main_input_direction() -> None:
     pattern, direction = torch.randn(6, 3, 3), torch.randn(5).abs()
     conv = nn.Conv2d(5, 6, 3)
     write_filters(conv, range(6), torch.einsum("jhw,c->jchw", pattern, direction).flatten(1))
-    view = look_at("deep", conv)
+    view = view_layer("deep", conv)
     grid = np.asarray(kernel_mosaic(view).axes[0].images[0].get_array())
     expected = pattern[view.order[0]] * direction.norm()
     assert np.allclose(grid[:3, :3], expected.numpy(), atol=1e-4)
 
 
 def test_many_kernels_are_thinned_and_pointwise_ones_are_rows() -> None:
-    view = look_at("wide", nn.Conv2d(40, 300, 1))
+    view = view_layer("wide", nn.Conv2d(40, 300, 1))
     figure = kernel_mosaic(view)
     assert "256 of 300 kernels 1x1" in texts(figure)
     assert figure.axes[0].images[0].get_array().shape == (256, 32)
@@ -153,7 +153,7 @@ EVENTS = [
     FilterEvent("RePr", "drop", 2, 5, 100, {"a": [2, 3]}),
 ]
 DEVIATIONS = {"a": [(0, 1.0, 1.0), (50, 0.02, 0.01), (100, 0.0, 1e-4)], "b": [(0, 0.5, 0.5), (100, 1e-3, 2e-3)]}
-LOOKS = [Look(epoch, 20 * epoch, {"a": 0.3 - 0.02 * epoch, "b": 0.1}) for epoch in (0, 1, 2, 4, 6)]
+LOOKS = [Snapshot(epoch, 20 * epoch, {"a": 0.3 - 0.02 * epoch, "b": 0.1}) for epoch in (0, 1, 2, 4, 6)]
 
 
 def test_timeline_has_a_row_per_layer_and_a_line_per_event() -> None:
@@ -227,7 +227,7 @@ def test_events_are_asked_for_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 80, "a.b"])
 def test_names_of_any_length_leave_room_for_the_picture(name: str) -> None:
-    figure = redundancy_timeline([Look(0, 0, {name: 0.1}), Look(1, 9, {name: 0.2})])
+    figure = redundancy_timeline([Snapshot(0, 0, {name: 0.1}), Snapshot(1, 9, {name: 0.2})])
     to_rgb(figure)
     assert figure.axes[0].get_position().width > 0.3
 

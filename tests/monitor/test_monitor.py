@@ -23,7 +23,7 @@ from lightning_filterdiv.monitor import callback as callback_module
 from lightning_filterdiv.monitor import loggers as loggers_module
 from lightning_filterdiv.monitor.figures import kernel_mosaic, similarity_heat_map, to_rgb
 from lightning_filterdiv.monitor.functional import METRICS, redundancy_metrics
-from lightning_filterdiv.monitor.views import look_at
+from lightning_filterdiv.monitor.views import view_layer
 from tests.suites.test_resume import KINDS
 from tests.support.training import Classifier, batches, fit, since_lightning_2_6
 
@@ -91,14 +91,14 @@ def test_switches(tmp_path: Path) -> None:
 def test_layers_that_changed_most_are_drawn_until_the_end_and_after_a_resume(tmp_path: Path) -> None:
     first = FilterSimilarityMonitor(max_figures=2, figures=True)
     fit([first, ModelCheckpoint(dirpath=tmp_path, filename="end")], max_epochs=1, default_root_dir=tmp_path)
-    start, end = (look.means for look in first._looks)
+    start, end = (look.means for look in first._snapshots)
     changed = sorted(LAYERS, key=lambda name: abs(end[name] - start[name]), reverse=True)[:2]
     assert first.layers_to_draw() == [name for name in LAYERS if name in changed]
     second = FilterSimilarityMonitor(max_figures=2)
     fit([second], max_epochs=3, ckpt_path=str(tmp_path / "end.ckpt"), default_root_dir=tmp_path)
     assert second.layers_to_draw() == first.layers_to_draw()
-    assert [look.epoch for look in second._looks] == [0, 1, 2, 3], "the timeline goes on"
-    assert second._looks[:2] == first._looks
+    assert [look.epoch for look in second._snapshots] == [0, 1, 2, 3], "the timeline goes on"
+    assert second._snapshots[:2] == first._snapshots
 
 
 def test_named_layers_are_drawn(tmp_path: Path) -> None:
@@ -129,14 +129,14 @@ def test_no_look_is_lost_or_doubled_by_a_resume(kind: str, tmp_path: Path) -> No
     fit([whole, checkpoint], max_epochs=3, validation=batches(steps=1))
     resumed = FilterSimilarityMonitor(figures=False)
     fit([resumed], max_epochs=3, validation=batches(steps=1), ckpt_path=str(tmp_path / f"step={step}.ckpt"))
-    assert resumed._looks == whole._looks
-    assert [look.epoch for look in whole._looks] == [0, 1, 2, 3]
+    assert resumed._snapshots == whole._snapshots
+    assert [look.epoch for look in whole._snapshots] == [0, 1, 2, 3]
 
 
 def test_epochs_between_cost_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Counted, not timed: no tensor operation, no figure and no logger call outside the looks."""
     calls: list[str] = []
-    for name in ("redundancy_metrics", "look_at", "similarity_heat_map", "collect_events", "filter_matrix"):
+    for name in ("redundancy_metrics", "view_layer", "similarity_heat_map", "collect_events", "filter_matrix"):
         original = getattr(callback_module, name)
 
         def counted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
@@ -160,12 +160,12 @@ def test_epochs_between_cost_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_the_decision_can_be_overridden() -> None:
     class Early(FilterSimilarityMonitor):
-        def should_look(self, completed: int) -> bool:
+        def should_log(self, completed: int) -> bool:
             return completed in (1, 3)
 
     monitor = Early(figures=False)
     fit([monitor], max_epochs=4)
-    assert [look.epoch for look in monitor._looks] == [0, 1, 3]
+    assert [look.epoch for look in monitor._snapshots] == [0, 1, 3]
 
 
 @pytest.mark.soak
@@ -182,7 +182,7 @@ def test_memory_of_figures_does_not_grow_over_200_epochs(tmp_path: Path, monkeyp
 
     monitor = FilterSimilarityMonitor(max_figures=1, scalars=False, include=["net.3"])
     fit([monitor, Counts()], max_epochs=200, loader=batches(steps=1), logger=TensorBoardLogger(tmp_path))
-    assert len(monitor._looks) == 201
+    assert len(monitor._snapshots) == 201
     assert len(_events(tmp_path).Images("filterdiv/figures/timeline")) == 201
     assert alive[0] == alive[1]
 
@@ -213,13 +213,13 @@ def test_weight_averages_do_not_show(kind: str, monitor_first: bool, tmp_path: P
     callbacks = [monitor, averaging] if monitor_first else [averaging, monitor]
     run = fit([*callbacks, trained], max_epochs=3, validation=batches(steps=1), default_root_dir=tmp_path)
     assert not torch.equal(run.model.net[3].weight, trained.model.net[3].weight), "the average replaced them at the end"
-    view = look_at("net.3", trained.model.net[3])
-    assert [look.epoch for look in monitor._looks] == [0, 1, 2, 3]
+    view = view_layer("net.3", trained.model.net[3])
+    assert [look.epoch for look in monitor._snapshots] == [0, 1, 2, 3]
     for name, draw in (("similarity", similarity_heat_map), ("kernels", kernel_mosaic)):
         with Image.open(tmp_path / "filterdiv" / "figures" / name / f"net.3-step{trained.step:06d}.png") as image:
             assert np.array_equal(np.asarray(image), to_rgb(draw(view, "after epoch 3")))
     expected = redundancy_metrics({"net.3": trained.model.net[3]})["net.3"]["mean_abs_cosine"]
-    assert monitor._looks[-1].means["net.3"] == pytest.approx(expected, rel=1e-6)
+    assert monitor._snapshots[-1].means["net.3"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_events_of_repr_are_drawn(tmp_path: Path) -> None:
