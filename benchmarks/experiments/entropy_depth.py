@@ -31,11 +31,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks.common.paths import RESULTS
 from benchmarks.cost import entropy as entropy_speed
-from benchmarks.models import StagedResNet, count_parameters
+from benchmarks.models import StagedResNet
 from benchmarks.training.loader import SeededBatches
 from benchmarks.training.runs import interval, run_missing, run_parser
 from lightning_filterdiv.demo import FashionMNIST
 from lightning_filterdiv.entropy_depth import DepthPlan, plan_depth
+from lightning_filterdiv.narrowing import count_parameters
 
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH = 15, 0.05, 5e-4, 64
 #: Convolutions per stage: twice the bound of Fashion-MNIST (3), the bound, half of it (rounded up), a single one.

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common.paths import RESULTS
-from benchmarks.models import CifarResNet, count_parameters
+from benchmarks.models import CifarResNet
 from benchmarks.training.classifier import Classifier
 from benchmarks.training.loader import SeededBatches
 from benchmarks.training.runs import interval, read_runs, run_missing, run_parser
 from lightning_filterdiv import BasisOrthonormality
 from lightning_filterdiv.demo import FashionMNIST
+from lightning_filterdiv.narrowing import count_parameters
 from lightning_filterdiv.orthonormality import basis_penalty
 from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
 

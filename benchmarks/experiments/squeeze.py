@@ -39,8 +39,7 @@ from lightning_filterdiv import CentripetalSGD
 from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.demo import FashionMNIST
-from lightning_filterdiv.narrowing import merge_with_report
-from lightning_filterdiv.narrowing.measure import count_macs, count_parameters, latency_ratio
+from lightning_filterdiv.narrowing import count_macs, count_parameters, latency_ratio, merge_with_report
 
 START_EPOCHS, EPOCHS, LEARNING_RATE, BATCH, KEEP = 15, 10, 0.05, 64, 0.625
 OUT = RESULTS / "squeeze"

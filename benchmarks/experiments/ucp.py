@@ -24,7 +24,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.common.paths import RESULTS
-from benchmarks.models import count_parameters
 from benchmarks.training import report
 from benchmarks.training.classification import Classification
 from benchmarks.training.data import FashionMNIST
@@ -32,7 +31,7 @@ from benchmarks.training.runs import run_missing, run_parser
 from lightning_filterdiv import ChannelImportance
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance import remove_gates, select_channels
-from lightning_filterdiv.narrowing import prune_channels
+from lightning_filterdiv.narrowing import count_parameters, prune_channels
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 EPOCHS, GATED, KEPT = 60, 20, 0.5
