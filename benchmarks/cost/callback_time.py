@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from benchmarks.common.device import clock, default_device, description, result_path
 from benchmarks.cost.fake_device import KernelCounter
 from benchmarks.models import CifarResNet
-from benchmarks.training.classifier import Classifier
+from benchmarks.training.classification import Classifier
 from benchmarks.training.loader import SeededBatches
 from lightning_filterdiv import (
     BasisOrthonormality,
@@ -135,7 +135,7 @@ def _fit(make: Callable[[], Callback], steps: int, device: torch.device, count: 
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with _accounted(callback, books):
-        trainer.fit(Classifier(CifarResNet(20), 3, 0.05, images[:2]), loader)
+        trainer.fit(Classifier(CifarResNet(20), (3, 32, 32), lr=0.05), loader)
     return books
 
 

@@ -24,12 +24,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.paths import RESULTS, ROOT
 from benchmarks.models import CifarResNet
-from benchmarks.training.classifier import Classifier
+from benchmarks.training.classification import Classifier
 from benchmarks.training.loader import SeededBatches
 from lightning_filterdiv import (
     BasisOrthonormality,
@@ -110,8 +109,7 @@ def _fit(callbacks: list[Callback], ranks: int, rank: int, batch: int, steps: in
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    net: nn.Module = CifarResNet(20, channels=1)
-    trainer.fit(Classifier(net, epochs, 0.05, torch.zeros(2, 1, 16, 16)), loader)
+    trainer.fit(Classifier(CifarResNet(20, channels=1), (1, 16, 16), lr=0.05), loader)
     return trainer
 
 

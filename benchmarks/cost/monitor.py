@@ -21,26 +21,14 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
 
 from benchmarks.common.paths import RESULTS
 from benchmarks.cost.events import large_network
 from benchmarks.cost.measure import measured
+from benchmarks.training.classification import Classifier
 from lightning_filterdiv import FilterSimilarityMonitor
 
 RESULT = RESULTS / "monitor.json"
-
-
-class _Classifier(pl.LightningModule):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 class _Timed(FilterSimilarityMonitor):
@@ -57,7 +45,7 @@ class _Timed(FilterSimilarityMonitor):
 def measure(network: str, looks: int) -> dict[str, float]:
     """Median over looks of each cost; the first look, before training, is left out."""
     net, images = large_network(network)
-    model = _Classifier(net)
+    model = Classifier(net, images.shape[1:], lr=0.01, momentum=0.0)
     batch = torch.utils.data.TensorDataset(images, torch.tensor([0, 1]))
     monitor = _Timed()
     monitor.costs.clear()

@@ -39,11 +39,10 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.common.paths import RESULTS
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_graph.export import find_tensors
 from lightning_filterdiv.channel_graph.verify import randomise
-from tests.channel_graph import models
-from tests.channel_graph.test_refuse import REFUSED, Between
 
 RESULT = RESULTS / "peers.json"
 TOLERANCE = 1e-9
@@ -95,14 +94,8 @@ def cases() -> list[Case]:
     for name in TORCHVISION:
         size = 224 if name == "googlenet" else 96 if name == "squeezenet1_0" else 64
         found.append(Case(name, lambda name=name: build(name), models.image(n=1, size=size)))
-    names = (
-        "layer norm over channels",
-        "group norm",
-        "softmax over channels",
-        "channel attention",
-        "shift of padded channels",
-    )
-    found += [Case(name, lambda name=name: Between(REFUSED[name][0]()), image, "first") for name in names]
+    for name, make in models.MIXING.items():
+        found.append(Case(name, lambda make=make: models.Between(make()), image, "first"))
     return found
 
 

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common.device import result_path
 from benchmarks.common.paths import RESULTS
 from benchmarks.cost.fake_device import KernelCounter, host_draws_apart, profiled_operations
 from benchmarks.cost.overhead import trained_hooks
 from benchmarks.models import CifarResNet, build_network
+from lightning_filterdiv.narrowing import count_macs, count_parameters
 
 RESULT = result_path("scaling.json", "cpu")
 SHOWN = ("wau", "repr sub-network phase", "csgd", "basis", "soft", "srip")
@@ -103,13 +103,10 @@ def count_hooks(method: str, model: nn.Module) -> Count:
 
 
 def forward_flops(workload: Workload) -> int:
-    """Operations of a forward pass of one image."""
+    """Operations of a forward pass of one image: two per multiply-add."""
     with torch.device("meta"):
-        net = build_network(workload.network, workload.image_shape, workload.classes).eval()
-        counter = FlopCounterMode(display=False)
-        with counter:
-            net(torch.empty(1, *workload.image_shape))
-    return int(counter.get_total_flops())
+        net = build_network(workload.network, workload.image_shape, workload.classes)
+        return 2 * count_macs(net, torch.empty(1, *workload.image_shape))
 
 
 def host_seconds(count: Count) -> float:
@@ -149,7 +146,7 @@ def counted() -> dict[str, Any]:
         for method in SHOWN:
             torch.manual_seed(0)
             model = build_network(workload.network, workload.image_shape, workload.classes)
-            parameters = sum(p.numel() for p in model.parameters())
+            parameters = count_parameters(model)
             hooks[method] = count_hooks(method, model)._asdict()
         found[name] = {"forward_flops": forward_flops(workload), "parameters": parameters, "hooks": hooks}
     return found

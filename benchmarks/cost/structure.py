@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.paths import RESULTS
-from benchmarks.models import CifarResNet, count_parameters
+from benchmarks.models import CifarResNet
 from lightning_filterdiv.channel_importance import insert_gates
 from lightning_filterdiv.expansion import expand
+from lightning_filterdiv.narrowing import count_parameters
 from lightning_filterdiv.shared_basis import share_anchored_filters, share_filter_bases
 from lightning_filterdiv.wavelet import WaveletReconstruction
 

@@ -25,21 +25,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from scipy import stats
-from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks.common.paths import RESULTS
 from benchmarks.cost import entropy as entropy_speed
-from benchmarks.models import StagedResNet, count_parameters
-from benchmarks.training.loader import SeededBatches
-from benchmarks.training.runs import interval, run_missing, run_parser
-from lightning_filterdiv.demo import FashionMNIST
+from benchmarks.experiments.fits import accuracy, fit, fm5k
+from benchmarks.models import StagedResNet
+from benchmarks.training.classification import Classifier
+from benchmarks.training.runs import interval, read_runs, run_missing, run_parser
 from lightning_filterdiv.entropy_depth import DepthPlan, plan_depth
+from lightning_filterdiv.narrowing import count_parameters
 
-EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH = 15, 0.05, 5e-4, 64
-#: Convolutions per stage: twice the bound of Fashion-MNIST (3), the bound, half of it (rounded up), a single one.
-DEPTHS = (6, 3, 2, 1)
+EPOCHS = 15
+#: Arm -> convolutions per stage: twice the bound of Fashion-MNIST (3), the bound, half of it (rounded up), one.
+ARMS = {f"depth{depth}": depth for depth in (6, 3, 2, 1)}
 NARROW_AND_DEEP = ((6, 6, 6), (8, 16, 32))
 OUT = RESULTS / "entropy_depth"
 
@@ -55,59 +53,34 @@ def plan(depth: int) -> DepthPlan:
     return plan_depth(*NARROW_AND_DEEP, bound=depth, parameters=network_parameters)
 
 
-class Classifier(pl.LightningModule):
-    """Cross-entropy, SGD with cosine decay over all steps."""
-
-    def __init__(self, network: StagedResNet) -> None:
-        super().__init__()
-        self.network = network
-        self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch."""
-        return F.cross_entropy(self.network(batch[0]), batch[1])
-
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Log ``test_acc``."""
-        self.accuracy(self.network(batch[0]), batch[1])
-        self.log("test_acc", self.accuracy)
+class Cosine(Classifier):
+    """Cosine decay of the learning rate over all steps."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """See the module."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        """See the class."""
+        optimizer = self.sgd()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def run(depth: int, seed: int) -> dict[str, Any]:
+def run(arm: str, seed: int) -> dict[str, Any]:
     """Train one network and return its result."""
+    depth = ARMS[arm]
     planned = plan(depth)
-    data = FashionMNIST(train_images=5_000, batch_size=BATCH, seed=seed)
-    data.setup()
-    assert data._train is not None
+    data = fm5k(seed)
+    data.setup()  # is not timed
     pl.seed_everything(seed, verbose=False)
-    model = Classifier(StagedResNet(planned.depths, planned.widths, channels=1))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=EPOCHS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    net = StagedResNet(planned.depths, planned.widths, channels=1)
     started, processor = time.perf_counter(), time.process_time()
-    trainer.fit(model, SeededBatches(data._train.tensors, BATCH, seed))
+    fit(Cosine(net, data.image_shape, lr=0.05, weight_decay=5e-4), data, EPOCHS)
     processor, elapsed = time.process_time() - processor, time.perf_counter() - started
-    (test,) = trainer.test(model, datamodule=data, verbose=False)
     return {
         "depth": depth,
         "seed": seed,
         "depths": list(planned.depths),
         "widths": list(planned.widths),
-        "parameters": count_parameters(model.network),
-        "test_accuracy": test["test_acc"],
+        "parameters": count_parameters(net),
+        "test_accuracy": accuracy(net, data),
         "epochs": EPOCHS,
         "cpu_seconds_per_epoch": round(processor / EPOCHS, 2),
         "elapsed_seconds_per_epoch": round(elapsed / EPOCHS, 2),
@@ -122,18 +95,15 @@ def run(depth: int, seed: int) -> dict[str, Any]:
 
 def table(folder: Path, bound: int) -> str:
     """Markdown: accuracy (mean, 95 % interval), paired difference to the network at the bound, parameters, seconds."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("depth*-seed*.json"))]
-    accuracy: dict[int, dict[int, float]] = {}
-    for result in results:
-        accuracy.setdefault(result["depth"], {})[result["seed"]] = 100 * result["test_accuracy"]
+    found = {ARMS[arm]: runs for arm, runs in read_runs(folder, ARMS).items()}
+    accuracy = {depth: {run["seed"]: 100 * run["test_accuracy"] for run in runs} for depth, runs in found.items()}
     columns = ("convolutions per stage", "depth / bound", "widths", "parameters", "seeds", "test accuracy %",
                "difference to the bound", "p", "CPU s per epoch")  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     base = accuracy.get(bound, {})
     p_values: dict[int, float] = {}
-    for depth in sorted(accuracy, reverse=True):
-        by_seed = accuracy[depth]
-        runs = [result for result in results if result["depth"] == depth]
+    for depth, by_seed in accuracy.items():
+        runs = found[depth]
         shared = sorted(set(by_seed) & set(base))
         delta = p_value = ""
         if depth != bound and len(shared) > 1:
@@ -174,12 +144,12 @@ def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], 
 
 def main() -> None:
     """Command line."""
-    options = run_parser(__doc__, "--depths", DEPTHS, [1, 2, 3], OUT).parse_args()
+    options = run_parser(__doc__, ARMS, [1, 2, 3], OUT).parse_args()
     if options.table:
         bound = json.loads(entropy_speed.RESULT.read_text())["rows"]["raw 8-bit array"]["bound"]
         print(table(options.out, bound))
         return
-    run_missing(options, run, prefix="depth")
+    run_missing(options, run)
 
 
 if __name__ == "__main__":

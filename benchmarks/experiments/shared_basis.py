@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common.paths import RESULTS
-from benchmarks.models import CifarResNet, count_parameters
-from benchmarks.training.classifier import Classifier
-from benchmarks.training.loader import SeededBatches
+from benchmarks.experiments.fits import accuracy, fit, fm5k
+from benchmarks.models import CifarResNet
+from benchmarks.training.classification import Classifier
 from benchmarks.training.runs import interval, read_runs, run_missing, run_parser
 from lightning_filterdiv import BasisOrthonormality
-from lightning_filterdiv.demo import FashionMNIST
+from lightning_filterdiv.narrowing import count_parameters
 from lightning_filterdiv.orthonormality import basis_penalty
 from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
 
-EPOCHS, LEARNING_RATE, BATCH, SHARED, UNIQUE = 15, 0.1, 64, 16, 1
+EPOCHS, SHARED, UNIQUE = 15, 16, 1
 LOOKS = (0, 1, 5, 15)  # epochs after which gradients are looked at
 OUT = RESULTS / "shared_basis"
 ARMS: dict[str, tuple[bool, Callable[[], list[Callback]]]] = {
@@ -80,29 +80,20 @@ class Looks(Callback):
 def run(arm: str, seed: int) -> dict[str, Any]:
     """Train one arm of one seed."""
     pl.seed_everything(seed, verbose=False)
-    source = FashionMNIST(train_images=5_000, batch_size=BATCH, seed=seed)
-    source.setup()
-    assert source._train is not None
-    assert source._test is not None
-    (train_x, train_y), (test_x, test_y) = source._train.tensors, source._test.tensors
-    train_x, test_x = F.avg_pool2d(train_x, 2), F.avg_pool2d(test_x, 2)
+    data = fm5k(seed, nn.AvgPool2d(2))
+    images, labels, *_ = data.parts
     shares, callbacks = ARMS[arm]
     net: nn.Module = CifarResNet(32, channels=1)
     if shares:
         share_filter_bases(net, shared=SHARED, unique=UNIQUE)
-    looks, used = Looks(train_x[:256], train_y[:256]), callbacks()
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=EPOCHS, logger=False, callbacks=[*used, looks],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Classifier(net, EPOCHS, LEARNING_RATE), SeededBatches((train_x, train_y), BATCH, seed))
-    net.eval()
-    with torch.no_grad():
-        hits = torch.cat([net(part).argmax(1) for part in test_x.split(500)]) == test_y
+    looks, used = Looks(images[:256], labels[:256]), callbacks()
+    decay = [round(0.6 * EPOCHS), round(0.87 * EPOCHS)]
+    model = Classifier(net, data.image_shape, lr=0.1, nesterov=True, weight_decay=5e-4, milestones=decay)
+    fit(model, data, EPOCHS, [*used, looks])
     return {
         "arm": arm,
         "seed": seed,
-        "test_accuracy": float(hits.double().mean()),
+        "test_accuracy": accuracy(net, data),
         "parameters": count_parameters(net),
         "profiles": looks.profiles,
         "excess": _excess(net),
@@ -121,7 +112,7 @@ def table(folder: Path) -> str:
     """Markdown: accuracy, parameters, and how orthonormal the bases are in the end."""
     rows = ["| ResNet-32 | seeds | parameters | test accuracy % | penalty of the bases, mean over stages |"]
     rows.append("|---|---|---|---|---|")
-    for arm, results in read_runs(folder, list(ARMS)).items():
+    for arm, results in read_runs(folder, ARMS).items():
         accuracy = interval([100 * result["test_accuracy"] for result in results])
         excess = [fmean(result["excess"].values()) for result in results if result["excess"]]
         value = f"{fmean(excess):.2g}" if excess else ""
@@ -133,7 +124,7 @@ def profile_table(folder: Path) -> str:
     """Markdown: the gradient's norm at the first block over that at the last, and the spread over depth."""
     rows = ["| ResNet-32 | after epoch | first block | middle block | last block | largest / smallest over depth |"]
     rows.append("|---|---|---|---|---|---|")
-    for arm, results in read_runs(folder, list(ARMS)).items():
+    for arm, results in read_runs(folder, ARMS).items():
         for look in results[0]["profiles"]:
             profiles = [result["profiles"][look] for result in results]
             shown = [fmean(p[at] for p in profiles) for at in (0, len(profiles[0]) // 2, -1)]
@@ -145,7 +136,7 @@ def profile_table(folder: Path) -> str:
 
 def figure(folder: Path, path: Path) -> None:
     """Gradient norms over depth, one panel per look, one line per arm (mean over seeds), as PNG."""
-    results = read_runs(folder, list(ARMS))
+    results = read_runs(folder, ARMS)
     looks = list(next(iter(results.values()))[0]["profiles"])
     drawn = Figure(figsize=(3.2 * len(looks), 3.0), layout="constrained")
     panels = drawn.subplots(1, len(looks), sharey=True)
@@ -163,7 +154,7 @@ def figure(folder: Path, path: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = run_parser(__doc__, "--arms", list(ARMS), [1, 2, 3], OUT)
+    parser = run_parser(__doc__, ARMS, [1, 2, 3], OUT)
     parser.add_argument("--figure", type=Path, help="write the figure of finished runs and stop")
     options = parser.parse_args()
     if options.figure:

@@ -27,22 +27,21 @@ import lightning.pytorch as pl
 import torch
 import torch_pruning
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common.paths import RESULTS
+from benchmarks.experiments.fits import accuracy, fit, fm5k, predictions
 from benchmarks.models import CifarResNet
 from benchmarks.training import report
-from benchmarks.training.classifier import Classifier
-from benchmarks.training.loader import SeededBatches
-from benchmarks.training.runs import interval, run_missing, run_parser
+from benchmarks.training.classification import Classifier
+from benchmarks.training.data import FashionMNIST
+from benchmarks.training.runs import interval, read_runs, run_missing, run_parser
 from lightning_filterdiv import CentripetalSGD
 from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.demo import FashionMNIST
-from lightning_filterdiv.narrowing import merge_with_report
-from lightning_filterdiv.narrowing.measure import count_macs, count_parameters, latency_ratio
+from lightning_filterdiv.narrowing import count_macs, count_parameters, latency_ratio, merge_with_report
 
-START_EPOCHS, EPOCHS, LEARNING_RATE, BATCH, KEEP = 15, 10, 0.05, 64, 0.625
+START_EPOCHS, EPOCHS, KEEP = 15, 10, 0.625
 OUT = RESULTS / "squeeze"
 EXAMPLE = torch.zeros(2, 1, 28, 28)
 ARMS = ("trained", "csgd", "scratch", "tie", "prune", "full")
@@ -53,37 +52,12 @@ def resnet(width: int = 16) -> nn.Module:
     return CifarResNet(20, "projection", width=width, channels=1)
 
 
-def data(seed: int) -> tuple[SeededBatches, Tensor, Tensor]:
-    """Training batches, test images, test labels."""
-    images = FashionMNIST(train_images=5_000, batch_size=BATCH, seed=seed)
-    images.setup()
-    assert images._train is not None
-    assert images._test is not None
-    test_x, test_y = images._test.tensors
-    return SeededBatches(images._train.tensors, BATCH, seed), test_x, test_y
-
-
-def train(net: nn.Module, epochs: int, loader: SeededBatches, callbacks: Sequence[Callback] = ()) -> nn.Module:
+def train(net: nn.Module, epochs: int, data: FashionMNIST, callbacks: Sequence[Callback] = ()) -> nn.Module:
     """Train ``net`` in place."""
-    net.train()  # judged before, it is in eval mode, and Lightning leaves modes as they are
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, callbacks=list(callbacks),
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Classifier(net, epochs, LEARNING_RATE, EXAMPLE), loader)
+    decay = [round(0.6 * epochs), round(0.87 * epochs)]
+    model = Classifier(net, data.image_shape, lr=0.05, nesterov=True, weight_decay=5e-4, milestones=decay)
+    fit(model, data, epochs, callbacks)
     return net
-
-
-@torch.no_grad()
-def predictions(net: nn.Module, images: Tensor) -> Tensor:
-    """``(N,)`` predicted classes in eval mode."""
-    net.eval()
-    return torch.cat([net(part).argmax(1) for part in images.split(500)])
-
-
-def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of right predictions."""
-    return float((predictions(net, images) == labels).double().mean())
 
 
 def trained_network(seed: int, folder: Path) -> nn.Module:
@@ -100,33 +74,34 @@ def trained_network(seed: int, folder: Path) -> nn.Module:
 
 
 def _trained(seed: int, folder: Path) -> dict[str, Any]:
-    loader, images, labels = data(seed)
-    net = train(resnet(), START_EPOCHS, loader)
+    data = fm5k(seed)
+    net = train(resnet(), START_EPOCHS, data)
     (folder / ".partial").mkdir(parents=True, exist_ok=True)
     torch.save(net.state_dict(), folder / ".partial" / f"trained-seed{seed}.pt")
-    return _judged(net, images, labels)
+    return _judged(net, data)
 
 
 def _full(seed: int, folder: Path) -> dict[str, Any]:
-    loader, images, labels = data(seed)
-    return _judged(train(trained_network(seed, folder), EPOCHS, loader), images, labels)
+    data = fm5k(seed)
+    return _judged(train(trained_network(seed, folder), EPOCHS, data), data)
 
 
 def _scratch(seed: int, folder: Path) -> dict[str, Any]:
-    loader, images, labels = data(seed)
-    return _judged(train(resnet(10), START_EPOCHS + EPOCHS, loader), images, labels)
+    data = fm5k(seed)
+    return _judged(train(resnet(10), START_EPOCHS + EPOCHS, data), data)
 
 
 def _csgd(seed: int, folder: Path) -> dict[str, Any]:
-    loader, images, labels = data(seed)
+    data = fm5k(seed)
     callback = CentripetalSGD(keep_fraction=KEEP, seed=seed)
-    net = train(trained_network(seed, folder), EPOCHS, loader, [callback])
+    net = train(trained_network(seed, folder), EPOCHS, data, [callback])
+    _, _, images, labels = data.parts
     before = predictions(net, images)
     narrow, report = callback.merge_with_report(net, EXAMPLE)
     after = predictions(narrow, images)
     torch.save(net.state_dict(), folder / ".partial" / f"csgd-seed{seed}.pt")
     return {
-        **_judged(narrow, images, labels),
+        **_judged(narrow, data),
         "accuracy_before_merge": float((before == labels).double().mean()),
         "predictions_that_differ": int((before != after).sum()),
         "strength": callback.resolved_strength,
@@ -138,28 +113,28 @@ def _csgd(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _tie(seed: int, folder: Path) -> dict[str, Any]:
-    loader, images, labels = data(seed)
+    data = fm5k(seed)
     net = trained_network(seed, folder)
     graph = ChannelGraph.trace(net, EXAMPLE)
     clusters = cluster_channels(net, graph, KEEP, seed=seed)
     narrow, report = merge_with_report(net, clusters, EXAMPLE, tolerance=float("inf"))
-    at_once = accuracy(narrow, images, labels)
+    at_once = accuracy(narrow, data)
     return {
-        **_judged(train(narrow, EPOCHS, loader), images, labels),
+        **_judged(train(narrow, EPOCHS, data), data),
         "accuracy_at_once": at_once,
         "projection": report.projection,
     }
 
 
 def _prune(seed: int, folder: Path) -> dict[str, Any]:
-    loader, images, labels = data(seed)
+    data = fm5k(seed)
     net = trained_network(seed, folder)
     torch_pruning.MagnitudePruner(
         net, EXAMPLE, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=1 - KEEP,
         ignored_layers=[net.classifier],
     ).step()  # fmt: skip
-    at_once = accuracy(net, images, labels)
-    return {**_judged(train(net, EPOCHS, loader), images, labels), "accuracy_at_once": at_once}
+    at_once = accuracy(net, data)
+    return {**_judged(train(net, EPOCHS, data), data), "accuracy_at_once": at_once}
 
 
 RUN: dict[str, Callable[[int, Path], dict[str, Any]]] = {
@@ -167,9 +142,9 @@ RUN: dict[str, Callable[[int, Path], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def _judged(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def _judged(net: nn.Module, data: FashionMNIST) -> dict[str, Any]:
     return {
-        "test_accuracy": accuracy(net, images, labels),
+        "test_accuracy": accuracy(net, data),
         "macs": count_macs(net, EXAMPLE[:1]),
         "parameters": count_parameters(net),
     }
@@ -210,15 +185,6 @@ def latency(pairs: int) -> dict[str, Any]:
     return found
 
 
-def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Arm -> its results, by seed."""
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for path in sorted(folder.glob("*-seed*.json")):
-        result = json.loads(path.read_text())
-        found[result["arm"]].append(result)
-    return {arm: runs for arm, runs in found.items() if runs}
-
-
 _LABELS = {
     "trained": "full width, {s} epochs (start of the others)",
     "full": "full width, {s} + {e} epochs",
@@ -239,8 +205,7 @@ def table(folder: Path) -> str:
         "| network | seeds | test accuracy % | difference to C-SGD, merged | p | MACs | parameters |",
         "|---|---|---|---|---|---|---|",
     ]
-    found = results(folder)
-    found = {arm: found[arm] for arm in _LABELS if arm in found}
+    found = read_runs(folder, _LABELS)
     compared = {arm: runs for arm, runs in found.items() if arm != "trained"}
     summary = {row.method: row for row in report.summary(compared, "csgd")}
     for arm, runs in found.items():
@@ -256,10 +221,10 @@ def table(folder: Path) -> str:
 
 def merge_table(folder: Path) -> str:
     """Markdown: what merging itself did, one column per seed."""
-    runs = results(folder).get("csgd", [])
-    if not runs:
+    found = read_runs(folder, ("csgd", "trained"))
+    if "csgd" not in found:
         return "Not yet run."
-    start = {run["seed"]: run for run in results(folder)["trained"]}
+    runs, start = found["csgd"], {run["seed"]: run for run in found["trained"]}
     lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "accuracy before the merge": lambda r: f"{100 * r['accuracy_before_merge']:.2f} %",
         "accuracy after the merge": lambda r: f"{100 * r['test_accuracy']:.2f} %",
@@ -293,7 +258,7 @@ def latency_table(path: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = run_parser(__doc__, "--arms", ARMS, [1, 2, 3, 4, 5], OUT)
+    parser = run_parser(__doc__, ARMS, [1, 2, 3, 4, 5], OUT)
     parser.add_argument("--latency", action="store_true", help="measure latency and stop")
     parser.add_argument("--pairs", type=int, default=60, help="of --latency")
     options = parser.parse_args()

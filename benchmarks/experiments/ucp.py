@@ -15,24 +15,21 @@ C3(32) to C3(16), FM5k's data and 60 epochs in all; schedules are FM5k's, scaled
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from benchmarks.common.paths import RESULTS
-from benchmarks.models import count_parameters
+from benchmarks.experiments.fits import accuracy, fit, fm5k
 from benchmarks.training import report
 from benchmarks.training.classification import Classification
-from benchmarks.training.data import FashionMNIST
-from benchmarks.training.runs import run_missing, run_parser
+from benchmarks.training.runs import read_runs, run_missing, run_parser
 from lightning_filterdiv import ChannelImportance
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance import remove_gates, select_channels
-from lightning_filterdiv.narrowing import prune_channels
+from lightning_filterdiv.narrowing import count_parameters, prune_channels
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 EPOCHS, GATED, KEPT = 60, 20, 0.5
@@ -46,32 +43,13 @@ def classifier(epochs: int) -> Classification:
     return Classification(lr=0.02, milestones=[round(0.8 * epochs), round(0.92 * epochs)], channels_last=True)
 
 
-def train(model: pl.LightningModule, data: FashionMNIST, epochs: int, callbacks: Sequence[Callback] = ()) -> None:
-    """Fit."""
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, callbacks=list(callbacks), limit_val_batches=0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, data)
-
-
-@torch.no_grad()
-def accuracy(net: torch.nn.Module, data: FashionMNIST) -> float:
-    """On all test images, in eval mode."""
-    assert data.parts is not None
-    images, labels = data.parts[2:]
-    net.eval()
-    hits = torch.cat([net(part).argmax(1) for part in images.split(500)]) == labels
-    return round(float(hits.double().mean()), 5)
-
-
 def run(arm: str, seed: int) -> dict[str, Any]:
     """One arm of one seed."""
     pl.seed_everything(seed, verbose=False)
-    data = FashionMNIST(batch_size=64, train_images=5_000, seed=seed)
+    data = fm5k(seed)
     started = time.perf_counter()
     gated, gates = classifier(GATED), ChannelImportance()
-    train(gated, data, GATED, [gates])
+    fit(gated, data, GATED, [gates])
     # The same draw for all arms and for all seeds of other programs: the wide network comes first.
     pl.seed_everything(seed, verbose=False)
     narrow = classifier(EPOCHS - GATED)
@@ -83,7 +61,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     if arm == "random_kept":
         order = {n: torch.rand(len(gate), generator=keyed_generator("ucp", seed, n)) for n, gate in importance.items()}
     narrow.net = prune_channels(narrow.net, graph, select_channels(graph, order, keep_fraction=KEPT))
-    train(narrow, data, EPOCHS - GATED)
+    fit(narrow, data, EPOCHS - GATED)
     return {
         "method": arm,
         "seed": seed,
@@ -102,13 +80,13 @@ def table(folder: Path) -> str:
     Args:
         folder: of the arms' results.
     """
-    runs = report.read(NARROW, ["narrow"]) | report.read(folder, ARMS)
+    runs = read_runs(NARROW, ["narrow"]) | read_runs(folder, ARMS)
     return report.table(report.summary(runs, "narrow"), "narrow")
 
 
 def main() -> None:
     """Command line."""
-    options = run_parser(__doc__, "--arms", ARMS, [1, 2, 3, 4, 5], OUT).parse_args()
+    options = run_parser(__doc__, ARMS, [1, 2, 3, 4, 5], OUT).parse_args()
     if options.table:
         print(table(options.out))
         return

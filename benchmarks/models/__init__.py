@@ -3,7 +3,7 @@
 from benchmarks.models.cifar_resnet import CifarResNet
 from benchmarks.models.networks import NetworkName, build_network, check_network
 from benchmarks.models.plain import plain_convolutions
-from benchmarks.models.staged import StagedDenseNet, StagedResNet, StagedResNeXt, count_parameters
+from benchmarks.models.staged import StagedDenseNet, StagedResNet, StagedResNeXt
 from benchmarks.models.wide_resnet import WideResNet
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "WideResNet",
     "build_network",
     "check_network",
-    "count_parameters",
     "plain_convolutions",
 ]

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["StagedDenseNet", "StagedResNeXt", "StagedResNet", "count_parameters"]
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+__all__ = ["StagedDenseNet", "StagedResNeXt", "StagedResNet"]
 
 
 def _check(depths: Sequence[int], widths: Sequence[int]) -> None:

@@ -31,6 +31,7 @@ from benchmarks.cost import structure as structure_cost
 from benchmarks.experiments import entropy_depth, shared_basis, squeeze, ucp
 from benchmarks.tables import summary
 from benchmarks.training import report
+from benchmarks.training.runs import read_runs
 from lightning_filterdiv import orthonormality
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -63,7 +64,7 @@ def _quality(*beginnings: str) -> str:
     """FM5k: the baseline and the methods whose names begin like this, p-values corrected over them."""
 
     def rows(folder: str) -> list[report.Row]:
-        runs = report.read(RESULTS / folder)
+        runs = read_runs(RESULTS / folder)
         return report.summary({m: of for m, of in runs.items() if m == "baseline" or m.startswith(beginnings)})
 
     gpu = "gpu/fm5k-c3"
@@ -74,22 +75,22 @@ def _quality(*beginnings: str) -> str:
 
 def _resnet20(*methods: str) -> str:
     """FM5k with ResNet-20: the baseline and these methods, or all; p-values corrected over all."""
-    rows = report.summary(report.read(RESULTS / "fm5k-resnet20"))
+    rows = report.summary(read_runs(RESULTS / "fm5k-resnet20"))
     return report.table([row for row in rows if not methods or row.method in ("baseline", *methods)])
 
 
 def _devices(folder: str) -> str:
     """Names of what the runs of a folder trained on."""
-    return ", ".join(sorted({run["device"] for of in report.read(RESULTS / folder).values() for run in of}))
+    return ", ".join(sorted({run["device"] for of in read_runs(RESULTS / folder).values() for run in of}))
 
 
 def _compared(folder: str, *methods: str) -> str:
     """These methods alone, the first of which is the baseline."""
-    return report.table(report.summary(report.read(RESULTS / folder, methods), methods[0]), methods[0])
+    return report.table(report.summary(read_runs(RESULTS / folder, methods), methods[0]), methods[0])
 
 
 def _events(*methods: str) -> str:
-    return report.event_table(report.read(RESULTS / "fm5k-c3", methods))
+    return report.event_table(read_runs(RESULTS / "fm5k-c3", methods))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""The LightningModule of ``benchmarks.training.train``: a network by name, cross-entropy, SGD with step decay."""
+"""The LightningModules of the benchmarks: a network, cross-entropy, SGD with step decay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -16,11 +16,79 @@ from benchmarks.models import build_network
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.shared_basis import share_anchored_filters, share_filter_bases
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "Classifier"]
 
 
-class Classification(pl.LightningModule):
-    """Image classification; logs ``train_loss``, ``val_acc`` and ``test_acc``.
+class Classifier(pl.LightningModule):
+    """Cross-entropy and SGD with step decay around ``net``; logs ``train_loss``.
+
+    Args:
+        net: ``(B, C, H, W)`` images to ``(B, classes)`` logits.
+        image_shape: channels, height and width.
+        lr: learning rate of SGD at the start.
+        momentum: of SGD.
+        nesterov: of SGD.
+        weight_decay: of all parameters.
+        milestones: epochs at which the learning rate is multiplied by ``gamma``.
+        gamma: see ``milestones``.
+        convolution_lr: learning rate of convolutions relative to ``lr``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        image_shape: Sequence[int],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 1e-4,
+        milestones: list[int] | None = None,
+        gamma: float = 0.1,
+        convolution_lr: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["net"])  # those of a subclass too
+        self.net = net
+        self.example_input_array = torch.zeros(2, *image_shape)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` images to ``(B, classes)`` logits."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def sgd(self) -> torch.optim.SGD:
+        """Return the optimizer; convolutions are a parameter group of their own where ``convolution_lr`` is not 1."""
+        hp = self.hparams
+        groups: list[dict[str, Any]] = [{"params": list(self.parameters())}]
+        if hp["convolution_lr"] != 1:
+            convolutions = {id(p) for conv in select_filters(self).values() for p in conv.parameters()}
+            groups = [
+                {"params": [p for p in self.parameters() if id(p) not in convolutions]},
+                {
+                    "params": [p for p in self.parameters() if id(p) in convolutions],
+                    "lr": hp["convolution_lr"] * hp["lr"],
+                },
+            ]
+        return torch.optim.SGD(
+            groups, lr=hp["lr"], momentum=hp["momentum"], nesterov=hp["nesterov"], weight_decay=hp["weight_decay"]
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD with step decay."""
+        optimizer, hp = self.sgd(), self.hparams
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, hp["milestones"] or [], gamma=hp["gamma"])
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class Classification(Classifier):
+    """The :class:`Classifier` of ``benchmarks.training.train``: a network by name; logs ``val_acc`` and ``test_acc``.
 
     Args:
         network: by name, fitted to the images; or ``module.function`` of your own, called with channels, size of the
@@ -59,44 +127,20 @@ class Classification(pl.LightningModule):
         image_shape: tuple[int, int, int] = (1, 28, 28),
         classes: int = 10,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        image_shape = image_shape[0], image_shape[1], image_shape[2]  # a list, when it comes from YAML
-        self.net = build_network(network, image_shape, classes, **(options or {}))
+        net = build_network(network, image_shape, classes, **(options or {}))
         if shared_filter_bases is not None:
-            share_filter_bases(self.net, **shared_filter_bases)
+            share_filter_bases(net, **shared_filter_bases)
         if anchored_filters is not None:
-            share_anchored_filters(self.net, **anchored_filters)
+            share_anchored_filters(net, **anchored_filters)
         if weights is not None:
-            self._start_from(weights)
-        self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")
-        self.example_input_array = torch.zeros(2, *image_shape)
+            _start_from(net, weights)
         if channels_last:
-            self.to(memory_format=torch.channels_last)
-
-    def _start_from(self, path: str) -> None:
-        """Load the network of another run.
-
-        Raises:
-            ValueError: it is of another network.
-        """
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        net = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
-        try:
-            self.net.load_state_dict(net)
-        except RuntimeError as error:
-            raise ValueError(f"--model.weights {path} is not of this network: {error}") from error
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` images to ``(B, classes)`` logits."""
-        logits: Tensor = self.net(images)
-        return logits
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch."""
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+            net.to(memory_format=torch.channels_last)
+        super().__init__(
+            net, image_shape, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
+            milestones=milestones, gamma=gamma, convolution_lr=convolution_lr,
+        )  # fmt: skip
+        self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")
 
     def _evaluate(self, batch: Sequence[Tensor], name: str) -> None:
         self.accuracy(self(batch[0]), batch[1])
@@ -110,21 +154,15 @@ class Classification(pl.LightningModule):
         """Log ``test_acc``."""
         self._evaluate(batch, "test_acc")
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD; convolutions are a parameter group of their own where ``convolution_lr`` is not 1."""
-        hp = self.hparams
-        groups: list[dict[str, Any]] = [{"params": list(self.parameters())}]
-        if hp["convolution_lr"] != 1:
-            convolutions = {id(p) for conv in select_filters(self).values() for p in conv.parameters()}
-            groups = [
-                {"params": [p for p in self.parameters() if id(p) not in convolutions]},
-                {
-                    "params": [p for p in self.parameters() if id(p) in convolutions],
-                    "lr": hp["convolution_lr"] * hp["lr"],
-                },
-            ]
-        optimizer = torch.optim.SGD(
-            groups, lr=hp["lr"], momentum=hp["momentum"], nesterov=hp["nesterov"], weight_decay=hp["weight_decay"]
-        )
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, hp["milestones"] or [], gamma=hp["gamma"])
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+def _start_from(net: nn.Module, path: str) -> None:
+    """Load the network of another run.
+
+    Raises:
+        ValueError: it is of another network.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        net.load_state_dict({key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")})
+    except RuntimeError as error:
+        raise ValueError(f"--model.weights {path} is not of this network: {error}") from error

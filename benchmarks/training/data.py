@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,6 @@ class ImagesInMemory(pl.LightningDataModule):
         if transform is not None:
             channels, height, width = self._transformed(torch.zeros(1, *self.image_shape)).shape[1:]
             self.image_shape = channels, height, width
-        self.parts: Parts | None = None
 
     def read(self) -> Parts:
         """Training images and labels, test images and labels; images ``(N, C, H, W)`` float in 0..1."""
@@ -86,13 +86,16 @@ class ImagesInMemory(pl.LightningDataModule):
             self.fetch()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read once, take the subset, normalise.
+        """Read the data, unless that is done."""
+        _ = self.parts
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What :meth:`read` returns, the subset of it, normalised and transformed.
 
         Raises:
             ValueError: ``train_images`` is more than there are.
         """
-        if self.parts is not None:
-            return
         train_x, train_y, test_x, test_y = self.read()
         if self.train_images is not None:
             if self.train_images > len(train_x):
@@ -101,7 +104,7 @@ class ImagesInMemory(pl.LightningDataModule):
             train_x, train_y = train_x[order], train_y[order]
         channels = [(channel.mean(), channel.std()) for channel in train_x.movedim(1, 0)]
         mean, deviation = (torch.stack(part).view(-1, 1, 1) for part in zip(*channels, strict=True))
-        self.parts = (
+        return (
             self._transformed((train_x - mean) / deviation), train_y,
             self._transformed((test_x - mean) / deviation), test_y,
         )  # fmt: skip
@@ -114,7 +117,6 @@ class ImagesInMemory(pl.LightningDataModule):
 
     def train_dataloader(self) -> SeededBatches:
         """Seeded batches; the incomplete last one is dropped."""
-        assert self.parts is not None, "setup() runs first"
         rank, world_size = _process(self)
         if len(self.parts[0]) < self.batch_size * world_size:
             raise ValueError(
@@ -126,7 +128,6 @@ class ImagesInMemory(pl.LightningDataModule):
 
     def val_dataloader(self) -> Shares:
         """The test images, every one once."""
-        assert self.parts is not None, "setup() runs first"
         return Shares(self.parts[2:], 500, *_process(self))
 
     def test_dataloader(self) -> Shares:

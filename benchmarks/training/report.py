@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,9 +21,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks.training.runs import half_interval
+from benchmarks.training.runs import half_interval, read_runs
 
-__all__ = ["Row", "accuracy_cells", "curves", "difference_figure", "event_table", "read", "summary", "table"]
+__all__ = ["Row", "accuracy_cells", "curves", "difference_figure", "event_table", "summary", "table"]
 
 
 class Row(NamedTuple):
@@ -41,26 +40,6 @@ class Row(NamedTuple):
     score_after: float
     effective_rank: float  # after, relative
     parameters: int | None = None  # of the trained network, where recorded
-
-
-def read(folder: Path, methods: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
-    """Method -> its results by seed; methods in the order asked for, or by name with the baseline first.
-
-    Args:
-        folder: of ``METHOD-seedN.json`` files.
-        methods: which; all by default.
-
-    Raises:
-        FileNotFoundError: no result there.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*-seed*.json")):
-        result = json.loads(path.read_text())
-        found.setdefault(result["method"], []).append(result)
-    if not found:
-        raise FileNotFoundError(f"no METHOD-seedN.json in {folder}")
-    order = methods or sorted(found, key=lambda method: (method != "baseline", method))
-    return {m: sorted(found[m], key=lambda result: int(result["seed"])) for m in order if m in found}
 
 
 def _holm(p: dict[str, float]) -> dict[str, float]:
@@ -81,7 +60,7 @@ def summary(runs: dict[str, list[dict[str, Any]]], baseline: str = "baseline") -
     """One row per method.
 
     Args:
-        runs: what :func:`read` returned.
+        runs: what :func:`~benchmarks.training.runs.read_runs` returned.
         baseline: what differences are taken to.
     """
     accuracy = {m: {r["seed"]: 100 * r["test_accuracy"] for r in of} for m, of in runs.items()}
@@ -203,7 +182,7 @@ def difference_figure(runs: dict[str, list[dict[str, Any]]], baseline: str = "ba
     """Every method's difference to the baseline: seeds as dots, mean and 95 % interval as a bar, best first.
 
     Args:
-        runs: what :func:`read` returned.
+        runs: what :func:`~benchmarks.training.runs.read_runs` returned.
         baseline: what differences are taken to.
 
     Raises:
@@ -246,7 +225,7 @@ def main() -> int:
     parser.add_argument("--differences", type=Path, help="picture of every method's difference to the baseline")
     options = parser.parse_args()
     try:
-        runs = read(options.folder, options.methods)
+        runs = read_runs(options.folder, options.methods)
     except FileNotFoundError as error:
         parser.error(str(error))
     rows = summary(runs, options.baseline)

@@ -9,7 +9,7 @@ import argparse
 import fcntl
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -27,21 +27,17 @@ class LockError(RuntimeError):
     """The file system of the results has no locks."""
 
 
-def run_parser(
-    description: str | None, option: str, choices: Sequence[Any], seeds: list[int], out: Path
-) -> argparse.ArgumentParser:
-    """A command line with ``option`` (which runs), ``--seeds``, ``--out`` and ``--table``.
+def run_parser(description: str | None, arms: Iterable[str], seeds: list[int], out: Path) -> argparse.ArgumentParser:
+    """Return a command line with ``--arms``, ``--seeds``, ``--out`` and ``--table``.
 
     Args:
         description: the module's docstring.
-        option: such as ``--arms``.
-        choices: what it may name; all by default.
+        arms: what is compared; all by default.
         seeds: default.
         out: default folder of the results.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = list(choices)
-    parser.add_argument(option, nargs="+", type=type(which[0]), choices=which, default=which, dest="which")
+    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--table", action="store_true", help="print the tables of finished runs and stop")
@@ -81,12 +77,23 @@ def exclusive(path: Path, wait: bool) -> Iterator[int | None]:
         yield file.fileno()
 
 
-def read_runs(folder: Path, which: Sequence[Any]) -> dict[str, list[dict[str, Any]]]:
-    """Name -> its results by seed, in the order asked for, without what has not run."""
-    found = {
-        str(name): [json.loads(p.read_text()) for p in sorted(folder.glob(f"{name}-seed*.json"))] for name in which
-    }
-    return {name: results for name, results in found.items() if results}
+def read_runs(folder: Path, names: Iterable[str] = ()) -> dict[str, list[dict[str, Any]]]:
+    """Name -> its results by seed, without what has not run.
+
+    Args:
+        folder: of ``NAME-seedN.json`` files.
+        names: which, in this order; by default all by name, the baseline first.
+
+    Raises:
+        FileNotFoundError: the folder holds no result.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        found.setdefault(path.name.rpartition("-seed")[0], []).append(json.loads(path.read_text()))
+    if not found:
+        raise FileNotFoundError(f"no NAME-seedN.json in {folder}")
+    order = list(names) or sorted(found, key=lambda name: (name != "baseline", name))
+    return {name: sorted(found[name], key=lambda run: int(run["seed"])) for name in order if name in found}
 
 
 def half_interval(values: Sequence[float]) -> float:
@@ -102,7 +109,7 @@ def interval(values: Sequence[float], sign: str = "") -> str:
     return shown if len(values) < 2 else f"{shown} ± {half_interval(values):.2f}"
 
 
-def run_missing(options: argparse.Namespace, run: Callable[[Any, int], dict[str, Any]], prefix: str = "") -> None:
+def run_missing(options: argparse.Namespace, run: Callable[[str, int], dict[str, Any]]) -> None:
     """Make every run of :func:`run_parser`'s options whose file does not exist, on one thread, seed by seed.
 
     A seed is the work of one process at a time, because its runs may start from one another; what another process has
@@ -110,8 +117,7 @@ def run_missing(options: argparse.Namespace, run: Callable[[Any, int], dict[str,
 
     Args:
         options: what the parser returned.
-        run: (which, seed) -> result with a ``test_accuracy``.
-        prefix: of the files, before the name of the run.
+        run: (arm, seed) -> result with a ``test_accuracy``.
 
     Raises:
         LockError: the file system of ``--out`` has no locks.
@@ -121,15 +127,15 @@ def run_missing(options: argparse.Namespace, run: Callable[[Any, int], dict[str,
     for wait in (False, True):
         elsewhere = []
         for seed in seeds:
-            with exclusive(options.out / ".partial" / f"{prefix}seed{seed}.lock", wait) as lock:
+            with exclusive(options.out / ".partial" / f"seed{seed}.lock", wait) as lock:
                 if lock is None:
                     elsewhere.append(seed)
                     continue
-                for which in options.which:
-                    path = options.out / f"{prefix}{which}-seed{seed}.json"
+                for arm in options.arms:
+                    path = options.out / f"{arm}-seed{seed}.json"
                     if path.exists():
                         continue
-                    result = run(which, seed)
+                    result = run(arm, seed)
                     write_whole(path, json.dumps(result, indent=1) + "\n")
-                    print(f"{prefix}{which} seed {seed}: {100 * result['test_accuracy']:.2f} %", flush=True)
+                    print(f"{arm} seed {seed}: {100 * result['test_accuracy']:.2f} %", flush=True)
         seeds = elsewhere

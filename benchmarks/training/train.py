@@ -27,13 +27,14 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
 
 import benchmarks.training.data
-import lightning_filterdiv  # noqa: F401  # registers the callbacks' short names
 from benchmarks.common.device import description
-from benchmarks.models import check_network, count_parameters
+from benchmarks.models import check_network
 from benchmarks.training.classification import Classification
 from benchmarks.training.record import LastCheckpoint, Record, SeededSteps, WholeFiles, run_differences
 from benchmarks.training.requeue import RequeueAtStep
 from benchmarks.training.runs import write_whole
+from lightning_filterdiv import *  # noqa: F403  # a configuration names only classes that are loaded
+from lightning_filterdiv.narrowing import count_parameters
 
 __all__ = ["BenchmarkCLI", "compact", "planned_processes", "run_settings"]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .models import Lambda, shuffle
+from benchmarks.models.channel_graph import Lambda, shuffle
 
 # Operations whose channels can all be narrowed, whatever surrounds them.
 FREE = ("conv", "norm", "relu", "silu", "residual", "concatenate", "repeat", "pool", "space pad", "excite", "depthwise")

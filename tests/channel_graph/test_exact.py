@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError, widths
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.narrow import narrow, tie
 from lightning_filterdiv.channel_graph.verify import random_clusters
 
-from . import models
 from .checks import check_exact, mergeable, parameter_count
 
 IMAGE = models.image()

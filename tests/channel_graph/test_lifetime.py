@@ -7,9 +7,9 @@ import gc
 import pickle
 import weakref
 
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph
 
-from . import models
 from .checks import EXACT, mergeable
 
 IMAGE = models.image()

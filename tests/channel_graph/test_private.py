@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_graph.narrow import named_tensors
 from lightning_filterdiv.channel_graph.verify import randomise
-
-from . import models
 
 IMAGE = models.image(n=4)
 FILTERS = torch.tensor([1, 4])

@@ -5,9 +5,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import nn
 
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph
 
-from . import models
 from .checks import EXACT
 from .grammar import FREE, HOSTILE, MIXED, RandomNet, networks
 

@@ -9,52 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from benchmarks.models.channel_graph import MIXING, Between, image
 from lightning_filterdiv.channel_graph import ChannelGraph, TraceError
 
-from . import models
 from .checks import check_exact
 
-IMAGE = models.image()
-
-
-class Between(nn.Module):
-    """Two convolutions with something between them, and a third that must stay free."""
-
-    def __init__(self, between: Callable[[Tensor], Tensor] | nn.Module) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.between = between
-        self.second, self.third = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.third(F.relu(self.second(self.between(self.first(x)))))
-
-
-def channel_attention(x: Tensor) -> Tensor:
-    flat = x.flatten(2)
-    return (torch.softmax(flat @ flat.transpose(1, 2), -1) @ flat).reshape(x.shape)
-
-
-class PadThenNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mix = nn.BatchNorm2d(12), nn.Conv2d(12, 8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(self.norm(F.pad(x, (0, 0, 0, 0, 2, 2))) + F.pad(x, (0, 0, 0, 0, 4, 0)))
-
+IMAGE = image()
 
 REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
     "layer norm over channels": (
-        lambda: models.ChannelNorm(8),
+        MIXING["layer norm over channels"],
         r"input of layer_norm in between.norm, which mixes channels",
     ),
-    "group norm": (lambda: nn.GroupNorm(2, 8), r"input of group_norm in between, which mixes channels"),
+    "group norm": (MIXING["group norm"], r"input of group_norm in between, which mixes channels"),
     "softmax over channels": (
-        lambda: nn.Softmax(1),
+        MIXING["softmax over channels"],
         r"input of softmax in between over channels, which mixes channels",
     ),
-    "channel attention": (lambda: channel_attention, r"input of matmul in forward, which mixes channels"),
+    "channel attention": (MIXING["channel attention"], r"input of matmul in forward, which mixes channels"),
     "mean over channels": (lambda: lambda x: x - x.mean(1, keepdim=True), r"mean in forward over channels"),
     "grouped": (
         lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2),
@@ -74,7 +46,7 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
         lambda: lambda x: x * torch.arange(8.0).reshape(1, 8, 1, 1),
         r"meets values that no channel owns",
     ),
-    "shift of padded channels": (PadThenNorm, r"."),
+    "shift of padded channels": (MIXING["shift of padded channels"], r"."),
     "pixel shuffle": (lambda: lambda x: torch.cat([F.pixel_shuffle(x, 2)] * 4, 1), r"reads several channels as one"),
 }
 

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import (
     ChannelGraph,
     ChannelGraphError,
@@ -24,7 +25,6 @@ from lightning_filterdiv.channel_graph import (
 from lightning_filterdiv.channel_graph.narrow import narrow
 from lightning_filterdiv.channel_graph.verify import random_clusters
 
-from . import models
 from .checks import EXACT, check_exact, mergeable
 
 IMAGE = models.image()

@@ -11,11 +11,11 @@ import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, pointwise, trial
 from lightning_filterdiv.channel_graph.export import quiet
 from lightning_filterdiv.channel_graph.trace import trace_at
 
-from . import models
 from .checks import EXACT
 
 IMAGE = torch.zeros(1, 3, 32, 32)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50
 
-from benchmarks.models import StagedDenseNet, StagedResNet, StagedResNeXt, count_parameters
+from benchmarks.models import StagedDenseNet, StagedResNet, StagedResNeXt
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.entropy_depth import network_depth, plan_depth
 from lightning_filterdiv.entropy_depth.plan import chain_parameters, widths_at_equal_parameters
+from lightning_filterdiv.narrowing import count_parameters
 
 
 def _depths(model: nn.Module, size: int = 32, channels: int = 3, layers: Sequence[str] | None = None) -> list[Any]:

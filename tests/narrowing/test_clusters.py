@@ -12,13 +12,13 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.centripetal import (
     cluster_channels,
     cluster_filters,
 )
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.narrowing.clusters import kept_count
-from tests.channel_graph import models
 
 IMAGE = models.image()
 

@@ -13,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.models import CifarResNet
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, NarrowingError
 from lightning_filterdiv.channel_graph.export import find_tensors
@@ -28,7 +29,6 @@ from lightning_filterdiv.narrowing import (
     tie_channels,
 )
 from lightning_filterdiv.narrowing.measure import count_macs, count_parameters
-from tests.channel_graph import models
 from tests.channel_graph.checks import expected_count
 from tests.channel_graph.test_zoo import build, image
 

@@ -9,9 +9,10 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.models import CifarResNet, count_parameters
+from benchmarks.models import CifarResNet
 from benchmarks.models.cifar_resnet import Block
 from lightning_filterdiv import BasisOrthonormality
+from lightning_filterdiv.narrowing import count_parameters
 from lightning_filterdiv.orthonormality import basis_penalty
 from lightning_filterdiv.shared_basis import SharedConv2d, SharingError, share_anchored_filters, shared_bases
 from tests.support.training import Classifier, fit

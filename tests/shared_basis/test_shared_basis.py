@@ -11,8 +11,9 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.models import CifarResNet, count_parameters
+from benchmarks.models import CifarResNet
 from lightning_filterdiv.filters import select_filters
+from lightning_filterdiv.narrowing import count_parameters
 from lightning_filterdiv.shared_basis import (
     FilterBasis,
     SharedBasisConv2d,

@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from benchmarks.models import NetworkName, build_network, count_parameters
+from benchmarks.models import NetworkName, build_network
+from lightning_filterdiv.narrowing import count_parameters
 
 
 @pytest.mark.parametrize("name", get_args(NetworkName))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.training.runs import LockError, exclusive, run_missing, run_parser
+from benchmarks.training.runs import LockError, exclusive, read_runs, run_missing, run_parser
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _threads() -> Any:
 
 
 def options(out: Path) -> argparse.Namespace:
-    parser = run_parser("", "--arms", ("start", "rest"), [1, 2, 3], out)
+    parser = run_parser("", ("start", "rest"), [1, 2, 3], out)
     return parser.parse_args([])
 
 
@@ -36,13 +36,27 @@ def test_what_is_there_is_kept_and_the_rest_is_made_seed_by_seed(tmp_path: Path)
         made.append((arm, seed))
         return {"test_accuracy": 0.5, "arm": arm}
 
-    (tmp_path / "x-start-seed1.json").write_text("{}")
-    run_missing(options(tmp_path), run, prefix="x-")
+    (tmp_path / "start-seed1.json").write_text("{}")
+    run_missing(options(tmp_path), run)
     assert made == [("rest", 1), ("start", 2), ("rest", 2), ("start", 3), ("rest", 3)]
-    assert json.loads((tmp_path / "x-start-seed1.json").read_text()) == {}
-    assert json.loads((tmp_path / "x-rest-seed3.json").read_text())["arm"] == "rest"
-    run_missing(options(tmp_path), run, prefix="x-")
+    assert json.loads((tmp_path / "start-seed1.json").read_text()) == {}
+    assert json.loads((tmp_path / "rest-seed3.json").read_text())["arm"] == "rest"
+    run_missing(options(tmp_path), run)
     assert len(made) == 5
+
+
+def test_results_are_read_in_the_order_of_seeds(tmp_path: Path) -> None:
+    for name, seed in (("repr", 10), ("repr", 9), ("a", 1), ("baseline", 1), ("repr_zero", 1)):
+        (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps({"seed": seed}))
+    found = read_runs(tmp_path)
+    assert list(found) == ["baseline", "a", "repr", "repr_zero"]
+    assert [run["seed"] for run in found["repr"]] == [9, 10]
+    assert list(read_runs(tmp_path, ["repr", "not run", "a"])) == ["repr", "a"]
+
+
+def test_a_folder_without_results_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no NAME-seedN.json in"):
+        read_runs(tmp_path)
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["which finishes it", "which gives it up"])

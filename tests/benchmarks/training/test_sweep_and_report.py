@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.training import report, sweep
+from benchmarks.training.runs import read_runs
 from benchmarks.training.sweep import Run, SweepError
 
 GRID = ["--data", "digits", "--recipe", "quick", "--methods", "baseline", "wau", "--seeds", "1", "2"]
@@ -358,12 +359,7 @@ def test_differences_are_drawn_with_their_seeds() -> None:
 
 
 def test_curves_show_every_method(tmp_path: Path) -> None:
-    runs = report.read(sweep.RESULTS / "fm5k-c3", ["baseline", "repr"])
+    runs = read_runs(sweep.RESULTS / "fm5k-c3", ["baseline", "repr"])
     accuracy, loss = report.curves(runs).axes
     assert [line.get_label() for line in loss.get_lines()] == [m for m in runs if runs[m][0].get("curve")]
     assert accuracy.get_lines()[-1].get_xdata()[-1] == 60
-
-
-def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no METHOD-seedN.json in"):
-        report.read(tmp_path)

@@ -1,4 +1,4 @@
-"""Small networks, one per structure the channel graph must get right (or refuse)."""
+"""Small networks, one per structure that a channel graph must get right, and a frame for what it must refuse."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ class Lambda(nn.Module):
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the function."""
         return self.function(x)
 
 
 def plain(norm: bool = True, affine: bool = True) -> nn.Module:
+    """Three convolutions, pooling and a linear classifier."""
     layers: list[nn.Module] = []
     for a, b in ((3, 8), (8, 12), (12, 6)):
         layers.append(nn.Conv2d(a, b, 3, padding=1, bias=not norm))
@@ -46,6 +48,8 @@ def flatten_linear() -> nn.Module:
 
 
 class BasicBlock(nn.Module):
+    """Two convolutions around a shortcut, see :class:`CifarResNet`."""
+
     def __init__(self, a: int, b: int, stride: int, shortcut: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(a, b, 3, stride, 1, bias=False)
@@ -61,6 +65,7 @@ class BasicBlock(nn.Module):
             self.shortcut = Lambda(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra, extra)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, a, H, W)`` to ``(B, b, H/stride, W/stride)``."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.kind == "literal" and self.extra:  # the widths are numbers in the body
             return F.relu(out + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra)))
@@ -93,14 +98,18 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(before, 5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images to ``(B, 5)`` logits."""
         x = self.layers(F.relu(self.bn1(self.conv1(x))))
-        return self.fc(F.avg_pool2d(x, x.shape[-1]).view(x.size(0), -1))
+        logits: Tensor = self.fc(F.avg_pool2d(x, x.shape[-1]).view(x.size(0), -1))
+        return logits
 
 
 class PreActivation(nn.Module):
     """Pre-activation ResNet: norm and relu before each convolution, the stream itself is never normalised."""
 
     class Block(nn.Module):
+        """Norm, ReLU and convolution, twice."""
+
         def __init__(self, a: int, b: int, stride: int) -> None:
             super().__init__()
             self.bn1, self.conv1 = nn.BatchNorm2d(a), nn.Conv2d(a, b, 3, stride, 1, bias=False)
@@ -108,9 +117,11 @@ class PreActivation(nn.Module):
             self.shortcut = nn.Conv2d(a, b, 1, stride, bias=False) if a != b else None
 
         def forward(self, x: Tensor) -> Tensor:
+            """``(B, a, H, W)`` to ``(B, b, H/stride, W/stride)``."""
             y = F.relu(self.bn1(x))
             skip = x if self.shortcut is None else self.shortcut(y)
-            return skip + self.conv2(F.relu(self.bn2(self.conv1(y))))
+            added: Tensor = self.conv2(F.relu(self.bn2(self.conv1(y))))
+            return skip + added
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +131,9 @@ class PreActivation(nn.Module):
         self.fc = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.bn(self.blocks(self.conv1(x)))).mean((2, 3)))
+        """``(B, 3, H, W)`` images to ``(B, 5)`` logits."""
+        logits: Tensor = self.fc(F.relu(self.bn(self.blocks(self.conv1(x)))).mean((2, 3)))
+        return logits
 
 
 class DenseNet(nn.Module):
@@ -137,11 +150,13 @@ class DenseNet(nn.Module):
         self.fc = nn.Linear(width // 2, 5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images to ``(B, 5)`` logits."""
         features = [self.stem(x)]
         for norm, conv in zip(self.norms, self.convs, strict=True):
             features.append(conv(F.relu(norm(torch.cat(features, 1)))))
         x = self.transition(F.relu(self.norm(torch.cat(features, 1))))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
 
 
 class MobileBlock(nn.Module):
@@ -157,14 +172,17 @@ class MobileBlock(nn.Module):
         self.project, self.bn3 = nn.Conv2d(expanded, channels, 1, bias=False), nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, channels, H, W)`` to the same shape."""
         y = F.relu6(self.bn1(self.expand(x)))
         y = F.relu6(self.bn2(self.depthwise(y)))
         if self.reduce is not None and self.excite is not None:
             y = y * F.hardsigmoid(self.excite(F.relu(self.reduce(F.adaptive_avg_pool2d(y, 1)))))
-        return x + self.bn3(self.project(y))
+        added: Tensor = self.bn3(self.project(y))
+        return x + added
 
 
 def mobile(excite: bool = False) -> nn.Module:
+    """Two MobileNet blocks between stem and classifier."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 1, 1, bias=False),
         nn.BatchNorm2d(8),
@@ -178,6 +196,7 @@ def mobile(excite: bool = False) -> nn.Module:
 
 
 def shuffle(x: Tensor, groups: int = 2) -> Tensor:
+    """Interleave the channels of ``groups`` equal parts."""
     n, c, h, w = x.shape
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
@@ -199,6 +218,7 @@ class ShuffleNet(nn.Module):
         self.fc = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images to ``(B, 5)`` logits."""
         x = self.stem(x)
         for i, branch in enumerate(self.branches):
             if self.shuffle is not None and i == 0:
@@ -207,7 +227,8 @@ class ShuffleNet(nn.Module):
             else:
                 a, b = x.chunk(2, 1)
                 x = shuffle(torch.cat([a, branch(b)], 1))
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 class ModuleShuffle(nn.Module):
@@ -223,9 +244,11 @@ class ModuleShuffle(nn.Module):
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images to ``(B, 5)`` logits."""
         x = self.shuffle(F.relu(self.bn(self.stem(x))))
         x = torch.cat([self.a(self.left(x)), self.b(self.right(x))], 1)
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 class ChannelNorm(nn.Module):
@@ -236,7 +259,9 @@ class ChannelNorm(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """``(B, channels, H, W)`` to the same shape."""
+        normed: Tensor = self.norm(x.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
 
 
 class UNet(nn.Module):
@@ -252,12 +277,14 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(9, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images to a map ``(B, 2, H, W)``."""
         a = F.relu(self.n1(self.down1(x)))
         b = F.relu(self.n2(self.down2(a)))
         b = F.interpolate(b, scale_factor=1.0, mode="nearest")
         up = F.relu(self.n3(self.up(b)))
         up = F.pad(up, (0, a.shape[-1] - up.shape[-1], 0, a.shape[-2] - up.shape[-2]))
-        return self.out(F.relu(self.fuse(torch.cat([a, up], 1))))
+        mask: Tensor = self.out(F.relu(self.fuse(torch.cat([a, up], 1))))
+        return mask
 
 
 class TwoInTwoOut(nn.Module):
@@ -270,9 +297,55 @@ class TwoInTwoOut(nn.Module):
         self.classify, self.mask = nn.Linear(10, 4), nn.Conv2d(10, 1, 1)
 
     def forward(self, image: Tensor, depth: Tensor) -> dict[str, Tensor]:
+        """Images ``(B, 3, H, W)`` and ``(B, 1, H, W)`` to ``classes`` ``(B, 4)`` and ``mask`` ``(B, 1, H, W)``."""
         x = F.relu(self.trunk(F.relu(self.image(image) + self.depth(depth))))
         return {"classes": self.classify(x.amax((2, 3))), "mask": self.mask(x)}
 
 
+class Between(nn.Module):
+    """Two convolutions with something between them, and a third that must stay free."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] | nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.between = between
+        self.second, self.third = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images to ``(B, 4, H, W)``."""
+        features: Tensor = self.third(F.relu(self.second(self.between(self.first(x)))))
+        return features
+
+
+def channel_attention(x: Tensor) -> Tensor:
+    """Mix the channels of ``(B, C, H, W)`` by their products with one another."""
+    flat = x.flatten(2)
+    return (torch.softmax(flat @ flat.transpose(1, 2), -1) @ flat).reshape(x.shape)
+
+
+class PadThenNorm(nn.Module):
+    """The sum of eight channels padded to twelve in two ways, of which one is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.BatchNorm2d(12), nn.Conv2d(12, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 8, H, W)`` to the same shape."""
+        mixed: Tensor = self.mix(self.norm(F.pad(x, (0, 0, 0, 0, 2, 2))) + F.pad(x, (0, 0, 0, 0, 4, 0)))
+        return mixed
+
+
+#: What mixes channels when it stands in :class:`Between`: its first convolution must be refused.
+MIXING: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "layer norm over channels": lambda: ChannelNorm(8),
+    "group norm": lambda: nn.GroupNorm(2, 8),
+    "softmax over channels": lambda: nn.Softmax(1),
+    "channel attention": lambda: channel_attention,
+    "shift of padded channels": PadThenNorm,
+}
+
+
 def image(n: int = 2, size: int = 8, channels: int = 3) -> Tensor:
+    """``(n, channels, size, size)`` of noise, the same in every call."""
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(7))
