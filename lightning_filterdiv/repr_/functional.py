@@ -190,44 +190,30 @@ def overdrawn_layers(dropped: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 # --- re-initialisation -------------------------------------------------------------------------------------------
 
 
-class _RowSpace:
-    """Singular directions and null space of row-normalised ``A``, ``(n, d)``, without forming a basis of either.
+def _row_space(*matrices: Tensor) -> Tensor:
+    """Orthonormal basis ``(r, d)`` of the row space of the row-normalised stack, ``r`` its rank.
 
-    ``A^T = Q [R; 0]`` with ``Q`` kept as Householder reflectors; the SVD of the small ``R`` gives the singular values
-    of ``A`` as accurately as its own would (eigenvalues of ``A A^T`` square the condition number and lose the rank).
+    The rows are right-singular directions, largest singular value first. All directions orthogonal to them are the null
+    space. (Eigenvalues of ``A A^T`` would square the condition number and lose the rank.)
     """
+    for matrix in matrices:
+        _check_matrix(matrix, "re-initialisation")
+    if len({matrix.shape[1] for matrix in matrices}) != 1:
+        raise ValueError(f"filters of one layer have one fan-in, got {[tuple(matrix.shape) for matrix in matrices]}")
+    hosts = [_on_host(matrix, "re-initialisation") for matrix in matrices]
+    rows = torch.cat([normalize_rows(host) if host.shape[0] else host for host in hosts])
+    _, values, directions = torch.linalg.svd(rows, full_matrices=False)
+    tolerance = max(rows.shape) * torch.finfo(rows.dtype).eps * values[:1]  # empty for a stack without rows
+    return directions[: int((values > tolerance).sum())]
 
-    def __init__(self, rows: Tensor) -> None:
-        count, self.width = rows.shape
-        if count == 0:
-            rows = rows.new_zeros(1, self.width)
-        if count > self.width:
-            rows = torch.linalg.qr(rows, mode="r").R  # same row space, same singular values
-        self._reflectors, self._tau = torch.geqrf(rows.mT)
-        self._left, self.values, _ = torch.linalg.svd(self._reflectors[: rows.shape[0]].triu())
-        tolerance = max(count, self.width) * torch.finfo(rows.dtype).eps * float(self.values[0])
-        self.rank = int((self.values > tolerance).sum())
-        self.null_dimension = self.width - self.rank
 
-    def _rotated_back(self, coordinates: Tensor) -> Tensor:
-        return torch.ormqr(self._reflectors, self._tau, coordinates).mT
-
-    def random_null_directions(self, count: int, generator: torch.Generator) -> Tensor:
-        """``count <= null_dimension`` orthonormal rows, uniformly distributed in the null space."""
-        inner, small = self._left[:, : self.rank], self._left.shape[0]
-        draw = torch.randn(self.width, count, generator=generator, dtype=torch.float64, device="cpu")
-        # Twice: orthonormalising many draws of a small space amplifies what the first projection left over.
-        for _ in range(2):
-            draw[:small] -= inner @ (inner.mT @ draw[:small])
-            draw = _orthonormal_columns(draw)
-        return self._rotated_back(draw)
-
-    def least_overlapping(self, count: int) -> Tensor:
-        """``count <= rank`` right-singular directions, smallest singular value first; ``||A v|| = sigma``."""
-        chosen = self._left[:, self.rank - count : self.rank].flip(1)
-        padded = chosen.new_zeros(self.width, count)
-        padded[: chosen.shape[0]] = chosen
-        return self._rotated_back(padded)
+def _random_null_directions(row_space: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count <= d - r`` orthonormal rows, uniformly distributed in the null space."""
+    draw = torch.randn(row_space.shape[1], count, generator=generator, dtype=torch.float64, device="cpu")
+    # Twice: orthonormalising many draws of a small space amplifies what the first projection left over.
+    for _ in range(2):
+        draw = _orthonormal_columns(draw - row_space.mT @ (row_space @ draw))
+    return draw.mT
 
 
 def _orthonormal_columns(columns: Tensor) -> Tensor:
@@ -236,22 +222,14 @@ def _orthonormal_columns(columns: Tensor) -> Tensor:
     return torch.mul(q, torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype))
 
 
-def _row_space(*matrices: Tensor) -> _RowSpace:
-    for matrix in matrices:
-        _check_matrix(matrix, "re-initialisation")
-    if len({matrix.shape[1] for matrix in matrices}) != 1:
-        raise ValueError(f"filters of one layer have one fan-in, got {[tuple(matrix.shape) for matrix in matrices]}")
-    hosts = [_on_host(matrix, "re-initialisation") for matrix in matrices]
-    return _RowSpace(torch.cat([normalize_rows(host) if host.shape[0] else host for host in hosts]))
-
-
 @torch.no_grad()
 def null_space_dimension(*matrices: Tensor) -> int:
     """``d - rank`` of the row-normalised stack of ``(n_i, d)`` matrices, such as old values and survivors.
 
     The rank counts singular values above ``max(n, d) eps`` of the largest, in float64; zero rows do not count.
     """
-    return _row_space(*matrices).null_dimension
+    row_space = _row_space(*matrices)
+    return row_space.shape[1] - row_space.shape[0]
 
 
 @torch.no_grad()
@@ -277,18 +255,20 @@ def orthogonal_directions(old: Tensor, survivors: Tensor, count: int, generator:
         TypeError, ValueError: a bad count; shapes that do not fit, NaN or inf.
     """
     count = check_integer("count", count, low=0)
-    space = _row_space(old, survivors)
+    row_space = _row_space(old, survivors)
+    rank, width = row_space.shape
+    least_overlapping = row_space.flip(0)  # ||A v|| = sigma, smallest first
     rounds: list[Tensor] = []
-    for start in range(0, count, space.width):
-        wanted = min(space.width, count - start)
-        free = min(wanted, space.null_dimension)
-        block = torch.cat([space.random_null_directions(free, generator), space.least_overlapping(wanted - free)])
+    for start in range(0, count, width):
+        wanted = min(width, count - start)
+        free = min(wanted, width - rank)
+        block = torch.cat([_random_null_directions(row_space, free, generator), least_overlapping[: wanted - free]])
         if rounds:
             gaussian = torch.randn(wanted, wanted, generator=generator, dtype=torch.float64, device="cpu")
             block = _orthonormal_columns(gaussian) @ block
         rounds.append(block)
-    directions = torch.cat(rounds) if rounds else torch.empty(0, space.width, dtype=torch.float64, device="cpu")
-    return directions, space.null_dimension
+    directions = torch.cat(rounds) if rounds else torch.empty(0, width, dtype=torch.float64, device="cpu")
+    return directions, width - rank
 
 
 @torch.no_grad()
