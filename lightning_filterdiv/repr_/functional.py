@@ -1,4 +1,4 @@
-"""RePr as tensor functions: which filters overlap most, what replaces them, and when. No Lightning here.
+"""RePr as tensor functions: which filters overlap most, which of them are dropped, what replaces them.
 
 Prakash, Storer, Florencio, Zhang: "RePr: Improved Training of Convolutional Filters", CVPR 2019. Layers are
 ``(J, d)`` matrices of flattened filters, as ``filter_matrix(conv)`` returns them. Everything is computed in float64 on
@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_filterdiv.similarity import expected_abs_cosine, normalize_rows, orthogonality_score
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
-from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = [
     "Criterion",
@@ -79,7 +78,7 @@ def rank_filters(
     """Score the filters of several layers; the larger the score, the sooner a filter is dropped (section 4).
 
     Args:
-        filters: layer name -> ``(J, d)``. Layers of one shape come to the host in one copy.
+        filters: layer name -> ``(J, d)``.
         criterion: ``"orthogonality"``: ``O[f] = (1/J) sum_g |W_hat W_hat^T - I|[f, g]``, in [0, 1), rounded to
             1e-12 so that equal filters tie; ``"norm"``: minus the L2 norm; ``"random"``: uniform in [0, 1), a
             function of ``generator_key``, for example ``(seed, cycle)``, and the layer's name alone.
@@ -100,19 +99,14 @@ def rank_filters(
     for name, matrix in filters.items():
         _check_matrix(matrix, name)
     scores: dict[str, Tensor] = {}
-    for batch in group_by(filters.items(), lambda item: (item[1].shape, item[1].dtype, item[1].device)):
-        matrices = [matrix.detach() for _, matrix in batch]
-        if matrices[0].device.type != "cpu":
-            matrices = list(torch.stack(matrices).to("cpu"))
-        # Scored one by one: batched products may round differently, and a score must not depend on its company.
-        for (name, _), matrix in zip(batch, matrices, strict=True):
-            if criterion == "random":
-                _on_host(matrix, name)  # refuses NaN like the other criteria
-                generator = keyed_generator(*generator_key, name)
-                scores[name] = torch.rand(matrix.shape[0], generator=generator, dtype=torch.float64, device="cpu")
-            else:
-                scores[name] = _score(_on_host(matrix, name), criterion, dim_correct)
-    return {name: scores[name] for name in filters}
+    for name, matrix in filters.items():
+        host = _on_host(matrix, name)
+        if criterion == "random":
+            generator = keyed_generator(*generator_key, name)
+            scores[name] = torch.rand(host.shape[0], generator=generator, dtype=torch.float64, device="cpu")
+        else:
+            scores[name] = _score(host, criterion, dim_correct)
+    return scores
 
 
 def _score(filters: Tensor, criterion: Criterion, dim_correct: bool) -> Tensor:
@@ -159,8 +153,8 @@ def select_dropped(
     if max_layer_fraction is not None:
         largest_share = check_number("max_layer_fraction", max_layer_fraction, above=0.0, high=1.0)
     _check_layers("scores", scores)
-    names: list[str] = []
-    candidates: list[tuple[Tensor, Tensor]] = []  # per layer: the filters it may lose, worst first, and their scores
+    worst: dict[str, Tensor] = {}  # per layer: the filters it may lose, worst first
+    worst_scores: list[Tensor] = []
     for name, score in scores.items():
         score = score.detach().to("cpu").to(torch.float64)
         if score.dim() != 1 or score.isnan().any():
@@ -169,17 +163,16 @@ def select_dropped(
         limit = max(0, min(size - 1, int(size * largest_share + 1e-9)))
         if scope == "layer":
             limit = min(limit, int(size * prune_fraction + 1e-9))
-        worst = score.argsort(descending=True, stable=True)[:limit]
-        names.append(name)
-        candidates.append((worst, score[worst]))
-    if not names or scope == "layer":
-        return {name: worst.sort().values for name, (worst, _) in zip(names, candidates, strict=True)}
-    total = int(sum(score.numel() for score in scores.values()) * prune_fraction + 1e-9)
-    order = torch.cat([score for _, score in candidates]).argsort(descending=True, stable=True)
-    taken = torch.zeros(order.numel(), dtype=torch.bool, device="cpu")
-    taken[order[:total]] = True
-    parts = taken.split([worst.numel() for worst, _ in candidates])
-    return {name: worst[part].sort().values for name, (worst, _), part in zip(names, candidates, parts, strict=True)}
+        worst[name] = score.argsort(descending=True, stable=True)[:limit]
+        worst_scores.append(score[worst[name]])
+    if scope == "global" and worst:
+        total = int(sum(score.numel() for score in scores.values()) * prune_fraction + 1e-9)
+        order = torch.cat(worst_scores).argsort(descending=True, stable=True)
+        taken = torch.zeros(order.numel(), dtype=torch.bool, device="cpu")
+        taken[order[:total]] = True
+        parts = taken.split([rows.numel() for rows in worst.values()])
+        worst = {name: rows[part] for (name, rows), part in zip(worst.items(), parts, strict=True)}
+    return {name: rows.sort().values for name, rows in worst.items()}
 
 
 def overdrawn_layers(dropped: Mapping[str, Tensor], scores: Mapping[str, Tensor], threshold: float = 0.5) -> list[str]:
@@ -204,7 +197,9 @@ def _row_space(*matrices: Tensor) -> Tensor:
     rows = torch.cat([normalize_rows(host) if host.shape[0] else host for host in hosts])
     _, values, directions = torch.linalg.svd(rows, full_matrices=False)
     tolerance = max(rows.shape) * torch.finfo(rows.dtype).eps * values[:1]  # empty for a stack without rows
-    return directions[: int((values > tolerance).sum())]
+    rank = int((values > tolerance).sum())
+    basis: Tensor = directions[:rank]
+    return basis
 
 
 def _random_null_directions(row_space: Tensor, count: int, generator: torch.Generator) -> Tensor:
