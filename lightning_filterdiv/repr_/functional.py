@@ -8,8 +8,8 @@ the CPU, so that a ranking or a regrown filter does not depend on precision or d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +20,12 @@ from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
     "Criterion",
-    "RePrEvent",
     "Scope",
     "null_space_dimension",
     "orthogonal_directions",
     "overdrawn_layers",
-    "plan_events",
     "rank_filters",
     "regrow_filters",
-    "remaining_rate_share",
     "select_dropped",
 ]
 
@@ -289,45 +286,3 @@ def regrow_filters(old: Tensor, survivors: Tensor, gain: float, generator: torch
 def _mean_norm(matrix: Tensor) -> float:
     norms = torch.linalg.vector_norm(_on_host(matrix, "re-initialisation"), dim=-1)
     return float(norms.sum() / (norms > 0).sum().clamp(min=1))
-
-
-# --- schedule ----------------------------------------------------------------------------------------------------
-
-
-class RePrEvent(NamedTuple):
-    """Something that happens when ``epoch`` epochs have been completed; ``cycle`` counts from 1."""
-
-    cycle: int
-    kind: Literal["drop", "regrow"]
-    epoch: int
-
-
-def plan_events(full_epochs: int = 20, sub_epochs: int = 10, cycles: int = 3) -> list[RePrEvent]:
-    """Events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` without the dropped.
-
-    Raises:
-        TypeError, ValueError: an argument is not an integer of at least 1, by name.
-    """
-    full_epochs = check_integer("full_epochs", full_epochs, low=1)
-    period = full_epochs + check_integer("sub_epochs", sub_epochs, low=1)
-    events: list[RePrEvent] = []
-    for cycle in range(check_integer("cycles", cycles, low=1)):
-        events.append(RePrEvent(cycle + 1, "drop", cycle * period + full_epochs))
-        events.append(RePrEvent(cycle + 1, "regrow", (cycle + 1) * period))
-    return events
-
-
-def remaining_rate_share(rates: Sequence[float], epoch: int) -> float:
-    """Share of the summed learning rate that is left after ``epoch`` epochs: what a filter regrown then can learn by.
-
-    ``rates`` holds the rate of every epoch of the fit; from its end on the share is 0.
-
-    Raises:
-        TypeError, ValueError: a negative epoch; rates that are negative or not finite, or that sum to 0.
-    """
-    epoch = check_integer("epoch", epoch, low=0)
-    checked = [check_number("rates", rate, low=0.0) for rate in rates]
-    total = math.fsum(checked)
-    if total <= 0:
-        raise ValueError(f"rates must sum to more than 0, got {checked}")
-    return math.fsum(checked[epoch:]) / total
