@@ -39,7 +39,7 @@ ROOMS = {
         "orthonormality": (),
         "centripetal": (),
         "shared_basis": (),
-        "repr_": ("functional",),
+        "repr_": ("functional", "schedule"),
         "async_update": (),
         "entropy_depth": (),
         "expansion": (),
