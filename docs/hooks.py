@@ -41,7 +41,7 @@ ROOMS = {
         "centripetal": (),
         "squeezing": (),
         "shared_basis": (),
-        "repr_": ("functional",),
+        "repr_": ("functional", "schedule"),
         "async_update": (),
         "entropy_depth": (),
         "expansion": (),

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_filterdiv"
 SCRIPT = """\
 from lightning_filterdiv import BasisOrthonormality, CentripetalSGD, RePr
 from lightning_filterdiv.monitor.report import report_layers
-from lightning_filterdiv.repr_.functional import plan_events
+from lightning_filterdiv.repr_.schedule import plan_events
 
 RePr(full_epochs="twenty")
 RePr(full_epoch=20)

@@ -24,12 +24,11 @@ from benchmarks.cost.measure import Cost, measured
 from benchmarks.models import build_network
 from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.filters import Conv, filter_matrix, select_filters
+from lightning_filterdiv.filters import filter_matrix, select_filters
 from lightning_filterdiv.narrowing import merge_with_report, tie_channels
-from lightning_filterdiv.repr_.functional import rank_filters, regrow_filters, select_dropped
+from lightning_filterdiv.repr_.functional import rank_filters, select_dropped
 from lightning_filterdiv.repr_.network import DroppedFilters
 from lightning_filterdiv.similarity import orthogonality_score
-from lightning_filterdiv.tensors.randomness import keyed_generator
 
 T = TypeVar("T")
 RESULT = result_path("events.json", "cpu")
@@ -74,7 +73,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     scores = timed("rank", lambda: rank_filters(matrices, "orthogonality"))
     chosen = select_dropped(scores, 0.3)
     dropped = timed("drop", lambda: DroppedFilters.drop(model, graph, chosen))
-    values = timed("new directions", lambda: _directions(layers, dropped))
+    values, _ = timed("new directions", lambda: dropped.new_filters(1.0, (0,)))
     optimizer = _with_momentum(model)
     timed("regrow", lambda: dropped.regrow(values, [optimizer]))
     timed(LOG, lambda: [orthogonality_score(matrix).mean() for matrix in matrices.values()])
@@ -97,17 +96,6 @@ def _with_momentum(model: nn.Module) -> torch.optim.Optimizer:
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
-
-
-def _directions(layers: dict[str, Conv], dropped: DroppedFilters) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-    for layer, rows in dropped.filters.items():
-        matrix = filter_matrix(layers[layer])
-        surviving = torch.ones(len(matrix), dtype=torch.bool)
-        surviving[rows] = False
-        generator = keyed_generator(0, layer)
-        values[layer], _ = regrow_filters(dropped.old_filters(layer), matrix[surviving], 1.0, generator)
-    return values
 
 
 def table(record: dict[str, Any], parts: Sequence[str] | None = None, gpu: dict[str, Any] | None = None) -> str:

@@ -21,8 +21,7 @@ from lightning_filterdiv.command_line.model_source import (
 from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
 from lightning_filterdiv.entropy_depth.estimate import estimate_depth_bound
 from lightning_filterdiv.entropy_depth.functional import DepthBound, Rounding, Unit
-from lightning_filterdiv.entropy_depth.images import ImageDataError
-from lightning_filterdiv.entropy_depth.loaders import image_source
+from lightning_filterdiv.entropy_depth.images import ImageDataError, image_source
 from lightning_filterdiv.filters import named_convolutions
 
 __all__ = ["add_arguments", "run"]
@@ -180,7 +179,7 @@ def _example_inputs(model: nn.Module, data: Any, size: list[int] | None) -> Any:
     if size is not None:
         spatial = size * 2 if len(size) == 1 else size
     else:
-        shape = list(next(image_source(data, 1).batches()).shape[1:])
+        shape = list(next(image_source(data, 1).batches).shape[1:])
         channels_last = len(shape) == 3 and shape[-1] <= 4 < shape[0]
         spatial = shape[:2] if channels_last else shape[-2:]
     return torch.zeros(1, first.in_channels, *spatial)

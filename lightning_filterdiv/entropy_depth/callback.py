@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_filterdiv.channel_graph import ChannelGraphError
 from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
-from lightning_filterdiv.entropy_depth.estimate import Measured, measure
-from lightning_filterdiv.entropy_depth.functional import RULE, DepthBound, Rounding, Unit
-from lightning_filterdiv.entropy_depth.images import ImageDataError
-from lightning_filterdiv.entropy_depth.loaders import image_source
-from lightning_filterdiv.entropy_depth.source import undisturbed
+from lightning_filterdiv.entropy_depth.estimate import measure, preserve_rng_state
+from lightning_filterdiv.entropy_depth.functional import DepthBound, Measurement, Rounding, Unit
+from lightning_filterdiv.entropy_depth.images import ImageDataError, loader_source
 from lightning_filterdiv.filters import Conv, select_filters
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer
 from lightning_filterdiv.training.callback import FilterCallback
@@ -32,18 +31,18 @@ T = TypeVar("T")
 class EntropyDepthBound(FilterCallback):
     """Measure the training images at fit start and say which stages of the network are deeper than they can use.
 
-    The bound is the rounded mean entropy of the images (EBCLE, Gowdra et al., Pattern Recognition 2021). **A
-    reconstruction: the paper's depth equation could not be read.** It is compared with each stage, the convolutions of
-    one spatial resolution on the longest path; the total depth is logged beside it. Deeper stages come with a
-    shallower, broader plan of equal weights. Nothing about training changes: no weight, no batch, no random number.
+    The bound is the rounded mean entropy of the images, a heuristic after EBCLE (Gowdra et al., Pattern Recognition
+    2021; see the card). It is compared with each stage, the convolutions of one spatial resolution on the longest path;
+    the total depth is logged beside it. Deeper stages come with a shallower, broader plan of equal weights. Nothing
+    about training changes: no weight, no batch, no random number.
 
     Where the module has no ``example_input_array``, the network is traced after its first training batch. The images
-    are measured on rank 0 only, and once per data set: the result is part of the checkpoint.
+    are measured on rank 0 only. A resumed fit takes the result from the checkpoint.
 
     Args:
         unit: of the entropy that is rounded; nats allow at most 6 for 8-bit images, bits at most 8.
         rounding: of the mean entropy.
-        max_images: measure so many images, evenly spaced over the data set; ``None`` for all.
+        max_images: measure so many images; ``None`` for all.
         action: what a stage that is too deep leads to.
         network: name of the submodule to trace, ``None`` for the whole module.
         include: patterns of the convolutions that count towards depth; ``None`` for all.
@@ -82,8 +81,8 @@ class EntropyDepthBound(FilterCallback):
         self.network = check_network(network)
         self.bound: DepthBound | None = None
         self.depth: NetworkDepth | None = None
-        # Fingerprint, whether it is that of a stream, and what was measured.
-        self._known: list[tuple[str, bool, Measured]] = []
+        self._measured: Measurement | None = None
+        self._restored_measurement = False
         self._inputs: ExampleInputs | None = None
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
@@ -99,13 +98,10 @@ class EntropyDepthBound(FilterCallback):
                 f"EntropyDepthBound measures images, and this network reads signals ({next(iter(self.layers))!r} is a "
                 f"Conv1d): the rule says nothing about them. Train without it"
             )
-        fingerprint, stream, measured = _from_rank_zero(trainer, lambda: self._measure(trainer))
-        self._known = [known for known in self._known if known[0] != fingerprint]
-        self._known.append((fingerprint, stream, measured))
-        mean, std, count, source, notes = measured
-        self.bound = DepthBound.from_nats(
-            mean, std, count, unit=self.unit, rounding=self.rounding, source=source, notes=tuple(notes)
-        )
+        if self._measured is None or not self._restored_measurement:
+            self._measured = _from_rank_zero(trainer, lambda: self._measure(trainer))
+        self._restored_measurement = False
+        self.bound = self._measured.bound(self.unit, self.rounding)
         self.depth = None
         rank_zero_info(f"EntropyDepthBound: {self.bound.describe()}")
         self._log(trainer, {"entropy": self.bound.entropy, "entropy_std": self.bound.std, "bound": self.bound.bound})
@@ -121,42 +117,36 @@ class EntropyDepthBound(FilterCallback):
         if self._inputs is not None:
             self._compare(trainer, pl_module)
 
-    def _measure(self, trainer: pl.Trainer) -> tuple[str, bool, Measured]:
-        with undisturbed():
-            source = image_source(trainer.train_dataloader, self.max_images, loader=True)
-        for known in self._known:
-            if known[0] == source.fingerprint:
-                return known
-        if source.once:
-            raise ImageDataError(
-                f"{source.description}: they can be read only once, and measuring would leave nothing to train on. "
-                f"Measure another copy with estimate_depth_bound, and train without EntropyDepthBound"
-            )
-        if source.stream and trainer.world_size > 1:
-            source.notes.append("every rank reads a share of its own; that of rank 0 was measured")
+    def _measure(self, trainer: pl.Trainer) -> Measurement:
+        loader = trainer.train_dataloader
+        _refuse_one_pass(loader)
+        with preserve_rng_state():
+            source = loader_source(loader, self.max_images)
         measured = measure(source, progress=trainer.progress_bar_callback is not None)
-        return source.fingerprint, source.stream, measured
+        if trainer.world_size > 1:
+            measured = measured._replace(notes=(*measured.notes, "only rank 0 measured; its loader may yield a share"))
+        return measured
 
     def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.bound is not None
-        found = _from_rank_zero(trainer, self._depth_or_reason)
+        depth = _from_rank_zero(trainer, self._depth_or_reason)
         self._stop_waiting()
-        if isinstance(found, str):
-            message = f"EntropyDepthBound cannot count the depth of {type(pl_module).__name__}: {found}"
+        if isinstance(depth, str):
+            message = f"EntropyDepthBound cannot count the depth of {type(pl_module).__name__}: {depth}"
             if self.action == "error":
                 raise MisconfigurationException(message)
             rank_zero_warn(message)
             return
-        self.depth = found
-        numbers: dict[str, float] = {"depth/total": found.total}
-        numbers |= {f"depth/stage{index}": stage.depth for index, stage in enumerate(found.stages, start=1)}
+        self.depth = depth
+        numbers: dict[str, float] = {"depth/total": depth.total}
+        numbers |= {f"depth/stage{index}": stage.depth for index, stage in enumerate(depth.stages, start=1)}
         self._log(trainer, numbers)
-        rank_zero_info(f"EntropyDepthBound: {found.describe()}; the bound is {self.bound.bound} per stage")
-        if advice := found.advice(self.bound.bound):
-            deep = len(found.beyond(self.bound.bound))
+        rank_zero_info(f"EntropyDepthBound: {depth.describe()}; the bound is {self.bound.bound} per stage")
+        if advice := depth.advice(self.bound.bound):
+            deep = len(depth.beyond(self.bound.bound))
             self._report(
-                f"EntropyDepthBound: {deep} of {len(found.stages)} stages are deeper than {self.bound.bound}, the "
-                f"bound from the entropy of the training images ({RULE}). A shallower, broader network with as many "
+                f"EntropyDepthBound: {deep} of {len(depth.stages)} stages are deeper than {self.bound.bound}, the "
+                f"bound from the entropy of the training images. Try a shallower, broader network with as many "
                 f"weights: {advice}"
             )
 
@@ -191,21 +181,45 @@ class EntropyDepthBound(FilterCallback):
         self._stop_waiting()
 
     def reset(self) -> None:
-        """Forget streams: their fingerprint tells two of one type and length not apart."""
-        self._known = [known for known in self._known if not known[1]]
+        """Forget what a previous fit measured."""
+        self._measured, self._restored_measurement = None, False
 
     def extra_state(self) -> dict[str, Any]:
-        """What was measured, by fingerprint of the data."""
-        return {"measured": [[mark, stream, list(measured)] for mark, stream, measured in self._known]}
+        """Return what was measured, and how many images were asked for."""
+        return {"measured": None if self._measured is None else _packed(self._measured), "max_images": self.max_images}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`extra_state`."""
-        if not isinstance(state["measured"], list):
-            raise TypeError(f"measured must be a list, got {state['measured']!r}")
-        known: list[tuple[str, bool, Measured]] = []
-        for mark, stream, (mean, std, count, source, notes) in state["measured"]:
-            known.append((str(mark), bool(stream), (float(mean), float(std), int(count), str(source), list(notes))))
-        self._known = known
+        """Restore :meth:`extra_state`, also that of release 0.1; measured anew where ``max_images`` has changed."""
+        packed = state["measured"]
+        if isinstance(packed, list) and all(isinstance(entry, list) for entry in packed):
+            # Release 0.1: a list of [fingerprint, is it a stream, measurement], that of its last fit at the end.
+            _, _, packed = packed[-1] if packed else (None, None, None)
+        measured = None
+        if packed is not None:
+            entropy, std, n_images, source, notes = packed
+            measured = Measurement(float(entropy), float(std), int(n_images), str(source), tuple(notes))
+        if state.get("max_images", self.max_images) != self.max_images:
+            measured = None
+        self._measured, self._restored_measurement = measured, measured is not None
+
+
+def _packed(measured: Measurement) -> list[Any]:
+    """Plain values, for a checkpoint."""
+    return [*measured[:-1], list(measured.notes)]
+
+
+def _refuse_one_pass(loader: object) -> None:
+    """Refuse a loader that measuring would use up.
+
+    Raises:
+        ImageDataError: every pass over it goes on where the last one ended.
+    """
+    data = loader.dataset if isinstance(loader, DataLoader) else loader
+    if isinstance(data, Iterator | IterableDataset) and iter(data) is iter(data):
+        raise ImageDataError(
+            f"{type(data).__name__} can be read only once, and measuring would leave nothing to train on. Measure "
+            f"another copy with estimate_depth_bound, and train without EntropyDepthBound"
+        )
 
 
 def _from_rank_zero(trainer: pl.Trainer, action: Callable[[], T]) -> T:

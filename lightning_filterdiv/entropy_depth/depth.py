@@ -1,4 +1,4 @@
-"""How deep is a network? Convolutions on the longest path of its channel graph, per stage and in total."""
+"""Depth of a network: convolutions on the longest path of its channel graph, per stage and in total."""
 
 from __future__ import annotations
 

@@ -3,82 +3,109 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
-from typing import Any, TextIO
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from lightning_filterdiv.entropy_depth.functional import DepthBound, EntropyStatistics, Rounding, Unit, image_entropy
-from lightning_filterdiv.entropy_depth.images import ImageDataError, Looks
-from lightning_filterdiv.entropy_depth.loaders import image_source
-from lightning_filterdiv.entropy_depth.source import ImageSource, undisturbed
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lightning_filterdiv.entropy_depth.functional import (
+    DepthBound,
+    EntropyStatistics,
+    Measurement,
+    Rounding,
+    Unit,
+    image_entropy,
+)
+from lightning_filterdiv.entropy_depth.images import ImageDataError, ImageSource, image_source
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer
 
-__all__ = ["Measured", "estimate_depth_bound", "measure"]
-
-#: Mean, deviation (nats), number of images, description, notes: plain values, for a checkpoint and a broadcast.
-Measured = tuple[float, float, int, str, list[str]]
+__all__ = ["NormalizationCheck", "estimate_depth_bound", "measure", "preserve_rng_state"]
 
 
-class _Progress:
-    """A line on a terminal for passes that take longer than a moment; nothing elsewhere."""
+class NormalizationCheck:
+    """Notices, batch by batch, whether images were normalised, and says what that means for their entropy."""
 
-    delay, every = 1.0, 0.2
+    def __init__(self) -> None:
+        self._low, self._high, self._channels = math.inf, -math.inf, 1
 
-    def __init__(self, total: int | None, stream: TextIO | None = None) -> None:
-        self.total, self.stream = total, sys.stderr if stream is None else stream
-        self._started = time.monotonic()
-        self._shown = 0.0
-
-    def update(self, done: int) -> None:
-        """Show ``done`` images, now and then."""
-        now = time.monotonic()
-        if now - self._started < self.delay or now - self._shown < self.every or not self.stream.isatty():
+    def update(self, images: Tensor) -> None:
+        """Take in ``(n, ...)`` images; floating ones are taken to be channels first."""
+        if not images.is_floating_point() or not images.numel():
             return
-        self._shown = now
-        if self.total:
-            share = min(1.0, done / self.total)
-            filled = int(24 * share)
-            text = f"[{'#' * filled}{'.' * (24 - filled)}] {100 * share:3.0f} % of {self.total:,}"
-        else:
-            text = f"{done:,}"
-        rate = done / (now - self._started)
-        self.stream.write(f"\rentropy of images: {text} ({rate:,.0f}/s)\033[K")
-        self.stream.flush()
+        low, high = torch.aminmax(images)
+        self._low, self._high = min(self._low, float(low)), max(self._high, float(high))
+        self._channels = max(self._channels, images.shape[1] if images.ndim >= 4 else 1)
 
-    def close(self) -> None:
-        """Wipe the line."""
-        if self._shown:
-            self.stream.write("\r\033[K")
-            self.stream.flush()
+    def notes(self) -> list[str]:
+        """Sentences about what was seen; empty for raw images."""
+        if not self._low < 0:
+            return []
+        span = f"float images between {self._low:.3g} and {self._high:.3g} look normalised"
+        if self._channels == 1:
+            return [f"{span}; they have one channel, where that leaves the entropy unchanged"]
+        return [
+            f"{span}; normalised per channel, channels no longer share values and the entropy comes out higher than "
+            f"that of the raw images. Measure the raw images for the bound of the data"
+        ]
 
 
-def measure(source: ImageSource, progress: bool = True) -> Measured:
-    """Read ``source`` once; the global random generators are left as they were.
+@contextmanager
+def preserve_rng_state(*generators: torch.Generator) -> Iterator[None]:
+    """Put the global generators of Python, numpy and torch, and ``generators``, back: measuring must not show later."""
+    states = [(generator, generator.get_state()) for generator in generators]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def measure(source: ImageSource, progress: bool = True) -> Measurement:
+    """Read ``source``; all random generators are left as they were.
+
+    Args:
+        source: images.
+        progress: show a line on a terminal while it takes long.
 
     Raises:
         ImageDataError: no image came, or one that has no entropy (NaN), with its number.
     """
-    statistics, looks = EntropyStatistics(), Looks()
-    line = _Progress(source.length) if progress else None
-    with undisturbed(*source.generators):
-        for images in source.batches():
+    statistics, check = EntropyStatistics(), NormalizationCheck()
+    line = tqdm(
+        source.batches,
+        desc="entropy of images",
+        total=source.length,
+        unit="batch",
+        delay=1.0,
+        leave=False,
+        disable=None if progress else True,  # None: on a terminal only
+    )
+    with preserve_rng_state(*source.generators), line as batches:
+        for images in batches:
             try:
                 statistics.add(image_entropy(images))
             except ValueError as error:
                 raise ImageDataError(
                     f"{source.description}, in the {len(images)} images after the first {statistics.count:,}: {error}"
                 ) from error
-            looks.see(images)
-            if line is not None:
-                line.update(statistics.count)
-    if line is not None:
-        line.close()
+            check.update(images)
     if statistics.count == 0:
-        raise ImageDataError(f"{source.description}: no image came, there is nothing to measure")
-    notes = [*source.notes, *looks.notes()]
+        raise ImageDataError(
+            f"{source.description}: no image came, there is nothing to measure; check the folder, split or indices"
+        )
+    notes = (*source.notes, *check.notes())
     if statistics.mean > math.log(256):
-        notes.append("more entropy than 8-bit images can have (ln 256): values were interpolated or rescaled")
-    return statistics.mean, statistics.std, statistics.count, source.description, notes
+        notes += ("more entropy than 8-bit images can have (ln 256): values were interpolated or rescaled",)
+    return Measurement(statistics.mean, statistics.std, statistics.count, source.description, notes)
 
 
 def estimate_depth_bound(
@@ -89,18 +116,17 @@ def estimate_depth_bound(
     *,
     progress: bool = True,
 ) -> DepthBound:
-    """How many convolutions per stage are useful for these images.
+    """Estimate how many convolutions per stage are useful for these images.
 
-    The mean over the training images of each image's entropy, rounded. That entropy bounds the useful depth is the
-    finding of EBCLE (Gowdra et al., Pattern Recognition 2021); **the rule is a reconstruction: the paper's depth
-    equation could not be read**. Nats give at most 6 (``ln 256 = 5.545``), bits at most 8.
+    The bound is the rounded mean over the training images of each image's entropy: a heuristic after EBCLE (Gowdra et
+    al., Pattern Recognition 2021), see the card. Nats give at most 6 (``ln 256 = 5.545``), bits at most 8.
 
     Args:
-        data: images ``(N, ...)``, a data set, a ``DataLoader`` or a ``LightningDataModule``. Raw images are preferred
-            over transformed ones where both can be had; the result says what was measured.
+        data: images ``(N, ...)``, a data set, a ``DataLoader`` or a ``LightningDataModule``. Of torchvision data sets
+            that keep raw 8-bit images those are measured; all others as they come, transforms included.
         unit: of the entropy that is rounded.
         rounding: of the mean entropy.
-        max_images: measure so many, evenly spaced over the data set (of a stream: the first ones).
+        max_images: measure so many: evenly spaced over a data set, the first ones of a loader.
         progress: show a line on a terminal while it takes long.
 
     Returns:
@@ -114,7 +140,6 @@ def estimate_depth_bound(
     check_choice("rounding", rounding, Rounding)
     if max_images is not None:
         check_integer("max_images", max_images, low=1)
-    with undisturbed():
+    with preserve_rng_state():
         source = image_source(data, max_images)
-    mean, std, count, description, notes = measure(source, progress)
-    return DepthBound.from_nats(mean, std, count, unit=unit, rounding=rounding, source=description, notes=tuple(notes))
+    return measure(source, progress).bound(unit, rounding)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["RULE", "DepthBound", "EntropyStatistics", "Rounding", "Unit", "depth_from_entropy", "image_entropy"]
+__all__ = [
+    "DepthBound",
+    "EntropyStatistics",
+    "Measurement",
+    "Rounding",
+    "Unit",
+    "depth_from_entropy",
+    "image_entropy",
+]
 
 Unit = Literal["nats", "bits"]
 Rounding = Literal["ceil", "floor", "round"]
-
-#: Said wherever a user meets the bound.
-RULE = (
-    "the bound is our reconstruction of the rule (the rounded mean entropy, per stage): "
-    "the depth equation of the EBCLE paper could not be read"
-)
 
 # Values of a chunk are counted at once, as 64-bit integers: tens of MiB in all.
 _CHUNK = 1 << 20
@@ -72,8 +74,8 @@ def _require_finite(part: Tensor, start: int) -> None:
     bad = ~torch.isfinite(part).all(dim=1)
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])
-        kind = "NaN" if bool(part[first].isnan().any()) else "infinite values"
-        raise ValueError(f"image {start + first} holds {kind}: it has no entropy. Repair or remove it")
+        values = "NaN" if bool(part[first].isnan().any()) else "infinite values"
+        raise ValueError(f"image {start + first} holds {values}: it has no entropy. Repair or remove it")
 
 
 def _entropy_of_bytes(part: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _entropy_of_values(part: Tensor) -> Tensor:
     ordered = part.sort(dim=1).values
     starts = torch.ones_like(ordered, dtype=torch.int64)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    # The how-manieth distinct value of its image each entry is.
+    # Rank of each entry among the distinct values of its image.
     label = starts.cumsum(dim=1) - 1 + torch.arange(count, device=part.device)[:, None] * entries
     histogram = torch.bincount(label.flatten(), minlength=count * entries)
     return _entropy_of_counts(histogram.view(count, entries), entries)
@@ -126,9 +128,7 @@ class EntropyStatistics:
 
 
 def depth_from_entropy(entropy: float, rounding: Rounding = "ceil") -> int:
-    """The bound: the mean entropy, rounded, at least 1.
-
-    **A reconstruction.** The paper says that entropy bounds the depth; its equation could not be read.
+    """Bound on the convolutions per stage: the mean entropy, rounded, at least 1. A heuristic, see the card.
 
     Args:
         entropy: mean entropy of the images, in nats or bits.
@@ -149,11 +149,11 @@ def depth_from_entropy(entropy: float, rounding: Rounding = "ceil") -> int:
 
 @dataclass(frozen=True)
 class DepthBound:
-    """How deep a stage may usefully be, and what that was read from.
+    """Convolutions per stage that the images can make use of, and what that was read from.
 
     Attributes:
         entropy: mean over the images, in ``unit``.
-        bound: convolutions per stage; see :func:`depth_from_entropy`, a reconstruction.
+        bound: convolutions per stage; see :func:`depth_from_entropy`.
         n_images: images measured.
         std: standard deviation of the entropy over the images, in ``unit``.
         unit: ``"nats"`` or ``"bits"``.
@@ -169,21 +169,36 @@ class DepthBound:
     unit: Unit = "nats"
     rounding: Rounding = "ceil"
     source: str = "images"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
-    @classmethod
-    def from_nats(
-        cls,
-        entropy: float,
-        std: float,
-        n_images: int,
-        *,
-        unit: Unit = "nats",
-        rounding: Rounding = "ceil",
-        source: str = "images",
-        notes: tuple[str, ...] = (),
-    ) -> DepthBound:
-        """From a mean and a deviation in nats.
+    def describe(self) -> str:
+        """Paragraph for people: entropy, bound, what was measured, notes."""
+        lines = [
+            f"entropy {self.entropy:.3f} ± {self.std:.3f} {self.unit} (mean and deviation over {self.n_images:,} "
+            f"images: {self.source}). Bound: at most {self.bound} convolutions per stage (heuristic, see docs)."
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+class Measurement(NamedTuple):
+    """What a pass over images gave, in plain values and whatever the unit of the bound.
+
+    Attributes:
+        entropy: mean over the images, in nats.
+        std: standard deviation over the images, in nats.
+        n_images: images measured.
+        source: what was measured, in words.
+        notes: what may have raised or lowered the entropy, one sentence each.
+    """
+
+    entropy: float
+    std: float
+    n_images: int
+    source: str = "images"
+    notes: tuple[str, ...] = ()
+
+    def bound(self, unit: Unit = "nats", rounding: Rounding = "ceil") -> DepthBound:
+        """Depth bound that follows from it.
 
         Raises:
             ValueError: an unknown unit or rounding.
@@ -191,13 +206,7 @@ class DepthBound:
         if unit not in get_args(Unit):
             raise ValueError(f"unit must be one of 'nats', 'bits', got {unit!r}")
         scale = 1.0 if unit == "nats" else 1 / math.log(2)
-        bound = depth_from_entropy(entropy * scale, rounding)
-        return cls(entropy * scale, bound, n_images, std * scale, unit, rounding, source, notes)
-
-    def describe(self) -> str:
-        """One paragraph for people: entropy, bound, source, notes, and that the rule is a reconstruction."""
-        lines = [
-            f"entropy {self.entropy:.3f} ± {self.std:.3f} {self.unit} (mean and deviation over {self.n_images:,} "
-            f"images: {self.source}); at most {self.bound} convolutions per stage ({self.rounding}); {RULE}"
-        ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        bound = depth_from_entropy(self.entropy * scale, rounding)
+        return DepthBound(
+            self.entropy * scale, bound, self.n_images, self.std * scale, unit, rounding, self.source, self.notes
+        )

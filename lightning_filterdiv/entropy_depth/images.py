@@ -1,126 +1,213 @@
-"""Finding images: in an item or a batch of any usual form, and what their values look like."""
+"""Where images come from: tensors, data sets, loaders and data modules, as batches of ``(n, ...)`` tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import copy
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
-__all__ = ["ImageDataError", "Looks", "as_tensor", "find_image", "is_empty", "require_image", "stacked", "what_is"]
+__all__ = ["UNSIZED_LIMIT", "ImageDataError", "ImageSource", "image_source", "loader_source"]
 
-#: Names that data sets give to the image of an item, in order of preference.
-_NAMES = ("image", "images", "img", "pixel_values", "x", "input", "inputs", "data")
-#: Entries that are pooled into one stack, so that large images do not fill the memory: 64 MiB as 64-bit integers.
-_STACK = 1 << 23
+#: Images measured of data that do not know their length: they may never end.
+UNSIZED_LIMIT = 50_000
+_ROWS = 1024
+_AS_SEEN = "measured as the network sees them: random augmentation, cropping and padding are part of it"
 
 
 class ImageDataError(ValueError):
     """Data that hold no images, or none that can be measured. The message says what was found and what would do."""
 
 
-def as_tensor(value: Any) -> Tensor | None:
-    """A tensor, numpy array or PIL image as a tensor without copying more than needed; ``None`` for anything else."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if hasattr(value, "getbands") and hasattr(value, "tobytes"):
-        value = np.array(value)  # PIL; a copy, because PIL's own buffer is read-only
-    if isinstance(value, np.ndarray) and value.dtype.kind in "uifb":
-        wide = value.dtype.kind == "u" and value.dtype.itemsize > 1
-        return torch.from_numpy(np.require(value.astype(np.int64) if wide else value, requirements=["C", "W"]))
-    return None
+class ImageSource(NamedTuple):
+    """Images to measure.
 
-
-def find_image(value: Any, axes: int) -> Tensor | None:
-    """The image in an item (``axes=2``: at least height and width) or the images of a batch (``axes=3``).
-
-    Tuples and lists are searched in order; dicts by the usual names first. ``None`` where there is none.
+    Attributes:
+        batches: one pass over ``(n, ...)`` tensors of images.
+        length: batches in it, ``None`` if unknown.
+        description: what is measured, in words.
+        notes: what the reader should know about it, one sentence each.
+        generators: random generators that reading advances, beside the global ones.
     """
-    tensor = as_tensor(value)
-    if tensor is not None:
-        return tensor if tensor.ndim >= axes and tensor.numel() and not tensor.is_complex() else None
-    parts: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        parts = [*(value[name] for name in _NAMES if name in value), *value.values()]
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        parts = value
-    return next((found for part in parts if (found := find_image(part, axes)) is not None), None)
+
+    batches: Iterator[Tensor]
+    length: int | None
+    description: str
+    notes: tuple[str, ...] = ()
+    generators: tuple[torch.Generator, ...] = ()
 
 
-def is_empty(batch: Any) -> bool:
-    """Whether a batch holds tensors or arrays, and all of them no row."""
-    parts = [part for part in tree_leaves(batch) if isinstance(part, Tensor | np.ndarray)]
-    return bool(parts) and all(part.ndim and not len(part) for part in parts)
+def image_source(data: Any, max_images: int | None = None) -> ImageSource:
+    """Find the images of ``data``.
 
-
-def what_is(value: Any) -> str:
-    """A short description of an item or batch for an error message."""
-    tensor = as_tensor(value)
-    if tensor is not None:
-        return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {what_is(part)}" for key, part in list(value.items())[:4]) + "}"
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(what_is(part) for part in value[:4]) + (", ...)" if len(value) > 4 else ")")
-    return type(value).__name__
-
-
-def require_image(part: Any, axes: int, description: str) -> Tensor:
-    """The image of an item (``axes=2``) or the images of a batch (``axes=3``).
+    Args:
+        data: images ``(N, ...)``; a data set or sequence, whose items are or begin with an image; a data module, of
+            which the training data count; or a loader.
+        max_images: measure so many: evenly spaced over data with items, the first ones of all others.
 
     Raises:
-        ImageDataError: there is none; with what was found instead.
+        ImageDataError: no images, or nothing that could hold any.
     """
-    image = find_image(part, axes)
-    if image is None:
-        kind = "a batch" if axes == 3 else "an item"
+    name = type(data).__name__
+    if isinstance(data, Tensor | np.ndarray):
+        return _array_source(data, f"{name} of shape {tuple(data.shape)}", range(len(data)), max_images)
+    if hasattr(data, "train_dataloader") and hasattr(data, "setup"):
+        data.prepare_data()
+        data.setup("fit")
+        return loader_source(data.train_dataloader(), max_images)
+    if isinstance(data, IterableDataset):
+        return _read(data, 2, f"items of {name}", max_images)
+    has_items = hasattr(data, "__getitem__") and isinstance(data, Sized)
+    if isinstance(data, str | bytes) or not (has_items or hasattr(data, "__iter__")):
         raise ImageDataError(
-            f"{description} hold no images: {kind} is {what_is(part)}. Give a data set of images, or a loader whose "
-            f"batches hold them as a tensor (N, ...), alone, first in a tuple, or under 'image' in a dict"
+            f"cannot find images in {name}: give a tensor (N, ...), a data set, a DataLoader or a LightningDataModule"
         )
-    return image
+    if not has_items or isinstance(data, Mapping):
+        return loader_source(data, max_images)
+    if (raw := _raw_images(data)) is not None:
+        return _array_source(*raw, max_images)
+    chosen = _evenly_spaced(range(len(data)), max_images)
+    items = (_first_images(data[index], 2, f"items of {name}")[None] for index in chosen)
+    return ImageSource(items, len(chosen), f"items of {name}")
 
 
-def stacked(images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Gather single images into ``(n, ...)`` stacks of one shape and type, of limited size."""
-    waiting: list[Tensor] = []
-    for image in images:
-        first = waiting[0] if waiting else image
-        full = len(waiting) * first.numel() >= _STACK or len(waiting) >= 256
-        if waiting and (full or image.shape != first.shape or image.dtype != first.dtype):
-            yield torch.stack(waiting)
-            waiting = []
-        waiting.append(image)
-    if waiting:
-        yield torch.stack(waiting)
+def loader_source(loader: Any, max_images: int | None = None) -> ImageSource:
+    """Find the images in the batches of ``loader``: the first tensor with three or more dimensions in each.
+
+    The raw 8-bit images that torchvision's data sets keep in ``.data`` are read instead of batches, un-augmented.
+
+    Args:
+        loader: yields batches; or several ``DataLoader`` in a list or dict, which are read one after the other.
+        max_images: measure so many: evenly spaced over raw images, else the first ones.
+    """
+    several = list(loader.values()) if isinstance(loader, Mapping) else loader
+    if isinstance(several, list | tuple) and several and all(isinstance(part, DataLoader) for part in several):
+        each = None if max_images is None else -(-max_images // len(several))
+        sources = [loader_source(part, each) for part in several]
+        return ImageSource(
+            chain.from_iterable(source.batches for source in sources),
+            None,
+            "; ".join(dict.fromkeys(source.description for source in sources)),
+            tuple(dict.fromkeys(note for source in sources for note in source.notes)),
+            tuple(generator for source in sources for generator in source.generators),
+        )
+    if not isinstance(loader, DataLoader):
+        return _read(loader, 3, f"batches of {type(loader).__name__}", max_images)
+    # Another sampler may leave images out, or draw some of them more often.
+    draws_each_once = isinstance(loader.sampler, DistributedSampler | RandomSampler | SequentialSampler)
+    if draws_each_once and (raw := _raw_images(loader.dataset)) is not None:
+        return _array_source(*raw, max_images)
+    return _read(loader, 3, f"batches of a DataLoader over {type(loader.dataset).__name__}", max_images)
 
 
-class Looks:
-    """Notices, batch by batch, whether images were normalised, and says what that means for their entropy."""
+def _as_tensor(value: Any) -> Tensor | None:
+    """Return a tensor, numpy array or PIL image as a tensor; ``None`` for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    is_pil = hasattr(value, "getbands") and hasattr(value, "tobytes")
+    if not is_pil and not (isinstance(value, np.ndarray) and value.dtype.kind in "uifbc"):
+        return None
+    return torch.from_numpy(np.array(value))  # a copy: the buffers of PIL and of memory maps are read-only
 
-    def __init__(self) -> None:
-        self._low, self._high, self._channels, self._floating = float("inf"), float("-inf"), 1, False
 
-    def see(self, images: Tensor) -> None:
-        """Look at ``(n, ...)`` images; floating ones are taken to be channels first."""
-        if not images.is_floating_point():
+def _first_images(part: Any, axes: int, description: str) -> Tensor:
+    """First tensor with ``axes`` dimensions or more: 2 for an item, 3 for a batch."""
+    leaves = tree_leaves(part)
+    for leaf in leaves:
+        if (images := _as_tensor(leaf)) is not None and images.ndim >= axes:
+            return images
+    raise ImageDataError(
+        f"{description} hold no images: {'a batch' if axes == 3 else 'an item'} has "
+        f"{', '.join(map(_shape, leaves[:4])) or 'no part'}. Give a data set of images, or a loader whose batches hold "
+        f"them as a tensor (N, ...) with two or more dimensions per image"
+    )
+
+
+def _shape(leaf: Any) -> str:
+    tensor = _as_tensor(leaf)
+    return type(leaf).__name__ if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).split('.')[-1]}"
+
+
+def _raw_images(data: Any) -> tuple[Any, str, Sequence[int]] | None:
+    """Raw array of a data set such as torchvision's CIFAR10, its description, and which of its rows count."""
+    indices: Sequence[int] = range(len(data))
+    while isinstance(data, Subset):
+        inner = data.indices
+        indices, data = [inner[i] for i in indices], data.dataset
+    raw = getattr(data, "data", None)
+    if not isinstance(raw, Tensor | np.ndarray) or raw.ndim < 3 or str(raw.dtype).split(".")[-1] != "uint8":
+        return None
+    return (raw, f"raw 8-bit images of {type(data).__name__}", indices) if len(raw) == len(data) else None
+
+
+def _evenly_spaced(indices: Sequence[int], max_images: int | None) -> Sequence[int]:
+    """``max_images`` of them from all over the data, which are often sorted by class."""
+    length = len(indices)
+    if max_images is None or max_images >= length:
+        return indices
+    return [indices[i * length // max_images] for i in range(max_images)]
+
+
+def _array_source(array: Any, description: str, indices: Sequence[int], max_images: int | None) -> ImageSource:
+    if array.ndim < 3:
+        raise ImageDataError(f"{description} holds no images: they need at least height and width")
+    chosen = _evenly_spaced(indices, max_images)
+    starts = range(0, len(chosen), _ROWS)
+    batches = (_first_images(array[list(chosen[start : start + _ROWS])], 3, description) for start in starts)
+    return ImageSource(batches, len(starts), description)
+
+
+def _read(data: Iterable[Any], axes: int, description: str, max_images: int | None) -> ImageSource:
+    """Batches (``axes=3``) or items (``axes=2``) in the order in which ``data`` yields them."""
+    length = _length(data)
+    notes = [_AS_SEEN] if axes == 3 else []
+    limit = max_images
+    if length is None and limit is None:
+        limit = UNSIZED_LIMIT
+        notes.append(f"the data do not know their length: at most the first {limit:,} images count; see max_images")
+    generator = getattr(data, "generator", None)
+    generators = (generator,) if isinstance(generator, torch.Generator) else ()
+    batches = _batches(data, axes, description, limit or sys.maxsize)
+    return ImageSource(batches, length if limit is None else None, description, tuple(notes), generators)
+
+
+def _batches(data: Iterable[Any], axes: int, description: str, limit: int) -> Iterator[Tensor]:
+    for part in _reader(data):
+        images = _first_images(part, axes, description)
+        images = (images if axes == 3 else images[None])[:limit]
+        yield images
+        limit -= len(images)
+        if not limit:
             return
-        self._floating = True
-        low, high = torch.aminmax(images)
-        self._low, self._high = min(self._low, float(low)), max(self._high, float(high))
-        self._channels = max(self._channels, images.shape[1] if images.ndim >= 4 else 1)
 
-    def notes(self) -> list[str]:
-        """Sentences about what was seen; empty for raw images."""
-        if not self._floating or self._low >= 0:
-            return []
-        span = f"float images between {self._low:.3g} and {self._high:.3g} look normalised"
-        if self._channels == 1:
-            return [f"{span}; they have one channel, where that leaves the entropy unchanged"]
-        return [
-            f"{span}; normalised per channel, channels no longer share values and the entropy comes out higher than "
-            f"that of the raw images. They were measured as they are: measure the raw images for the bound of the data"
-        ]
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _reader(data: Any) -> Any:
+    """Shallow copy, so that a loader's own position in its epoch does not move and its workers are not started."""
+    try:
+        clone = copy.copy(data)
+    except TypeError:
+        return data
+    if isinstance(clone, DataLoader):
+        vars(clone).update(_iterator=None, dataset=copy.copy(data.dataset), persistent_workers=False)
+    return clone

@@ -1,2 +1,3 @@
 from .callback import RePr as RePr
 from .network import DroppedFilters as DroppedFilters
+from .schedule import RePrEvent as RePrEvent

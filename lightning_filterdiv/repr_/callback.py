@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import LBFGS, Adafactor, Optimizer
 
-from lightning_filterdiv.filters import (
-    Conv,
-    NoLayersError,
-    filter_count,
-    filter_matrix,
-    named_convolutions,
-    select_filters,
-)
+from lightning_filterdiv.filters import Conv, NoLayersError, filter_count, filter_matrix, select_filters
 from lightning_filterdiv.optimizer_state import RowHold
-from lightning_filterdiv.repr_.functional import (
-    Criterion,
+from lightning_filterdiv.repr_.functional import Criterion, Scope, overdrawn_layers, rank_filters, select_dropped
+from lightning_filterdiv.repr_.network import DroppedFilters, NextLayer, default_layers, rankable
+from lightning_filterdiv.repr_.schedule import (
+    CompletedEvent,
     RePrEvent,
-    Scope,
-    overdrawn_layers,
+    events_missed,
     plan_events,
-    rank_filters,
-    select_dropped,
+    plan_table,
+    remaining_rate_share,
 )
-from lightning_filterdiv.repr_.network import DroppedFilters, NextLayer
-from lightning_filterdiv.repr_.plan import Happened, check_plan, events_missed
-from lightning_filterdiv.repr_.selection import (
-    check_dropped,
-    check_optimizers,
-    default_layers,
-    mean_score,
-    rankable,
-    regrown,
-    restore_dropped,
-)
+from lightning_filterdiv.similarity import orthogonality_score
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.tensors.randomness import keyed_generator
 from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
+from lightning_filterdiv.training.learning_rates import forecast_learning_rates, steps_per_epoch
 from lightning_filterdiv.training.submodule import check_network, layers_inside
 
 __all__ = ["RePr"]
+
+# Below this share of the summed learning rate, filters regrown last were seen to stay untrained.
+_ENOUGH_RATE = 0.15
 
 
 class RePr(FilterCallback):
@@ -127,7 +116,7 @@ class RePr(FilterCallback):
         self._ranked: tuple[int, dict[str, Tensor]] | None = None
         self._dropped: DroppedFilters | None = None
         self._saved_drop: dict[str, Any] | None = None
-        self._history: list[Happened] = []
+        self._history: list[CompletedEvent] = []
         self._inputs: ExampleInputs | None = None
         self._saved_inputs: dict[str, Any] | None = None
         self._unsilenceable: set[str] = set()
@@ -151,7 +140,7 @@ class RePr(FilterCallback):
     @property
     def history(self) -> list[dict[str, Any]]:
         """Events carried out so far: kind, cycle, epoch, step, and which filters of which layer."""
-        return [happened._asdict() for happened in self._history]
+        return [event._asdict() for event in self._history]
 
     def filterdiv_events(self) -> list[dict[str, Any]]:
         """The history, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
@@ -166,25 +155,25 @@ class RePr(FilterCallback):
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """Ungrouped convolutions but the first one and 1x1 shortcuts, or what ``include`` names."""
-        found = layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
+        chosen = layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
         if self.include is None:
-            found = default_layers(found, layers_inside(self.network, select_filters(pl_module)))
-        if not found:
+            chosen = default_layers(chosen, layers_inside(self.network, select_filters(pl_module)))
+        if not chosen:
             raise NoLayersError(
                 "RePr has no layer to rank: by default it leaves out the network's first convolution, grouped ones and "
                 "1x1 shortcuts; name layers with include (and check exclude and network)"
             )
-        return found
+        return chosen
 
     # ------------------------------------------------------------------ start
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check and print the plan; take up a phase that a checkpoint was saved in."""
-        check_optimizers(trainer.optimizers)
+        _check_optimizers(trainer.optimizers)
         for index in range(len(trainer.optimizers)):
             self.follow_steps(index)
         self._events = self.schedule()
-        check_plan(trainer, self._events)
+        self._check_plan(trainer)
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
         if self._saved_drop is not None:
             self._dropped = DroppedFilters.from_state(pl_module, self._saved_drop)
@@ -194,10 +183,51 @@ class RePr(FilterCallback):
         self._waited = False
         self._skip_missed(trainer)
 
+    def _check_plan(self, trainer: pl.Trainer) -> None:
+        """Print the plan with the learning rate that remains after its last event; refuse one that the fit cuts off."""
+        if not self._events:
+            raise MisconfigurationException("RePr.schedule() returned no event: nothing would happen")
+        text = plan_table(self._events)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            rank_zero_info(f"{text}\n  fast_dev_run stops before them")
+            return
+        epochs = _fit_epochs(trainer)
+        if epochs is None:
+            rank_zero_info(
+                f"{text}\n  the length of the fit is unknown (max_time?), events it does not reach are skipped"
+            )
+            return
+        last = self._events[-1].epoch
+        if last >= epochs:
+            raise MisconfigurationException(
+                f"RePr does not fit into this fit of {epochs} epochs: its last regrowth is due after epoch {last} and "
+                f"needs epochs after it. Use fewer cycles, shorter phases or more epochs. {text}"
+            )
+        rates = forecast_learning_rates(trainer, epochs)
+        if not isinstance(rates, str) and sum(rates) <= 0:
+            rates = "it is 0 at the start and nothing that can be simulated raises it"
+        if isinstance(rates, str):
+            rank_zero_info(f"{text}\n  no forecast of the learning rate: {rates}")
+            return
+        share = remaining_rate_share(rates, last)
+        rank_zero_info(f"{text}\n  {100 * share:.0f} % of the summed learning rate remains after the last regrowth")
+        if share < _ENOUGH_RATE:
+            rank_zero_warn(
+                f"only {100 * share:.0f} % of the summed learning rate remains after RePr's last regrowth at epoch "
+                f"{last} of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter phases, or "
+                f"keep the learning rate up for longer"
+            )
+
     def _skip_missed(self, trainer: pl.Trainer) -> None:
         """Added to a run that is past some events, RePr starts with the next whole cycle."""
-        if self._applied == 0 and trainer.current_epoch > 0:
-            self._applied = events_missed(self._events, trainer.current_epoch)
+        if self._applied > 0 or trainer.current_epoch == 0:
+            return
+        self._applied = events_missed(self._events, trainer.current_epoch)
+        if self._applied:
+            rank_zero_warn(
+                f"RePr joins the run at epoch {trainer.current_epoch} without a saved state: the first {self._applied} "
+                f"of {len(self._events)} events are past and skipped"
+            )
 
     # ------------------------------------------------------------------ events
 
@@ -250,7 +280,13 @@ class RePr(FilterCallback):
             scores, self.prune_fraction, scope=self.scope, max_layer_fraction=self.max_layer_fraction
         )
         chosen = trainer.strategy.broadcast(chosen)
-        check_dropped(chosen, scores, self.prune_fraction)
+        if not any(rows.numel() for rows in chosen.values()):
+            raise NoLayersError(
+                f"RePr would drop no filter: prune_fraction={self.prune_fraction:g} of the "
+                f"{sum(map(len, scores.values()))} filters of {', '.join(map(repr, list(scores)[:6]))} comes to none, "
+                f"as every layer keeps at least one. Raise prune_fraction or max_layer_fraction, or include wider "
+                f"layers"
+            )
         if crowded := overdrawn_layers(chosen, scores):
             rank_zero_warn(
                 f"RePr drops more than half of {', '.join(map(repr, crowded))} in cycle {event.cycle}; "
@@ -262,7 +298,7 @@ class RePr(FilterCallback):
         assert self._ranked is not None
         assert self._inputs is not None
         chosen, self._ranked = self._ranked[1], None
-        before = mean_score(self.layers)
+        before = _mean_score(self.layers)
         self._dropped = DroppedFilters.drop(pl_module, self._inputs.trace(), chosen)
         self._start_holding(trainer)
         self._note(trainer, event, {"score_before_drop": before})
@@ -271,29 +307,20 @@ class RePr(FilterCallback):
         if self._dropped is None:
             raise RuntimeError(f"RePr has nothing to regrow in cycle {event.cycle}: schedule() must alternate")
         dropped = self._dropped
-        values: dict[str, Tensor] = {}
-        spaces: dict[str, int] = {}
-        convolutions = dict(named_convolutions(pl_module))  # a layer may have been frozen since the drop
-        for layer, rows in dropped.filters.items():
-            matrix = filter_matrix(convolutions[layer])
-            surviving = torch.ones(matrix.shape[0], dtype=torch.bool)
-            surviving[rows] = False
-            generator = keyed_generator(self.seed, "regrow", event.cycle, layer)
-            old, survivors = dropped.old_filters(layer).cpu(), matrix.cpu()[surviving]
-            values[layer], spaces[layer] = regrown(layer, old, survivors, self.gain, generator)
+        values, spaces = dropped.new_filters(self.gain, (self.seed, "regrow", event.cycle))
         values = trainer.strategy.broadcast(values)
         self._holds = {}
         dropped.regrow(
             values, trainer.optimizers, next_layer=self.next_layer, key=(self.seed, "next_layer", event.cycle)
         )
         numbers = {f"null_space/{layer}": float(space) for layer, space in spaces.items()}
-        self._note(trainer, event, numbers | {"score_after_regrowth": mean_score(self.layers)})
+        self._note(trainer, event, numbers | {"score_after_regrowth": _mean_score(self.layers)})
         self._dropped = None
 
     def _note(self, trainer: pl.Trainer, event: RePrEvent, numbers: Mapping[str, float]) -> None:
         assert self._dropped is not None
         filters = {layer: rows.tolist() for layer, rows in self._dropped.filters.items()}
-        self._history.append(Happened(event.kind, event.cycle, event.epoch, trainer.global_step, filters))
+        self._history.append(CompletedEvent(event.kind, event.cycle, event.epoch, trainer.global_step, filters))
         count = self._dropped.count
         verb = "dropped" if event.kind == "drop" else "regrew"
         total = sum(filter_count(conv) for conv in self.layers.values())
@@ -348,7 +375,7 @@ class RePr(FilterCallback):
             "applied": self._applied,
             "dropped": dropped,
             "inputs": (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs,
-            "history": [list(happened) for happened in self._history],
+            "history": [list(event) for event in self._history],
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -362,7 +389,7 @@ class RePr(FilterCallback):
             raise TypeError("dropped must be a dict of filters, their tensors and old values")
         self._applied, self._saved_drop, self._dropped, self._ranked = applied, dropped, None, None
         self._saved_inputs = state["inputs"]
-        self._history = [Happened(*happened) for happened in history]
+        self._history = [CompletedEvent(*event) for event in history]
 
     @staticmethod
     def restore(model: nn.Module, checkpoint: Mapping[str, Any]) -> int:
@@ -380,4 +407,46 @@ class RePr(FilterCallback):
         Raises:
             KeyError: the checkpoint holds no state of RePr.
         """
-        return restore_dropped(model, checkpoint)
+        saved_extras = [
+            state["extra"]
+            for state in (checkpoint.get("callbacks") or {}).values()
+            if isinstance(state, dict) and isinstance(state.get("extra"), dict)
+        ]
+        saved_drops = [extra["dropped"] for extra in saved_extras if "dropped" in extra]
+        if not saved_drops:
+            raise KeyError(
+                "the checkpoint holds no state of RePr: there is nothing to bring back; load one of a fit with RePr"
+            )
+        count = 0
+        for saved in saved_drops:
+            if saved is not None:
+                dropped = DroppedFilters.from_state(model, saved)
+                dropped.restore()
+                count += dropped.count
+        return count
+
+
+def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers whose state cannot be told apart filter by filter."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS | Adafactor):
+            raise MisconfigurationException(
+                f"RePr needs optimizer state per filter, and {type(optimizer).__name__} keeps a history of the "
+                f"whole network or factors of whole matrices; use SGD, Adam or another element-wise optimizer"
+            )
+
+
+def _fit_epochs(trainer: pl.Trainer) -> int | None:
+    """Epochs that the fit will have begun when it ends; ``None`` if unknown."""
+    limits: list[int] = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs)
+    per_epoch = steps_per_epoch(trainer)
+    if trainer.max_steps >= 0 and per_epoch is not None and trainer.lightning_module.automatic_optimization:
+        limits.append(-(-trainer.max_steps // per_epoch))
+    return min(limits) if limits else None
+
+
+def _mean_score(layers: Mapping[str, Conv]) -> float:
+    """Mean over layers of their filters' mean overlap."""
+    return fmean(float(orthogonality_score(filter_matrix(conv)).mean()) for conv in layers.values())

@@ -1,4 +1,4 @@
-"""RePr as tensor functions: which filters overlap most, what replaces them, and when. No Lightning here.
+"""RePr as tensor functions: which filters overlap most, which of them are dropped, what replaces them.
 
 Prakash, Storer, Florencio, Zhang: "RePr: Improved Training of Convolutional Filters", CVPR 2019. Layers are
 ``(J, d)`` matrices of flattened filters, as ``filter_matrix(conv)`` returns them. Everything is computed in float64 on
@@ -8,8 +8,8 @@ the CPU, so that a ranking or a regrown filter does not depend on precision or d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,19 +17,15 @@ from torch import Tensor
 from lightning_filterdiv.similarity import expected_abs_cosine, normalize_rows, orthogonality_score
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
-from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = [
     "Criterion",
-    "RePrEvent",
     "Scope",
     "null_space_dimension",
     "orthogonal_directions",
     "overdrawn_layers",
-    "plan_events",
     "rank_filters",
     "regrow_filters",
-    "remaining_rate_share",
     "select_dropped",
 ]
 
@@ -79,7 +75,7 @@ def rank_filters(
     """Score the filters of several layers; the larger the score, the sooner a filter is dropped (section 4).
 
     Args:
-        filters: layer name -> ``(J, d)``. Layers of one shape come to the host in one copy.
+        filters: layer name -> ``(J, d)``.
         criterion: ``"orthogonality"``: ``O[f] = (1/J) sum_g |W_hat W_hat^T - I|[f, g]``, in [0, 1), rounded to
             1e-12 so that equal filters tie; ``"norm"``: minus the L2 norm; ``"random"``: uniform in [0, 1), a
             function of ``generator_key``, for example ``(seed, cycle)``, and the layer's name alone.
@@ -100,19 +96,14 @@ def rank_filters(
     for name, matrix in filters.items():
         _check_matrix(matrix, name)
     scores: dict[str, Tensor] = {}
-    for batch in group_by(filters.items(), lambda item: (item[1].shape, item[1].dtype, item[1].device)):
-        matrices = [matrix.detach() for _, matrix in batch]
-        if matrices[0].device.type != "cpu":
-            matrices = list(torch.stack(matrices).to("cpu"))
-        # Scored one by one: batched products may round differently, and a score must not depend on its company.
-        for (name, _), matrix in zip(batch, matrices, strict=True):
-            if criterion == "random":
-                _on_host(matrix, name)  # refuses NaN like the other criteria
-                generator = keyed_generator(*generator_key, name)
-                scores[name] = torch.rand(matrix.shape[0], generator=generator, dtype=torch.float64, device="cpu")
-            else:
-                scores[name] = _score(_on_host(matrix, name), criterion, dim_correct)
-    return {name: scores[name] for name in filters}
+    for name, matrix in filters.items():
+        host = _on_host(matrix, name)
+        if criterion == "random":
+            generator = keyed_generator(*generator_key, name)
+            scores[name] = torch.rand(host.shape[0], generator=generator, dtype=torch.float64, device="cpu")
+        else:
+            scores[name] = _score(host, criterion, dim_correct)
+    return scores
 
 
 def _score(filters: Tensor, criterion: Criterion, dim_correct: bool) -> Tensor:
@@ -159,8 +150,8 @@ def select_dropped(
     if max_layer_fraction is not None:
         largest_share = check_number("max_layer_fraction", max_layer_fraction, above=0.0, high=1.0)
     _check_layers("scores", scores)
-    names: list[str] = []
-    candidates: list[tuple[Tensor, Tensor]] = []  # per layer: the filters it may lose, worst first, and their scores
+    worst: dict[str, Tensor] = {}  # per layer: the filters it may lose, worst first
+    worst_scores: list[Tensor] = []
     for name, score in scores.items():
         score = score.detach().to("cpu").to(torch.float64)
         if score.dim() != 1 or score.isnan().any():
@@ -169,17 +160,16 @@ def select_dropped(
         limit = max(0, min(size - 1, int(size * largest_share + 1e-9)))
         if scope == "layer":
             limit = min(limit, int(size * prune_fraction + 1e-9))
-        worst = score.argsort(descending=True, stable=True)[:limit]
-        names.append(name)
-        candidates.append((worst, score[worst]))
-    if not names or scope == "layer":
-        return {name: worst.sort().values for name, (worst, _) in zip(names, candidates, strict=True)}
-    total = int(sum(score.numel() for score in scores.values()) * prune_fraction + 1e-9)
-    order = torch.cat([score for _, score in candidates]).argsort(descending=True, stable=True)
-    taken = torch.zeros(order.numel(), dtype=torch.bool, device="cpu")
-    taken[order[:total]] = True
-    parts = taken.split([worst.numel() for worst, _ in candidates])
-    return {name: worst[part].sort().values for name, (worst, _), part in zip(names, candidates, parts, strict=True)}
+        worst[name] = score.argsort(descending=True, stable=True)[:limit]
+        worst_scores.append(score[worst[name]])
+    if scope == "global" and worst:
+        total = int(sum(score.numel() for score in scores.values()) * prune_fraction + 1e-9)
+        order = torch.cat(worst_scores).argsort(descending=True, stable=True)
+        taken = torch.zeros(order.numel(), dtype=torch.bool, device="cpu")
+        taken[order[:total]] = True
+        parts = taken.split([rows.numel() for rows in worst.values()])
+        worst = {name: rows[part] for (name, rows), part in zip(worst.items(), parts, strict=True)}
+    return {name: rows.sort().values for name, rows in worst.items()}
 
 
 def overdrawn_layers(dropped: Mapping[str, Tensor], scores: Mapping[str, Tensor], threshold: float = 0.5) -> list[str]:
@@ -190,44 +180,32 @@ def overdrawn_layers(dropped: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 # --- re-initialisation -------------------------------------------------------------------------------------------
 
 
-class _RowSpace:
-    """Singular directions and null space of row-normalised ``A``, ``(n, d)``, without forming a basis of either.
+def _row_space(*matrices: Tensor) -> Tensor:
+    """Orthonormal basis ``(r, d)`` of the row space of the row-normalised stack, ``r`` its rank.
 
-    ``A^T = Q [R; 0]`` with ``Q`` kept as Householder reflectors; the SVD of the small ``R`` gives the singular values
-    of ``A`` as accurately as its own would (eigenvalues of ``A A^T`` square the condition number and lose the rank).
+    The rows are right-singular directions, largest singular value first. All directions orthogonal to them are the null
+    space. (Eigenvalues of ``A A^T`` would square the condition number and lose the rank.)
     """
+    for matrix in matrices:
+        _check_matrix(matrix, "re-initialisation")
+    if len({matrix.shape[1] for matrix in matrices}) != 1:
+        raise ValueError(f"filters of one layer have one fan-in, got {[tuple(matrix.shape) for matrix in matrices]}")
+    hosts = [_on_host(matrix, "re-initialisation") for matrix in matrices]
+    rows = torch.cat([normalize_rows(host) if host.shape[0] else host for host in hosts])
+    _, values, directions = torch.linalg.svd(rows, full_matrices=False)
+    tolerance = max(rows.shape) * torch.finfo(rows.dtype).eps * values[:1]  # empty for a stack without rows
+    rank = int((values > tolerance).sum())
+    basis: Tensor = directions[:rank]
+    return basis
 
-    def __init__(self, rows: Tensor) -> None:
-        count, self.width = rows.shape
-        if count == 0:
-            rows = rows.new_zeros(1, self.width)
-        if count > self.width:
-            rows = torch.linalg.qr(rows, mode="r").R  # same row space, same singular values
-        self._reflectors, self._tau = torch.geqrf(rows.mT)
-        self._left, self.values, _ = torch.linalg.svd(self._reflectors[: rows.shape[0]].triu())
-        tolerance = max(count, self.width) * torch.finfo(rows.dtype).eps * float(self.values[0])
-        self.rank = int((self.values > tolerance).sum())
-        self.null_dimension = self.width - self.rank
 
-    def _rotated_back(self, coordinates: Tensor) -> Tensor:
-        return torch.ormqr(self._reflectors, self._tau, coordinates).mT
-
-    def random_null_directions(self, count: int, generator: torch.Generator) -> Tensor:
-        """``count <= null_dimension`` orthonormal rows, uniformly distributed in the null space."""
-        inner, small = self._left[:, : self.rank], self._left.shape[0]
-        draw = torch.randn(self.width, count, generator=generator, dtype=torch.float64, device="cpu")
-        # Twice: orthonormalising many draws of a small space amplifies what the first projection left over.
-        for _ in range(2):
-            draw[:small] -= inner @ (inner.mT @ draw[:small])
-            draw = _orthonormal_columns(draw)
-        return self._rotated_back(draw)
-
-    def least_overlapping(self, count: int) -> Tensor:
-        """``count <= rank`` right-singular directions, smallest singular value first; ``||A v|| = sigma``."""
-        chosen = self._left[:, self.rank - count : self.rank].flip(1)
-        padded = chosen.new_zeros(self.width, count)
-        padded[: chosen.shape[0]] = chosen
-        return self._rotated_back(padded)
+def _random_null_directions(row_space: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count <= d - r`` orthonormal rows, uniformly distributed in the null space."""
+    draw = torch.randn(row_space.shape[1], count, generator=generator, dtype=torch.float64, device="cpu")
+    # Twice: orthonormalising many draws of a small space amplifies what the first projection left over.
+    for _ in range(2):
+        draw = _orthonormal_columns(draw - row_space.mT @ (row_space @ draw))
+    return draw.mT
 
 
 def _orthonormal_columns(columns: Tensor) -> Tensor:
@@ -236,22 +214,14 @@ def _orthonormal_columns(columns: Tensor) -> Tensor:
     return torch.mul(q, torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype))
 
 
-def _row_space(*matrices: Tensor) -> _RowSpace:
-    for matrix in matrices:
-        _check_matrix(matrix, "re-initialisation")
-    if len({matrix.shape[1] for matrix in matrices}) != 1:
-        raise ValueError(f"filters of one layer have one fan-in, got {[tuple(matrix.shape) for matrix in matrices]}")
-    hosts = [_on_host(matrix, "re-initialisation") for matrix in matrices]
-    return _RowSpace(torch.cat([normalize_rows(host) if host.shape[0] else host for host in hosts]))
-
-
 @torch.no_grad()
 def null_space_dimension(*matrices: Tensor) -> int:
     """``d - rank`` of the row-normalised stack of ``(n_i, d)`` matrices, such as old values and survivors.
 
     The rank counts singular values above ``max(n, d) eps`` of the largest, in float64; zero rows do not count.
     """
-    return _row_space(*matrices).null_dimension
+    row_space = _row_space(*matrices)
+    return row_space.shape[1] - row_space.shape[0]
 
 
 @torch.no_grad()
@@ -277,18 +247,20 @@ def orthogonal_directions(old: Tensor, survivors: Tensor, count: int, generator:
         TypeError, ValueError: a bad count; shapes that do not fit, NaN or inf.
     """
     count = check_integer("count", count, low=0)
-    space = _row_space(old, survivors)
+    row_space = _row_space(old, survivors)
+    rank, width = row_space.shape
+    least_overlapping = row_space.flip(0)  # ||A v|| = sigma, smallest first
     rounds: list[Tensor] = []
-    for start in range(0, count, space.width):
-        wanted = min(space.width, count - start)
-        free = min(wanted, space.null_dimension)
-        block = torch.cat([space.random_null_directions(free, generator), space.least_overlapping(wanted - free)])
+    for start in range(0, count, width):
+        wanted = min(width, count - start)
+        free = min(wanted, width - rank)
+        block = torch.cat([_random_null_directions(row_space, free, generator), least_overlapping[: wanted - free]])
         if rounds:
             gaussian = torch.randn(wanted, wanted, generator=generator, dtype=torch.float64, device="cpu")
             block = _orthonormal_columns(gaussian) @ block
         rounds.append(block)
-    directions = torch.cat(rounds) if rounds else torch.empty(0, space.width, dtype=torch.float64, device="cpu")
-    return directions, space.null_dimension
+    directions = torch.cat(rounds) if rounds else torch.empty(0, width, dtype=torch.float64, device="cpu")
+    return directions, width - rank
 
 
 @torch.no_grad()
@@ -314,45 +286,3 @@ def regrow_filters(old: Tensor, survivors: Tensor, gain: float, generator: torch
 def _mean_norm(matrix: Tensor) -> float:
     norms = torch.linalg.vector_norm(_on_host(matrix, "re-initialisation"), dim=-1)
     return float(norms.sum() / (norms > 0).sum().clamp(min=1))
-
-
-# --- schedule ----------------------------------------------------------------------------------------------------
-
-
-class RePrEvent(NamedTuple):
-    """Something that happens when ``epoch`` epochs have been completed; ``cycle`` counts from 1."""
-
-    cycle: int
-    kind: Literal["drop", "regrow"]
-    epoch: int
-
-
-def plan_events(full_epochs: int = 20, sub_epochs: int = 10, cycles: int = 3) -> list[RePrEvent]:
-    """Events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` without the dropped.
-
-    Raises:
-        TypeError, ValueError: an argument is not an integer of at least 1, by name.
-    """
-    full_epochs = check_integer("full_epochs", full_epochs, low=1)
-    period = full_epochs + check_integer("sub_epochs", sub_epochs, low=1)
-    events: list[RePrEvent] = []
-    for cycle in range(check_integer("cycles", cycles, low=1)):
-        events.append(RePrEvent(cycle + 1, "drop", cycle * period + full_epochs))
-        events.append(RePrEvent(cycle + 1, "regrow", (cycle + 1) * period))
-    return events
-
-
-def remaining_rate_share(rates: Sequence[float], epoch: int) -> float:
-    """Share of the summed learning rate that is left after ``epoch`` epochs: what a filter regrown then can learn by.
-
-    ``rates`` holds the rate of every epoch of the fit; from its end on the share is 0.
-
-    Raises:
-        TypeError, ValueError: a negative epoch; rates that are negative or not finite, or that sum to 0.
-    """
-    epoch = check_integer("epoch", epoch, low=0)
-    checked = [check_number("rates", rate, low=0.0) for rate in rates]
-    total = math.fsum(checked)
-    if total <= 0:
-        raise ValueError(f"rates must sum to more than 0, got {checked}")
-    return math.fsum(checked[epoch:]) / total

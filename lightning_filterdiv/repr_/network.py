@@ -1,7 +1,9 @@
-"""The sub-network: silence filters exactly, hold them still, bring them back. No Lightning here."""
+"""What a drop does to a network: which layers can lose filters, silencing them exactly, holding them still, bringing
+them back. No Lightning here."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,15 +14,62 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.filters import canonical_name, write_filters
+from lightning_filterdiv.filters import FAKE_QUANTISED, Conv, canonical_name, filter_matrix, write_filters
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold, initial_state, row_state
+from lightning_filterdiv.repr_.functional import regrow_filters
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
-__all__ = ["DroppedFilters", "NextLayer", "Slice"]
+__all__ = ["DroppedFilters", "NextLayer", "Slice", "default_layers", "rankable"]
 
 NextLayer = Literal["keep", "zero", "small_random"]
 # Of the spread of the consumer's other columns.
 _SMALL = 0.1
+_SHORTCUT = re.compile(r"downsample|shortcut|skip|identity", re.IGNORECASE)
+
+
+# --- layers that can lose filters --------------------------------------------------------------------------------
+
+
+def default_layers(layers: Mapping[str, Conv], all_layers: Mapping[str, Conv]) -> dict[str, Conv]:
+    """Ungrouped convolutions of ``layers`` but the network's first one and 1x1 shortcuts.
+
+    Args:
+        layers: what ``exclude`` leaves.
+        all_layers: every convolution of the network in the order of its modules. A frozen network beside the one that
+            is trained (a teacher, a loss network) may be registered first: the first *trainable* one counts.
+    """
+    first = next((name for name, conv in all_layers.items() if conv.weight.requires_grad), "")
+    return {
+        name: conv
+        for name, conv in layers.items()
+        if name != first and conv.groups == 1 and not (conv.weight[0, 0].numel() == 1 and _SHORTCUT.search(name))
+    }
+
+
+def rankable(graph: ChannelGraph, layers: Mapping[str, Conv]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Filter matrices of the layers whose filters can be silenced exactly, and why the others' cannot.
+
+    Args:
+        graph: of the network that ``layers`` belong to.
+        layers: canonical name -> convolution.
+
+    Returns:
+        Layer -> ``(J, d)``, and layer -> reason.
+    """
+    matrices: dict[str, Tensor] = {}
+    reasons: dict[str, str] = {}
+    for name, conv in layers.items():
+        region = graph.private(name) if name in graph.layers else graph.why_absent(name)
+        if hasattr(conv, "weight_fake_quant"):
+            region = FAKE_QUANTISED
+        if isinstance(region, str):
+            reasons[name] = region
+        else:
+            matrices[name] = filter_matrix(conv)
+    return matrices, reasons
+
+
+# --- filters that are out ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,14 +114,14 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _norm_statistics(private: Mapping[str, list[Slice]], modules: Mapping[str, nn.Module]) -> list[Slice]:
     """Running statistics of the norms among the private tensors, for the same channels."""
-    found: dict[str, list[Tensor]] = {}
+    channels: dict[str, list[Tensor]] = {}  # by name of the norm
     for part in (part for parts in private.values() for part in parts):
         owner, _, leaf = part.tensor.rpartition(".")
         module = modules[owner]
         if isinstance(module, _NormBase) and module.running_mean is not None and leaf in ("weight", "running_mean"):
-            found.setdefault(owner, []).append(part.rows)
+            channels.setdefault(owner, []).append(part.rows)
     names = ("running_mean", "running_var")
-    return [Slice(f"{owner}.{name}", 0, torch.cat(rows).unique()) for owner, rows in found.items() for name in names]
+    return [Slice(f"{owner}.{name}", 0, torch.cat(rows).unique()) for owner, rows in channels.items() for name in names]
 
 
 class DroppedFilters:
@@ -145,12 +194,44 @@ class DroppedFilters:
         return values.movedim(part.dim, 0).flatten(1)
 
     def hold(self, consumers: bool) -> RowHold:
-        """What keeps dropped filters (and with ``consumers`` the columns that read them) bit-still through steps."""
+        """Hold on dropped filters, and with ``consumers`` on the columns that read them: bit-still through steps."""
         tensors = _tensors(self.model)
         parts = [part for layer in self.filters for part in self._private[layer]]
         if consumers:
             parts += [part for layer in self.filters for part in self._consumers[layer]]
         return RowHold(part.held(tensors) for part in parts if isinstance(tensors[part.tensor], nn.Parameter))
+
+    @torch.no_grad()
+    def new_filters(self, gain: float, key: tuple[int | str, ...]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Draw what replaces the dropped filters, orthogonal to their old values and to the present survivors.
+
+        Args:
+            gain: length relative to the mean norm of the layer's survivors, see :func:`regrow_filters`.
+            key: names the random draws, together with the layer.
+
+        Returns:
+            Layer -> ``(n, d)`` float64 on the CPU, in the order of ``filters``, and layer -> dimension of the null
+            space that they were drawn from.
+
+        Raises:
+            ValueError: a layer holds NaN or inf; it is named.
+        """
+        modules = _modules(self.model)
+        values: dict[str, Tensor] = {}
+        spaces: dict[str, int] = {}
+        for layer, rows in self.filters.items():
+            matrix = filter_matrix(modules[layer]).cpu()  # type: ignore[arg-type]
+            surviving = torch.ones(matrix.shape[0], dtype=torch.bool, device="cpu")
+            surviving[rows] = False
+            old, generator = self.old_filters(layer).cpu(), keyed_generator(*key, layer)
+            try:
+                values[layer], spaces[layer] = regrow_filters(old, matrix[surviving], gain, generator)
+            except ValueError as error:
+                raise ValueError(
+                    f"RePr cannot regrow filters of {layer!r} ({error}): resume from a checkpoint before the training "
+                    f"diverged, with a smaller learning rate or gain"
+                ) from error
+        return values, spaces
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -175,7 +256,7 @@ class DroppedFilters:
         that follow get their old values back, as do frozen ones; optimizer state of all these rows is reset.
 
         Args:
-            values: layer -> ``(n, d)`` new filters, in the order of ``filters``.
+            values: layer -> ``(n, d)`` new filters, in the order of ``filters``; :meth:`new_filters` draws them.
             optimizers: all optimizers of the network.
             next_layer: what becomes of the columns that read the filters: kept, set to zero, or small random numbers
                 (a tenth of the spread of the tensor); the last two reset their optimizer state. Regrown filters of the
@@ -254,15 +335,13 @@ class DroppedFilters:
         Raises:
             ValueError: the model has no such tensor: it is not the network that was saved.
         """
-        slices = [
-            {layer: [Slice.unpacked(part) for part in parts] for layer, parts in state[kind].items()}
-            for kind in ("private", "consumers")
-        ]
-        known = _tensors(model)
-        for parts in (part for kind in slices for layer in kind.values() for part in layer):
-            if parts.tensor not in known:
-                raise ValueError(
-                    f"the network has no tensor {parts.tensor!r}, which holds dropped filters in the state"
-                )
+        private, consumers = (
+            {layer: [Slice.unpacked(part) for part in parts] for layer, parts in state[entry].items()}
+            for entry in ("private", "consumers")
+        )
+        tensors = _tensors(model)
+        for part in (part for regions in (private, consumers) for parts in regions.values() for part in parts):
+            if part.tensor not in tensors:
+                raise ValueError(f"the network has no tensor {part.tensor!r}, which holds dropped filters in the state")
         statistics = [(Slice.unpacked(part), values) for part, values in state["statistics"]]
-        return cls(model, state["filters"], slices[0], slices[1], state["old"], statistics)
+        return cls(model, state["filters"], private, consumers, state["old"], statistics)

@@ -290,7 +290,7 @@ def test_the_depth_bound_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert [part[0] for part in found] == [[0], []]
     assert found[0][1:] == found[1][1:]
     assert found[0][2].total == 4
-    assert "that of rank 0 was measured" in found[0][1].notes[-2]
+    assert "only rank 0 measured" in found[0][1].notes[-1]
 
 
 def test_a_bound_that_cannot_be_measured_ends_every_rank() -> None:

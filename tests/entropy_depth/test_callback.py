@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from benchmarks.models import StagedResNet
 from lightning_filterdiv import EntropyDepthBound
 from lightning_filterdiv.entropy_depth import ImageDataError, callback, estimate_depth_bound
-from lightning_filterdiv.entropy_depth.functional import RULE
 from tests.support.training import Classifier, batches, differing, fit
 
 # Values 0 to 7 equally often in every image: entropy ln 8 = 2.079.
@@ -59,11 +59,9 @@ def test_a_stage_that_is_too_deep(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert bound.bound.entropy == pytest.approx(2.0794, abs=1e-4)
     assert bound.depth is not None
     assert [stage.depth for stage in bound.depth.stages] == [5, 2]
-    assert RULE in caplog.text
-    assert "48 images: tensors of a TensorDataset" in caplog.text
+    assert "48 images: batches of a DataLoader over TensorDataset). Bound: at most 3 convolutions" in caplog.text
     assert "7 convolutions on the longest path: 5 at 8x8, 2 at 4x4; the bound is 3 per stage" in caplog.text
     message = next(str(w.message) for w in warned if "deeper than" in str(w.message))
-    assert RULE in message
     assert "stage 1 (8x8, net.stem.0 to " in message
     assert "5 convolutions of width 6 -> 3 of width" in message
     text = next(tmp_path.rglob("metrics.csv")).read_text()
@@ -123,30 +121,51 @@ def test_a_network_that_cannot_be_traced() -> None:
 # --------------------------------------------------------------------------- measured once
 
 
-def test_measured_once_per_data_set(tmp_path: Path, counted: list[int]) -> None:
-    """Not again in a second fit, not after a resume; again for other data."""
+def test_measured_once_per_fit(tmp_path: Path, counted: list[int]) -> None:
+    """Again in a second fit, whose data may be others; not after a resume, unless more images are asked for."""
     first = EntropyDepthBound(action="log")
     fit([first, ModelCheckpoint(dirpath=tmp_path, filename="end")], loader=_loader(), max_epochs=1)
-    fit([first], loader=_loader(), max_epochs=1)
-    assert len(counted) == 1
-    second = EntropyDepthBound(action="log")
+    second = EntropyDepthBound(action="log", unit="bits")
     fit([second], loader=_loader(), max_epochs=2, ckpt_path=str(tmp_path / "end.ckpt"))
     assert len(counted) == 1
-    assert second.bound == first.bound
-    fit([first], loader=_loader(IMAGES.flip(0) // 2), max_epochs=1)
-    assert len(counted) == 2
     assert first.bound is not None
-    assert first.bound.bound == 2
+    assert second.bound is not None
+    assert (first.bound.bound, second.bound.bound) == (3, 3)
+    assert second.bound.entropy == pytest.approx(first.bound.entropy / math.log(2))
+    assert second.bound.notes == first.bound.notes
+    fit([EntropyDepthBound(max_images=16)], loader=_loader(), max_epochs=2, ckpt_path=str(tmp_path / "end.ckpt"))
+    assert len(counted) == 2
+    fit([second], loader=_loader(IMAGES.flip(0) // 2), max_epochs=1)
+    assert len(counted) == 3
+    assert second.bound.entropy == pytest.approx(2.0)
 
 
-def test_streams_are_measured_in_every_new_fit(counted: list[int], tmp_path: Path) -> None:
-    """Nothing tells two of one type and length apart; in a resumed run it is taken to be the same one."""
-    bound = EntropyDepthBound()
-    fit([bound, ModelCheckpoint(dirpath=tmp_path, filename="end")], max_epochs=1)
-    fit([bound], max_epochs=1)
-    assert len(counted) == 2
-    fit([EntropyDepthBound()], max_epochs=2, ckpt_path=str(tmp_path / "end.ckpt"))
-    assert len(counted) == 2
+@pytest.mark.parametrize("measured", [[], [["a5", False, [1.0, 0.1, 9, "raw 8-bit images of A", []]]]])
+def test_checkpoints_of_release_0_1_are_resumed(measured: list[Any], tmp_path: Path, counted: list[int]) -> None:
+    """They list measurements by a fingerprint of the data; that of their own fit stands last."""
+    fit([EntropyDepthBound(), ModelCheckpoint(dirpath=tmp_path, filename="end")], loader=_loader(), max_epochs=1)
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    last = ["0f", False, [2.5, 0.25, 48, "tensors of a TensorDataset", ["a note"]]]
+    extra = {"measured": [*measured, last] if measured else []}
+    checkpoint["callbacks"][EntropyDepthBound().state_key]["extra"] = extra
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    again = EntropyDepthBound()
+    fit([again], loader=_loader(), max_epochs=2, ckpt_path=str(tmp_path / "old.ckpt"))
+    assert again.bound is not None
+    if not measured:
+        assert len(counted) == 2
+        assert again.bound.entropy == pytest.approx(2.0794, abs=1e-4)
+        return
+    assert len(counted) == 1
+    assert (again.bound.entropy, again.bound.std, again.bound.n_images) == (2.5, 0.25, 48)
+    assert (again.bound.source, again.bound.notes) == ("tensors of a TensorDataset", ("a note",))
+
+
+def test_a_damaged_state_is_refused() -> None:
+    state = EntropyDepthBound().state_dict()
+    for measured in (3, [1.0, 2.0], ["low", 0.1, 9, "images", []], [["0f", False]]):
+        with pytest.raises(ValueError, match="the checkpoint's state of EntropyDepthBound cannot be used"):
+            EntropyDepthBound().load_state_dict(state | {"extra": {"measured": measured, "max_images": None}})
 
 
 def test_training_is_not_disturbed() -> None:

@@ -16,7 +16,7 @@ from torchvision.models import resnet18, resnet50
 from benchmarks.models import StagedDenseNet, StagedResNet, StagedResNeXt
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.entropy_depth import network_depth, plan_depth
-from lightning_filterdiv.entropy_depth.plan import chain_parameters, widths_at_equal_parameters
+from lightning_filterdiv.entropy_depth.plan import chain_parameters
 from lightning_filterdiv.narrowing import count_parameters
 
 
@@ -133,7 +133,7 @@ def _count(style: str) -> Callable[[Sequence[int], Sequence[int]], int]:
 @pytest.mark.parametrize("bound", [2, 3, 4, 6])
 @pytest.mark.parametrize("style", BUILDERS)
 def test_planned_networks_have_equal_parameters(style: str, bound: int) -> None:
-    """Narrow and deep against broad and shallow: built, counted, within 2 %."""
+    """Narrow and deep against broad and shallow: built, counted, equal up to the rounding of widths."""
     depths, widths = (9, 9, 9), (16, 32, 64)
     step = 4 if style == "resnext" else 1
     plan = plan_depth(depths, widths, bound, parameters=_count(style), multiple_of=step)
@@ -142,7 +142,7 @@ def test_planned_networks_have_equal_parameters(style: str, bound: int) -> None:
     assert all(width % step == 0 for width in plan.widths)
     model = BUILDERS[style](plan.depths, plan.widths)
     reference = BUILDERS[style](depths, widths)
-    assert count_parameters(model) == pytest.approx(count_parameters(reference), rel=0.02)
+    assert count_parameters(model) == pytest.approx(count_parameters(reference), rel=0.01 if step == 1 else 0.03)
     assert plan.parameters == count_parameters(model)
     assert plan.change == pytest.approx(count_parameters(model) / count_parameters(reference) - 1)
 
@@ -175,7 +175,7 @@ def test_a_plan_by_hand() -> None:
     assert plan.widths == (32,)
     assert plan.reference == 9 * (3 * 16 + 8 * 16 * 16)
     assert plan.parameters == chain_parameters([3], [32]) == 9 * (3 * 32 + 2 * 32 * 32)
-    assert widths_at_equal_parameters([9], [32], plan.parameters) == (16,)
+    assert plan_depth([9], [1600], 3).widths == (3200,), "3 v + 2 v^2 = 3 w + 8 w^2 has the root 3199.6"
 
 
 def test_the_plan_of_a_traced_network_is_that_of_its_builder() -> None:

@@ -13,7 +13,7 @@ from skimage.measure import shannon_entropy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_filterdiv.entropy_depth import functional, image_entropy
-from lightning_filterdiv.entropy_depth.functional import RULE, DepthBound, EntropyStatistics, depth_from_entropy
+from lightning_filterdiv.entropy_depth.functional import EntropyStatistics, Measurement, depth_from_entropy
 from tests.support.fake_gpu import needs_fake_gpu
 
 DTYPES = [
@@ -145,14 +145,15 @@ def test_rounding(entropy: float, ceil: int, floor: int, nearest: int) -> None:
 
 
 def test_units() -> None:
-    nats = DepthBound.from_nats(math.log(16), math.log(2), 5)
-    bits = DepthBound.from_nats(math.log(16), math.log(2), 5, unit="bits", rounding="floor")
+    measured = Measurement(math.log(16), math.log(2), 1500, "drawings", ("blurred",))
+    nats, bits = measured.bound(), measured.bound("bits", "floor")
     assert (nats.bound, bits.bound) == (3, 4)
     assert bits.entropy == pytest.approx(4)
     assert bits.std == pytest.approx(1)
-    assert RULE in bits.describe()
-    assert "reconstruction" in RULE
-    assert "4.000 ± 1.000 bits" in bits.describe()
+    assert bits.describe() == (
+        "entropy 4.000 ± 1.000 bits (mean and deviation over 1,500 images: drawings). "
+        "Bound: at most 4 convolutions per stage (heuristic, see docs).\nnote: blurred"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_units() -> None:
         (lambda: depth_from_entropy(2.0, "up"), "rounding must be one of"),  # type: ignore[arg-type]
         (lambda: depth_from_entropy(-1.0), "entropy must be a finite number >= 0"),
         (lambda: depth_from_entropy(math.nan), "entropy must be a finite number >= 0"),
-        (lambda: DepthBound.from_nats(1, 0, 1, unit="bytes"), "unit must be one of"),  # type: ignore[arg-type]
+        (lambda: Measurement(1, 0, 1).bound("bytes"), "unit must be one of"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_arguments(call: object, message: str) -> None:

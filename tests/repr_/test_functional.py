@@ -14,10 +14,8 @@ from lightning_filterdiv.repr_.functional import (
     null_space_dimension,
     orthogonal_directions,
     overdrawn_layers,
-    plan_events,
     rank_filters,
     regrow_filters,
-    remaining_rate_share,
     select_dropped,
 )
 from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
@@ -329,36 +327,3 @@ def test_wrong_regrowth() -> None:
         orthogonal_directions(gaussian(1, 4), gaussian(2, 5), 1, keyed_generator(0))
     with pytest.raises(ValueError, match="contain NaN or inf"):
         orthogonal_directions(gaussian(1, 4) / 0, gaussian(2, 4), 1, keyed_generator(0))
-
-
-# --------------------------------------------------------------------------- schedule
-
-
-def test_the_paper_s_schedule() -> None:
-    """Sub-network phases are epochs 20-30, 50-60 and 80-90."""
-    assert [tuple(event) for event in plan_events(20, 10, 3)] == [
-        (1, "drop", 20),
-        (1, "regrow", 30),
-        (2, "drop", 50),
-        (2, "regrow", 60),
-        (3, "drop", 80),
-        (3, "regrow", 90),
-    ]
-
-
-@pytest.mark.parametrize("name", ["full_epochs", "sub_epochs", "cycles"])
-def test_wrong_schedules(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
-        plan_events(**{name: 0})
-
-
-def test_the_share_of_the_learning_rate_that_is_left() -> None:
-    """FM5k: 60 epochs at 0.02, a tenth from epoch 48, a hundredth from 55; the last regrowth is at 36."""
-    rates = [0.02] * 48 + [0.002] * 7 + [0.0002] * 5
-    assert remaining_rate_share(rates, 36) == pytest.approx((12 + 0.7 + 0.05) / (48 + 0.7 + 0.05))
-    assert remaining_rate_share(rates, 0) == 1.0
-    assert remaining_rate_share(rates, 60) == remaining_rate_share(rates, 99) == 0.0
-    with pytest.raises(ValueError, match="sum to more than 0"):
-        remaining_rate_share([0.0, 0.0], 1)
-    with pytest.raises(ValueError, match="rates must be a finite number"):
-        remaining_rate_share([0.1, -0.1], 1)

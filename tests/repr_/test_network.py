@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import filter_matrix
+from lightning_filterdiv.repr_.functional import regrow_filters
 from lightning_filterdiv.repr_.network import DroppedFilters
+from lightning_filterdiv.tensors.randomness import keyed_generator
 from tests.repr_.networks import NETWORKS, Reference, randomized
 
 DROP = torch.tensor([1, 3])
@@ -176,6 +179,25 @@ def test_regrowth(name: str, next_layer: Any) -> None:
     else:
         assert all(0 < float(b.abs().max()) < 1 for b in after)
         assert all(not torch.equal(a, b) for a, b in zip(columns, after, strict=True))
+
+
+def test_new_filters_are_those_of_the_rule_for_every_layer() -> None:
+    """Old values from before the drop, survivors as they are now, a draw of its own for each layer."""
+    net = randomized(NETWORKS["plain"])
+    old = {layer: filter_matrix(net.get_submodule(layer))[DROP].clone() for layer in net.dropped}
+    dropped = _dropped(net)
+    _train(net, OPTIMIZERS["sgd"](net.parameters()), 2, dropped.hold(consumers=True))
+    values, spaces = dropped.new_filters(0.5, (7, "regrow"))
+    for layer in net.dropped:
+        matrix = filter_matrix(net.get_submodule(layer))
+        survivors = matrix[[j for j in range(len(matrix)) if j not in DROP]]
+        expected, space = regrow_filters(old[layer], survivors, 0.5, keyed_generator(7, "regrow", layer))
+        assert torch.equal(values[layer], expected)
+        assert spaces[layer] == space == matrix.shape[1] - len(matrix)
+    with torch.no_grad():
+        net.conv2.weight[2, 0, 1, 1] = math.nan
+    with pytest.raises(ValueError, match=r"RePr cannot regrow filters of 'conv2' .*1 of 3 filters contain NaN or inf"):
+        dropped.new_filters(0.5, (7, "regrow"))
 
 
 def test_state_round_trip_needs_no_pickle() -> None:

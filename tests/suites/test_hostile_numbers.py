@@ -24,7 +24,6 @@ from lightning_filterdiv.channel_importance.selection import select_channels
 from lightning_filterdiv.filters import NoLayersError
 from lightning_filterdiv.monitor.functional import redundancy_metrics
 from lightning_filterdiv.narrowing.clusters import ClusteredTensor
-from lightning_filterdiv.repr_.selection import regrown
 from tests.registry import CASES, ONE_EACH, PER_STEP, Case
 from tests.support.training import OPTIMIZERS, Classifier, batches, differing, fit, same, small_net
 
@@ -368,10 +367,3 @@ def test_an_importance_that_is_not_finite_is_refused() -> None:
     importance = {"0": torch.tensor([0.5, math.nan, 0.2, 0.1])}
     with pytest.raises(ValueError, match=r"importance of '0' holds NaN or inf"):
         select_channels(graph, importance)
-
-
-def test_regrowing_names_the_layer() -> None:
-    old, survivors = torch.rand(2, 9), torch.rand(4, 9)
-    survivors[1, 1] = math.nan
-    with pytest.raises(ValueError, match=r"RePr cannot regrow filters of 'net.3' .*1 of 4 filters contain NaN or inf"):
-        regrown("net.3", old, survivors, 1.0, torch.Generator())

@@ -81,15 +81,15 @@ DATA: list[Row] = [
         "vectors in training",
         lambda: fit([EntropyDepthBound()], loader=[(torch.zeros(4, 7), torch.zeros(4).long())]),
         ImageDataError,
-        "batches of list hold no images: a batch is ((4, 7) float32, (4,) int64). Give a data set of images, or a "
-        "loader whose batches hold them as a tensor (N, ...), alone, first in a tuple, or under 'image' in a dict",
+        "batches of list hold no images: a batch has (4, 7) float32, (4,) int64. Give a data set of images, or a "
+        "loader whose batches hold them as a tensor (N, ...) with two or more dimensions per image",
     ),
     Row(
         "batches that come once",
         lambda: fit([EntropyDepthBound()], loader=iter([(torch.zeros(4, 1, 8, 8), torch.zeros(4).long())])),
         ImageDataError,
-        "batches of list_iterator: they can be read only once, and measuring would leave nothing to train on. "
-        "Measure another copy with estimate_depth_bound, and train without EntropyDepthBound",
+        "list_iterator can be read only once, and measuring would leave nothing to train on. Measure another copy with "
+        "estimate_depth_bound, and train without EntropyDepthBound",
     ),
     Row(
         "batches of numbers for gates",

@@ -1,4 +1,4 @@
-"""The plan: what is printed, what does not fit, a plan of one's own."""
+"""The schedule: the paper's, what is printed, what does not fit, a schedule of one's own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,43 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_filterdiv import RePr
-from lightning_filterdiv.repr_.functional import RePrEvent
+from lightning_filterdiv.repr_ import RePrEvent
+from lightning_filterdiv.repr_.schedule import plan_events, remaining_rate_share
 from tests.repr_.fits import SHORT
 from tests.support.training import Classifier, fit
 
-# --------------------------------------------------------------------------- the plan
+
+def test_the_paper_s_schedule() -> None:
+    """Sub-network phases are epochs 20-30, 50-60 and 80-90."""
+    assert [tuple(event) for event in plan_events(20, 10, 3)] == [
+        (1, "drop", 20),
+        (1, "regrow", 30),
+        (2, "drop", 50),
+        (2, "regrow", 60),
+        (3, "drop", 80),
+        (3, "regrow", 90),
+    ]
+
+
+@pytest.mark.parametrize("name", ["full_epochs", "sub_epochs", "cycles"])
+def test_wrong_schedules(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
+        plan_events(**{name: 0})
+
+
+def test_the_share_of_the_learning_rate_that_is_left() -> None:
+    """FM5k: 60 epochs at 0.02, a tenth from epoch 48, a hundredth from 55; the last regrowth is at 36."""
+    rates = [0.02] * 48 + [0.002] * 7 + [0.0002] * 5
+    assert remaining_rate_share(rates, 36) == pytest.approx((12 + 0.7 + 0.05) / (48 + 0.7 + 0.05))
+    assert remaining_rate_share(rates, 0) == 1.0
+    assert remaining_rate_share(rates, 60) == remaining_rate_share(rates, 99) == 0.0
+    with pytest.raises(ValueError, match="sum to more than 0"):
+        remaining_rate_share([0.0, 0.0], 1)
+    with pytest.raises(ValueError, match="rates must be a finite number"):
+        remaining_rate_share([0.1, -0.1], 1)
+
+
+# --------------------------------------------------------------------------- in a fit
 
 
 def test_the_plan_is_printed_with_the_learning_rate_that_remains(caplog: pytest.LogCaptureFixture) -> None:
