@@ -87,7 +87,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
 
 def table(folder: Path, bound: int) -> str:
     """Markdown: accuracy (mean, 95 % interval), paired difference to the network at the bound, parameters, seconds."""
-    found = {ARMS[arm]: runs for arm, runs in read_runs(folder, ARMS).items()}
+    found = {ARMS[arm][0]: runs for arm, runs in read_runs(folder, ARMS).items()}
     accuracy = {depth: {run["seed"]: 100 * run["test_accuracy"] for run in runs} for depth, runs in found.items()}
     columns = ("convolutions per stage", "depth / bound", "widths", "parameters", "seeds", "test accuracy %",
                "difference to the bound", "p", "CPU s per epoch")  # fmt: skip
