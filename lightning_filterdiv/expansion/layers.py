@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_filterdiv.expansion.functional import Kind, compose_chain
+from lightning_filterdiv.selection import Obstacle
 
 __all__ = ["ExpandedConv2d", "ExpandedLinear", "ExpandedModule"]
 
@@ -35,10 +36,9 @@ class ExpandedModule(nn.Module):
     channels_last: bool
     compact_state: bool
     pending: bool
-    #: Read by :func:`~lightning_filterdiv.filters.weight_obstacle`.
-    weight_obstacle: ClassVar[tuple[str, str]] = (
-        "is made of factors by ExpandNet; give ExpandNet other layers with its include or exclude",
-        "is expanded by ExpandNet; give ExpandNet other layers with its include or exclude",
+    #: Read by :func:`~lightning_filterdiv.filters.find_weight_obstacle`.
+    obstacle: ClassVar[Obstacle] = Obstacle(
+        "is expanded by ExpandNet", "give ExpandNet other layers with its include or exclude"
     )
 
     def factors(self) -> tuple[list[nn.Parameter], list[nn.Parameter] | None]:

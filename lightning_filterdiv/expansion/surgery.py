@@ -20,9 +20,9 @@ from lightning_filterdiv.filters import (
     NoLayersError,
     canonical_name,
     check_patterns,
+    find_weight_obstacle,
     named_convolutions,
     quantised_modules,
-    weight_obstacle,
 )
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_module
 from lightning_filterdiv.tensors.randomness import keyed_generator
@@ -55,8 +55,8 @@ def _own_obstacle(layer: nn.Module, shared: Counter[int]) -> str | None:
     """Why no kind of expansion takes ``layer``."""
     if isinstance(layer, ExpandedModule):
         return "is expanded already; contract it first, or leave it out with exclude"
-    if (found := weight_obstacle(layer)) is not None:
-        return f"cannot be expanded: its weight {found[0]}"
+    if (found := find_weight_obstacle(layer)) is not None:
+        return str(found)
     weight = layer._parameters["weight"]
     assert weight is not None
     if is_lazy(weight) or weight.is_meta:

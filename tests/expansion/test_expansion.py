@@ -263,7 +263,7 @@ def _refusals() -> Iterator[Any]:
         nn.Sequential(parametrized),
         {"include": ["0"]},
         ExpansionError,
-        "prune, ...); remove the parametrization first",
+        "layer '0' has a weight computed by a parametrization (weight_norm, prune, ...); remove the parametrization",
     )
     yield nn.Sequential(conv(2, 2, 3)), {"kind": "C"}, ValueError, "kind must be one of"
     yield nn.Sequential(conv(2, 2, 3)), {"rate": 0}, ValueError, "rate must be an integer >= 1"

@@ -126,7 +126,6 @@ def test_one_such_layer_is_left_out_by_name(case: Case, kind: str) -> None:
 @each
 def test_nothing_but_such_layers_is_an_error(case: Case, kind: str) -> None:
     change, _, way_out = LEFT_OUT[kind]
-    way_out = way_out if way_out == FLOAT_FIRST or case.name == "expand" else "remove that first (torch.nn.utils."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(NoLayersError, match=re.escape(way_out)) as caught:
