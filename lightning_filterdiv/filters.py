@@ -230,8 +230,6 @@ def find_weight_obstacle(layer: nn.Module) -> Obstacle | None:
     """
     weight = _weight_parameter(layer)
     if weight is None:
-        if isinstance(own := getattr(layer, "obstacle", None), Obstacle):
-            return own
         if is_parametrized(layer, "weight"):
             for step in cast(nn.ModuleDict, layer.parametrizations)["weight"].children():
                 if isinstance(own := getattr(step, "obstacle", None), Obstacle):

@@ -154,7 +154,7 @@ def test_a_lazy_layer_of_another_kind_is_no_obstacle(case: Case) -> None:
 
 #: Callback -> what it says where every layer is quantisation-aware; the others act on the float weights.
 AWARE_REFUSED = {
-    "expand": "'net.0' is a torch.ao.nn.qat.modules.conv.Conv2d; only nn.Conv2d and nn.Linear themselves",
+    "expand": "every selected layer is a torch.ao.nn.qat.modules.conv.Conv2d; only nn.Conv2d and nn.Linear themselves",
     "importance": "'net.0' is a torch.ao.nn.qat.modules.conv.Conv2d with 1 group",
     "csgd": "prepare it for quantisation afterwards",
     "repr": "prepare it for quantisation afterwards",
