@@ -1,4 +1,4 @@
-"""What a filter is: row ``j`` of a ``(J, d)`` matrix, for every kind of convolution, and how layers are chosen by name.
+"""Filters as the rows of a ``(J, d)`` matrix, for every kind of convolution; layers and tensors by canonical name.
 
 Shapes used throughout the package: a layer has ``J`` filters (output channels); each filter has ``d`` weights, its
 fan-in (input channels seen by the filter times kernel positions).
@@ -6,9 +6,6 @@ fan-in (input channels seen by the filter times kernel positions).
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -16,25 +13,32 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_filterdiv.selection import NoLayersError, Obstacle, check_patterns, select_layers
 from lightning_filterdiv.tensors.arguments import check_module, check_tensor
 
 __all__ = [
     "CONVOLUTIONS",
     "FAKE_QUANTISED",
     "FLOAT_FIRST",
+    "PACKED",
     "Conv",
     "NoLayersError",
+    "Obstacle",
     "canonical_name",
     "check_patterns",
     "filter_count",
     "filter_matrix",
+    "find_submodule",
+    "find_weight_obstacle",
     "mask_layout",
     "named_convolutions",
+    "named_modules",
+    "named_tensors",
     "quantised_modules",
     "select_filters",
-    "weight_obstacle",
     "write_filters",
 ]
 
@@ -49,15 +53,13 @@ _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
 _QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 #: The way out where weights are integers.
 FLOAT_FIRST = "train the float network, and quantise it afterwards"
+#: Of the layers in :func:`quantised_modules`.
+PACKED = Obstacle("is quantised (packed integers)", FLOAT_FIRST)
 #: Of a layer whose module has a ``weight_fake_quant``, where equal or silent filters must stay so exactly.
 FAKE_QUANTISED = (
     "its weight is fake-quantised in forward, with a scale per filter that follows its history; train the float "
     "network, and prepare it for quantisation afterwards"
 )
-
-
-class NoLayersError(ValueError):
-    """No layer is left to act on. The message lists the available names and the closest match to each pattern."""
 
 
 def canonical_name(name: str) -> str:
@@ -69,13 +71,55 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def _is_wrapped(name: str) -> bool:
+    """Whether the last level of ``name`` is one that a wrapper adds."""
+    return name.rpartition(".")[2] in _WRAPPERS
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Canonical name -> module, under every name it has; of a wrapper and what it wraps, what it wraps.
+
+    Names that collide when they are shortened (``conv`` beside ``module.conv``) stay long, or a module would be lost.
+    """
+    named = list(model.named_modules(remove_duplicate=False))
+    taken = Counter(canonical_name(name) for name, _ in named if not _is_wrapped(name))
+    return {(short if taken[short := canonical_name(name)] <= 1 else name): module for name, module in named}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name -> parameter or buffer, under every name it has."""
+    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {canonical_name(name): tensor for name, tensor in pairs}
+
+
+def find_submodule(model: nn.Module, name: str | None, error: type[ValueError] = NoLayersError) -> nn.Module:
+    """Return the submodule of a canonical name, ``model`` itself for ``None`` and for an empty name.
+
+    Of a wrapper and what it wraps, the wrapper: hooks inside a compiled module may never fire.
+
+    Args:
+        model: the network.
+        name: canonical name.
+        error: class of the error.
+
+    Raises:
+        ``error``: there is no such submodule; the message lists the children.
+    """
+    module: nn.Module
+    for full, module in model.named_modules(remove_duplicate=False):
+        if canonical_name(full) == (name or "") and (not full or not _is_wrapped(full)):
+            return module
+    children = ", ".join(repr(canonical_name(child)) for child, _ in model.named_children())
+    raise error(f"{type(model).__name__} has no submodule network={name!r}; its children are {children}")
+
+
 def _is_transposed(conv: Conv) -> bool:
     return isinstance(conv, _TRANSPOSED)
 
 
-def filter_count(conv: Conv) -> int:
-    """Number of filters ``J`` of ``conv``: its output channels."""
-    return conv.out_channels
+def filter_count(layer: Conv | nn.Linear) -> int:
+    """Number of filters ``J`` of ``layer``: its output channels or features."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _filter_view(conv: Conv) -> Tensor:
@@ -178,100 +222,49 @@ def _weight_parameter(conv: nn.Module) -> nn.Parameter | None:
     return conv._parameters.get("weight")
 
 
-def weight_obstacle(layer: nn.Module) -> tuple[str, str] | None:
-    """Why the filters of ``layer`` are not the rows of a weight that can be read and updated as it is.
+def find_weight_obstacle(layer: nn.Module) -> Obstacle | None:
+    """Return why the filters of ``layer`` are not the rows of a weight that can be read and updated as it is.
 
-    Returns:
-        ``None`` if they are (also for a lazy layer, which has no weight yet), else two clauses, each with the way out
-        behind a semicolon: what follows "its weight", and what follows "every selected layer".
+    ``None`` if they are, also for a lazy layer, which has no weight yet. A parametrization may say so itself, by an
+    attribute ``obstacle``.
     """
     weight = _weight_parameter(layer)
     if weight is None:
-        if (own := getattr(layer, "weight_obstacle", None)) is not None:
-            return cast("tuple[str, str]", own)
-        advice = "remove the parametrization first"
-        return (
-            f"is computed by a parametrization (weight_norm, prune, ...); {advice}",
-            "is parametrized; remove that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
+        if is_parametrized(layer, "weight"):
+            for step in cast(nn.ModuleDict, layer.parametrizations)["weight"].children():
+                if isinstance(own := getattr(step, "obstacle", None), Obstacle):
+                    return own
+        return Obstacle(
+            "has a weight computed by a parametrization (weight_norm, prune, ...)",
+            "remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
         )
     if is_lazy(weight):
         return None
     if is_traceable_wrapper_subclass(weight):
-        kind = type(weight).__name__
-        return (
-            f"is a {kind}, a shard or a packed form; use strategy='ddp' or a single device, with whole, plain weights",
-            f"has a {kind} for its weight, a shard or a packed form; use strategy='ddp' or a single device, with "
-            f"whole, plain weights",
+        return Obstacle(
+            f"has a {type(weight).__name__} for its weight, a shard or a packed form",
+            "use strategy='ddp' or a single device, with whole, plain weights",
         )
     if weight.element_size() == 1 or not (weight.is_floating_point() or weight.is_complex()):
-        return f"is quantised ({weight.dtype}); {FLOAT_FIRST}", f"is quantised; {FLOAT_FIRST}"
+        return Obstacle(f"is quantised ({weight.dtype})", FLOAT_FIRST)
     return None
 
 
 def quantised_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Canonical name -> layer of torch's quantised kinds; the convolutions among them are no :data:`CONVOLUTIONS`."""
-    named = model.named_modules()
-    return {canonical_name(n): m for n, m in named if type(m).__module__.startswith(_QUANTISED_MODULES)}
+    return {n: m for n, m in named_modules(model).items() if type(m).__module__.startswith(_QUANTISED_MODULES)}
 
 
 def named_convolutions(model: nn.Module) -> Iterator[tuple[str, Conv]]:
     """Yield ``(canonical name, convolution)`` of every convolution of ``model``; a shared weight once."""
-    # Names that collide when they are shortened (`conv` beside `module.conv`) stay long, or one layer would be lost.
-    found: list[tuple[str, Conv]] = []
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, CONVOLUTIONS):
-            continue
-        weight = _weight_parameter(module)
-        if weight is not None:
-            if id(weight) in seen:
-                continue
-            seen.add(id(weight))
-        found.append((name, module))
-    taken = Counter(canonical_name(name) for name, _ in found)
-    for name, conv in found:
-        short = canonical_name(name)
-        yield (short if taken[short] == 1 else name), conv
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _available(names: Sequence[str], limit: int = 12) -> str:
-    shown = ", ".join(repr(name) for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _closest(pattern: str, names: Sequence[str]) -> str:
-    """The nearest thing that would have matched: a subtree pattern, a longer prefix or the most similar name."""
-    if any(name.startswith(f"{pattern}.") for name in names):
-        return f"; '{pattern}' is a parent module, did you mean '{pattern}.*'?"
-    if suffixed := [name for name in names if fnmatch.fnmatchcase(name, f"*.{pattern}")]:
-        return f"; did you mean '*.{pattern}' (it matches {suffixed[0]!r})?"
-    near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
-    return f"; the closest name is {near[0]!r}" if near else ""
-
-
-def check_patterns(argument: str, patterns: object) -> list[str] | None:
-    """Return ``patterns`` as a list of strings, or raise an error that names ``argument``.
-
-    Raises:
-        TypeError: not ``None`` and not a list of strings (a bare string would be read letter by letter).
-        ValueError: an empty list, which selects nothing.
-    """
-    if patterns is None:
-        return None
-    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
-        raise TypeError(
-            f"{argument} must be a list of name patterns such as ['layer1.*'], got {patterns!r}; "
-            f"write {argument}=[{patterns!r}] for a single pattern"
-        )
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{argument} must be a list of strings, got {list(patterns)!r}")
-    if not patterns and argument == "include":
-        raise ValueError("include=[] selects no layer; use include=None for every convolution")
-    return list(patterns)
+    for name, module in named_modules(model).items():
+        if isinstance(module, CONVOLUTIONS):
+            weight = _weight_parameter(module)
+            identity = id(module if weight is None else weight)
+            if identity not in seen:
+                seen.add(identity)
+                yield name, module
 
 
 def select_filters(
@@ -297,55 +290,29 @@ def select_filters(
         ValueError: a selected layer is lazy and not initialised yet.
     """
     check_module("model", model)
-    include = check_patterns("include", include)
-    exclude = check_patterns("exclude", exclude)
-    found = dict(named_convolutions(model))
-    quantised = [name for name, module in quantised_modules(model).items() if hasattr(module, "kernel_size")]
-    if not found:
-        packed = f". Its quantised layers ({_available(quantised)}) do not count: {FLOAT_FIRST}" if quantised else ""
-        raise NoLayersError(
-            f"{type(model).__name__} has no convolution: nothing for filter callbacks to act on{packed}"
-        )
-    names = [*found, *quantised]
-    for pattern in include or ():
-        if not any(_matches(name, [pattern]) for name in names):
-            raise NoLayersError(
-                f"include pattern {pattern!r} matches no convolution{_closest(pattern, names)}. "
-                f"Available: {_available(names)}"
-            )
-    for pattern in exclude or ():
-        if not any(_matches(name, [pattern]) for name in names):
-            warnings.warn(f"exclude pattern {pattern!r} matches no convolution{_closest(pattern, names)}", stacklevel=2)
-    chosen = {
-        name: conv
-        for name, conv in found.items()
-        if (_matches(name, include) if include is not None else isinstance(conv, _FORWARD))
-        and not _matches(name, exclude or ())
-    }
-    selected: dict[str, Conv] = {}
-    left_out: dict[tuple[str, str], list[str]] = {}
-    for name in quantised:
-        if (include is None or _matches(name, include)) and not _matches(name, exclude or ()):
-            packed_kind = f"is quantised (packed integers); {FLOAT_FIRST}", f"is quantised; {FLOAT_FIRST}"
-            left_out.setdefault(packed_kind, []).append(name)
-    for name, conv in chosen.items():
-        if (obstacle := weight_obstacle(conv)) is not None:
-            left_out.setdefault(obstacle, []).append(name)
-        elif is_lazy(conv.weight):
+    convolutions = dict(named_convolutions(model))
+    packed = {name: module for name, module in quantised_modules(model).items() if hasattr(module, "kernel_size")}
+    if not convolutions and not packed:
+        raise NoLayersError(f"{type(model).__name__} has no convolution: nothing for filter callbacks to act on")
+
+    def find_obstacle(name: str, layer: nn.Module) -> Obstacle | None:
+        if name in packed:
+            return PACKED
+        obstacle = find_weight_obstacle(layer)
+        if obstacle is None and is_lazy(convolutions[name].weight):
             raise ValueError(
                 f"layer {name!r} is lazy and has no weight yet: run one forward pass before training, "
                 f"or exclude it with exclude=[{name!r}]"
             )
-        else:
-            selected[name] = conv
-    for (why, _), layers in left_out.items():
-        what, _, advice = why.partition("; ")
-        warnings.warn(f"left out, because their weight {what}: {_available(layers)}; {advice}", stacklevel=2)
-    if not selected:
-        reason = "exclude leaves no convolution"
-        if left_out:
-            reason = "every selected layer " + ", or ".join(dict.fromkeys(everyone for _, everyone in left_out))
-        elif include is None and not any(isinstance(conv, _FORWARD) for conv in found.values()):
-            reason = "the model has only transposed convolutions, which must be named in include"
-        raise NoLayersError(f"no layer is left: {reason}. Available: {_available(names)}")
-    return selected
+        return obstacle
+
+    selected = select_layers(
+        {**convolutions, **packed},
+        include,
+        exclude,
+        noun="convolution",
+        is_default=lambda layer: not isinstance(layer, _TRANSPOSED),
+        no_default="the model has only transposed convolutions, which must be named in include",
+        find_obstacle=find_obstacle,
+    )
+    return {name: convolutions[name] for name in selected}

@@ -1,9 +1,10 @@
 from .callback import ExpandNet as ExpandNet
 from .functional import compose as compose
 from .functional import compose_bias as compose_bias
+from .functional import compose_biases as compose_biases
 from .functional import compose_chain as compose_chain
-from .layers import ExpandedConv2d as ExpandedConv2d
-from .layers import ExpandedLinear as ExpandedLinear
+from .layers import is_expanded as is_expanded
+from .layers import unrolled as unrolled
 from .surgery import ExpansionError as ExpansionError
 from .surgery import contract as contract
 from .surgery import expand as expand

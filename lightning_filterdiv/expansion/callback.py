@@ -8,28 +8,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
-from lightning_filterdiv.expansion.layers import ExpandedModule
-from lightning_filterdiv.expansion.surgery import (
-    Initial,
-    Kinds,
-    Layer,
-    cannot_keep,
-    choose_layers,
-    contract,
-    expand_layer,
-    set_factors,
-)
+from lightning_filterdiv.expansion.functional import Kind
+from lightning_filterdiv.expansion.layers import Factors, Layer, factor_product, factors_of, show_compact
+from lightning_filterdiv.expansion.surgery import Initial, Kinds, choose_layers, contract, draw, set_factors
 from lightning_filterdiv.filters import Conv
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer
-from lightning_filterdiv.tensors.randomness import keyed_generator
 from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["ExpandNet"]
-
-Factors = dict[str, Tensor]
 
 
 class ExpandNet(FilterCallback):
@@ -74,7 +64,8 @@ class ExpandNet(FilterCallback):
         self.rate = check_integer("rate", rate, low=1)
         self.initial = check_choice("initial", initial, Initial)
         self.seed = check_integer("seed", seed, low=0)
-        self._expanded: dict[str, ExpandedModule] = {}
+        self._expanded: dict[str, Layer] = {}
+        self._hooks: list[RemovableHandle] = []
         self._kept: dict[str, tuple[nn.Module | None, Factors]] = {}
         self._replaced: dict[int, tuple[str, nn.Parameter]] = {}
         self._origin: dict[str, tuple[dict[str, nn.Parameter], Factors]] = {}
@@ -93,37 +84,30 @@ class ExpandNet(FilterCallback):
             self._expand(name, layer, kind)
         rank_zero_info(f"ExpandNet: {before:,} parameters become {_numbers(pl_module):,} while training")
 
-    def _expand(self, name: str, layer: Layer, kind: Any) -> None:
+    def _expand(self, name: str, layer: Layer, kind: Kind) -> None:
         owner, factors = self._kept.get(name, (None, {}))
-        compact = {key: p for key, p in layer._parameters.items() if p is not None}
-        if owner is layer:  # a second fit of this network: go on where the first ended
-            count = sum(key.startswith("weight") for key in factors)
-            parts = [[factors[f"{part}_{i}"] for i in range(1, count + 1) if f"{part}_{i}" in factors]
-                     for part in ("weight", "bias")]  # fmt: skip
-            set_factors(layer, kind, self.rate, parts[0], parts[1] or None)
-            expanded = cast(ExpandedModule, layer)
-            with torch.no_grad():
-                same = all(torch.equal(getattr(expanded, key), value) for key, value in compact.items())
-            if not same:
-                contract(expanded)
+        compact, resumes = dict(layer.named_parameters()), owner is layer
+        if resumes:  # a second fit of this network: go on where the first ended, if nobody changed the weights
+            set_factors(layer, kind, self.rate, factors)
+            if not all(torch.equal(getattr(layer, key), value) for key, value in compact.items()):
+                contract(layer)
                 layer._parameters.update(compact)
-        if not isinstance(layer, ExpandedModule):
-            # Weights that training made are never thrown away.
-            frozen = not any(p.requires_grad for p in compact.values())
-            initial = "keep" if owner is layer or frozen else self.initial
-            try:
-                expand_layer(layer, kind, self.rate, initial, keyed_generator("expand", self.seed, name))
-            except ValueError as error:
-                raise cannot_keep(name, error) from error
-        expanded = cast(ExpandedModule, layer)
-        expanded.compact_state = True
-        self._expanded[name] = expanded
-        if not any(p.requires_grad for p in expanded.parameters()):
-            self._origin[name] = (compact, _factors(expanded))
+                resumes = False
+        if not resumes:
+            # Weights that training made are never thrown away, nor those of a layer that does not train.
+            keep = owner is layer or not any(p.requires_grad for p in compact.values())
+            factors = draw(name, layer, kind, self.rate, "keep" if keep else self.initial, self.seed)
+            set_factors(layer, kind, self.rate, factors)
+        self._hooks += show_compact(layer)
+        self._expanded[name] = layer
+        if not any(p.requires_grad for p in layer.parameters()):
+            self._origin[name] = (compact, _copies(layer))
 
     def _contract(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
         for name, layer in self._expanded.items():
-            factors = _factors(layer)
+            factors = _copies(layer)
             self._kept[name] = (layer, factors)
             contract(layer)
             compact, start = self._origin.get(name, ({}, {}))
@@ -152,13 +136,26 @@ class ExpandNet(FilterCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse compact weights for which no factors were restored."""
-        waiting = [name for name, layer in self._expanded.items() if layer.pending]
-        if waiting:
+        if stale := self._stale_layers():
             raise MisconfigurationException(
-                f"the checkpoint holds compact weights of {waiting[0]!r} but no factors: it was saved without "
+                f"the checkpoint holds compact weights of {stale[0]!r} but no factors: it was saved without "
                 f"ExpandNet and cannot be resumed with it. Load its weights into the model (load_from_checkpoint) and "
                 f"start a new fit with initial='keep'"
             )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse compact weights that were loaded during training."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if stale := self._stale_layers():
+            raise MisconfigurationException(
+                f"a state_dict with other weights of {stale[0]!r} was loaded during training, and the factors of "
+                f"ExpandNet cannot follow. Load it before the fit, or leave the layer out with exclude"
+            )
+
+    def _stale_layers(self) -> list[str]:
+        return [name for name, layer in self._expanded.items() if factor_product(layer).stale]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse optimizers that would go on training the weights that factors replaced."""
@@ -178,7 +175,7 @@ class ExpandNet(FilterCallback):
 
     def extra_state(self) -> dict[str, Any]:
         """The factors, as a list of (layer, parameter, tensor)."""
-        factors = {name: _factors(layer) for name, layer in self._expanded.items()}
+        factors = {name: _copies(layer) for name, layer in self._expanded.items()}
         if not factors:
             factors = {name: kept for name, (_, kept) in self._kept.items()}
         return {"factors": [[name, key, tensor] for name, kept in factors.items() for key, tensor in kept.items()]}
@@ -191,7 +188,7 @@ class ExpandNet(FilterCallback):
         for name, key, tensor in state["factors"]:
             saved.setdefault(name, {})[key] = tensor
         for name, layer in self._expanded.items():
-            own = {key: tuple(p.shape) for key, p in layer.named_parameters()}
+            own = {key: tuple(p.shape) for key, p in factors_of(layer).items()}
             given = {key: tuple(tensor.shape) for key, tensor in saved.get(name, {}).items()}
             if own != given:
                 raise ValueError(
@@ -200,9 +197,9 @@ class ExpandNet(FilterCallback):
                 )
         for name, layer in self._expanded.items():
             with torch.no_grad():
-                for key, parameter in layer.named_parameters():
+                for key, parameter in factors_of(layer).items():
                     parameter.copy_(saved[name][key])
-            layer.pending = False
+            factor_product(layer).stale = False
         if not self._expanded:
             self._kept = {name: (None, factors) for name, factors in saved.items()}
 
@@ -211,5 +208,5 @@ def _numbers(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
 
-def _factors(layer: nn.Module) -> Factors:
-    return {key: p.detach().clone() for key, p in layer.named_parameters()}
+def _copies(layer: nn.Module) -> Factors:
+    return {key: p.detach().clone() for key, p in factors_of(layer).items()}

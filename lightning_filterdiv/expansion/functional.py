@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["IMAGE_CHANNELS", "Kind", "compose", "compose_bias", "compose_chain", "draw_factors", "factor_shapes"]
+__all__ = [
+    "IMAGE_CHANNELS", "Kind", "compose", "compose_bias", "compose_biases", "compose_chain", "draw_factors",
+    "factor_shapes",
+]  # fmt: skip
 
 Kind = Literal["CL", "CK", "FC"]
 Shape = tuple[int, int, int, int]
@@ -85,12 +88,15 @@ def compose_chain(
         weight = weights[0]
         for second in weights[1:]:
             weight = compose(weight, second, groups)
-    if biases is None:
-        return weight, None
+    return weight, None if biases is None else compose_biases(weights, biases, groups)
+
+
+def compose_biases(weights: Sequence[Tensor], biases: Sequence[Tensor], groups: int = 1) -> Tensor:
+    """Bias ``(out,)`` of a chain of layers; arguments as in :func:`compose_chain`."""
     bias = biases[0]
     for second, own in zip(weights[1:], biases[1:], strict=True):
         bias = compose_bias(bias, second, own, groups)
-    return weight, bias
+    return bias
 
 
 def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int) -> list[Shape]:

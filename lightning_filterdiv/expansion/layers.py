@@ -1,191 +1,227 @@
-"""Layers whose weight is a product of factors while they train."""
+"""Weights and biases that are products of factors while a layer trains, by ``torch.nn.utils.parametrize``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from lightning_filterdiv.expansion.functional import Kind, compose_chain
+from lightning_filterdiv.expansion.functional import Kind, compose_biases, compose_chain
+from lightning_filterdiv.selection import Obstacle
 
-__all__ = ["ExpandedConv2d", "ExpandedLinear", "ExpandedModule"]
+__all__ = [
+    "FactorBias",
+    "FactorProduct",
+    "Factors",
+    "Layer",
+    "factor_lists",
+    "factor_product",
+    "factors_of",
+    "is_expanded",
+    "show_compact",
+    "unrolled",
+]
 
-
-class ExpandedModule(nn.Module):
-    """What an expanded layer adds to its compact class; made by :func:`~lightning_filterdiv.expansion.expand` only.
-
-    The factors are the parameters ``weight_1``, ``weight_2``, ... (and ``bias_1``, ...) in order of application. They
-    are composed at every call and the layer runs as one convolution: the outputs and gradients are those of the chain,
-    at a cost that does not depend on the size of the images.
-
-    Attributes:
-        kind: which expansion.
-        rate: ``r``.
-        compact_state: whether ``state_dict`` shows the compact layer's ``weight`` and ``bias`` instead of the factors.
-        pending: compact tensors were loaded into a layer in that mode; its factors have not followed yet.
-    """
-
-    kind: Kind
-    rate: int
-    factor_count: int
-    has_bias: bool
-    channels_last: bool
-    compact_state: bool
-    pending: bool
-    #: Read by :func:`~lightning_filterdiv.filters.weight_obstacle`.
-    weight_obstacle: ClassVar[tuple[str, str]] = (
-        "is made of factors by ExpandNet; give ExpandNet other layers with its include or exclude",
-        "is expanded by ExpandNet; give ExpandNet other layers with its include or exclude",
-    )
-
-    def factors(self) -> tuple[list[nn.Parameter], list[nn.Parameter] | None]:
-        """Weights and biases in order of application, biases ``None`` where the compact layer has none."""
-        names = range(1, self.factor_count + 1)
-        weights = [self._parameters[f"weight_{i}"] for i in names]
-        biases = [self._parameters[f"bias_{i}"] for i in names] if self.has_bias else None
-        return weights, biases  # type: ignore[return-value]  # none of them is None
-
-    def composed(self) -> tuple[Tensor, Tensor | None]:
-        """The compact layer's weight and bias, computed in float32 or wider, in the dtype of the factors."""
-        weights, biases = self.factors()
-        dtype = weights[0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(weights[0].device.type, enabled=False):
-            weight, bias = compose_chain(
-                [_as_kernel(w).to(wide) for w in weights],
-                None if biases is None else [b.to(wide) for b in biases],
-                getattr(self, "groups", 1),
-            )
-        weight = weight.to(dtype)
-        if weights[0].dim() == 2:
-            weight = weight.flatten(1)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        weight = weight.contiguous(memory_format=layout)
-        return weight, None if bias is None else bias.to(dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The compact weight, composed anew at every access."""
-        return self.composed()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The compact bias."""
-        return self.composed()[1]
-
-    def extra_repr(self) -> str:
-        """The compact layer's, and the expansion."""
-        return f"{super().extra_repr()}, expansion={self.kind!r}, rate={self.rate}"
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if not self.compact_state:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
-        with torch.set_grad_enabled(keep_vars and torch.is_grad_enabled()):
-            weight, bias = self.composed()
-        destination[f"{prefix}weight"] = weight
-        if bias is not None:
-            destination[f"{prefix}bias"] = bias
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        if not self.compact_state or f"{prefix}weight_1" in state_dict:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            self.pending = False
-            return
-        present = {f"{prefix}weight": self.weight, **({f"{prefix}bias": self.bias} if self.has_bias else {})}
-        for name, own in present.items():
-            if name not in state_dict:
-                missing_keys.append(name)
-            elif state_dict[name].shape != own.shape:  # type: ignore[union-attr]
-                error_msgs.append(
-                    f"size mismatch for {name}: {tuple(state_dict[name].shape)} in the file, {tuple(own.shape)} here"  # type: ignore[union-attr]
-                )
-        if strict:
-            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in present]
-        self.pending = True
+Layer = nn.Conv2d | nn.Linear
+#: ``weight_1``, ``weight_2``, ... and ``bias_1``, ..., in order of application.
+Factors = dict[str, Tensor]
 
 
-def _as_kernel(weight: Tensor) -> Tensor:
-    return weight if weight.dim() == 4 else weight[:, :, None, None]
+class _Composed(nn.Module):
+    """Parametrization by several tensors that are given when it is registered."""
 
+    def __init__(self, start: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.start: Sequence[Tensor] | None = start
 
-class ExpandedConv2d(ExpandedModule, nn.Conv2d):  # type: ignore[override]  # weight and bias are properties
-    """A convolution in the middle of an expansion."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in, H, W)`` to ``(B, out, H', W')``."""
-        weight, bias = self.composed()
-        y: Tensor = self._conv_forward(x, weight, bias)
-        return y
-
-    def unrolled(self) -> nn.Sequential:
-        """The chain as the paper draws it: one convolution per factor, all padding on the first one's input.
-
-        Its parameters are those of this layer. The stride is on the k x k convolution (``CK``: the last).
+    def right_inverse(self, composed: Tensor) -> tuple[Tensor, ...]:
+        """Return the factors to start from; torch asks for them once.
 
         Raises:
-            ValueError: ``padding="same"`` of a kernel that needs unequal padding.
+            RuntimeError: a tensor is assigned to the expanded layer; many factors have that product.
         """
-        weights, biases = self.factors()
-        padding = self.padding
-        if isinstance(padding, str):
-            total = [
-                d * (k - 1) if padding == "same" else 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)
-            ]
-            if any(t % 2 for t in total):
-                raise ValueError("padding='same' pads this kernel unequally, which one convolution cannot express")
-            padding = (total[0] // 2, total[1] // 2)
-        strided = 1 if self.kind == "CL" else len(weights) - 1
-        chain = nn.Sequential()
-        for index, weight in enumerate(weights):
-            conv = nn.Conv2d(
-                weight.shape[1] * self.groups,
-                weight.shape[0],
-                (weight.shape[2], weight.shape[3]),
-                self.stride if index == strided else 1,  # type: ignore[arg-type]
-                padding if index == 0 else 0,  # type: ignore[arg-type]
-                self.dilation,  # type: ignore[arg-type]
-                self.groups,
-                biases is not None,
-                self.padding_mode if index == 0 else "zeros",
+        if self.start is None:
+            raise RuntimeError("weight and bias of an expanded layer cannot be set; contract it first, expand it again")
+        start, self.start = tuple(self.start), None
+        return start
+
+
+class FactorProduct(_Composed):
+    """Weight composed of factors, in float32 or wider, in the dtype of the factors.
+
+    Composed at every access, so that the layer runs as one convolution: outputs and gradients are those of the chain of
+    layers that the paper draws, at a cost that does not depend on the size of the images.
+
+    Attributes:
+        stale: compact tensors were loaded into the layer, and its factors have not followed (:func:`show_compact`).
+    """
+
+    #: Read by :func:`~lightning_filterdiv.filters.find_weight_obstacle`.
+    obstacle: ClassVar[Obstacle] = Obstacle(
+        "is expanded by ExpandNet", "give ExpandNet other layers with its include or exclude"
+    )
+
+    def __init__(
+        self, start: Sequence[Tensor], kind: Kind, rate: int, groups: int, layout: torch.memory_format
+    ) -> None:
+        super().__init__(start)
+        self.kind, self.rate, self.groups, self.layout = kind, rate, groups, layout
+        self.stale = False
+
+    def forward(self, *weights: Tensor) -> Tensor:
+        """``(H_i, H_{i-1}/groups, *k_i)`` each to the compact weight."""
+        with torch.autocast(weights[0].device.type, enabled=False):
+            weight, _ = compose_chain(_kernels(weights), groups=self.groups)
+        return (
+            weight.to(weights[0].dtype).reshape(*weight.shape[: weights[0].dim()]).contiguous(memory_format=self.layout)
+        )
+
+    def extra_repr(self) -> str:
+        """The expansion."""
+        return f"kind={self.kind!r}, rate={self.rate}"
+
+
+class FactorBias(_Composed):
+    """Bias of a chain of layers, which depends on the factors of its weight, too."""
+
+    weights: ParametrizationList
+
+    def __init__(self, start: Sequence[Tensor], groups: int, weights: ParametrizationList) -> None:
+        super().__init__(start)
+        self.groups = groups
+        # A plain reference: the factors of the weight have one name in the network.
+        object.__setattr__(self, "weights", weights)
+
+    def forward(self, *biases: Tensor) -> Tensor:
+        """``(H_i,)`` each to the compact bias."""
+        weights = _originals(self.weights)
+        with torch.autocast(biases[0].device.type, enabled=False):
+            bias = compose_biases(_kernels(weights), [b.to(_wide(b)) for b in biases], self.groups)
+        return bias.to(biases[0].dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _kernels(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The factors as kernels of convolutions, in float32 or wider."""
+    return [(w if w.dim() == 4 else w[:, :, None, None]).to(_wide(w)) for w in weights]
+
+
+def _originals(factors: ParametrizationList) -> list[Tensor]:
+    return [getattr(factors, f"original{index}") for index in range(factors.ntensors)]
+
+
+def factor_lists(layer: nn.Module) -> dict[str, ParametrizationList]:
+    """The lists of factors of an expanded layer, by the tensor that they compose."""
+    return dict(cast(nn.ModuleDict, layer.parametrizations).items())  # type: ignore[arg-type]
+
+
+def factor_product(layer: nn.Module) -> FactorProduct:
+    """How an expanded layer composes its weight."""
+    return cast(FactorProduct, factor_lists(layer)["weight"][0])
+
+
+def is_expanded(layer: nn.Module) -> bool:
+    """Whether :func:`~lightning_filterdiv.expansion.expand` made the weight of ``layer`` a product of factors."""
+    return is_parametrized(layer, "weight") and isinstance(factor_lists(layer)["weight"][0], FactorProduct)
+
+
+def factors_of(layer: nn.Module) -> Factors:
+    """Parameters of an expanded layer: ``weight_1``, ... and ``bias_1``, ... in order of application."""
+    return {
+        f"{name}_{index}": tensor
+        for name, factors in factor_lists(layer).items()
+        for index, tensor in enumerate(_originals(factors), start=1)
+    }
+
+
+def unrolled(layer: Layer) -> nn.Sequential:
+    """Return the chain as the paper draws it: one layer per factor, all padding on the input of the first.
+
+    Args:
+        layer: an expanded layer. The parameters of the chain are its own. The stride is on the k x k convolution
+            (``CK``: on the last).
+
+    Raises:
+        ValueError: ``padding="same"`` of a kernel that needs unequal padding.
+    """
+    factors = factors_of(layer)
+    count = sum(name.startswith("weight") for name in factors)
+    strided = 1 if factor_product(layer).kind == "CL" else count - 1
+    chain = nn.Sequential()
+    for index in range(count):
+        weight, bias = factors[f"weight_{index + 1}"], factors.get(f"bias_{index + 1}")
+        outputs, inputs, *kernel = weight.shape
+        link: Layer
+        if isinstance(layer, nn.Linear):
+            link = nn.Linear(inputs, outputs, device="meta")
+        else:
+            link = nn.Conv2d(
+                inputs * layer.groups,
+                outputs,
+                (kernel[0], kernel[1]),
+                (layer.stride[0], layer.stride[1]) if index == strided else 1,
+                _padding(layer) if index == 0 else 0,
+                (layer.dilation[0], layer.dilation[1]),
+                layer.groups,
+                padding_mode=layer.padding_mode if index == 0 else "zeros",
                 device="meta",
             )
-            conv.weight = weight
-            if biases is not None:
-                conv.bias = biases[index]
-            chain.append(conv)
-        return chain
+        link.weight, link.bias = weight, bias
+        chain.append(link)
+    return chain
 
 
-class ExpandedLinear(ExpandedModule, nn.Linear):  # type: ignore[override, misc]  # weight and bias are properties
-    """A linear layer in the middle of an expansion."""
+def _padding(layer: nn.Conv2d) -> tuple[int, int]:
+    if not isinstance(layer.padding, str):
+        return layer.padding[0], layer.padding[1]
+    total = [
+        d * (k - 1) if layer.padding == "same" else 0 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+    ]
+    if any(t % 2 for t in total):
+        raise ValueError("padding='same' pads this kernel unequally, which one convolution cannot express")
+    return total[0] // 2, total[1] // 2
 
-    @property
-    def out_channels(self) -> int:
-        """``out_features``, under the name that convolutions use."""
-        return self.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``."""
-        weight, bias = self.composed()
-        return F.linear(x, weight, bias)
+def show_compact(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    """Let ``state_dict`` show the compact ``weight`` and ``bias`` of an expanded layer instead of its factors.
 
-    def unrolled(self) -> nn.Sequential:
-        """The three linear layers as the paper draws them; their parameters are those of this layer."""
-        weights, biases = self.factors()
-        chain = nn.Sequential()
-        for index, weight in enumerate(weights):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], biases is not None, device="meta")
-            linear.weight = weight
-            if biases is not None:
-                linear.bias = biases[index]
-            chain.append(linear)
-        return chain
+    Loading such a state changes no factor: many factors have one product. Where it holds another product than the
+    layer's, the layer is marked ``stale`` until whoever loads it has restored the factors.
+
+    Returns:
+        Handles that end it.
+    """
+    return [
+        layer.register_state_dict_post_hook(_save_compact),
+        layer.register_load_state_dict_pre_hook(_load_compact),
+    ]
+
+
+def _save_compact(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, factors in factor_lists(layer).items():
+        for key in factors.state_dict():
+            del state[f"{prefix}parametrizations.{name}.{key}"]
+        state[f"{prefix}{name}"] = getattr(layer, name).detach()
+
+
+def _load_compact(
+    layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+    missing: list[str], unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    for name, factors in factor_lists(layer).items():
+        given, own = state.pop(f"{prefix}{name}", None), getattr(layer, name).detach()
+        if given is None:
+            missing.append(f"{prefix}{name}")
+        elif given.shape != own.shape:
+            errors.append(
+                f"size mismatch for {prefix}{name}: {tuple(given.shape)} in the file, {tuple(own.shape)} here"
+            )
+        elif not torch.equal(given.to(own), own):
+            factor_product(layer).stale = True
+        state |= {f"{prefix}parametrizations.{name}.{key}": p for key, p in factors.named_parameters()}

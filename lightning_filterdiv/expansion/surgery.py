@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, cast
@@ -12,102 +9,89 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from lightning_filterdiv.expansion.functional import Kind, draw_factors
-from lightning_filterdiv.expansion.layers import ExpandedConv2d, ExpandedLinear, ExpandedModule
+from lightning_filterdiv.expansion.layers import FactorBias, FactorProduct, Factors, Layer, factor_lists, is_expanded
 from lightning_filterdiv.filters import (
-    FLOAT_FIRST,
+    PACKED,
     NoLayersError,
-    canonical_name,
-    check_patterns,
+    find_weight_obstacle,
     named_convolutions,
+    named_modules,
     quantised_modules,
-    weight_obstacle,
 )
+from lightning_filterdiv.selection import Obstacle, select_layers
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_module
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
-__all__ = ["ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "expand", "expand_layer", "set_factors"]
+__all__ = ["ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "draw", "expand", "set_factors"]
 
 Kinds = Literal["CL", "CK", "FC", "CL+FC", "CK+FC"]
 Initial = Literal["keep", "fresh"]
-Layer = nn.Conv2d | nn.Linear
-
-_BUILD = "build the network in __init__, of nn.Conv2d and nn.Linear layers"
 
 
 class ExpansionError(ValueError):
     """A layer cannot be expanded as asked. The message names the layer and the fix."""
 
 
-def _obstacle(layer: nn.Module, kind: Kind, shared: Counter[int]) -> str | None:
-    """Why ``layer`` cannot be expanded; ``None`` if it can."""
-    if (own := _own_obstacle(layer, shared)) is not None:
-        return own
-    if kind == "CK" and isinstance(layer, nn.Conv2d):
-        height, width = layer.kernel_size
-        if height != width or height % 2 == 0 or height < 5:
-            return f"has kernel {height}x{width}; kind='CK' needs an odd square kernel of 5 or more, take kind='CL'"
-    return None
-
-
-def _own_obstacle(layer: nn.Module, shared: Counter[int]) -> str | None:
-    """Why no kind of expansion takes ``layer``."""
-    if isinstance(layer, ExpandedModule):
-        return "is expanded already; contract it first, or leave it out with exclude"
-    if (found := weight_obstacle(layer)) is not None:
-        return f"cannot be expanded: its weight {found[0]}"
+def _find_obstacle(layer: nn.Module, kind: Kind, shared: Counter[int]) -> Obstacle | None:
+    """Return why ``layer`` cannot be expanded; ``None`` if it can."""
+    leave = "leave it out with exclude"
+    if is_expanded(layer):
+        return Obstacle("is expanded already", f"contract it first, or {leave}")
+    if not isinstance(layer, Layer):
+        return PACKED  # the only other candidates
+    if (obstacle := find_weight_obstacle(layer)) is not None:
+        return obstacle
     weight = layer._parameters["weight"]
     assert weight is not None
     if is_lazy(weight) or weight.is_meta:
-        return (
-            "has no weight yet (lazy or on meta); run one forward pass before expanding, or leave it out with exclude"
-        )
+        return Obstacle("has no weight yet (lazy or on meta)", f"run one forward pass before expanding, or {leave}")
     if type(layer) not in (nn.Conv2d, nn.Linear):
         cls = type(layer)
-        kind = f"{cls.__module__}.{cls.__name__}" if cls.__module__.startswith("torch.") else cls.__name__
-        return f"is a {kind}; only nn.Conv2d and nn.Linear themselves can be expanded, leave it out with exclude"
+        name = f"{cls.__module__}.{cls.__name__}" if cls.__module__.startswith("torch.") else cls.__name__
+        return Obstacle(f"is a {name}", f"only nn.Conv2d and nn.Linear themselves can be expanded, {leave}")
     if shared[id(weight)] > 1:
-        return "shares its weight with another layer, which would keep the old one; leave both out with exclude"
+        return Obstacle(
+            "shares its weight with another layer, which would keep the old one", "leave both out with exclude"
+        )
+    if kind == "CK" and not _is_odd_square(cast(nn.Conv2d, layer)):
+        height, width = cast(nn.Conv2d, layer).kernel_size
+        return Obstacle(
+            f"has kernel {height}x{width}, and kind='CK' needs an odd square kernel of 5 or more", "take kind='CL'"
+        )
     return None
 
 
-def _worth_expanding(layer: nn.Module, kind: Kind) -> bool:
+def _is_odd_square(layer: nn.Conv2d) -> bool:
+    height, width = layer.kernel_size
+    return height == width and height % 2 == 1 and height >= 5
+
+
+def _is_default(layer: nn.Module, kind: Kind) -> bool:
     """Whether ``include=None`` means this layer, by its kernel."""
     if not isinstance(layer, nn.Conv2d):
         return True
-    height, width = layer.kernel_size
-    return (height, width) != (1, 1) if kind == "CL" else height == width and height % 2 == 1 and height >= 5
+    return _is_odd_square(layer) if kind == "CK" else layer.kernel_size != (1, 1)
 
 
-def _left_alone(layer: nn.Module) -> bool:
-    """Whether ``include=None`` leaves out a layer that cannot be expanded.
-
-    A lazy one may be what was meant, and an expanded one is, so that expanding twice is an error and not half a
-    surprise.
-    """
-    weight = layer._parameters.get("weight")
-    return not isinstance(layer, ExpandedModule) and not (weight is not None and is_lazy(weight))
-
-
-def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, Layer, Kind]]:
-    for name, module in model.named_modules():
+def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, tuple[nn.Module, Kind]]]:
+    """Yield the layers of these kinds, a layer under two names once; quantised ones, which are subclasses of none."""
+    seen: set[nn.Module] = set()
+    packed = quantised_modules(model)
+    for name, module in named_modules(model).items():
         for kind in cast(list[Kind], kinds.split("+")):
-            if isinstance(module, nn.Linear if kind == "FC" else nn.Conv2d):
-                yield canonical_name(name), module, kind
+            cls, mark = (nn.Linear, "in_features") if kind == "FC" else (nn.Conv2d, "kernel_size")
+            if module not in seen and (isinstance(module, cls) or (name in packed and hasattr(module, mark))):
+                seen.add(module)
+                yield name, (module, kind)
 
 
-def cannot_keep(name: str, error: ValueError) -> ExpansionError:
-    """What to raise where :func:`expand_layer` failed for layer ``name``."""
-    return ExpansionError(
-        f"layer {name!r} cannot keep its weight: {error}. Take a larger rate, kind='CL', or initial='fresh'"
-    )
-
-
-def _others(model: nn.Module) -> str:
+def _other_convolution(model: nn.Module) -> str:
     """The first convolution that is none of ``nn.Conv2d``, for a message."""
-    found = ((name, conv) for name, conv in named_convolutions(model) if not isinstance(conv, nn.Conv2d))
-    return next((f" ({name!r} is a {type(conv).__name__})" for name, conv in found), "")
+    others = ((name, conv) for name, conv in named_convolutions(model) if not isinstance(conv, nn.Conv2d))
+    return next((f" ({name!r} is a {type(conv).__name__})" for name, conv in others), "")
 
 
 def choose_layers(
@@ -116,111 +100,106 @@ def choose_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> dict[str, tuple[Layer, Kind]]:
-    """The layers that an expansion of ``kinds`` means: canonical name -> (layer, kind).
+    """Choose the layers that an expansion of ``kinds`` means: canonical name -> (layer, kind).
 
     Args:
         model: the network.
         kinds: see :func:`expand`.
         include, exclude: patterns of canonical names.
 
+    Warns:
+        UserWarning: layers that ``include=None`` means cannot be expanded and stay as they are, by name; a pattern of
+            ``exclude`` matches nothing.
+
     Raises:
         NoLayersError: a pattern of ``include`` matches nothing, or no layer is left.
-        ExpansionError: a layer that is meant cannot be expanded.
+        ExpansionError: a layer that is named in ``include`` cannot be expanded, is expanded already or is lazy.
     """
     check_module("model", model)
-    include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
-    found = list(_candidates(model, kinds))
-    packed = [name for name in quantised_modules(model) if include is None]
-    shared = Counter(
-        id(p)
-        for module in model.modules()
-        for name, p in module._parameters.items()
-        if name == "weight" and p is not None
-    )
-    names = [name for name, _, _ in found]
+    candidates = dict(_candidates(model, kinds))
     noun = {"C": "convolution", "F": "linear layer"}[kinds[0]] + (" or linear layer" if "+" in kinds else "")
-    if not names:
+    if not candidates:
         raise NoLayersError(
-            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand{_others(model)}; "
-            + (f"{packed[0]!r} is quantised: {FLOAT_FIRST}" if packed else _BUILD)
+            f"{type(model).__name__} has no {noun} for kind={kinds!r} to expand{_other_convolution(model)}; build the "
+            f"network in __init__, of nn.Conv2d and nn.Linear layers"
         )
-    for pattern in include or ():
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
-            raise NoLayersError(
-                f"include pattern {pattern!r} matches no {noun}"
-                f"{f'; the closest name is {near[0]!r}' if near else ''}. Available: {', '.join(map(repr, names[:12]))}"
-            )
-    chosen: dict[str, tuple[Layer, Kind]] = {}
-    left = dict.fromkeys(packed, f"cannot be expanded: it is quantised; {FLOAT_FIRST}")
-    for name, layer, kind in found:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ()):
-            continue
-        if include is None:
-            if not _worth_expanding(layer, kind):
-                continue
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-            continue
-        obstacle = _obstacle(layer, kind, shared)
-        if obstacle is not None and include is None and _left_alone(layer):
-            left[name] = obstacle
-            continue
-        if obstacle is not None:
+    weights = (m._parameters.get("weight") for m in model.modules())
+    shared = Counter(id(weight) for weight in weights if weight is not None)
+
+    def find_obstacle(name: str, candidate: tuple[nn.Module, Kind]) -> Obstacle | None:
+        layer, kind = candidate
+        obstacle = _find_obstacle(layer, kind, shared)
+        weight = layer._parameters.get("weight")
+        # By default, too, a lazy layer may be what was meant, and an expanded one is: expanding twice is an error.
+        meant = include is not None or is_expanded(layer) or (weight is not None and is_lazy(weight))
+        if obstacle is not None and meant:
             raise ExpansionError(f"layer {name!r} {obstacle}")
-        chosen[name] = (layer, kind)
-    if not chosen:
-        raise NoLayersError(
-            f"no layer of {type(model).__name__} is left for kind={kinds!r} to expand"
-            f"{''.join(f': {name!r} {why}' for name, why in list(left.items())[:1])}. Choose another kind, include or "
-            f"exclude; available: {', '.join(map(repr, names[:12]))}"
-        )
-    for name, why in left.items():
-        warnings.warn(f"layer {name!r} stays as it is: it {why}", stacklevel=2)
-    return chosen
+        return obstacle
+
+    selected = select_layers(
+        candidates,
+        include,
+        exclude,
+        noun=noun,
+        is_default=lambda candidate: _is_default(*candidate),
+        no_default=f"by default kind={kinds!r} takes none of them; choose another kind, or name layers in include",
+        find_obstacle=find_obstacle,
+    )
+    return cast(dict[str, tuple[Layer, Kind]], selected)
 
 
-def expand_layer(layer: Layer, kind: Kind, rate: int, initial: Initial, generator: torch.Generator) -> None:
-    """Put factors in the place of the weight (and bias) of one layer; the module stays the same object.
+def draw(name: str, layer: Layer, kind: Kind, rate: int, initial: Initial, seed: int) -> Factors:
+    """Draw the factors to start from, in the dtype and on the device of the layer called ``name``.
 
     Raises:
-        ValueError: the weight is not finite, or ``CK`` factors cannot reproduce it.
+        ExpansionError: the weight is not finite, or ``CK`` factors cannot reproduce it.
     """
-    weight, bias = layer.weight.detach(), layer.bias
-    linear = weight.dim() == 2
-    kernel = (weight[:, :, None, None] if linear else weight).double().cpu()
-    outputs, inputs, height, width = kernel.shape
-    target = kernel if initial == "keep" else None
+    generator = keyed_generator("expand", seed, name)
+    kernel = layer.weight.detach().double().cpu()
+    outputs, inputs, height, width = shape = (*kernel.shape, 1, 1)[:4]
+    target = kernel.reshape(shape) if initial == "keep" else None
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    weights = draw_factors(kind, (outputs, inputs, height, width), groups, rate, generator, target)
-    biases: list[Tensor] | None = None
-    if bias is not None:
-        last = bias.detach().double().cpu()
+    try:
+        weights = draw_factors(kind, shape, groups, rate, generator, target)
+    except ValueError as error:
+        raise ExpansionError(
+            f"layer {name!r} cannot keep its weight: {error}. Take a larger rate, kind='CL', or initial='fresh'"
+        ) from error
+    biases: list[Tensor] = []
+    if layer.bias is not None:
+        last = layer.bias.detach()
         if initial == "fresh":
             bound = (inputs * height * width) ** -0.5
             last = (2 * torch.rand(outputs, generator=generator, dtype=torch.float64) - 1) * bound
         biases = [*(torch.zeros(len(w), dtype=torch.float64) for w in weights[:-1]), last]
-    set_factors(layer, kind, rate, [w.flatten(1) if linear else w for w in weights], biases)
+    if kernel.dim() == 2:
+        weights = [w.flatten(1) for w in weights]
+    parts = (("weight", weights), ("bias", biases))
+    return {
+        f"{part}_{index}": tensor.to(layer.weight.device, layer.weight.dtype)
+        for part, tensors in parts
+        for index, tensor in enumerate(tensors, start=1)
+    }
 
 
-def set_factors(layer: Layer, kind: Kind, rate: int, weights: list[Tensor], biases: list[Tensor] | None) -> None:
-    """Make ``layer`` an expanded one with these factors, cast to the dtype and device of its weight."""
-    like = layer.weight
-    channels_last = (
-        like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    )
-    layer._parameters.pop("weight")
-    if biases is not None:
-        layer._parameters.pop("bias")
-    layer.__class__ = ExpandedLinear if isinstance(layer, nn.Linear) else ExpandedConv2d
-    expanded = cast(ExpandedModule, layer)
-    expanded.kind, expanded.rate, expanded.factor_count = kind, rate, len(weights)
-    expanded.has_bias, expanded.channels_last = biases is not None, channels_last
-    expanded.compact_state = expanded.pending = False
-    for prefix, tensors in (("weight", weights), ("bias", biases or [])):
-        for index, tensor in enumerate(tensors, start=1):
-            # LBFGS flattens gradients as views, and a gradient is laid out as its parameter.
-            value = tensor.detach().to(like.device, like.dtype, copy=True, memory_format=torch.contiguous_format)
-            expanded.register_parameter(f"{prefix}_{index}", nn.Parameter(value, requires_grad=like.requires_grad))
+def set_factors(layer: Layer, kind: Kind, rate: int, factors: Factors) -> None:
+    """Put factors in the place of weight and bias; the module stays the same object."""
+    weight = layer.weight
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    is_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last and not weight.is_contiguous() else torch.contiguous_format
+
+    def part(name: str) -> list[Tensor]:
+        # LBFGS flattens gradients as views, and a gradient is laid out as its parameter.
+        return [
+            tensor.detach().to(weight.device, weight.dtype, copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in factors.items()
+            if key.startswith(name)
+        ]
+
+    register_parametrization(layer, "weight", FactorProduct(part("weight"), kind, rate, groups, layout))
+    if layer.bias is not None:
+        register_parametrization(layer, "bias", FactorBias(part("bias"), groups, factor_lists(layer)["weight"]))
 
 
 def expand(
@@ -257,7 +236,8 @@ def expand(
         seed: of the factors; they depend on it and on the layer's name alone.
 
     Returns:
-        ``model``. Expanded layers are the same objects, of a subclass of their class.
+        ``model``. Expanded layers are the same objects, with parametrized weight and bias
+        (``torch.nn.utils.parametrize``).
 
     Raises:
         NoLayersError, ExpansionError: a layer that is meant cannot be expanded, or none is left. The network is then
@@ -268,32 +248,14 @@ def expand(
     check_integer("rate", rate, low=1)
     check_choice("initial", initial, Initial)
     check_integer("seed", seed, low=0)
-    done: list[nn.Module] = []
-    before = {
-        name: (layer, each, dict(layer._parameters))
-        for name, (layer, each) in choose_layers(model, kind, include, exclude).items()
-    }
-    for name, (layer, each, _) in before.items():
-        try:
-            expand_layer(layer, each, rate, initial, keyed_generator("expand", seed, name))
-        except ValueError as error:
-            for undone, _, parameters in list(before.values())[: len(done)]:
-                _restore(undone, parameters)
-            raise cannot_keep(name, error) from error
-        done.append(layer)
+    chosen = choose_layers(model, kind, include, exclude)
+    # All are drawn before the first layer changes: a refusal leaves the network as it was.
+    drawn = {name: draw(name, layer, each, rate, initial, seed) for name, (layer, each) in chosen.items()}
+    for name, (layer, each) in chosen.items():
+        set_factors(layer, each, rate, drawn[name])
     return model
 
 
-def _restore(layer: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
-    """Make an expanded layer a compact one again, with these parameters."""
-    for name in ("kind", "rate", "factor_count", "has_bias", "channels_last", "compact_state", "pending"):
-        layer.__dict__.pop(name)
-    layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-    layer._parameters.clear()
-    layer._parameters.update(parameters)
-
-
-@torch.no_grad()
 def contract(model: nn.Module) -> nn.Module:
     """Turn every expanded layer into the compact one that computes the same, in place.
 
@@ -308,17 +270,14 @@ def contract(model: nn.Module) -> nn.Module:
         NoLayersError: no layer is expanded.
     """
     check_module("model", model)
-    layers = [module for module in model.modules() if isinstance(module, ExpandedModule)]
+    layers = [module for module in model.modules() if is_expanded(module)]
     if not layers:
         raise NoLayersError(f"{type(model).__name__} has no expanded layer to contract; call expand first")
     for layer in layers:
-        weight, bias = layer.composed()
-        trains = any(p.requires_grad for p in layer.parameters())
-        compact: dict[str, nn.Parameter | None] = {
-            "weight": nn.Parameter(weight.detach().clone(), trains),
-            "bias": None,
-        }
-        if bias is not None:
-            compact["bias"] = nn.Parameter(bias.detach().clone(), trains)
-        _restore(layer, compact)
+        for name, factors in factor_lists(layer).items():
+            trains = any(p.requires_grad for p in factors.parameters())
+            factors.requires_grad_()  # of factors that do not train torch would make a buffer
+            with torch.enable_grad():
+                remove_parametrizations(layer, name)
+            layer.get_parameter(name).requires_grad_(trains)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
-from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.filters import named_tensors
+from lightning_filterdiv.selection import match_pattern
 from lightning_filterdiv.tensors.arguments import check_choice, check_number, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
@@ -125,26 +125,22 @@ def kept_fractions(groups: Iterable[ChannelGroup], keep_fraction: KeepFraction) 
     """Group name -> share of its channels to keep; groups that no pattern of a dict matches are left out.
 
     Raises:
-        ValueError: a pattern matches no layer of the groups, or coupled layers are given different fractions.
+        NoLayersError: a pattern matches no layer of the groups.
+        ValueError: coupled layers are given different fractions.
     """
     groups = list(groups)
     if not isinstance(keep_fraction, Mapping):
         return {group.name: keep_fraction for group in groups}
     names = sorted({layer for group in groups for layer in group.layers})
-    for pattern in keep_fraction:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(
-                f"keep_fraction pattern {pattern!r} matches no layer that can be squeezed; "
-                f"these are {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
-            )
+    noun = "layer that can be squeezed"
+    fraction_of = {
+        layer: fraction
+        for pattern, fraction in keep_fraction.items()
+        for layer in match_pattern(pattern, names, argument="keep_fraction", noun=noun)
+    }
     fractions: dict[str, float] = {}
     for group in groups:
-        wanted = {
-            layer: fraction
-            for layer in group.layers
-            for pattern, fraction in keep_fraction.items()
-            if fnmatch.fnmatchcase(layer, pattern)
-        }
+        wanted = {layer: fraction_of[layer] for layer in group.layers if layer in fraction_of}
         if len(set(wanted.values())) > 1:
             listed = ", ".join(f"{layer}: {fraction:g}" for layer, fraction in wanted.items())
             raise ValueError(

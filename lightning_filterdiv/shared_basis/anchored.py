@@ -13,7 +13,13 @@ from torch import nn
 from lightning_filterdiv.filters import canonical_name
 from lightning_filterdiv.shared_basis.modules import shared_bases
 from lightning_filterdiv.shared_basis.stages import Stage, find_stages
-from lightning_filterdiv.shared_basis.surgery import SharingError, SharingPlan, check_layers, replace_layer
+from lightning_filterdiv.shared_basis.surgery import (
+    SharingError,
+    SharingPlan,
+    check_layers,
+    choose_stages,
+    replace_layer,
+)
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag
 
 __all__ = ["Anchoring", "share_anchored_filters"]
@@ -28,7 +34,7 @@ def _sharing(stage: Stage) -> dict[str, nn.Module]:
         for key in ("conv1", "conv2"):
             conv = block.get_submodule(key)
             if not isinstance(conv, nn.Conv2d) or (max(conv.stride) == 1 and conv.in_channels == conv.out_channels):
-                found[f"{name}.{key}"] = conv
+                found[canonical_name(f"{name}.{key}")] = conv
     return found
 
 
@@ -65,13 +71,8 @@ def share_anchored_filters(
             f"{type(model).__name__} has no stage of basic blocks (conv1, conv2) in which two layers of equal "
             f"width could be one; share_filter_bases(layers=[...]) shares a basis between any layers"
         )
-    if stages is not None:
-        if isinstance(stages, str) or not isinstance(stages, Sequence) or not stages:
-            raise TypeError(f"stages must be a non-empty list of stage names, got {stages!r}")
-        for name in stages:
-            if name not in users:
-                raise SharingError(f"stages: {name!r} cannot share. Available: {', '.join(map(repr, users))}")
-        users = {name: layers for name, layers in users.items() if name in stages}
+    wanted = choose_stages(list(users), stages)
+    users = {name: layers for name, layers in users.items() if name in wanted}
     groups = (
         users if mode == "mix" else {"anchor": {n: layer for layers in users.values() for n, layer in layers.items()}}
     )
@@ -84,23 +85,23 @@ def share_anchored_filters(
             raise SharingError(f"block {canonical_name(name)!r} has no batch norm bn2 to put a regulator behind")
     for plan in plans:
         plan.apply(model)
-    for name, block in blocks.items():
+    for block in blocks.values():
         norm = block.get_submodule("bn2")
         assert isinstance(norm, nn.BatchNorm2d)
         width, like = norm.num_features, norm.running_mean if norm.weight is None else norm.weight
         assert like is not None
         mixing = nn.Conv2d(width, width, 1, bias=False, device=like.device, dtype=like.dtype)
         nn.init.dirac_(mixing.weight)
-        replace_layer(model, f"{name}.bn2", nn.Sequential(norm, mixing))
+        replace_layer(model, norm, nn.Sequential(norm, mixing))
     return model
 
 
 def _plan(name: str, layers: Mapping[str, nn.Module]) -> SharingPlan:
     convs = check_layers(layers)
-    for path, conv in convs.items():
+    for layer, conv in convs.items():
         if conv.bias is not None:
             raise SharingError(
-                f"{canonical_name(path)!r} has a bias, which a shared kernel has not; build the layer with bias=False "
+                f"{layer!r} has a bias, which a shared kernel has not; build the layer with bias=False "
                 f"(the norm behind it has one)"
             )
     return SharingPlan(name, [convs], next(iter(convs.values())).out_channels, 0, whole=True)

@@ -42,7 +42,7 @@ class Stage:
             for position, layer in enumerate(_positions(self.kind, block)):
                 if position == len(positions):
                     positions.append({})
-                positions[position][f"{name}.{layer}"] = block.get_submodule(layer)
+                positions[position][canonical_name(f"{name}.{layer}")] = block.get_submodule(layer)
         return positions
 
 

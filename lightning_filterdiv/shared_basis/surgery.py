@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_filterdiv.filters import canonical_name, weight_obstacle
+from lightning_filterdiv.filters import find_weight_obstacle, named_modules
+from lightning_filterdiv.selection import Obstacle, check_patterns, match_pattern
 from lightning_filterdiv.shared_basis.modules import (
     BasisUser,
     FilterBasis,
@@ -21,44 +21,47 @@ from lightning_filterdiv.shared_basis.modules import (
 from lightning_filterdiv.shared_basis.stages import ROLES, find_stages, stage_width
 from lightning_filterdiv.tensors.arguments import check_flag, check_integer
 
-__all__ = ["SharingError", "SharingPlan", "check_layers", "replace_layer", "share_filter_bases"]
+__all__ = ["SharingError", "SharingPlan", "check_layers", "choose_stages", "replace_layer", "share_filter_bases"]
 
 
 class SharingError(ValueError):
     """A basis cannot be shared as asked. The message names the layer, or the argument, and the fix."""
 
 
+def _find_obstacle(layer: nn.Module) -> Obstacle | None:
+    if isinstance(layer, BasisUser):
+        return Obstacle("shares its filters already", "call share_filter_bases once, on a fresh network")
+    if not isinstance(layer, nn.Conv2d):
+        return Obstacle(f"is a {type(layer).__name__}", "only nn.Conv2d can share filters, leave this layer out")
+    if (obstacle := find_weight_obstacle(layer)) is not None:
+        return obstacle
+    if is_lazy(layer.weight):
+        return Obstacle("is lazy and has no weight yet", "run one forward pass before sharing")
+    if layer.groups != 1:
+        return Obstacle(
+            f"is a grouped convolution (groups={layer.groups}), whose filters see different channels and cannot share "
+            f"a basis",
+            "leave it out",
+        )
+    if max(layer.stride) != 1:
+        return Obstacle(
+            f"has stride {tuple(layer.stride)}, and layers that share a basis need stride 1",
+            "leave it out: the first block of a stage keeps its own convolutions",
+        )
+    return None
+
+
 def check_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
-    """The layers as convolutions that can share filters.
+    """Return the layers as convolutions that can share filters.
 
     Raises:
         SharingError: one cannot, by name.
     """
     checked: dict[str, nn.Conv2d] = {}
     for name, layer in layers.items():
-        shown = canonical_name(name)
-        if isinstance(layer, BasisUser):
-            raise SharingError(
-                f"{shown!r} shares its filters already; call share_filter_bases once, on a fresh network"
-            )
-        if not isinstance(layer, nn.Conv2d):
-            raise SharingError(
-                f"{shown!r} is a {type(layer).__name__}; only nn.Conv2d can share filters, leave this layer out"
-            )
-        if (found := weight_obstacle(layer)) is not None:
-            raise SharingError(f"{shown!r} cannot share filters: its weight {found[0]}")
-        if is_lazy(layer.weight):
-            raise SharingError(f"{shown!r} is lazy and has no weight yet; run one forward pass before sharing")
-        if layer.groups != 1:
-            raise SharingError(
-                f"{shown!r} is a grouped convolution (groups={layer.groups}), whose filters see different channels and "
-                f"cannot share a basis; leave it out"
-            )
-        if max(layer.stride) != 1:
-            raise SharingError(
-                f"{shown!r} has stride {tuple(layer.stride)}; layers that share a basis need stride 1. The first block "
-                f"of a stage keeps its own convolutions: leave this layer out"
-            )
+        if (obstacle := _find_obstacle(layer)) is not None:
+            raise SharingError(f"{name!r} {obstacle}")
+        assert isinstance(layer, nn.Conv2d)
         checked[name] = layer
     first_name, first = next(iter(checked.items()))
     for name, conv in checked.items():
@@ -66,9 +69,8 @@ def check_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
             mine, expected = getattr(conv, what), getattr(first, what)
             if mine != expected:
                 raise SharingError(
-                    f"{canonical_name(name)!r} has {what}={mine}, {canonical_name(first_name)!r} {expected}: layers "
-                    f"that share a basis must be alike (channels, kernel, padding, dilation). Leave one of them out, "
-                    f"or give them to different groups"
+                    f"{name!r} has {what}={mine}, {first_name!r} {expected}: layers that share a basis must be alike "
+                    f"(channels, kernel, padding, dilation). Leave one of them out, or give them to different groups"
                 )
     return checked
 
@@ -88,13 +90,14 @@ def _basis(like: nn.Conv2d, filters: int, gram: str, pool: str = "") -> FilterBa
     )
 
 
-def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` in the place of the module called ``name``, in its mode."""
-    parent, _, key = name.rpartition(".")
-    container = model.get_submodule(parent)
-    layer.train(container.training)
-    # setattr keeps the position among its siblings, also in a Sequential, whose keys are numbers.
-    setattr(container, key, layer)
+def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old``, in its mode, wherever ``model`` holds it."""
+    new.train(old.training)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                # setattr keeps the position among its siblings, also in a Sequential, whose keys are numbers.
+                setattr(parent, key, new)
 
 
 def _orthonormal(bases: Sequence[FilterBasis]) -> None:
@@ -137,13 +140,13 @@ class SharingPlan:
         for users in self.users:
             basis = _basis(next(iter(users.values())), self.filters, self.name, self.pool)
             bases.append(basis)
-            for name, conv in users.items():
+            for conv in users.values():
                 if self.whole:
-                    replace_layer(model, name, SharedConv2d(basis))
+                    replace_layer(model, conv, SharedConv2d(basis))
                 else:
                     bias = conv.bias is not None
                     layer = SharedBasisConv2d(basis, conv.out_channels, unique=self.unique, bias=bias)
-                    replace_layer(model, name, layer)
+                    replace_layer(model, conv, layer)
         _orthonormal(bases)
 
 
@@ -182,9 +185,9 @@ def share_filter_bases(
         unique: ``U``, further filters of each layer's own, growing alike. ``None``: 1.
         double: see the table.
         stages: only these; ``None``: all.
-        layers: share between exactly these layers instead: a list of module names, or a dict name of the basis -> list
-            for several bases (the basis of a bare list is called after its first layer). ``shared`` and ``unique`` are
-            then taken as they are.
+        layers: share between exactly these convolutions instead: a list of names or patterns, or a dict name of the
+            basis -> list for several bases (the basis of a bare list is called after its first layer). ``shared`` and
+            ``unique`` are then taken as they are.
 
     Returns:
         ``model``.
@@ -200,14 +203,12 @@ def share_filter_bases(
     if layers is not None:
         if stages is not None or double:
             raise ValueError("layers says which layers share; give neither stages nor double beside it")
-        plans = [
-            SharingPlan(name, [check_layers(_named(model, names))], filters, own) for name, names in _groups(layers)
-        ]
+        plans = [SharingPlan(name, [check_layers(group)], filters, own) for name, group in _groups(model, layers)]
     else:
         plans = list(
             _stage_plans(model, filters, own, double, stages, counted=shared is not None or unique is not None)
         )
-    taken: dict[str, str] = {}
+    taken: dict[nn.Module, str] = {}
     present = {basis.gram for _, basis, _ in shared_bases(model)}
     for plan in plans:
         plan.check_rank()
@@ -216,39 +217,52 @@ def share_filter_bases(
                 f"the network has a shared basis called {plan.name!r} already, and bases of one name are orthonormal "
                 f"together; call this group something else in layers={{...}}"
             )
-        for name in (name for users in plan.users for name in users):
-            if name in taken:
-                raise SharingError(f"{canonical_name(name)!r} is in two groups, {taken[name]!r} and {plan.name!r}")
-            taken[name] = plan.name
+        for name, conv in ((name, conv) for users in plan.users for name, conv in users.items()):
+            if conv in taken:
+                raise SharingError(f"{name!r} is in two groups, {taken[conv]!r} and {plan.name!r}")
+            taken[conv] = plan.name
     for plan in plans:
         plan.apply(model)
     return model
 
 
-def _groups(layers: object) -> Iterator[tuple[str, Sequence[str]]]:
-    groups = dict(layers) if isinstance(layers, Mapping) else {None: layers}
-    for name, names in groups.items():
-        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
-            raise TypeError(f"layers must be a list of module names or a dict of such lists, got {names!r}")
-        if len(names) < 2:
-            raise SharingError(f"layers={list(names)!r}: a basis is shared by at least two layers")
-        yield names[0] if name is None else str(name), names
+def _groups(model: nn.Module, layers: object) -> Iterator[tuple[str, dict[str, nn.Module]]]:
+    """Yield name of the basis and its layers, in the order in which the user names them."""
+    modules = named_modules(model)
+    convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | BasisUser)]
+    for basis, given in (layers if isinstance(layers, Mapping) else {None: layers}).items():
+        patterns = check_patterns("layers" if basis is None else f"layers[{basis!r}]", given) or []
+        # A layer that is named in full is meant, whatever it is; check_layers says why it cannot share.
+        names = [*convolutions, *(name for name in patterns if name in modules and name not in convolutions)]
+        chosen = [
+            name
+            for pattern in patterns
+            for name in match_pattern(pattern, names, argument="layers", noun="convolution", error=SharingError)
+        ]
+        seen: set[nn.Module] = set()
+        for name in chosen:
+            if modules[name] in seen:
+                raise SharingError(f"layers: {name!r} is named twice")
+            seen.add(modules[name])
+        if len(chosen) < 2:
+            raise SharingError(f"layers={given!r}: a basis is shared by at least two layers")
+        yield chosen[0] if basis is None else str(basis), {name: modules[name] for name in chosen}
 
 
-def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    known = {canonical_name(name): (name, module) for name, module in model.named_modules()}
-    found: dict[str, nn.Module] = {}
-    for name in names:
-        if name not in known:
-            convs = [key for key, (_, module) in known.items() if isinstance(module, nn.Conv2d)]
-            near = difflib.get_close_matches(name, convs, n=1, cutoff=0.3)
-            hint = f"the closest is {near[0]!r}" if near else "see named_modules()"
-            raise SharingError(f"layers: there is no module {name!r}; {hint}")
-        path, module = known[name]
-        if path in found:
-            raise SharingError(f"layers: {name!r} is named twice")
-        found[path] = module
-    return found
+def choose_stages(names: Sequence[str], patterns: object) -> list[str]:
+    """Return the stages of these names that ``patterns`` mean, all of them for ``None``.
+
+    Raises:
+        TypeError, ValueError: no patterns.
+        SharingError: a pattern matches none.
+    """
+    wanted = check_patterns("stages", patterns)
+    if wanted is None:
+        return list(names)
+    if not wanted:
+        raise ValueError("stages=[] shares nothing; use stages=None for every stage")
+    noun = "stage with enough blocks to share"
+    return [n for p in wanted for n in match_pattern(p, names, argument="stages", noun=noun, error=SharingError)]
 
 
 def _stage_plans(
@@ -256,27 +270,14 @@ def _stage_plans(
 ) -> Iterator[SharingPlan]:
     found = find_stages(model)
     usable = [stage for stage in found if stage.can_share]
-    names = [stage.name for stage in usable]
     if not usable:
         raise SharingError(
             f"{type(model).__name__} has no stage in which blocks with conv1 and conv2 (ResNet) or inverted "
             f"residuals (MobileNetV2) could share a basis; name the convolutions that are to share in layers=[...]"
         )
-    if chosen is not None:
-        if isinstance(chosen, str) or not isinstance(chosen, Sequence):
-            raise TypeError(f"stages must be a list of stage names, got {chosen!r}; write stages=[{chosen!r}]")
-        if not chosen:
-            raise ValueError("stages=[] shares nothing; use stages=None for every stage")
-        for name in chosen:
-            if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.3)
-                single = " (it has too few blocks)" if name in [s.name for s in found] else ""
-                raise SharingError(
-                    f"stages: {name!r} is no stage that can share{single}"
-                    f"{f'; the closest is {near[0]!r}' if near else ''}. Available: {', '.join(map(repr, names))}"
-                )
-    kinds = {stage.kind for stage in usable if chosen is None or stage.name in chosen}
-    if counted and kinds != {"basic"}:
+    wanted = choose_stages([stage.name for stage in usable], chosen)
+    usable = [stage for stage in usable if stage.name in wanted]
+    if counted and {stage.kind for stage in usable} != {"basic"}:
         raise ValueError(
             "shared and unique count filters of basic blocks; bottleneck and inverted residual blocks share their "
             "whole convolutions, so leave both at None"
@@ -284,8 +285,6 @@ def _stage_plans(
     first = next((stage for stage in found if stage.kind == "basic"), None)
     narrow = stage_width(first) if first is not None else 1
     for stage in usable:
-        if chosen is not None and stage.name not in chosen:
-            continue
         positions = stage.sharing()
         if stage.kind != "basic":
             for role, layer in list(zip(ROLES[stage.kind], positions, strict=True))[: 2 if double else 1]:

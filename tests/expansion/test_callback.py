@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_filterdiv import ExpandNet
 from lightning_filterdiv.demo import Digits, SmallConvNet
-from lightning_filterdiv.expansion import ExpandedConv2d, ExpandedLinear, ExpansionError
+from lightning_filterdiv.expansion import ExpansionError, is_expanded
 from lightning_filterdiv.filters import NoLayersError
 from tests.registry import ONE_EACH, Case
 from tests.support.training import SAFELY, Classifier, Run, batches, differing, fit, make_trainer
@@ -25,7 +25,7 @@ class _Looks(Callback):
     """What the network is while it trains."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.kinds = [type(m) for m in pl_module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self.expanded = [is_expanded(m) for m in pl_module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         self.keys = list(pl_module.state_dict())
         self.logits = pl_module(batch[0]).detach()
 
@@ -43,7 +43,7 @@ def test_every_checkpoint_is_the_compact_network(tmp_path: Path, weights_only: b
     model = SmallConvNet(width=6)
     names = list(model.state_dict())
     trainer.fit(model, datamodule=Digits())
-    assert looks.kinds == [ExpandedConv2d] * 3 + [ExpandedLinear]
+    assert looks.expanded == [True] * 4
     assert looks.keys == names == list(model.state_dict())
     assert [type(m) for m in model.net if hasattr(m, "weight")] == [nn.Conv2d] * 3 + [nn.Linear]
     loaded = SmallConvNet.load_from_checkpoint(tmp_path / "step=2.ckpt", weights_only=True)
@@ -91,6 +91,24 @@ class _TooEarly(Classifier):
         return self.early
 
 
+def test_weights_that_are_loaded_during_training_are_refused() -> None:
+    """Factors cannot follow; the same weights change nothing and are fine."""
+    model = Classifier(lr_scale=0.3)
+
+    def reload(module: Classifier, step: int) -> None:
+        if step == 1:
+            module.load_state_dict(module.state_dict())
+            assert module.net[3].weight.requires_grad
+        if step == 3:
+            module.load_state_dict({key: 2 * tensor for key, tensor in module.state_dict().items()})
+
+    model.hook = reload
+    with pytest.raises(MisconfigurationException, match=r"other weights of 'net\.0' was loaded during training"):
+        fit([ExpandNet()], model=model)
+    assert max(model.losses) == 3
+    assert not any(is_expanded(module) for module in model.modules())
+
+
 def test_an_early_optimizer_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="make optimizers in configure_optimizers"):
         fit([ExpandNet()], model=_TooEarly())
@@ -132,7 +150,7 @@ def test_it_stands_beside_a_callback_on_other_layers(case: Case) -> None:
 
     alone, together = train(), train(case.make(include=["net.5", "net.7"]))
     assert bool(differing(together.tensors(), alone.tensors())) is case.trains_differently
-    assert not any(isinstance(m, ExpandedConv2d) for m in together.model.modules())
+    assert not any(is_expanded(m) for m in together.model.modules())
 
 
 @pytest.mark.parametrize("case", [case for case in ONE_EACH if case.cls is not ExpandNet], ids=lambda case: case.name)
@@ -145,4 +163,4 @@ def test_validation_alone_expands_nothing() -> None:
     model = Classifier()
     trainer = make_trainer([ExpandNet()], limit_val_batches=1.0)
     trainer.validate(model, batches(steps=1), verbose=False)
-    assert not any(isinstance(m, ExpandedConv2d) for m in model.modules())
+    assert not any(is_expanded(m) for m in model.modules())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_filterdiv.expansion import ExpandedConv2d, ExpandedLinear, ExpansionError, compose, contract, expand
+from lightning_filterdiv.expansion import ExpansionError, compose, contract, expand, is_expanded, unrolled
 from lightning_filterdiv.filters import NoLayersError
 
 
@@ -38,7 +38,7 @@ def check(layer: nn.Module, kind: Any, x: Tensor, rate: int = 3, initial: Any = 
     if initial == "keep":
         assert relative(model(x), before) <= 1e-12
     move(model)
-    chain = model[0].unrolled()
+    chain = unrolled(model[0])
     assert len(chain) >= 2
     outputs, expected = model(x), chain(x)
     assert relative(outputs, expected) <= 1e-12
@@ -110,7 +110,7 @@ def test_any_convolution(
     expand(model, "CL", rate, include=["0"])
     assert relative(model(x), before) <= 1e-12
     move(model)
-    expected = model[0].unrolled()(x)
+    expected = unrolled(model[0])(x)
     assert relative(contract(model)(x), expected) <= 1e-12
 
 
@@ -131,7 +131,7 @@ def test_compose_is_the_definition() -> None:
 def test_shapes_are_those_of_the_paper() -> None:
     def hidden(layer: nn.Module, kind: Any) -> list[tuple[int, ...]]:
         expand(nn.Sequential(layer), kind, 4)
-        return [tuple(p.shape) for name, p in layer.named_parameters() if "weight" in name]
+        return [tuple(p.shape) for name, p in layer.named_parameters() if ".weight." in name]
 
     assert hidden(nn.Conv2d(8, 16, 7), "CL") == [(32, 8, 1, 1), (64, 32, 7, 7), (16, 64, 1, 1)]
     assert hidden(nn.Conv2d(3, 8, 7), "CL") == [(3, 3, 1, 1), (32, 3, 7, 7), (8, 32, 1, 1)]
@@ -155,7 +155,7 @@ def test_a_network(kind: Any, layers: str) -> None:
     model, x = small(), torch.randn(2, 1, 9, 9)
     plain = copy.deepcopy(model)
     assert expand(model, kind, 6) is model
-    expanded = [name for name, m in model.named_modules() if isinstance(m, ExpandedConv2d | ExpandedLinear)]
+    expanded = [name for name, m in model.named_modules() if is_expanded(m)]
     assert "".join(expanded) == layers
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
     copy.deepcopy(model).load_state_dict(model.state_dict())
@@ -197,9 +197,12 @@ def test_every_added_direction_learns() -> None:
         optimizer.zero_grad()
         model(torch.randn(8, 4, 9, 9, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         optimizer.step()
-    gradient = conv.weight_2.grad.permute(0, 2, 3, 1).reshape(-1, 16)  # type: ignore[union-attr,operator]
+    first, inner, *_ = (p.grad for p in conv.parameters())
+    assert inner is not None
+    assert first is not None
+    gradient = inner.permute(0, 2, 3, 1).reshape(-1, 16)
     assert int(torch.linalg.matrix_rank(gradient, rtol=1e-4)) > 4
-    assert int(torch.linalg.matrix_rank(conv.weight_1.grad.flatten(1))) == 4  # type: ignore[union-attr,operator]
+    assert int(torch.linalg.matrix_rank(first.flatten(1))) == 4
 
 
 def test_layout_and_flags_come_back() -> None:
@@ -226,6 +229,37 @@ def test_a_module_under_two_names() -> None:
     assert model[0] is model[2] is conv
 
 
+def test_every_tensor_keeps_its_own_flag() -> None:
+    """Not only whole layers are frozen."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+    expand(model)
+    assert [p.requires_grad for p in model.parameters()] == [True] * 3 + [False] * 3
+    contract(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == {"0.weight": True, "0.bias": False}
+
+
+def test_a_copy_has_factors_of_its_own() -> None:
+    """The bias is made of the factors of the weight, too: those of the copy."""
+    model, x = small(), torch.randn(2, 1, 9, 9)
+    expand(model, "CL+FC")
+    move(model)
+    before, copied = model(x), copy.deepcopy(model)
+    move(copied, seed=1)
+    assert torch.equal(model(x), before)
+    moved = copied(x)
+    assert not torch.equal(moved, before)
+    torch.testing.assert_close(contract(copied)(x), moved, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_of_an_expanded_layer_cannot_be_set() -> None:
+    """Nothing would say which factors are meant."""
+    model = expand(nn.Sequential(nn.Conv2d(4, 6, 3)))
+    for name in ("weight", "bias"):
+        with pytest.raises(RuntimeError, match="contract it first"):
+            setattr(model[0], name, torch.zeros_like(getattr(model[0], name)))
+
+
 class _Own(nn.Conv2d):
     pass
 
@@ -240,7 +274,7 @@ def _refusals() -> Iterator[Any]:
     conv = nn.Conv2d
     yield nn.Sequential(_Own(2, 2, 3)), {"include": ["0"]}, ExpansionError, "'0' is a _Own; only nn.Conv2d"
     yield nn.Sequential(conv(2, 2, 3)), {"kind": "CK", "include": ["0"]}, ExpansionError, "take kind='CL'"
-    yield nn.Sequential(conv(2, 2, 3)), {"kind": "CK"}, NoLayersError, "is left for kind='CK'"
+    yield nn.Sequential(conv(2, 2, 3)), {"kind": "CK"}, NoLayersError, "kind='CK' takes none of them"
     yield nn.Sequential(conv(2, 2, 3)), {"include": ["conv1"]}, NoLayersError, "'conv1' matches no convolution"
     yield expand(nn.Sequential(conv(2, 2, 3))), {}, ExpansionError, "is expanded already"
     yield _tied(), {"include": ["0"]}, ExpansionError, "shares its weight with another layer"
@@ -263,7 +297,7 @@ def _refusals() -> Iterator[Any]:
         nn.Sequential(parametrized),
         {"include": ["0"]},
         ExpansionError,
-        "prune, ...); remove the parametrization first",
+        "layer '0' has a weight computed by a parametrization (weight_norm, prune, ...); remove the parametrization",
     )
     yield nn.Sequential(conv(2, 2, 3)), {"kind": "C"}, ValueError, "kind must be one of"
     yield nn.Sequential(conv(2, 2, 3)), {"rate": 0}, ValueError, "rate must be an integer >= 1"
@@ -297,4 +331,4 @@ def test_contract_what_is_not_expanded() -> None:
 def test_unequal_padding_has_no_chain() -> None:
     model = expand(nn.Sequential(nn.Conv2d(2, 2, 4, padding="same")))
     with pytest.raises(ValueError, match="unequally"):
-        model[0].unrolled()
+        unrolled(model[0])

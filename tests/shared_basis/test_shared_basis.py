@@ -216,6 +216,22 @@ def test_layers_by_name() -> None:
     assert isinstance(one[1], nn.Conv2d)
 
 
+def test_layers_by_pattern() -> None:
+    """In the order in which they are named; wrappers add nothing to their names."""
+    net = CifarResNet(14)
+    model = torch.compile(nn.ModuleDict({"net": net}), backend="eager")
+    share_filter_bases(model, shared=4, layers=["net.stage1.1.conv?", "net.stage1.0.conv2"])
+    assert [(n, b.gram) for n, b, _ in shared_bases(net)] == [("stage1.1.conv1.shared", "net.stage1.1.conv1")]
+    sharing = [name for name, module in net.named_modules() if isinstance(module, SharedBasisConv2d)]
+    assert sharing == ["stage1.0.conv2", "stage1.1.conv1", "stage1.1.conv2"]
+
+
+def test_a_layer_under_two_names_shares_under_both() -> None:
+    model = share_filter_bases(_under_two_names(), shared=4, layers=["0", "1"])
+    assert model[0] is model[2]
+    assert isinstance(model[0], SharedBasisConv2d)
+
+
 def test_device_dtype_and_mode_follow_the_network() -> None:
     model = CifarResNet(14).double().eval()
     share_filter_bases(model, shared=4, stages=["stage2"])
@@ -231,6 +247,11 @@ class _Wrapped(nn.Module):
         self.backbone = CifarResNet(14)
 
 
+def _under_two_names() -> nn.Module:
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    return nn.Sequential(conv, nn.Conv2d(4, 4, 3, padding=1), conv)
+
+
 BASIC = "stage1, stage2, stage3"
 REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("rank", lambda: share_filter_bases(CifarResNet(14), shared=150), SharingError, "more than the 144 numbers"),
@@ -240,8 +261,19 @@ REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         SharingError,
         "stage1: two bases of 80 and unique=1",
     ),
-    ("stage", lambda: share_filter_bases(CifarResNet(14), stages=["stag1"]), SharingError, "the closest is 'stage1'"),
+    (
+        "stage",
+        lambda: share_filter_bases(CifarResNet(14), stages=["stag1"]),
+        SharingError,
+        "closest name is 'stage1'",
+    ),
     ("stage text", lambda: share_filter_bases(CifarResNet(14), stages="stage1"), TypeError, "write stages=['stage1']"),
+    (
+        "too few blocks",
+        lambda: share_filter_bases(on_meta(torchvision.models.mobilenet_v2), stages=["stage1"]),
+        SharingError,
+        "'stage1' matches no stage with enough blocks to share",
+    ),
     ("no stage", lambda: share_filter_bases(CifarResNet(14), stages=[]), ValueError, "stages=[] shares nothing"),
     ("one block", lambda: share_filter_bases(CifarResNet(8)), SharingError, "name the convolutions that are to share"),
     ("vgg", lambda: share_filter_bases(on_meta(torchvision.models.vgg11)), SharingError, "VGG has no stage"),
@@ -269,7 +301,7 @@ REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "unknown layer",
         lambda: share_filter_bases(_Wrapped(), layers=["backbone.stage1.0.conv1", "backbone.stage1.0.conv9"]),
         SharingError,
-        "there is no module 'backbone.stage1.0.conv9'; the closest is 'backbone.stage1.0.conv",
+        "'backbone.stage1.0.conv9' matches no convolution; the closest name is 'backbone.stage1.0.conv",
     ),
     (
         "strided",
@@ -297,12 +329,23 @@ REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ),
     ("alone", lambda: share_filter_bases(CifarResNet(14), layers=["conv"]), SharingError, "by at least two layers"),
     ("same twice", lambda: share_filter_bases(CifarResNet(14), layers=["conv", "conv"]), SharingError, "named twice"),
-    ("text", lambda: share_filter_bases(CifarResNet(14), layers="conv"), TypeError, "layers must be a list of module"),
+    (
+        "text",
+        lambda: share_filter_bases(CifarResNet(14), layers="conv"),
+        TypeError,
+        "layers must be a list of name",
+    ),
     (
         "both",
         lambda: share_filter_bases(CifarResNet(14), layers=["conv", "conv"], stages=["stage1"]),
         ValueError,
         "give neither stages nor double",
+    ),
+    (
+        "one layer under two names",
+        lambda: share_filter_bases(_under_two_names(), layers=["0", "1", "2"]),
+        SharingError,
+        "'2' is named twice",
     ),
     (
         "two groups",
@@ -320,7 +363,7 @@ REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
             layers=["0", "1"],
         ),
         SharingError,
-        "'0' cannot share filters: its weight is computed by a parametrization (weight_norm, prune, ...); remove",
+        "'0' has a weight computed by a parametrization (weight_norm, prune, ...); remove the parametrization first",
     ),
     (
         "lazy",

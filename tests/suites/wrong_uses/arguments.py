@@ -49,7 +49,7 @@ CONSTRUCTOR_ARGUMENTS: list[Row] = [
         "no pattern",
         lambda: WeightAsynchronousUpdate(include=[]),
         ValueError,
-        "include=[] selects no layer; use include=None for every convolution",
+        "include=[] selects no layer; use include=None for the default layers",
     ),
     Row("no cycle", lambda: RePr(cycles=0), ValueError, "cycles must be an integer >= 1, got 0"),
     Row(

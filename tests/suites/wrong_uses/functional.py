@@ -223,7 +223,7 @@ FUNCTIONAL: list[Row] = [
         "share one name",
         lambda: share_filter_bases(net(), layers="0"),
         TypeError,
-        "layers must be a list of module names or a dict of such lists, got '0'",
+        "layers must be a list of name patterns such as ['layer1.*'], got '0'; write layers=['0'] for a single pattern",
     ),
     Row(
         "share a linear layer",
@@ -242,7 +242,7 @@ FUNCTIONAL: list[Row] = [
         "share a layer that is not there",
         lambda: share_filter_bases(net(), layers=["0", "7"]),
         SharingError,
-        "layers: there is no module '7'; see named_modules()",
+        "layers pattern '7' matches no convolution. Available: ",
     ),
     Row(
         "expand a linear layer as a convolution",
