@@ -7,7 +7,7 @@ fan-in (input channels seen by the filter times kernel positions).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "check_patterns",
     "filter_count",
     "filter_matrix",
+    "find_prefix",
     "find_submodule",
     "find_weight_obstacle",
     "mask_layout",
@@ -111,6 +112,38 @@ def find_submodule(model: nn.Module, name: str | None, error: type[ValueError] =
             return module
     children = ", ".join(repr(canonical_name(child)) for child, _ in model.named_children())
     raise error(f"{type(model).__name__} has no submodule network={name!r}; its children are {children}")
+
+
+def find_prefix(names: Iterable[str], known: Iterable[str]) -> tuple[str, str] | None:
+    """Find how names of a network become those of the network around it, or inside it.
+
+    A LightningModule adds one level (``net.``) to the names of the network that it holds.
+
+    Args:
+        names: canonical names, at least one.
+        known: canonical names that they are to become.
+
+    Returns:
+        The prefix to take off and the prefix to put on, with dots, one of them empty; ``None`` where no prefix makes
+        all of ``names`` known.
+    """
+    names, known = list(names), dict.fromkeys(known)
+    if all(name in known for name in names):
+        return "", ""
+    for prefix in _leading_parts(names[:1]):
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in known for name in names):
+            return prefix, ""
+    for prefix in _leading_parts(known):
+        if all(prefix + name in known for name in names):
+            return "", prefix
+    return None
+
+
+def _leading_parts(names: Iterable[str]) -> list[str]:
+    """``a.`` and ``a.b.`` of ``a.b.c``, shortest first."""
+    parts = [name.split(".") for name in names]
+    prefixes = {".".join(levels[:depth]) + "." for levels in parts for depth in range(1, len(levels))}
+    return sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix))
 
 
 def _is_transposed(conv: Conv) -> bool:

@@ -14,6 +14,7 @@ from lightning_filterdiv.filters import (
     Conv,
     filter_count,
     filter_matrix,
+    find_prefix,
     mask_layout,
     write_filters,
 )
@@ -192,3 +193,21 @@ def test_a_one_hot_vector_selects_exactly_one_input_slice(conv: Conv) -> None:
         # Slice s of an ordinary convolution is the s-th input channel of every group.
         seen = [weights_behind_input(conv, c) for c in ([s] if transposed else range(s, conv.in_channels, slices))]
         assert torch.equal(broadcast(conv, "in", torch.arange(slices) == s), torch.stack(seen).any(0))
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "expected"),
+    [
+        (["a.w", "b"], ["a.w", "b", "c"], ("", "")),
+        (["net.a", "net.b.c"], ["a", "b.c", "d"], ("net.", "")),
+        (["outer.net.a"], ["a"], ("outer.net.", "")),
+        (["a", "b.c"], ["net.a", "net.b.c", "head"], ("", "net.")),
+        (["a", "b"], ["head", "outer.net.a", "outer.net.b"], ("", "outer.net.")),
+        (["net.a", "b"], ["a", "b"], None),
+        (["a", "b"], ["x.a", "y.b"], None),
+    ],
+)
+def test_the_prefix_between_a_network_and_the_one_around_it(
+    names: list[str], known: list[str], expected: tuple[str, str] | None
+) -> None:
+    assert find_prefix(names, known) == expected

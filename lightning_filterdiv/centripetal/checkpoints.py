@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_filterdiv.filters import canonical_name
+from lightning_filterdiv.filters import find_prefix, named_modules
 
 __all__ = ["inputs_from_state", "relative_to", "saved_states"]
 
@@ -34,17 +34,9 @@ def relative_to(
     model: nn.Module, clusters: Mapping[str, Tensor], network: str | None
 ) -> tuple[dict[str, Tensor], str | None]:
     """``clusters`` and ``network`` as names of ``model``: they may be those of the LightningModule around it."""
-    names = {canonical_name(name) for name, _ in model.named_modules(remove_duplicate=False)}
-
-    def fits(prefix: str) -> bool:
-        return all(name.removeprefix(prefix).split("[")[0] in names for name in clusters)
-
-    if fits(""):
-        return dict(clusters), network
-    parts = next(iter(clusters)).split(".")
-    for depth in range(1, len(parts)):
-        prefix = ".".join(parts[:depth]) + "."
-        if all(name.startswith(prefix) for name in clusters) and fits(prefix):
-            inner = None if network is None or f"{network}." == prefix else network.removeprefix(prefix)
-            return {name.removeprefix(prefix): index for name, index in clusters.items()}, inner
-    return dict(clusters), network
+    # The name of a group is that of its first layer, with its rows in brackets where it has not all of them.
+    strip, add = find_prefix([name.split("[")[0] for name in clusters], named_modules(model)) or ("", "")
+    renamed = {add + name.removeprefix(strip): index for name, index in clusters.items()}
+    if network is None or f"{network}." == strip:
+        return renamed, add.removesuffix(".") or None
+    return renamed, add + network.removeprefix(strip)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
-from lightning_filterdiv.filters import NoLayersError, check_patterns
+from lightning_filterdiv.filters import NoLayersError, check_patterns, find_prefix
 from lightning_filterdiv.tensors.arguments import check_choice, check_number
 
 __all__ = ["Rule", "select_channels"]
@@ -59,7 +59,8 @@ def select_channels(
     check_number("threshold", threshold, low=0.0)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     scores: dict[str, Tensor] = {}
-    known_gates = _relative(importance, graph.layers)
+    strip, add = (find_prefix(importance, graph.layers) if importance else None) or ("", "")
+    known_gates = {add + name.removeprefix(strip): gates for name, gates in importance.items()}
     for group in graph.groups:
         given = [(layer, known_gates.get(layer)) for layer in group.producers]
         if any(fnmatch.fnmatchcase(layer, p) for layer, _ in given for p in exclude or ()):
@@ -90,22 +91,6 @@ def select_channels(
 
 def _all_match(layers: Sequence[str], patterns: Sequence[str]) -> bool:
     return all(any(fnmatch.fnmatchcase(layer, p) for p in patterns) for layer in layers)
-
-
-def _relative(importance: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
-    """``importance`` by names of ``layers``, which may be those of a network around the measured one, or inside it."""
-    if not importance or any(name in layers for name in importance):
-        return dict(importance)
-    for known, strip in ((next(iter(importance)), True), (layers[0], False)):
-        parts = known.split(".")
-        for depth in range(1, len(parts)):
-            prefix = ".".join(parts[:depth]) + "."
-            if strip and not all(name.startswith(prefix) for name in importance):
-                continue
-            renamed = {n.removeprefix(prefix) if strip else prefix + n: gates for n, gates in importance.items()}
-            if all(name in layers for name in renamed):
-                return renamed
-    return dict(importance)
 
 
 def _rows(graph: ChannelGraph, group: ChannelGroup, layer: str, gates: Tensor) -> Tensor:

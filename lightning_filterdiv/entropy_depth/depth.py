@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, Operation
 from lightning_filterdiv.entropy_depth.plan import DepthPlan, plan_depth
-from lightning_filterdiv.filters import CONVOLUTIONS, canonical_name
+from lightning_filterdiv.filters import CONVOLUTIONS, named_modules
 
 __all__ = ["NetworkDepth", "Stage", "network_depth"]
 
@@ -111,7 +111,7 @@ def network_depth(graph: ChannelGraph, layers: Collection[str] | None = None) ->
     Raises:
         ValueError: none of ``layers`` is on the traced path.
     """
-    modules = {canonical_name(n): m for n, m in graph.model.named_modules(remove_duplicate=False)}
+    modules = named_modules(graph.model)
     longest: dict[str, int] = {}
     previous: dict[str, str | None] = {}
     counts: dict[str, bool] = {}

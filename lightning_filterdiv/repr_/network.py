@@ -14,7 +14,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.filters import FAKE_QUANTISED, Conv, canonical_name, filter_matrix, write_filters
+from lightning_filterdiv.filters import (
+    FAKE_QUANTISED,
+    Conv,
+    filter_matrix,
+    named_modules,
+    named_tensors,
+    write_filters,
+)
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold, initial_state, row_state
 from lightning_filterdiv.repr_.functional import regrow_filters
 from lightning_filterdiv.tensors.randomness import keyed_generator
@@ -103,15 +110,6 @@ class Slice:
         return HeldRows(parameter, self.rows.to(parameter.device), self.dim, self.block)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {canonical_name(name): tensor for name, tensor in named}
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-
-
 def _norm_statistics(private: Mapping[str, list[Slice]], modules: Mapping[str, nn.Module]) -> list[Slice]:
     """Running statistics of the norms among the private tensors, for the same channels."""
     channels: dict[str, list[Tensor]] = {}  # by name of the norm
@@ -173,10 +171,10 @@ class DroppedFilters:
                 columns = reader.columns[torch.isin(reader.filters, rows)]
                 if columns.numel():
                     consumers[layer].append(Slice(reader.tensor, reader.dim, columns, reader.block))
-        tensors = _tensors(model)
+        tensors = named_tensors(model)
         old = {layer: [part.of(tensors) for part in parts] for layer, parts in private.items()}
         # Not touched here, but silent channels will pull them to mean 0 and variance 0 in training.
-        statistics = [(part, part.of(tensors)) for part in _norm_statistics(private, _modules(model))]
+        statistics = [(part, part.of(tensors)) for part in _norm_statistics(private, named_modules(model))]
         for parts in private.values():
             for part in parts:
                 tensors[part.tensor].detach().index_fill_(part.dim, part.rows.to(tensors[part.tensor].device), 0)
@@ -195,7 +193,7 @@ class DroppedFilters:
 
     def hold(self, consumers: bool) -> RowHold:
         """Hold on dropped filters, and with ``consumers`` on the columns that read them: bit-still through steps."""
-        tensors = _tensors(self.model)
+        tensors = named_tensors(self.model)
         parts = [part for layer in self.filters for part in self._private[layer]]
         if consumers:
             parts += [part for layer in self.filters for part in self._consumers[layer]]
@@ -216,7 +214,7 @@ class DroppedFilters:
         Raises:
             ValueError: a layer holds NaN or inf; it is named.
         """
-        modules = _modules(self.model)
+        modules = named_modules(self.model)
         values: dict[str, Tensor] = {}
         spaces: dict[str, int] = {}
         for layer, rows in self.filters.items():
@@ -236,7 +234,7 @@ class DroppedFilters:
     @torch.no_grad()
     def restore(self) -> None:
         """Undo the drop: write the old values back, norm statistics included."""
-        tensors = _tensors(self.model)
+        tensors = named_tensors(self.model)
         kept = [pair for layer in self.filters for pair in zip(self._private[layer], self._old[layer], strict=True)]
         for part, values in [*kept, *self._statistics]:
             tensor = tensors[part.tensor].detach()
@@ -265,7 +263,7 @@ class DroppedFilters:
         """
         optimizers = list(optimizers)
         self.restore()
-        tensors, modules = _tensors(self.model), _modules(self.model)
+        tensors, modules = named_tensors(self.model), named_modules(self.model)
         # Consumers first: a reader may have regrown filters of its own, whose directions must stay as they were chosen.
         for part in (p for layer in self.filters for p in self._consumers[layer] if next_layer != "keep"):
             self._rewrite_consumer(part, tensors, next_layer, key)
@@ -339,7 +337,7 @@ class DroppedFilters:
             {layer: [Slice.unpacked(part) for part in parts] for layer, parts in state[entry].items()}
             for entry in ("private", "consumers")
         )
-        tensors = _tensors(model)
+        tensors = named_tensors(model)
         for part in (part for regions in (private, consumers) for parts in regions.values() for part in parts):
             if part.tensor not in tensors:
                 raise ValueError(f"the network has no tensor {part.tensor!r}, which holds dropped filters in the state")

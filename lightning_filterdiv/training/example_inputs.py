@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_filterdiv.channel_graph import CapturedInputs, ChannelGraph, ExampleInputsError, capture_inputs
-from lightning_filterdiv.filters import NoLayersError, canonical_name, named_convolutions
+from lightning_filterdiv.filters import find_submodule, named_convolutions
 
 __all__ = ["ExampleInputs"]
 
@@ -43,7 +43,7 @@ class ExampleInputs:
             self._captured[state["network"]] = known
             return
         for name in [network] if network is not None else [None, *self._only_child_with_convolutions()]:
-            module = _submodule(pl_module, name)
+            module = find_submodule(pl_module, name)
             self._captured[name] = capture_inputs(module) if name is not None else _ForwardInputs(module, 2)
 
     def _only_child_with_convolutions(self) -> list[str]:
@@ -107,14 +107,3 @@ class _ForwardInputs(CapturedInputs):
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if "forward" not in vars(module):
             super()._record(module, args, kwargs)
-
-
-def _submodule(model: nn.Module, name: str | None) -> nn.Module:
-    if name is None:
-        return model
-    module: nn.Module
-    for full, module in model.named_modules(remove_duplicate=False):
-        # The outermost one: hooks inside a compiled module may never fire.
-        if canonical_name(full) == name:
-            return module
-    raise NoLayersError(f"network={name!r} is no submodule of {type(model).__name__}")
