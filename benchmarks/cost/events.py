@@ -25,7 +25,7 @@ from benchmarks.models import build_network
 from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import filter_matrix, select_filters
-from lightning_filterdiv.narrowing import merge_with_report, tie_channels
+from lightning_filterdiv.narrowing import merge_channels, tie_channels
 from lightning_filterdiv.repr_.functional import rank_filters, select_dropped
 from lightning_filterdiv.repr_.network import DroppedFilters
 from lightning_filterdiv.similarity import orthogonality_score
@@ -80,7 +80,7 @@ def measure(name: str, device: torch.device) -> dict[str, dict[str, float]]:
     if device.type == "cpu":
         clusters = timed(CLUSTER, lambda: cluster_channels(model, graph, 0.625))
         tie_channels(model, clusters, images)
-        timed(MERGE, lambda: merge_with_report(model, clusters, images))
+        timed(MERGE, lambda: merge_channels(model, clusters, images))
     cycle = sum(costs[part].seconds for part in CYCLE) + 2 * costs[LOG].seconds
     memory = max(costs[part].extra_mib for part in CYCLE)
     print(f"{name}: {len(layers)} layers, {dropped.count} filters dropped")

@@ -39,7 +39,7 @@ from benchmarks.training.runs import interval, read_runs, run_missing, run_parse
 from lightning_filterdiv import CentripetalSGD
 from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.narrowing import count_macs, count_parameters, latency_ratio, merge_with_report
+from lightning_filterdiv.narrowing import count_macs, count_parameters, latency_ratio, merge_channels
 
 START_EPOCHS, EPOCHS, KEEP = 15, 10, 0.625
 OUT = RESULTS / "squeeze"
@@ -97,7 +97,7 @@ def _csgd(seed: int, folder: Path) -> dict[str, Any]:
     net = train(trained_network(seed, folder), EPOCHS, data, [callback])
     _, _, images, labels = data.parts
     before = predictions(net, images)
-    narrow, report = callback.merge_with_report(net, EXAMPLE)
+    narrow, report = callback.merge(net, EXAMPLE)
     after = predictions(narrow, images)
     torch.save(net.state_dict(), folder / ".partial" / f"csgd-seed{seed}.pt")
     return {
@@ -117,7 +117,7 @@ def _tie(seed: int, folder: Path) -> dict[str, Any]:
     net = trained_network(seed, folder)
     graph = ChannelGraph.trace(net, EXAMPLE)
     clusters = cluster_channels(net, graph, KEEP, seed=seed)
-    narrow, report = merge_with_report(net, clusters, EXAMPLE, tolerance=float("inf"))
+    narrow, report = merge_channels(net, clusters, EXAMPLE, tolerance=float("inf"))
     at_once = accuracy(narrow, data)
     return {
         **_judged(train(narrow, EPOCHS, data), data),
@@ -177,7 +177,7 @@ def latency(pairs: int) -> dict[str, Any]:
     net = resnet().eval()
     graph = ChannelGraph.trace(net, EXAMPLE)
     clusters = cluster_channels(net, graph, KEEP, method="even")
-    narrow, report = merge_with_report(net, clusters, EXAMPLE, tolerance=float("inf"))
+    narrow, report = merge_channels(net, clusters, EXAMPLE, tolerance=float("inf"))
     found: dict[str, Any] = {"macs_ratio": report.macs_after / report.macs_before, "threads": torch.get_num_threads()}
     for batch in (1, 64):
         ratio, low, high = latency_ratio(net, narrow, torch.randn(batch, 1, 28, 28), pairs)

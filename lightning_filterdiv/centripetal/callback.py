@@ -34,7 +34,7 @@ from lightning_filterdiv.narrowing.clusters import (
     clustered_tensors,
     kept_fractions,
 )
-from lightning_filterdiv.narrowing.merge import MergeReport, merge_with_report
+from lightning_filterdiv.narrowing.merge import Merged, merge_channels
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_number
 from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
@@ -335,7 +335,7 @@ class CentripetalSGD(FilterCallback):
 
     @staticmethod
     def clusters_from(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The clusters in a loaded Lightning checkpoint, for :func:`~lightning_filterdiv.centripetal.merge_channels`.
+        """The clusters in a loaded Lightning checkpoint, for :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
         Args:
             checkpoint: what ``torch.load(path, weights_only=True)`` returns.
@@ -358,16 +358,8 @@ class CentripetalSGD(FilterCallback):
 
     # ------------------------------------------------------------------ merge
 
-    def merge(self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3) -> nn.Module:
-        """The narrow network: one channel per cluster. See :meth:`merge_with_report`."""
-        merged, report = self.merge_with_report(model, example_inputs, tolerance=tolerance)
-        rank_zero_info(f"CentripetalSGD merged {type(model).__name__}\n{report}")
-        return merged
-
-    def merge_with_report(
-        self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3
-    ) -> tuple[nn.Module, MergeReport]:
-        """The narrow network and what merging did.
+    def merge(self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3) -> Merged:
+        """Merge every cluster into one channel; print what that did.
 
         Args:
             model: the LightningModule that was trained, or the network inside it. It is left as it was.
@@ -376,7 +368,7 @@ class CentripetalSGD(FilterCallback):
                 merge whatever it does.
 
         Returns:
-            See :func:`~lightning_filterdiv.narrowing.merge.merge_with_report`.
+            Network and report, see :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
         Raises:
             RuntimeError: nothing was clustered yet.
@@ -389,4 +381,6 @@ class CentripetalSGD(FilterCallback):
             state = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs
             example_inputs, network = inputs_from_state(state, network)
         clusters, network = relative_to(model, self.clusters, network)
-        return merge_with_report(model, clusters, example_inputs, network=network, tolerance=tolerance)
+        merged = merge_channels(model, clusters, example_inputs, network=network, tolerance=tolerance)
+        rank_zero_info(f"CentripetalSGD merged {type(model).__name__}\n{merged.report}")
+        return merged

@@ -23,7 +23,7 @@ from lightning_filterdiv.command_line.model_source import (
 )
 from lightning_filterdiv.narrowing.files import save_merged, unwritable
 from lightning_filterdiv.narrowing.measure import latency_ratio
-from lightning_filterdiv.narrowing.merge import NotTiedError, merge_with_report
+from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
 __all__ = ["add_arguments", "run"]
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         inputs, network = inputs_from_state(state["extra"]["inputs"], network)
     clusters, network = relative_to(model, clusters, network)
     try:
-        merged, report = merge_with_report(model, clusters, inputs, network=network, tolerance=options.tolerance)
+        merged, report = merge_channels(model, clusters, inputs, network=network, tolerance=options.tolerance)
     except NotTiedError as error:
         reason = str(error).replace("tolerance=float('inf')", "--tolerance inf")
         raise ModelSourceError(f"{options.checkpoint}: {reason}") from error

@@ -8,9 +8,9 @@ from .files import save_merged as save_merged
 from .measure import count_macs as count_macs
 from .measure import count_parameters as count_parameters
 from .measure import latency_ratio as latency_ratio
+from .merge import Merged as Merged
 from .merge import MergeReport as MergeReport
 from .merge import NotTiedError as NotTiedError
 from .merge import merge_channels as merge_channels
-from .merge import merge_with_report as merge_with_report
 from .merge import tie_channels as tie_channels
 from .prune import prune_channels as prune_channels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,9 +17,7 @@ from lightning_filterdiv.channel_graph.verify import compare, random_inputs
 from lightning_filterdiv.narrowing.measure import count_parameters, macs_of_call
 from lightning_filterdiv.tensors.arguments import check_number
 
-__all__ = ["MergeReport", "NotTiedError", "merge_channels", "merge_with_report", "tie_channels"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["MergeReport", "Merged", "NotTiedError", "merge_channels", "tie_channels"]
 
 
 class NotTiedError(NarrowingError):
@@ -70,6 +67,13 @@ class MergeReport(NamedTuple):
         )
 
 
+class Merged(NamedTuple):
+    """A narrow network, and what making it did."""
+
+    network: nn.Module
+    report: MergeReport
+
+
 def tie_channels(
     model: nn.Module, clusters: Mapping[str, Tensor], example_inputs: Any = None, *, network: str | None = None
 ) -> None:
@@ -95,22 +99,8 @@ def merge_channels(
     *,
     network: str | None = None,
     tolerance: float = 1e-3,
-) -> nn.Module:
-    """A new, really narrower network. See :func:`merge_with_report`, whose report is logged."""
-    merged, report = merge_with_report(model, clusters, example_inputs, network=network, tolerance=tolerance)
-    _log.info("merged %s\n%s", type(model).__name__, report)
-    return merged
-
-
-def merge_with_report(
-    model: nn.Module,
-    clusters: Mapping[str, Tensor],
-    example_inputs: Any = None,
-    *,
-    network: str | None = None,
-    tolerance: float = 1e-3,
-) -> tuple[nn.Module, MergeReport]:
-    """A new, really narrower network with one channel per cluster, and what merging did.
+) -> Merged:
+    """Make a really narrower network with one channel per cluster.
 
     A copy is first projected (every member set to its cluster's mean) and then narrowed: the kept channel's column in
     every consumer is the sum of its cluster's columns. The narrow network is compared with the projected one on random
@@ -124,7 +114,8 @@ def merge_with_report(
         tolerance: largest relative change of the outputs by the projection; ``float("inf")`` merges whatever it does.
 
     Returns:
-        A module of the same class (dtype, device, ``requires_grad``, modes and memory format kept), and the report.
+        The network, a module of the same class (dtype, device, ``requires_grad``, modes and memory format kept), and
+        the report of what merging did.
 
     Raises:
         NotTiedError: the projection changes the outputs by more than ``tolerance``.
@@ -154,7 +145,7 @@ def merge_with_report(
             f"or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to merge anyway "
             f"and fine-tune"
         )
-    return merged, MergeReport(
+    report = MergeReport(
         channels_before=sum(len(index) for index in clusters.values()),
         channels_after=sum(len(index.unique()) for index in clusters.values()),
         deviation=deviation,
@@ -166,6 +157,7 @@ def merge_with_report(
         macs_before=macs_of_call(_traced(model, network), *arguments),
         macs_after=macs_of_call(_traced(merged, network), *arguments),
     )
+    return Merged(merged, report)
 
 
 def _traced(model: nn.Module, network: str | None) -> nn.Module:

@@ -35,7 +35,7 @@ def squeeze_in_stages(
         fit: ``fit(model, callback)`` trains ``model`` with ``callback`` in a Trainer of its own.
         example_inputs: for the trace; ``None``: ``example_input_array``.
         stages: shares of the *original* widths, from wide to narrow.
-        tolerance: see :func:`~lightning_filterdiv.narrowing.merge.merge_with_report`.
+        tolerance: see :func:`~lightning_filterdiv.narrowing.merge.merge_channels`.
         **arguments: further arguments of CentripetalSGD; not ``keep_fraction``.
 
     Returns:
@@ -63,5 +63,5 @@ def squeeze_in_stages(
             fractions |= dict.fromkeys(group.layers, widest)
         callback = CentripetalSGD(keep_fraction=fractions, **arguments)
         fit(model, callback)
-        model = callback.merge(model, example_inputs, tolerance=tolerance)
+        model = callback.merge(model, example_inputs, tolerance=tolerance).network
     return model

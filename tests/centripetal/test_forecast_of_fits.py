@@ -132,12 +132,12 @@ def test_auto_brings_every_tensor_together_and_merges_without_loss(caplog: pytes
     assert {"net.0.weight", "net.1.weight", "net.1.bias", "net.4.0.bias", "net.7.bias"} < deviations.keys()
     assert max(deviations.values()) < 1e-6
     model = run.model.eval()
-    merged, report = callback.merge_with_report(run.model)
+    merged, report = callback.merge(run.model)
     assert report.projection < 1e-5
     assert torch.equal(merged(IMAGES).argmax(1), model(IMAGES).argmax(1))
     assert [m.out_channels for m in merged.modules() if isinstance(m, nn.Conv2d)] == [4, 5, 5, 5]
     # The network inside the LightningModule has shorter names.
-    inner = callback.merge(model.net, IMAGES[:2])
+    inner = callback.merge(model.net, IMAGES[:2]).network
     torch.testing.assert_close(inner(IMAGES), merged(IMAGES))
 
 
@@ -147,7 +147,7 @@ def test_adamw_reaches_its_forecast() -> None:
     assert callback.forecast_k == pytest.approx(18, abs=1)
     assert callback.largest_deviation is not None
     assert callback.largest_deviation < 1e-6
-    assert callback.merge_with_report(run.model)[1].projection < 1e-5
+    assert callback.merge(run.model).report.projection < 1e-5
 
 
 # --------------------------------------------------------------------------- the budget
@@ -174,7 +174,7 @@ def test_a_budget_that_is_too_short_is_told_before_the_first_step() -> None:
     assert follower.forecast_k > 17.8
     with pytest.raises(NotTiedError, match="changes the outputs by"):
         callback.merge(run.model)
-    merged, report = callback.merge_with_report(run.model, tolerance=float("inf"))
+    merged, report = callback.merge(run.model, tolerance=float("inf"))
     assert report.projection > 1e-3
     assert merged(IMAGES).shape == (64, 4)
 

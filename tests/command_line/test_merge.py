@@ -44,7 +44,7 @@ def test_the_command_merges_a_checkpoint(checkpoint: Path, capsys: pytest.Captur
     images = next(iter(data.test_dataloader()))[0]
     assert torch.equal(narrow(images).argmax(1), original(images).argmax(1))
     clusters = CentripetalSGD.clusters_from(torch.load(checkpoint, weights_only=True))
-    by_hand = merge_channels(original, clusters)
+    by_hand = merge_channels(original, clusters).network
     assert torch.equal(by_hand.net.conv3.weight, narrow.net.conv3.weight)
 
 

@@ -44,7 +44,7 @@ def test_a_trainer_s_checkpoint_holds_tensors_and_plain_values(case: Case, tmp_p
 @pytest.mark.parametrize("kind", ["merged", "pruned", "contracted", "gated"])
 def test_a_changed_network_is_saved_as_tensors(kind: str) -> None:
     if kind == "merged":
-        small = merge_channels(net(), {"0": CLUSTERS}, IMAGES, tolerance=float("inf"))
+        small = merge_channels(net(), {"0": CLUSTERS}, IMAGES, tolerance=float("inf")).network
         save_merged(small, "small.pt")
         content = torch.load("small.pt", weights_only=True)
         assert isinstance(content["tensors"]["0.weight"], torch.Tensor)

@@ -24,7 +24,6 @@ from lightning_filterdiv.narrowing import (
     NotTiedError,
     load_merged,
     merge_channels,
-    merge_with_report,
     save_merged,
     tie_channels,
 )
@@ -73,7 +72,7 @@ def check_merge(model: nn.Module, inputs: Tensor, again: bool = True) -> nn.Modu
     untied = _outputs(model, inputs)
     tie(model, graph, clusters)
     before = _outputs(model, inputs)
-    merged, report = merge_with_report(model, clusters, inputs)
+    merged, report = merge_channels(model, clusters, inputs)
     for a, b, c in zip(before, _outputs(merged, inputs), untied, strict=True):
         assert float((a - b).abs().max() / a.abs().max()) <= 1e-9
         assert float((a - c).abs().max() / a.abs().max()) > 1e-6, "tying changes nothing: the test would see nothing"
@@ -87,7 +86,7 @@ def check_merge(model: nn.Module, inputs: Tensor, again: bool = True) -> nn.Modu
     if again:
         _train_a_step(merged, inputs)
         more = random_clusters(ChannelGraph.trace(merged, inputs), generator)
-        twice, second = merge_with_report(merged, more, inputs, tolerance=INF)
+        twice, second = merge_channels(merged, more, inputs, tolerance=INF)
         assert second.trim <= 1e-9
         assert count_parameters(twice) < count_parameters(merged)
     return merged
@@ -159,7 +158,7 @@ def test_counts_are_those_of_a_network_built_at_those_widths(name: str) -> None:
     model, built, inputs = wide().eval(), narrow().eval(), models.image(size=32)
     graph = ChannelGraph.trace(model, inputs)
     clusters = cluster_channels(model, graph, fraction, method="even")
-    merged, report = merge_with_report(model, clusters, inputs, tolerance=INF)
+    merged, report = merge_channels(model, clusters, inputs, tolerance=INF)
     own, expected = dict(merged.named_parameters()), dict(built.named_parameters())
     assert {key: p.shape for key, p in own.items()} == {key: p.shape for key, p in expected.items()}
     assert report.parameters_after == count_parameters(built)
@@ -179,7 +178,7 @@ def test_the_original_is_untouched_and_the_rest_is_kept() -> None:
     model.stage2.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     clusters = cluster_channels(model, ChannelGraph.trace(model, IMAGE), 0.5)
-    merged = merge_channels(model, clusters, IMAGE, tolerance=INF)
+    merged = merge_channels(model, clusters, IMAGE, tolerance=INF).network
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not merged.conv.weight.requires_grad
     assert merged.training
@@ -193,7 +192,7 @@ def test_dtype_is_kept_and_float32_agrees() -> None:
     model = CifarResNet(8, "pad").eval()
     clusters = cluster_channels(model, ChannelGraph.trace(model, IMAGE), 0.625)
     tie_channels(model, clusters, IMAGE)
-    merged = merge_channels(model, clusters, IMAGE)
+    merged = merge_channels(model, clusters, IMAGE).network
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     torch.testing.assert_close(merged(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
 
@@ -209,7 +208,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
         graph = ChannelGraph.trace(model, IMAGE)
         clusters = cluster_channels(model, graph, 0.75, method="imbalanced")
         tie_channels(model, clusters, IMAGE)
-        model = merge_channels(model, clusters, IMAGE)
+        model = merge_channels(model, clusters, IMAGE).network
         save_merged(model, tmp_path / "narrow.pt")
         content = torch.load(tmp_path / "narrow.pt", weights_only=True)
         assert content["version"] == 1
@@ -222,7 +221,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     model = CifarResNet(8, "projection")
     clusters = cluster_channels(model, ChannelGraph.trace(model, IMAGE), 0.5)
-    save_merged(merge_channels(model, clusters, IMAGE, tolerance=INF), tmp_path / "narrow.pt")
+    save_merged(merge_channels(model, clusters, IMAGE, tolerance=INF).network, tmp_path / "narrow.pt")
     other = CifarResNet(14, "projection")
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(MergedFileError, match=r"CifarResNet.*the file lacks 'stage1\.1\.conv1\.weight'"):
@@ -245,7 +244,7 @@ def test_torch_export_with_a_dynamic_batch(name: str) -> None:
     model = SMALL[name]().eval()
     merged = merge_channels(
         model, cluster_channels(model, ChannelGraph.trace(model, IMAGE), 0.625), IMAGE, tolerance=INF
-    )
+    ).network
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(merged, (IMAGE,), dynamic_shapes=({0: batch},)).module()
     for n in (1, 2, 7):
@@ -261,7 +260,7 @@ def test_onnx_with_a_dynamic_batch(tmp_path: Path) -> None:
     model = SMALL["resnet8_option_a"]().eval()
     merged = merge_channels(
         model, cluster_channels(model, ChannelGraph.trace(model, IMAGE), 0.625), IMAGE, tolerance=INF
-    )
+    ).network
     path = tmp_path / "narrow.onnx"
     batch = torch.export.Dim("batch", min=1, max=64)
     torch.onnx.export(merged, (IMAGE,), path, dynamo=True, input_names=["x"], dynamic_shapes=({0: batch},))
@@ -286,7 +285,7 @@ def test_an_untrained_model_is_refused_with_the_projection_error() -> None:
     with pytest.raises(NotTiedError, match=r"changes the outputs by \S+ \(relative\), more than tolerance=0\.001") as e:
         merge_channels(model, clusters, IMAGE)
     assert "tolerance=float('inf')" in str(e.value)
-    merged, report = merge_with_report(model, clusters, IMAGE, tolerance=INF)
+    merged, report = merge_channels(model, clusters, IMAGE, tolerance=INF)
     assert report.projection > 1e-2
     assert report.deviation > 1e-2
     assert report.trim <= 1e-9

@@ -44,7 +44,7 @@ def test_a_wider_network_is_squeezed_into_the_original_width() -> None:
     """The second recipe: train 12 channels, keep 8, and load the result into the network one meant to have."""
     callback = CentripetalSGD(keep_fraction=8 / 12)
     run = fit([callback], model=Classifier(net=_wide(12)), max_epochs=50)
-    merged = callback.merge(run.model).net.eval()
+    merged = callback.merge(run.model).network.net.eval()
     original = _wide(8).eval()
     original.load_state_dict(merged.state_dict())
     torch.testing.assert_close(original(IMAGES), merged(IMAGES))

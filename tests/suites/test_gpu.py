@@ -129,7 +129,7 @@ def test_merging_on_the_device_is_exact() -> None:
     model.eval()
     with torch.no_grad():
         expected = model(images)
-    merged = merge_channels(model, clusters, images).eval()
+    merged = merge_channels(model, clusters, images).network.eval()
     assert {p.device.type for p in merged.parameters()} == {"cuda"}
     with torch.no_grad():
         torch.testing.assert_close(merged(images), expected, rtol=1e-9, atol=1e-9)

@@ -114,7 +114,7 @@ def other_content() -> str:
 
 def merged(**changes: Any) -> str:
     """A file of save_merged; an entry set to ``None`` is missing."""
-    save_merged(merge_channels(net(), {"0": CLUSTERS}, IMAGES, tolerance=float("inf")), "merged.pt")
+    save_merged(merge_channels(net(), {"0": CLUSTERS}, IMAGES, tolerance=float("inf")).network, "merged.pt")
     content = torch.load("merged.pt", weights_only=True) | changes
     torch.save({key: value for key, value in content.items() if value is not None}, "merged.pt")
     return "merged.pt"
