@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_filterdiv.async_update import WeightAsynchronousUpdate
 from lightning_filterdiv.demo.data import Digits, FashionMNIST, Images
 from lightning_filterdiv.demo.model import SmallConvNet
+from lightning_filterdiv.files import why_unwritable
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.monitor.functional import redundancy_metrics
-from lightning_filterdiv.monitor.loggers import check_writable
 from lightning_filterdiv.repr_ import RePr
 from lightning_filterdiv.training.callback import FilterCallback
 
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         raise SystemExit(f"filterdiv demo: --epochs must be at least 1, got {options.epochs}")
     if options.seed < 0:
         raise SystemExit(f"filterdiv demo: --seed must be at least 0, got {options.seed}")
-    if reason := check_writable(options.out):
+    if reason := why_unwritable(options.out, folder=True):
         raise SystemExit(f"filterdiv demo: --out {options.out} cannot be written ({reason}); name another folder")
     method = METHODS[options.method](options.epochs)
     outcomes = {

@@ -19,9 +19,9 @@ from lightning_filterdiv.command_line.model_source import (
     load_weights,
     read_checkpoint,
 )
+from lightning_filterdiv.files import why_unwritable
 from lightning_filterdiv.filters import Conv, canonical_name, select_filters
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map, to_rgb
-from lightning_filterdiv.monitor.loggers import check_writable
 from lightning_filterdiv.monitor.page import Picture, as_html
 from lightning_filterdiv.monitor.report import LayerReport, as_csv, as_text, report_layers
 from lightning_filterdiv.monitor.views import look_at
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         raise ModelSourceError(str(error)) from error
     layers, title, notes = find_layers(options)
-    if reason := check_writable(options.out):
+    if reason := why_unwritable(options.out, folder=True):
         raise ModelSourceError(f"--out {options.out} cannot be written ({reason}); name another folder")
     rows = report_layers(layers, options.threshold)
     pictures = _draw(layers, rows, options)

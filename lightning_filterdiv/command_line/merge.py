@@ -21,7 +21,8 @@ from lightning_filterdiv.command_line.model_source import (
     load_weights,
     read_checkpoint,
 )
-from lightning_filterdiv.narrowing.files import save_merged, unwritable
+from lightning_filterdiv.files import why_unwritable
+from lightning_filterdiv.narrowing.files import save_merged
 from lightning_filterdiv.narrowing.measure import latency_ratio
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_with_report
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         check_integer("--pairs", options.pairs, low=0)
     except (TypeError, ValueError) as error:
         raise ModelSourceError(str(error)) from error
-    if reason := unwritable(options.out):  # before minutes of work
+    if reason := why_unwritable(options.out):  # before minutes of work
         raise ModelSourceError(f"--out {options.out} cannot be written: {reason}")
     checkpoint = read_checkpoint(options.checkpoint, options.trust_pickle)
     try:
