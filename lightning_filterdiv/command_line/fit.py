@@ -95,7 +95,7 @@ class _FilterDivCLI(LightningCLI):
                 raise
             reason = self.refused[0]
             *_, (frame, _) = traceback.walk_tb(reason.__traceback__)
-            if frame.f_globals["__name__"].partition(".")[0] != lightning_filterdiv.__name__:
+            if frame.f_globals["__name__"].partition(".")[0] not in ("lightning_filterdiv", "lightning"):
                 raise reason from None  # of a class of the user, who needs the traceback
             raise CommandError(f"{reason} (in the configuration)") from reason
 

@@ -93,13 +93,24 @@ class Picky(Callback):
             raise ValueError(f"level {level} is too low")
 
 
-def test_a_value_that_a_callback_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    refused = {"class_path": "RePr", "init_args": {"prune_fraction": 2.0}}
+@pytest.mark.parametrize(
+    ("callback", "arguments", "message"),
+    [
+        (
+            "RePr",
+            {"prune_fraction": 2.0},
+            "prune_fraction must be a finite number with 0 < prune_fraction < 1, got 2.0",
+        ),
+        ("EarlyStopping", {"monitor": "val_acc", "mode": "up"}, "`mode` can be min, max, got up"),
+    ],
+)
+def test_a_value_that_a_callback_refuses(
+    callback: str, arguments: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {"class_path": callback, "init_args": arguments}
     assert main(["fit", *configure("ModelCheckpoint", refused)]) == 2
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("filterdiv")] == [
-        "filterdiv fit: prune_fraction must be a finite number with 0 < prune_fraction < 1, got 2.0 "
-        "(in the configuration)"
-    ]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("filterdiv")]
+    assert said == [f"filterdiv fit: {message} (in the configuration)"]
 
 
 @pytest.mark.parametrize(
