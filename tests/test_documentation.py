@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_filterdiv.command_line.main import _parser, main
+from lightning_filterdiv.command_line.main import main
+from lightning_filterdiv.command_line.options import parse
 
 ROOT = Path(__file__).parent.parent
 CARDS = sorted((ROOT / "lightning_filterdiv").rglob("README.md"))
@@ -54,7 +55,7 @@ def _known(line: str) -> bool:
     words = words[2:] if words[:2] == ["uv", "run"] else words
     words = words[2:] if words[0] == "--group" else words
     if words[0] == "filterdiv" and words[1] in {"demo", "inspect"}:
-        _parser().parse_args(words[1:])
+        parse(words[1:])
         return True
     if words[:2] == ["python", "-m"]:
         return (ROOT / Path(*words[2].split("."))).with_suffix(".py").exists()

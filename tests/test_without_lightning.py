@@ -19,9 +19,7 @@ LIGHTNING = (
     "lightning_filterdiv.demo.",  # a LightningModule and LightningDataModules
     "lightning_filterdiv.command_line.fit",
     "lightning_filterdiv.command_line.demo",
-    "lightning_filterdiv.command_line.entropy",  # reads the demo's data
     "lightning_filterdiv.command_line.merge",  # reads checkpoints of CentripetalSGD
-    "lightning_filterdiv.__main__",  # runs the command
 )
 
 _BLOCKED = """

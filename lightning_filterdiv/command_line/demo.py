@@ -5,38 +5,39 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_filterdiv.async_update import WeightAsynchronousUpdate
+from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.demo.data import Digits, FashionMNIST, Images
 from lightning_filterdiv.demo.model import SmallConvNet
+from lightning_filterdiv.files import why_unwritable
 from lightning_filterdiv.filters import select_filters
 from lightning_filterdiv.monitor import FilterSimilarityMonitor
 from lightning_filterdiv.monitor.functional import redundancy_metrics
-from lightning_filterdiv.monitor.loggers import check_writable
 from lightning_filterdiv.repr_ import RePr
 from lightning_filterdiv.training.callback import FilterCallback
 
-__all__ = ["METHODS", "add_arguments", "run"]
+__all__ = ["DATA", "METHODS", "run"]
 
 
-#: What ``--method`` accepts. Every entry takes the number of epochs of the demo.
 def _short_repr(epochs: int) -> RePr:
     """The paper's 20/10/3 of 100 epochs, scaled; a single cycle where there is no room for three."""
     if epochs < 3:
-        raise SystemExit(f"filterdiv demo: --method repr needs at least 3 epochs, got --epochs {epochs}")
+        raise CommandError(f"--method repr needs at least 3 epochs, got --epochs {epochs}")
     return RePr(full_epochs=max(1, epochs // 5), sub_epochs=max(1, epochs // 10), cycles=3 if epochs >= 10 else 1)
 
 
+#: Callback by ``--method``; every entry takes the number of epochs of the demo.
 METHODS: dict[str, Callable[[int], FilterCallback]] = {
-    "repr": lambda epochs: _short_repr(epochs),
+    "repr": _short_repr,
     "wau": lambda epochs: WeightAsynchronousUpdate(update_fraction=0.5),
 }
-_DATA: dict[str, Callable[[int], Images]] = {
+#: Data module by ``--data``; every entry takes the seed.
+DATA: dict[str, Callable[[int], Images]] = {
     "digits": lambda seed: Digits(seed=seed),
     "fashion_mnist": lambda seed: FashionMNIST(train_images=5_000, seed=seed),
 }
@@ -50,40 +51,30 @@ class Outcome(NamedTuple):
     redundancy: dict[str, dict[str, float]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the options of ``filterdiv demo``."""
-    parser.add_argument("--method", choices=sorted(METHODS), default="repr", help="callback of the second run")
-    parser.add_argument("--data", choices=sorted(_DATA), default="digits", help="digits needs nothing, see README")
-    parser.add_argument("--epochs", type=int, default=15, help="epochs per run, default 15")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the callback, default 0")
-    parser.add_argument("--out", type=Path, default=Path("filterdiv_demo"), help="folder for TensorBoard's files")
-
-
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Train plain and with the callback from the same start, print the comparison and where to look.
 
-    Returns:
-        The exit status, 0.
+    Raises:
+        CommandError: an option or the folder cannot be used.
     """
     if options.epochs < 1:
-        raise SystemExit(f"filterdiv demo: --epochs must be at least 1, got {options.epochs}")
+        raise CommandError(f"--epochs must be at least 1, got {options.epochs}")
     if options.seed < 0:
-        raise SystemExit(f"filterdiv demo: --seed must be at least 0, got {options.seed}")
-    if reason := check_writable(options.out):
-        raise SystemExit(f"filterdiv demo: --out {options.out} cannot be written ({reason}); name another folder")
+        raise CommandError(f"--seed must be at least 0, got {options.seed}")
+    if reason := why_unwritable(options.out, folder=True):
+        raise CommandError(f"--out {options.out} cannot be written ({reason}); name another folder")
     method = METHODS[options.method](options.epochs)
     outcomes = {
         "plain": _train("plain", None, options),
         options.method: _train(options.method, method, options),
     }
     print(_report(outcomes, options))
-    return 0
 
 
 def _train(name: str, callback: FilterCallback | None, options: argparse.Namespace) -> Outcome:
     print(f"\n--- {name}: {callback if callback is not None else 'no callback'}", flush=True)
     pl.seed_everything(options.seed, verbose=False)
-    data = _DATA[options.data](options.seed)
+    data = DATA[options.data](options.seed)
     model = SmallConvNet(image_size=data.image_size)
     monitor = FilterSimilarityMonitor(every_n_epochs=max(1, options.epochs // 5))
     trainer = pl.Trainer(

@@ -6,70 +6,49 @@ import argparse
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
-from lightning_filterdiv.command_line.model_source import (
-    ModelSourceError,
-    add_model_arguments,
-    build_model,
-    search_here,
-)
+from lightning_filterdiv.command_line.errors import CommandError
+from lightning_filterdiv.command_line.model_source import build_model, search_here
+from lightning_filterdiv.command_line.options import DATA_SOURCES
 from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
 from lightning_filterdiv.entropy_depth.estimate import estimate_depth_bound
-from lightning_filterdiv.entropy_depth.functional import DepthBound, Rounding, Unit
+from lightning_filterdiv.entropy_depth.functional import DepthBound
 from lightning_filterdiv.entropy_depth.images import ImageDataError, image_source
 from lightning_filterdiv.filters import named_convolutions
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
-_FORMS = "digits, fashion_mnist, torchvision:NAME, pkg.module:Name (a data set or LightningDataModule), or a folder"
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the options of ``filterdiv entropy``."""
-    parser.add_argument("--data", required=True, metavar="SOURCE", help=f"training images: {_FORMS}")
-    parser.add_argument("--root", type=Path, help="where the files of fashion_mnist or torchvision:NAME are")
-    parser.add_argument("--unit", choices=get_args(Unit), default="nats", help="of the entropy that is rounded")
-    parser.add_argument("--rounding", choices=get_args(Rounding), default="ceil", help="of the mean entropy")
-    parser.add_argument("--max-images", type=int, metavar="N", help="measure N images, evenly spaced; default all")
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--input-size", type=int, nargs="+", metavar="N", help="height and width that the network is traced with"
-    )
-
-
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Print entropy and bound, and with a model its depth per stage and a plan.
 
-    Returns:
-        The exit status, 0.
-
     Raises:
-        ModelSourceError: data or a network that cannot be used; with the reason.
+        CommandError: data or a network that cannot be used; with the reason.
     """
     if options.max_images is not None and options.max_images < 1:
-        raise ModelSourceError(f"--max-images must be at least 1, got {options.max_images}")
+        raise CommandError(f"--max-images must be at least 1, got {options.max_images}")
     data = _build_data(options.data, options.root)
     try:
         bound = estimate_depth_bound(data, options.unit, options.rounding, options.max_images)
     except ImageDataError as error:
-        raise ModelSourceError(f"--data {options.data}: {error}") from error
+        raise CommandError(f"--data {options.data}: {error}") from error
     print(bound.describe())
     if options.model is None and options.config is None:
-        return 0
+        return
     model = build_model(options.model, options.config)
     try:
         graph = ChannelGraph.trace(model, _example_inputs(model, data, options.input_size))
         depth = network_depth(graph)
     except (ChannelGraphError, ValueError) as error:
-        raise ModelSourceError(f"{type(model).__name__} cannot be traced: {error}") from error
+        raise CommandError(f"{type(model).__name__} cannot be traced: {error}") from error
     print(_comparison(type(model).__name__, depth, bound))
-    return 0
 
 
 def _comparison(name: str, depth: NetworkDepth, bound: DepthBound) -> str:
@@ -124,17 +103,17 @@ def _build_data(source: str, root: Path | None) -> Any:
     if Path(source).is_dir():
         folder = _Folder(Path(source))
         if not len(folder):
-            raise ModelSourceError(f"--data {source}: the folder holds no image files ({', '.join(sorted(_ENDINGS))})")
+            raise CommandError(f"--data {source}: the folder holds no image files ({', '.join(sorted(_ENDINGS))})")
         return folder
     if not (separator and kind and name):
-        raise ModelSourceError(f"--data {source!r} is none of {_FORMS}")
+        raise CommandError(f"--data {source!r} is none of {DATA_SOURCES}")
     if kind == "torchvision":
         return _torchvision(name, root)
     search_here()
     try:
         built = getattr(importlib.import_module(kind), name)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise ModelSourceError(f"--data {source}: it cannot be built without arguments ({error})") from error
+        raise CommandError(f"--data {source}: it cannot be built without arguments ({error})") from error
     return built
 
 
@@ -150,21 +129,21 @@ def _fashion_mnist(root: Path | None) -> Tensor:
     try:
         return load_fashion_mnist("train", root)[0]
     except FileNotFoundError as error:
-        raise ModelSourceError(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def _torchvision(name: str, root: Path | None) -> Any:
     from torchvision import datasets
 
     if name not in datasets.__all__:
-        raise ModelSourceError(f"torchvision has no data set {name!r}: {', '.join(datasets.__all__[:12])}, ...")
+        raise CommandError(f"torchvision has no data set {name!r}: {', '.join(datasets.__all__[:12])}, ...")
     if root is None:
-        raise ModelSourceError(f"--data torchvision:{name} needs --root, the folder its files are in")
+        raise CommandError(f"--data torchvision:{name} needs --root, the folder its files are in")
     try:
         return getattr(datasets, name)(str(root))
     except Exception as error:  # every data set has errors of its own for files that are missing
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelSourceError(f"--data torchvision:{name} at {root}: {reason} (nothing is downloaded)") from error
+        raise CommandError(f"--data torchvision:{name} at {root}: {reason} (nothing is downloaded)") from error
 
 
 def _example_inputs(model: nn.Module, data: Any, size: list[int] | None) -> Any:
@@ -173,9 +152,7 @@ def _example_inputs(model: nn.Module, data: Any, size: list[int] | None) -> Any:
         return None
     first = next((conv for _, conv in named_convolutions(model)), None)
     if first is None:
-        raise ModelSourceError(
-            f"{type(model).__name__} has no convolution: there is no depth to speak of; name another"
-        )
+        raise CommandError(f"{type(model).__name__} has no convolution: there is no depth to speak of; name another")
     if size is not None:
         spatial = size * 2 if len(size) == 1 else size
     else:

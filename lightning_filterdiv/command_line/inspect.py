@@ -12,101 +12,77 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_filterdiv.command_line.model_source import (
-    ModelSourceError,
-    add_model_arguments,
-    build_model,
-    load_weights,
-    read_checkpoint,
-)
-from lightning_filterdiv.filters import Conv, canonical_name, select_filters
+from lightning_filterdiv.command_line.errors import CommandError
+from lightning_filterdiv.command_line.model_source import build_model, read_checkpoint, restore_model
+from lightning_filterdiv.command_line.options import MODEL_SOURCES
+from lightning_filterdiv.files import why_unwritable
+from lightning_filterdiv.filters import Conv, NoLayersError, canonical_name, select_filters
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map, to_rgb
-from lightning_filterdiv.monitor.loggers import check_writable
 from lightning_filterdiv.monitor.page import Picture, as_html
 from lightning_filterdiv.monitor.report import LayerReport, as_csv, as_text, report_layers
 from lightning_filterdiv.monitor.views import view_layer
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 _PLAIN: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-_FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the options of ``filterdiv inspect``."""
-    parser.add_argument(
-        "source", metavar="SOURCE", help="a .ckpt or .pt file, torchvision:NAME, timm:NAME or pkg.module:Class"
-    )
-    add_model_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="default: report")
-    parser.add_argument("--threshold", type=float, default=0.9, help="|cos| from which filters count as alike, 0.9")
-    parser.add_argument("--max-figures", type=int, default=8, help="draw at most so many layers, default 8")
-    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only layers of these names")
-    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave layers of these names out")
-
-
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Write ``report.txt``, ``report.csv``, ``index.html`` and the figures, and print the table.
 
-    Returns:
-        The exit status, 0.
-
     Raises:
-        ModelSourceError: the network, the file, an option or the folder cannot be used.
-        NoLayersError: a pattern matches no layer.
+        CommandError: the network, the file, an option or the folder cannot be used, or a pattern matches no layer.
     """
     try:
         check_number("--threshold", options.threshold, low=0.0, below=1.0)
         check_integer("--max-figures", options.max_figures, low=0)
     except (TypeError, ValueError) as error:
-        raise ModelSourceError(str(error)) from error
-    layers, title, notes = find_layers(options)
-    if reason := check_writable(options.out):
-        raise ModelSourceError(f"--out {options.out} cannot be written ({reason}); name another folder")
+        raise CommandError(str(error)) from error
+    network, title, note = _find_network(options)
+    try:
+        layers = select_filters(network, options.include, options.exclude)
+    except NoLayersError as error:
+        raise CommandError(str(error)) from error
+    if reason := why_unwritable(options.out, folder=True):
+        raise CommandError(f"--out {options.out} cannot be written ({reason}); name another folder")
     rows = report_layers(layers, options.threshold)
     pictures = _draw(layers, rows, options)
-    heading = "\n".join([f"Filter redundancy of {title}", *notes])
-    text = as_text(rows, heading, options.threshold)
+    text = as_text(rows, f"Filter redundancy of {title}\n{note}", options.threshold)
     (options.out / "report.txt").write_text(text + "\n")
     (options.out / "report.csv").write_text(as_csv(rows))
-    (options.out / "index.html").write_text(as_html(rows, title, notes, options.threshold, pictures))
+    (options.out / "index.html").write_text(as_html(rows, title, [note], options.threshold, pictures))
     print(f"{text}\n\nwritten to {options.out}: index.html, report.txt, report.csv and {len(pictures)} figures")
-    return 0
 
 
-def find_layers(options: argparse.Namespace) -> tuple[dict[str, Conv], str, list[str]]:
-    """Layers to report on, what they belong to, and notes on where the weights come from."""
+def _find_network(options: argparse.Namespace) -> tuple[nn.Module, str, str]:
+    """Return the network, its title in the report, and a note on where its weights come from."""
     source: str = options.source
-    named = ":" in source and not Path(source).exists()
-    if named:
+    if ":" in source and not Path(source).exists():
         if options.model is not None or options.config is not None:
-            raise ModelSourceError(f"{source!r} names a network already; --model and --config belong to a file")
+            raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
         network, note = _with_local_weights(source, options.trust_pickle)
-        return select_filters(network, options.include, options.exclude), source, [note]
+        return network, source, note
     path = Path(source)
     if not path.exists():
-        raise ModelSourceError(
+        raise CommandError(
             f"{source}: no such file, and no torchvision:NAME, timm:NAME or pkg.module:Class either"
             f"{f'; did you mean torchvision:{source}?' if source in torchvision.models.list_models() else ''}"
         )
     checkpoint = read_checkpoint(path, options.trust_pickle)
-    weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     if options.model is None and options.config is None:
         if "callbacks" not in checkpoint and "epoch" not in checkpoint:
-            raise ModelSourceError(
-                f"{path} is a bare state dict: say which network it belongs to with --model ({_FORMS}) or --config"
+            raise CommandError(
+                f"{path} is a bare state dict: say which network it belongs to with --model ({MODEL_SOURCES}) or "
+                f"--config"
             )
-        network = _plain_convolutions(weights, path)
-        notes = [
+        note = (
             f"Weights of {path.name}, read as they are stored. A transposed convolution looks like an ordinary one in "
             f"a file: name the network with --model or --config if it has some."
-        ]
-    else:
-        network = build_model(options.model, options.config, checkpoint.get("hyper_parameters"))
-        load_weights(network, weights)
-        notes = [f"Weights of {path.name} in {options.model or options.config}."]
-    return select_filters(network, options.include, options.exclude), path.name, notes
+        )
+        return _plain_convolutions(checkpoint["state_dict"], path), path.name, note
+    note = f"Weights of {path.name} in {options.model or options.config}."
+    return restore_model(options.model, options.config, checkpoint), path.name, note
 
 
 def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -128,7 +104,7 @@ def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
         conv.weight = nn.Parameter(tensor.detach(), requires_grad=False)
         parent.add_module(leaf, conv)
     if not any(True for _ in network.parameters()):
-        raise ModelSourceError(f"{path} holds no convolution: no weight of it has 3 to 5 dimensions")
+        raise CommandError(f"{path} holds no convolution: no weight of it has 3 to 5 dimensions")
     return network
 
 

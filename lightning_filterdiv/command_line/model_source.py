@@ -5,7 +5,6 @@ Nothing here unpickles arbitrary objects unless it is told to trust the file.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
@@ -22,39 +21,22 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lightning_filterdiv.filters import canonical_name
+from lightning_filterdiv.command_line.errors import CommandError
+from lightning_filterdiv.command_line.options import MODEL_SOURCES
+from lightning_filterdiv.filters import canonical_name, find_prefix
 
 __all__ = [
     "PICKLED",
-    "ModelSourceError",
-    "add_model_arguments",
     "build_model",
     "load_weights",
     "read_checkpoint",
+    "restore_model",
     "search_here",
 ]
 
 #: Of a file that a restrained unpickler refuses.
 PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
 _NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
-_FORMS = "pkg.module:Class, torchvision:NAME or timm:NAME"
-
-
-class ModelSourceError(ValueError):
-    """A network or a file that cannot be used. The message names it and says what would do."""
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--config`` and ``--trust-pickle`` to the parser of a command."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="SOURCE", help=f"the network: {_FORMS}")
-    source.add_argument("--config", type=Path, metavar="YAML", help="a LightningCLI configuration; its model is built")
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="unpickle a file that holds more than tensors and plain values: this runs whatever code it contains, so "
-        "only for files from people you trust",
-    )
 
 
 def build_model(
@@ -68,16 +50,16 @@ def build_model(
         hyper_parameters: arguments for ``pkg.module:Class``, as Lightning saves them in a checkpoint.
 
     Raises:
-        ModelSourceError: there is no such network or file, or its constructor needs arguments that nobody gave.
+        CommandError: there is no such network or file, or its constructor needs arguments that nobody gave.
     """
     if (model is None) == (config is None):
-        raise ModelSourceError(f"say which network is meant by one of --model ({_FORMS}) and --config run.yaml")
+        raise CommandError(f"say which network is meant by one of --model ({MODEL_SOURCES}) and --config run.yaml")
     if config is not None:
         return _from_config(config)
     assert model is not None
     kind, separator, name = model.partition(":")
     if not separator or not kind or not name:
-        raise ModelSourceError(f"--model {model!r} is none of {_FORMS}")
+        raise CommandError(f"--model {model!r} is none of {MODEL_SOURCES}")
     if kind == "torchvision":
         return _from_torchvision(name)
     if kind == "timm":
@@ -95,7 +77,7 @@ def _from_torchvision(name: str) -> nn.Module:
 
     names = torchvision.models.list_models()
     if name not in names:
-        raise ModelSourceError(
+        raise CommandError(
             f"torchvision has no model {name!r}{_closest(name, names) or '; torchvision.models.list_models() has all'}"
         )
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
@@ -110,9 +92,9 @@ def _from_timm(name: str) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ModelSourceError(f"--model timm:{name} needs the package timm: pip install timm") from error
+        raise CommandError(f"--model timm:{name} needs the package timm: pip install timm") from error
     if not timm.is_model(name):
-        raise ModelSourceError(f"timm has no model {name!r}{_closest(name, timm.list_models())}")
+        raise CommandError(f"timm has no model {name!r}{_closest(name, timm.list_models())}")
     return timm.create_model(name, pretrained=False)
 
 
@@ -128,22 +110,22 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise ModelSourceError(
+        raise CommandError(
             f"--model {path}:{name}: cannot import {path!r} ({error}); name an installed module, or one in the current "
             f"folder"
         ) from error
     if not hasattr(module, name):
         callables = [key for key, value in vars(module).items() if callable(value)]
-        raise ModelSourceError(f"--model {path}:{name}: {path} has no {name!r}{_closest(name, callables)}")
+        raise CommandError(f"--model {path}:{name}: {path} has no {name!r}{_closest(name, callables)}")
     try:
         built = getattr(module, name)(**hyper_parameters)
     except TypeError as error:
-        raise ModelSourceError(
+        raise CommandError(
             f"--model {path}:{name} cannot be constructed: {error}. Give its arguments in a YAML file with --config, "
             f"or call save_hyperparameters() in its constructor"
         ) from error
     if not isinstance(built, nn.Module):
-        raise ModelSourceError(
+        raise CommandError(
             f"--model {path}:{name} gives a {type(built).__name__}, not a torch.nn.Module; name a network"
         )
     return built
@@ -154,11 +136,11 @@ def _from_config(config: Path) -> nn.Module:
     from jsonargparse import ArgumentError, ArgumentParser
 
     if not config.is_file():
-        raise ModelSourceError(f"--config {config}: no such file")
+        raise CommandError(f"--config {config}: no such file")
     try:
         content = yaml.safe_load(config.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelSourceError(f"--config {config} is not YAML: {str(error).splitlines()[0]}") from error
+        raise CommandError(f"--config {config} is not YAML: {str(error).splitlines()[0]}") from error
     # A configuration saved for one sub-command has the model at the top, one for several below its name.
     sections = (
         [content] + [value for value in (content or {}).values() if isinstance(value, dict)]
@@ -167,7 +149,7 @@ def _from_config(config: Path) -> nn.Module:
     )
     section = next((s["model"] for s in sections if s.get("model") is not None), None)
     if section is None:
-        raise ModelSourceError(f"--config {config} has no entry 'model'")
+        raise CommandError(f"--config {config} has no entry 'model'")
     search_here()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(pl.LightningModule, "model", required=True)
@@ -177,7 +159,7 @@ def _from_config(config: Path) -> nn.Module:
     except (ArgumentError, TypeError, ValueError) as error:
         # jsonargparse lists every type that did not fit; what the user wrote is among the first lines.
         reason = " ".join(str(error).split())
-        raise ModelSourceError(f"--config {config}: its model cannot be built: {reason}") from error
+        raise CommandError(f"--config {config}: its model cannot be built: {reason}") from error
 
 
 def _other_format(path: Path) -> str | None:
@@ -205,36 +187,52 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
         The checkpoint; a bare state dict comes back as ``{"state_dict": ...}``.
 
     Raises:
-        ModelSourceError: no such file, no checkpoint, or one that only unpickling would open.
+        CommandError: no such file, no checkpoint, or one that only unpickling would open.
     """
     if path.is_dir():
-        raise ModelSourceError(f"{path} is a folder; name the .ckpt or .pt file in it")
+        raise CommandError(f"{path} is a folder; name the .ckpt or .pt file in it")
     if not path.is_file():
-        raise ModelSourceError(f"{path}: no such file; name a .ckpt or .pt file")
+        raise CommandError(f"{path}: no such file; name a .ckpt or .pt file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
-        raise ModelSourceError(f"{path} {PICKLED}. If you trust where it comes from, add --trust-pickle") from error
+            raise CommandError(f"{path} {_NO_CHECKPOINT}") from error
+        raise CommandError(f"{path} {PICKLED}. If you trust where it comes from, add --trust-pickle") from error
     except Exception as error:  # torch reports a file that is none by many types
         if (other := _other_format(path)) is not None:
-            raise ModelSourceError(
+            raise CommandError(
                 f"{path} is {other}, which was not opened: save the weights, torch.save(model.state_dict(), path)"
             ) from error
-        raise ModelSourceError(f"{path} {_NO_CHECKPOINT}") from error
+        raise CommandError(f"{path} {_NO_CHECKPOINT}") from error
     if isinstance(content, nn.Module):
         return {"state_dict": content.state_dict()}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         return dict(content)
     if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
         return {"state_dict": dict(content)}
-    raise ModelSourceError(
+    raise CommandError(
         f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}; "
         f"torch.save(model.state_dict(), path) makes one"
     )
+
+
+def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[str, Any]) -> nn.Module:
+    """Construct the network of a checkpoint and load its weights.
+
+    Args:
+        model: see :func:`build_model`; the hyper-parameters are those in the checkpoint.
+        config: see :func:`build_model`.
+        checkpoint: what :func:`read_checkpoint` returned.
+
+    Raises:
+        CommandError: the network cannot be constructed, or the weights are those of another.
+    """
+    network = build_model(model, config, checkpoint.get("hyper_parameters"))
+    load_weights(network, checkpoint["state_dict"])
+    return network
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -243,16 +241,13 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     A checkpoint of a LightningModule also fits the network inside it: one common prefix (``net.``) is taken off.
 
     Raises:
-        ModelSourceError: the tensors are not those of the network; the first missing, unexpected and misshapen ones.
+        CommandError: the tensors are not those of the network; the first missing, unexpected and misshapen ones.
     """
     own = {canonical_name(name): name for name in model.state_dict()}
     given = {canonical_name(name): tensor for name, tensor in state_dict.items()}
-    if not own.keys() <= given.keys():
-        for prefix in {name.partition(".")[0] + "." for name in given}:
-            inner = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
-            if own.keys() <= inner.keys():
-                given = inner
-                break
+    _, prefix = find_prefix(own, given) or ("", "")
+    if prefix:
+        given = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -261,7 +256,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         parts = [f"{len(missing)} missing ({missing[0]!r}, ...)"] if missing else []
         parts += [f"{len(unexpected)} unknown ({unexpected[0]!r}, ...)"] if unexpected else []
         parts += [f"{n!r} has shape {tuple(given[n].shape)}, the network {shapes[own[n]]}" for n in wrong[:2]]
-        raise ModelSourceError(
+        raise CommandError(
             f"the weights are not those of a {type(model).__name__}: {'; '.join(parts)}. Name the "
             f"network that they were saved from"
         )

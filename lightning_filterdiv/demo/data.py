@@ -92,7 +92,7 @@ class Digits(Images):
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :meth:`Images.load`; a stratified, seeded split."""
-        # Not at the top: scikit-learn takes seconds to import, and every command of filterdiv imports this module.
+        # Not at the top: scikit-learn takes seconds to import, and FashionMNIST does not need it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

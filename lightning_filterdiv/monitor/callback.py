@@ -11,13 +11,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 
+from lightning_filterdiv.files import why_unwritable
 from lightning_filterdiv.filters import NoLayersError, check_patterns, filter_count, filter_matrix, select_filters
 from lightning_filterdiv.monitor.events import collect_deviations, collect_events
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map
 from lightning_filterdiv.monitor.functional import METRICS, redundancy_metrics
 from lightning_filterdiv.monitor.history_figures import Snapshot, deviation_curves, dropped_filters, redundancy_timeline
 from lightning_filterdiv.monitor.layout import custom_scalars_layout
-from lightning_filterdiv.monitor.loggers import FigureWriter, check_writable
+from lightning_filterdiv.monitor.loggers import FigureWriter
 from lightning_filterdiv.monitor.views import view_layer
 from lightning_filterdiv.similarity import expected_abs_cosine
 from lightning_filterdiv.tensors.arguments import check_flag, check_integer
@@ -131,7 +132,7 @@ class FilterSimilarityMonitor(FilterCallback):
             # fast_dev_run has no loggers: everything is drawn, nothing is written.
             dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
             self._writer = FigureWriter(trainer.loggers, folder, discard=dry)
-            reason = check_writable(folder) if self._writer.writes_files else ""
+            reason = why_unwritable(folder, folder=True) if self._writer.writes_files else ""
         # All ranks must fail together, or the others would wait for rank 0 for ever.
         if reason := trainer.strategy.broadcast(reason):
             raise OSError(

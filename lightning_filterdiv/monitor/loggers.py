@@ -6,8 +6,6 @@ can do, so that both of Lightning's namespaces and subclasses work.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from PIL import Image
 
 from lightning_filterdiv.monitor.figures import to_rgb
 
-__all__ = ["FigureWriter", "check_writable"]
+__all__ = ["FigureWriter"]
 
 Pixels = npt.NDArray[np.uint8]
 #: Takes (tag, pixels, global step).
@@ -72,15 +70,3 @@ class FigureWriter:
             path = self.folder / f"{tag}-step{step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
-
-
-def check_writable(folder: Path) -> str:
-    """Create ``folder`` and try it; the reason why it cannot be written, or ``""``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder)
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
-    return ""

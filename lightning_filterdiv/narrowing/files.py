@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.export import bare_module
 from lightning_filterdiv.channel_graph.narrow import named_tensors, update_attributes
+from lightning_filterdiv.files import why_unwritable
 from lightning_filterdiv.filters import canonical_name
 
-__all__ = ["MergedFileError", "load_merged", "save_merged", "unwritable"]
+__all__ = ["MergedFileError", "load_merged", "save_merged"]
 
 _FORMAT = "lightning_filterdiv merged network"
 _VERSION = 1
@@ -23,16 +24,6 @@ _VERSION = 1
 
 class MergedFileError(ValueError):
     """The file is no merged network, or one of another class. The message says what does not fit."""
-
-
-def unwritable(path: str | os.PathLike[str]) -> str:
-    """Why no file can be written at ``path``, with the way out; ``""`` where it can."""
-    folder = os.path.dirname(path) or os.curdir
-    if os.path.isdir(path):
-        return "it is a folder; name a file in it"
-    if not os.path.isdir(folder):
-        return f"there is no folder {folder}; make it first"
-    return "" if os.access(path if os.path.exists(path) else folder, os.W_OK) else "permission denied; name another"
 
 
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -45,7 +36,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    if reason := unwritable(path):
+    if reason := why_unwritable(path):
         raise OSError(f"{os.fspath(path)} cannot be written: {reason}")
     model = bare_module(model)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}

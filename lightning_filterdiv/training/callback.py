@@ -30,6 +30,7 @@ from lightning_filterdiv.filters import (
 from lightning_filterdiv.tensors.arguments import check_integer
 from lightning_filterdiv.tensors.rank_check import check_ranks_agree
 from lightning_filterdiv.training.steps import StepProtocol, optimizer_index
+from lightning_filterdiv.training.versions import warn_once_about_versions
 
 __all__ = ["FilterCallback"]
 
@@ -249,6 +250,8 @@ class FilterCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse strategies that shard parameters, and an order of callbacks that would undo a mask."""
+        if trainer.is_global_zero:
+            warn_once_about_versions()
         strategy = type(trainer.strategy)
         qualified = f"{strategy.__module__}.{strategy.__qualname__}"
         if qualified not in self.trusted_strategies:

@@ -1,14 +1,14 @@
-"""The window of torch and lightning versions that the test suite was run with, and a warning outside it."""
+"""Versions of torch and lightning that the test suite was run with, and a warning outside them."""
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 
-import lightning
-import torch
-
-__all__ = ["TESTED", "check_versions"]
+__all__ = ["TESTED", "check_versions", "warn_once_about_versions"]
 
 #: Package -> (lowest, newest) release, as (major, minor); a patch release counts as its minor one.
 TESTED: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -17,24 +17,42 @@ TESTED: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
 }
 
 
-def check_versions(found: dict[str, str] | None = None) -> None:
+@functools.cache
+def warn_once_about_versions() -> None:
+    """Warn about installed versions outside the tested ones; every call after the first does nothing.
+
+    Warns:
+        UserWarning: see :func:`check_versions`.
+    """
+    check_versions(_installed())
+
+
+def check_versions(found: Mapping[str, str]) -> None:
     """Warn about every package that is older or newer than what was tested.
 
     Args:
-        found: package -> version; ``None``: what is imported.
+        found: package -> version, for packages of :data:`TESTED`.
 
     Warns:
-        UserWarning: one per package, with the window.
+        UserWarning: one per package, with the tested versions and what to do.
     """
-    for package, version in (found or {"torch": torch.__version__, "lightning": lightning.__version__}).items():
-        release = re.match(r"(\d+)\.(\d+)", version)
+    for package, text in found.items():
+        release = re.match(r"(\d+)\.(\d+)", text)
         low, high = TESTED[package]
         if release is None or low <= (int(release[1]), int(release[2])) <= high:
             continue  # a build from source may call itself anything
         older = (int(release[1]), int(release[2])) < low
         advice = f"install {package}>={low[0]}.{low[1]}" if older else "if a callback misbehaves, try one of these"
         window = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
-        warnings.warn(
-            f"lightning-filterdiv was tested with {package} {window}, this is {version}: {advice}",
-            stacklevel=3,
-        )
+        warnings.warn(f"lightning-filterdiv was tested with {package} {window}, this is {text}: {advice}", stacklevel=2)
+
+
+def _installed() -> dict[str, str]:
+    """Return package -> version, without packages that no installer recorded."""
+    found = {}
+    for package in TESTED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -77,9 +77,3 @@ def test_the_command_ends_in_one_readable_line(
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
-
-
-def test_the_command_refuses_a_wrong_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["merge", "x.ckpt", "--out", "y.pt", "--input-shape", "1,0"])
-    assert "must be positive integers such as 1,3,224,224, got '1,0'" in capsys.readouterr().err

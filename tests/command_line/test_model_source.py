@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
@@ -12,13 +11,8 @@ import yaml
 from torch import nn
 from torchvision.models import ResNet
 
-from lightning_filterdiv.command_line.model_source import (
-    ModelSourceError,
-    add_model_arguments,
-    build_model,
-    load_weights,
-    read_checkpoint,
-)
+from lightning_filterdiv.command_line.errors import CommandError
+from lightning_filterdiv.command_line.model_source import build_model, load_weights, read_checkpoint, restore_model
 from lightning_filterdiv.demo import SmallConvNet
 
 
@@ -75,13 +69,13 @@ def test_a_configuration(below: str | None, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_sources(source: str, message: str) -> None:
-    with pytest.raises(ModelSourceError, match=message):
+    with pytest.raises(CommandError, match=message):
         build_model(source)
 
 
 def test_one_of_two_is_needed() -> None:
     for arguments in ({}, {"model": "torchvision:resnet18", "config": Path("run.yaml")}):
-        with pytest.raises(ModelSourceError, match="say which network is meant"):
+        with pytest.raises(CommandError, match="say which network is meant"):
             build_model(**arguments)  # type: ignore[arg-type]
 
 
@@ -100,16 +94,8 @@ def test_wrong_configurations(text: str | None, message: str, tmp_path: Path) ->
     path = tmp_path / "run.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ModelSourceError, match=message):
+    with pytest.raises(CommandError, match=message):
         build_model(config=path)
-
-
-def test_arguments() -> None:
-    parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    assert vars(parser.parse_args([])) == {"model": None, "config": None, "trust_pickle": False}
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--model", "a:b", "--config", "c.yaml"])
 
 
 # --------------------------------------------------------------------------- files
@@ -123,6 +109,15 @@ def test_checkpoints_and_state_dicts(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "full.ckpt")["epoch"] == 3
 
 
+def test_a_network_with_the_arguments_and_weights_of_its_checkpoint() -> None:
+    trained = SmallConvNet(width=5)
+    checkpoint = {"hyper_parameters": {"width": 5}, "state_dict": trained.state_dict()}
+    model = restore_model("lightning_filterdiv.demo:SmallConvNet", None, checkpoint)
+    assert torch.equal(model.net.conv2.weight, trained.net.conv2.weight)
+    with pytest.raises(CommandError, match="the weights are not those of a SmallConvNet"):
+        restore_model("lightning_filterdiv.demo:SmallConvNet", None, {"state_dict": trained.state_dict()})
+
+
 class Malicious:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, (os.environ["FILTERDIV_TEST_FOLDER"],)
@@ -133,7 +128,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     trap = tmp_path / "trap"
     monkeypatch.setenv("FILTERDIV_TEST_FOLDER", str(trap))
     torch.save({"state_dict": {}, "more": Malicious()}, tmp_path / "evil.ckpt")
-    with pytest.raises(ModelSourceError, match=r"only unpickling would open.*--trust-pickle"):
+    with pytest.raises(CommandError, match=r"only unpickling would open.*--trust-pickle"):
         read_checkpoint(tmp_path / "evil.ckpt")
     assert not trap.exists()
     read_checkpoint(tmp_path / "evil.ckpt", trust_pickle=True)
@@ -142,22 +137,22 @@ def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_whole_module_only_when_trusted(tmp_path: Path) -> None:
     torch.save(nn.Conv2d(1, 2, 3), tmp_path / "module.pt")
-    with pytest.raises(ModelSourceError, match="--trust-pickle"):
+    with pytest.raises(CommandError, match="--trust-pickle"):
         read_checkpoint(tmp_path / "module.pt")
     assert set(read_checkpoint(tmp_path / "module.pt", trust_pickle=True)["state_dict"]) == {"weight", "bias"}
 
 
 def test_no_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(ModelSourceError, match="no such file"):
+    with pytest.raises(CommandError, match="no such file"):
         read_checkpoint(tmp_path / "nothing.ckpt")
     (tmp_path / "text.ckpt").write_text("hello")
-    with pytest.raises(ModelSourceError, match=r"text\.ckpt is not a checkpoint"):
+    with pytest.raises(CommandError, match=r"text\.ckpt is not a checkpoint"):
         read_checkpoint(tmp_path / "text.ckpt")
     (tmp_path / "empty.ckpt").write_bytes(b"")
-    with pytest.raises(ModelSourceError, match="is not a checkpoint"):
+    with pytest.raises(CommandError, match="is not a checkpoint"):
         read_checkpoint(tmp_path / "empty.ckpt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ModelSourceError, match="neither a Lightning checkpoint nor a state dict, but a list"):
+    with pytest.raises(CommandError, match="neither a Lightning checkpoint nor a state dict, but a list"):
         read_checkpoint(tmp_path / "list.pt")
 
 
@@ -172,7 +167,7 @@ def test_weights_fit_under_wrappers_and_inside_modules() -> None:
 
 
 def test_weights_of_another_network() -> None:
-    with pytest.raises(ModelSourceError, match=r"not those of a SmallConvNet: .*missing.*unknown"):
+    with pytest.raises(CommandError, match=r"not those of a SmallConvNet: .*missing.*unknown"):
         load_weights(SmallConvNet(), build_model("torchvision:resnet18").state_dict())
-    with pytest.raises(ModelSourceError, match=r"has shape \(16, 1, 3, 3\), the network \(32, 1, 3, 3\)"):
+    with pytest.raises(CommandError, match=r"has shape \(16, 1, 3, 3\), the network \(32, 1, 3, 3\)"):
         load_weights(SmallConvNet(), SmallConvNet(width=16).state_dict())

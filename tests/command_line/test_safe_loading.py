@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_filterdiv.channel_importance import ChannelGate, insert_gates
-from lightning_filterdiv.command_line import main as cli
+from lightning_filterdiv.command_line import fit as cli
 from lightning_filterdiv.command_line.main import main
 from lightning_filterdiv.command_line.model_source import read_checkpoint
 from lightning_filterdiv.demo import SmallConvNet

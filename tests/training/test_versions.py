@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
 
-from lightning_filterdiv.training.versions import TESTED, check_versions
+from lightning_filterdiv.training import versions
+from lightning_filterdiv.training.versions import TESTED, check_versions, warn_once_about_versions
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -26,7 +30,7 @@ def _release(text: str) -> tuple[int, int]:
 def test_what_runs_here_is_in_the_window() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_versions()
+        warn_once_about_versions.__wrapped__()
         check_versions({"torch": torch.__version__, "lightning": lightning.__version__})
 
 
@@ -61,3 +65,43 @@ def test_inside_it_there_is_none(version: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_versions({"torch": version})
+
+
+@pytest.fixture
+def first_call() -> Iterator[None]:
+    """As in a process where nobody has called it."""
+    warn_once_about_versions.cache_clear()
+    yield
+    warn_once_about_versions.cache_clear()
+
+
+@pytest.mark.usefixtures("first_call")
+def test_what_is_installed_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "version", {"torch": "2.5.1", "lightning": "2.7.0"}.__getitem__)
+    with pytest.warns(UserWarning, match="tested with") as caught:
+        warn_once_about_versions()
+    assert [re.search(r"this is (\S+):", str(entry.message))[1] for entry in caught] == ["2.5.1", "2.7.0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_once_about_versions()
+
+
+@pytest.mark.usefixtures("first_call")
+def test_a_package_that_no_installer_recorded_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "torch":
+            raise versions.PackageNotFoundError(package)
+        return "2.7.0"
+
+    monkeypatch.setattr(versions, "version", version)
+    with pytest.warns(UserWarning, match=r"tested with lightning .* this is 2\.7\.0") as caught:
+        warn_once_about_versions()
+    assert len(caught) == 1
+
+
+def test_the_check_imports_neither_torch_nor_lightning() -> None:
+    script = (
+        "import sys; from lightning_filterdiv.training.versions import warn_once_about_versions as warn; warn(); "
+        "sys.exit(bool({'torch', 'lightning', 'numpy'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

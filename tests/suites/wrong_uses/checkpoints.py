@@ -8,7 +8,8 @@ from lightning_filterdiv import (
     CentripetalSGD,
     RePr,
 )
-from lightning_filterdiv.command_line.model_source import ModelSourceError, load_weights, read_checkpoint
+from lightning_filterdiv.command_line.errors import CommandError
+from lightning_filterdiv.command_line.model_source import load_weights, read_checkpoint
 from lightning_filterdiv.demo import SmallConvNet
 from lightning_filterdiv.narrowing import load_merged, save_merged
 from lightning_filterdiv.narrowing.files import MergedFileError
@@ -151,14 +152,14 @@ CHECKPOINT: list[Row] = [
     Row(
         "weights of another network",
         lambda: load_weights(SmallConvNet(), net().state_dict()),
-        ModelSourceError,
+        CommandError,
         "the weights are not those of a SmallConvNet: 8 missing ('net.conv1.weight', ...); 6 unknown ('0.weight', "
         "...). Name the network that they were saved from",
     ),
     Row(
         "a checkpoint that is a list",
         lambda: read_checkpoint(Path(other_content())),
-        ModelSourceError,
+        CommandError,
         "list.pt holds neither a Lightning checkpoint nor a state dict, but a list; torch.save(model.state_dict(), "
         "path) makes one",
     ),

@@ -39,7 +39,7 @@ CONFIGURATION: list[Row] = [
         "misspelt class in YAML",
         lambda: fit_from_yaml("RePrr", "{}"),
         CommandError,
-        "There is no class 'RePrr'; the closest callback is 'RePr'",
+        "There is no callback 'RePrr'; did you mean 'RePr'?",
     ),
     Row(
         "wrong choice in YAML",
@@ -59,7 +59,7 @@ CONFIGURATION: list[Row] = [
         "unknown section in YAML",
         lambda: fit_from_yaml("RePr", "{}", "trainr: {max_epochs: 1}\n"),
         CommandError,
-        "error: Subcommand 'fit' does not accept option 'trainr.max_epochs'",
+        "filterdiv fit: Subcommand 'fit' does not accept option 'trainr.max_epochs'",
     ),
 ]
 
@@ -256,6 +256,15 @@ COMMAND_LINE: list[Row] = [
         "name another",
     ),
     Row(
-        "an unknown command", lambda: command("dance"), CommandError, "error: argument COMMAND: invalid choice: 'dance'"
+        "an unknown command",
+        lambda: command("dance"),
+        CommandError,
+        "error: there is no command 'dance'; the commands are demo, merge, entropy, inspect, fit, validate, test",
+    ),
+    Row(
+        "a misspelt command",
+        lambda: command("inspct"),
+        CommandError,
+        "error: there is no command 'inspct'; did you mean 'inspect'?",
     ),
 ]

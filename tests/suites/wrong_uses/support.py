@@ -69,8 +69,6 @@ def command(*arguments: str) -> None:
             code = stop.code
     if code == 2:
         raise CommandError(text.getvalue())
-    if isinstance(code, str):
-        raise CommandError(code)
     raise AssertionError(f"exit status {code!r}")
 
 

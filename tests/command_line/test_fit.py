@@ -1,0 +1,226 @@
+"""``filterdiv fit``, ``validate`` and ``test``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+import lightning_filterdiv
+from lightning_filterdiv.command_line import fit
+from lightning_filterdiv.command_line.main import main
+from tests.registry import ONE_EACH
+
+_DEMO = {"model": "lightning_filterdiv.demo.SmallConvNet", "data": "lightning_filterdiv.demo.Digits"}
+
+
+def configure(*callbacks: Any, **sections: Any) -> list[str]:
+    """Write ``run.yaml`` for the demo's network and return the arguments that name it."""
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "callbacks": list(callbacks)}
+    Path("run.yaml").write_text(yaml.safe_dump(_DEMO | {"trainer": trainer} | sections))
+    return ["--config", "run.yaml"]
+
+
+def test_wrong_yaml_names_the_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {"class_path": "WeightAsynchronousUpdate", "init_args": {"axis": "sideways"}}
+    assert main(["fit", *configure(wrong)]) == 2
+    error = capsys.readouterr().err
+    for part in ("Problem with given class_path 'lightning_filterdiv.WeightAsynchronousUpdate'", "axis", "sideways"):
+        assert part in error
+    assert "'out'" in error
+
+
+def test_fit_validate_test(tmp_path: Path) -> None:
+    """The three commands of one YAML file; the callback is named by its short name."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {class_path: lightning_filterdiv.demo.SmallConvNet, init_args: {width: 8}}\n"
+        "data: lightning_filterdiv.demo.Digits\n"
+        "trainer:\n  max_epochs: 1\n  accelerator: cpu\n  enable_progress_bar: false\n"
+        f"  logger: {{class_path: CSVLogger, init_args: {{save_dir: '{tmp_path}'}}}}\n"
+        "  callbacks:\n    - class_path: WeightAsynchronousUpdate\n      init_args: {update_fraction: 0.5}\n"
+    )
+    assert main(["fit", "--config", str(path)]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["callbacks"]
+    assert any(key.startswith("WeightAsynchronousUpdate{") for key in state)
+    for command in ("validate", "test"):
+        assert main([command, "--config", str(path), "--ckpt_path", str(checkpoint)]) == 0
+    assert any("test_acc" in file.read_text() for file in tmp_path.rglob("metrics.csv"))
+
+
+def test_short_names_of_all_callbacks_in_a_fresh_process() -> None:
+    """Rooms are imported on first use, and a class that nobody has imported has no short name."""
+    names = [case.cls.__name__ for case in ONE_EACH]
+    assert len(names) == 8
+    command = [sys.executable, "-m", "lightning_filterdiv", "fit", *configure(*names), "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    given = [entry["class_path"] for entry in yaml.safe_load(done.stdout)["trainer"]["callbacks"]]
+    assert given == [f"lightning_filterdiv.{name}" for name in names]
+
+
+def test_the_arguments_are_not_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns when its arguments are given beside a command line."""
+    for line in (["filterdiv", "fit", *configure()], ["notebook", "--something"]):
+        monkeypatch.setattr(sys, "argv", line)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            given = None if line[0] == "filterdiv" else ["fit", *configure()]
+            more = ["--trainer.fast_dev_run", "true"]
+            if given is None:
+                line += more
+                assert main() == 0
+            else:
+                assert main([*given, *more]) == 0
+        assert not [str(entry.message) for entry in caught if "args parameter" in str(entry.message)]
+
+
+# --------------------------------------------------------------------------- values that a constructor refuses
+
+
+class Picky(Callback):
+    """A user's callback with a check of its own."""
+
+    def __init__(self, level: int = 0) -> None:
+        if level < 1:
+            raise ValueError(f"level {level} is too low")
+
+
+@pytest.mark.parametrize(
+    ("callback", "arguments", "message"),
+    [
+        (
+            "RePr",
+            {"prune_fraction": 2.0},
+            "prune_fraction must be a finite number with 0 < prune_fraction < 1, got 2.0",
+        ),
+        ("EarlyStopping", {"monitor": "val_acc", "mode": "up"}, "`mode` can be min, max, got up"),
+    ],
+)
+def test_a_value_that_a_callback_refuses(
+    callback: str, arguments: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {"class_path": callback, "init_args": arguments}
+    assert main(["fit", *configure("ModelCheckpoint", refused)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("filterdiv")]
+    assert said == [f"filterdiv fit: {message} (in the configuration)"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"data": {"class_path": _DEMO["data"], "init_args": {"batch_size": 0}}},
+            "batch_size must be an integer >= 1, got 0",
+        ),
+        (
+            {"model": {"class_path": _DEMO["model"], "init_args": {"width": 0}}},
+            "width must be an integer >= 1, got 0",
+        ),
+    ],
+    ids=["data", "model"],
+)
+def test_a_value_that_the_demo_refuses(
+    section: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *configure(**section)]) == 2
+    assert f"filterdiv fit: {message} (in the configuration)\n" in capsys.readouterr().err
+
+
+def test_an_error_in_a_class_of_the_user_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match=r"^level 0 is too low$") as caught:
+        main(["fit", *configure({"class_path": f"{__name__}.Picky"})])
+    assert caught.traceback[-1].path == Path(__file__)
+    assert caught.value.__suppress_context__
+    options = ["--trainer.fast_dev_run", "true"]
+    assert main(["fit", *configure({"class_path": f"{__name__}.Picky", "init_args": {"level": 1}}), *options]) == 0
+
+
+def test_models_are_still_saved_with_their_arguments() -> None:
+    """LightningCLI's own way to construct a model, which ours goes through, leaves the arguments in the checkpoint."""
+    options = ["--model.init_args.width", "6", "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1"]
+    assert main(["fit", *configure(), *options]) == 0
+    (checkpoint,) = Path().rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    assert saved["width"] == 6
+    assert saved["_instantiator"] == "lightning.pytorch.cli.instantiate_module"
+
+
+# --------------------------------------------------------------------------- misspelt names
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("RePrr", "RePr"),
+        ("lightning_filterdiv.RePrr", "RePr"),
+        ("CentripetalSgd", "CentripetalSGD"),
+        ("WeightAsyncUpdate", "WeightAsynchronousUpdate"),
+        ("EntropyDepth", "EntropyDepthBound"),
+        ("FilterSimilarity", "FilterSimilarityMonitor"),
+        ("BasisOrtonormality", "BasisOrthonormality"),
+        ("ChannelImportence", "ChannelImportance"),
+        ("ExpandNets", "ExpandNet"),
+    ],
+)
+@pytest.mark.parametrize("where", ["yaml", "flag"])
+def test_a_misspelt_callback(written: str, meant: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if where == "yaml":
+        arguments = configure("ModelCheckpoint", {"class_path": written})
+    else:
+        arguments = [*configure(), f"--trainer.callbacks+={written}"]
+    assert main(["fit", *arguments]) == 2
+    error = capsys.readouterr().err
+    name = written.rpartition(".")[2]
+    assert f"\nThere is no callback {name!r}; did you mean {meant!r}?\n" in error
+    assert error.count("did you mean") == 1
+    assert error.endswith("The options are listed by: filterdiv fit --help\n")
+    assert "usage:" not in error, "fifty lines that would hide the message"
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        [{"class_path": "RePr", "init_args": {"full_epoch": 3}}],
+        [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": 3.5}}, f"{__name__}.Picky", "RePr"],
+        ["no.such.Thing"],
+        ["Trainer"],
+    ],
+)
+def test_other_mistakes_suggest_no_callback(callbacks: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *configure(*callbacks)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('filterdiv fit: Parser key "trainer.callbacks"')
+    assert "did you mean" not in error
+
+
+def test_a_callback_of_the_user_is_none_of_ours_misspelt() -> None:
+    message = "Given value: [RePrs, RePrz]"
+    suggestion = "There is no callback {!r}; did you mean 'RePr'?"
+    assert list(fit._meant(message)) == [suggestion.format("RePrs"), suggestion.format("RePrz")]
+    of_the_user = type("RePrs", (lightning_filterdiv.RePr,), {})
+    assert list(fit._meant(message)) == [suggestion.format("RePrz")]
+    del of_the_user
+
+
+def test_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", "--trainer.max_epochs", "3"]) == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("filterdiv test: ")
+    assert "test.model" in first
+    assert "required" in first
+    assert last == "The options are listed by: filterdiv test --help"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--help"])
+    assert ended.value.code == 0
+    assert "--trainer.max_epochs MAX_EPOCHS" in capsys.readouterr().out
