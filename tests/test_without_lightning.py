@@ -17,6 +17,7 @@ LIGHTNING = (
     "lightning_filterdiv.centripetal.selection",  # refuses optimizers of a fit
     "lightning_filterdiv.squeezing.",  # fits
     "lightning_filterdiv.demo.",  # a LightningModule and LightningDataModules
+    "lightning_filterdiv.__main__",  # runs the command
     "lightning_filterdiv.command_line.fit",
     "lightning_filterdiv.command_line.demo",
     "lightning_filterdiv.command_line.merge",  # reads checkpoints of CentripetalSGD
