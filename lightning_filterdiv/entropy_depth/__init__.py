@@ -1,4 +1,4 @@
-"""How deep can the convolutional part usefully be? A bound from the entropy of the training images."""
+"""Bound on the depth of the convolutional part from the entropy of the training images: a heuristic."""
 
 import lazy_loader
 

@@ -196,6 +196,8 @@ class EntropyDepthBound(FilterCallback):
             _, _, packed = packed[-1] if packed else (None, None, None)
         measured = None
         if packed is not None:
+            if not isinstance(packed, list) or len(packed) != len(Measurement._fields):
+                raise TypeError(f"measured must be a list of {', '.join(Measurement._fields)}, got {packed!r}")
             entropy, std, n_images, source, notes = packed
             measured = Measurement(float(entropy), float(std), int(n_images), str(source), tuple(notes))
         if state.get("max_images", self.max_images) != self.max_images:

@@ -181,7 +181,7 @@ class DepthBound:
 
 
 class Measurement(NamedTuple):
-    """What a pass over images gave, in plain values and whatever the unit of the bound.
+    """Result of a pass over images in plain values, whatever the unit of the bound.
 
     Attributes:
         entropy: mean over the images, in nats.

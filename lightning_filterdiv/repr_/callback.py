@@ -134,7 +134,7 @@ class RePr(FilterCallback):
         return plan_events(self.full_epochs, self.sub_epochs, self.cycles)
 
     def plan(self) -> list[dict[str, Any]]:
-        """The schedule as rows: cycle, kind, epoch."""
+        """Return the schedule as rows: cycle, kind, epoch."""
         return [event._asdict() for event in self.schedule()]
 
     @property
@@ -143,7 +143,7 @@ class RePr(FilterCallback):
         return [event._asdict() for event in self._history]
 
     def filterdiv_events(self) -> list[dict[str, Any]]:
-        """The history, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
+        """Return the history, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
         return self.history
 
     @property

@@ -1,5 +1,5 @@
-"""What a drop does to a network: which layers can lose filters, silencing them exactly, holding them still, bringing
-them back. No Lightning here."""
+"""Drops in a network: choose layers that can lose filters, silence filters exactly, hold them still, bring them back.
+No Lightning here."""
 
 from __future__ import annotations
 

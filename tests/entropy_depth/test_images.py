@@ -122,11 +122,11 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_entropy_of_the_raw_images(form: str) -> None:
-    found = estimate_depth_bound(FORMS[form]())
-    assert found.n_images == 40
-    assert found.entropy == pytest.approx(float(ENTROPY.mean()), abs=1e-12)
-    assert found.std == pytest.approx(float(ENTROPY.std(correction=0)), abs=1e-12)
-    assert found.bound == math.ceil(found.entropy)
+    bound = estimate_depth_bound(FORMS[form]())
+    assert bound.n_images == 40
+    assert bound.entropy == pytest.approx(float(ENTROPY.mean()), abs=1e-12)
+    assert bound.std == pytest.approx(float(ENTROPY.std(correction=0)), abs=1e-12)
+    assert bound.bound == math.ceil(bound.entropy)
 
 
 def test_what_was_measured_is_said() -> None:
@@ -155,18 +155,18 @@ def test_images_of_many_sizes(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{index}.png")
     data = ImageFolder(str(tmp_path))
     expected = [float(image_entropy(torch.from_numpy(np.array(Image.open(path)))[None])) for path, _ in data.samples]
-    found = estimate_depth_bound(data)
-    assert found.n_images == 5
-    assert found.entropy == pytest.approx(sum(expected) / 5, abs=1e-12)
+    bound = estimate_depth_bound(data)
+    assert bound.n_images == 5
+    assert bound.entropy == pytest.approx(sum(expected) / 5, abs=1e-12)
 
 
 def test_a_sampler_that_leaves_images_out_is_followed() -> None:
     some = DataLoader(Files(transforms.ToTensor()), sampler=SubsetRandomSampler([3, 5, 8]))
     raw = DataLoader(Arrays(transforms.ToTensor()), sampler=SubsetRandomSampler([3, 5, 8]))
     for loader in (some, raw):
-        found = estimate_depth_bound(loader)
-        assert found.n_images == 3
-        assert found.entropy == pytest.approx(float(ENTROPY[[3, 5, 8]].mean()))
+        bound = estimate_depth_bound(loader)
+        assert bound.n_images == 3
+        assert bound.entropy == pytest.approx(float(ENTROPY[[3, 5, 8]].mean()))
 
 
 def test_max_images() -> None:
@@ -182,9 +182,9 @@ def test_max_images() -> None:
 def test_endless_data_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "UNSIZED_LIMIT", 100)
     for data in (Endless(), DataLoader(Endless(), batch_size=7)):
-        found = estimate_depth_bound(data)
-        assert found.n_images == 100
-        assert any("do not know their length: at most the first 100 images" in note for note in found.notes)
+        bound = estimate_depth_bound(data)
+        assert bound.n_images == 100
+        assert any("do not know their length: at most the first 100 images" in note for note in bound.notes)
 
 
 # --------------------------------------------------------------------------- what is said about float images
@@ -192,10 +192,10 @@ def test_endless_data_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_normalised_images_are_measured_and_it_is_said() -> None:
     normalised = NORMALISE(RAW.float() / 255)
-    found = estimate_depth_bound(TensorDataset(normalised, LABELS))
-    assert found.entropy == pytest.approx(float(image_entropy(normalised).mean()))
-    assert found.entropy > float(ENTROPY.mean()) + 0.3
-    (note,) = found.notes  # items: nothing was augmented
+    bound = estimate_depth_bound(TensorDataset(normalised, LABELS))
+    assert bound.entropy == pytest.approx(float(image_entropy(normalised).mean()))
+    assert bound.entropy > float(ENTROPY.mean()) + 0.3
+    (note,) = bound.notes  # items: nothing was augmented
     assert "look normalised" in note
     assert "higher than that of the raw images" in note
     (note,) = estimate_depth_bound(normalised[:, :1]).notes
@@ -209,10 +209,10 @@ def test_more_than_eight_bits_is_said() -> None:
 
 
 def test_a_demo_data_module() -> None:
-    found = estimate_depth_bound(Digits())
-    assert found.n_images == 1437 // 64 * 64  # its loader drops the last batch
-    assert found.bound == 2
-    assert any("one channel" in note for note in found.notes)
+    bound = estimate_depth_bound(Digits())
+    assert bound.n_images == 1437 // 64 * 64  # its loader drops the last batch
+    assert bound.bound == 2
+    assert any("one channel" in note for note in bound.notes)
 
 
 # --------------------------------------------------------------------------- wrong data
@@ -290,8 +290,8 @@ def test_memory_is_constant() -> None:
                 most = max(most, len(alive))
                 yield batch
 
-    found = estimate_depth_bound(DataLoader(Batches(), batch_size=None))
-    assert found.n_images == 200 * 64
+    bound = estimate_depth_bound(DataLoader(Batches(), batch_size=None))
+    assert bound.n_images == 200 * 64
     assert 1 <= most <= 3
 
 
@@ -322,6 +322,13 @@ def test_a_loader_keeps_its_place() -> None:
     loader.load_state_dict({"epoch": 0, "next": 2})
     measure(loader_source(loader))
     assert len(list(loader)) == 3
+
+
+def test_persistent_workers_are_left_to_training() -> None:
+    """Their first pass seeds them: started here, training would draw other augmentations."""
+    loader = DataLoader(Files(transforms.ToTensor()), batch_size=8, num_workers=1, persistent_workers=True)
+    assert estimate_depth_bound(loader).n_images == 40
+    assert loader._iterator is None
 
 
 class _Terminal(io.StringIO):
@@ -355,10 +362,10 @@ def test_fashion_mnist() -> None:
     from skimage.measure import shannon_entropy
 
     images, _ = load_fashion_mnist("train")
-    found = estimate_depth_bound(images)
-    assert found.n_images == 60_000
-    assert found.entropy == pytest.approx(2.853, abs=5e-4)
-    assert (found.bound, estimate_depth_bound(images, unit="bits").bound) == (3, 5)
+    bound = estimate_depth_bound(images)
+    assert bound.n_images == 60_000
+    assert bound.entropy == pytest.approx(2.853, abs=5e-4)
+    assert (bound.bound, estimate_depth_bound(images, unit="bits").bound) == (3, 5)
     some = images[::600]
     expected = [shannon_entropy(image.numpy(), base=math.e) for image in some]
     assert image_entropy(some).tolist() == pytest.approx(expected, abs=1e-12)

@@ -42,12 +42,12 @@ def test_dropped_filters_stay_zero_and_come_back_orthogonal() -> None:
     watch = Watch(callback)
     grown: dict[str, Tensor] = {}
 
-    class Looks(Callback):
+    class Snapshot(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 12:
                 grown.update({n: filter_matrix(c).clone() for n, c in callback.layers.items()})
 
-    fit([callback, watch, Looks()])
+    fit([callback, watch, Snapshot()])
     event = callback.history[0]["filters"]
     assert sum(map(len, event.values())) == 7
     for layer, rows in event.items():
@@ -123,14 +123,14 @@ def test_restored_filters_compute_what_they_did(tmp_path: Path) -> None:
     """Their norm saw silent channels for a whole phase: its statistics must come back with them."""
     before: dict[str, Tensor] = {}
 
-    class Looks(Callback):
+    class Snapshot(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if not callback.dropped:
                 before.update({n: t.clone() for n, t in pl_module.state_dict().items()})
 
     callback = Mine(full_epochs=1, sub_epochs=4, cycles=1, include=["net.3"])
     with pytest.warns(UserWarning, match="filters stay dropped"):
-        fit([Looks(), callback, ModelCheckpoint(dirpath=tmp_path, filename="end"), Stops(24)], max_epochs=6)
+        fit([Snapshot(), callback, ModelCheckpoint(dirpath=tmp_path, filename="end"), Stops(24)], max_epochs=6)
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
     model = Classifier(seed=1)
     model.load_state_dict(checkpoint["state_dict"])

@@ -23,7 +23,7 @@ DATA: list[Row] = [
         "no images at all",
         lambda: estimate_depth_bound(torch.zeros(0, 1, 8, 8)),
         ImageDataError,
-        "the data set is empty: there is nothing to measure; check its folder, split or indices",
+        "Tensor of shape (0, 1, 8, 8): no image came, there is nothing to measure; check the folder, split or indices",
     ),
     Row(
         "numbers instead of images",
@@ -41,28 +41,28 @@ DATA: list[Row] = [
         "vectors in a data set",
         lambda: estimate_depth_bound(TensorDataset(torch.zeros(4, 7), torch.zeros(4))),
         ImageDataError,
-        "the tensors of a TensorDataset hold no images: (4, 7), (4,); one must be (N, H, W) or (N, C, H, W)",
+        "items of TensorDataset hold no images: an item has (7,) float32, () float32. Give a data set of images, or a "
+        "loader whose batches hold them as a tensor (N, ...) with two or more dimensions per image",
     ),
     Row(
         "vectors in a list",
         lambda: estimate_depth_bound([torch.zeros(3)]),
         ImageDataError,
-        "the items of list hold no images: an item is (3,) float32. Give a data set of images, or a loader whose "
-        "batches hold them as a tensor (N, ...), alone, first in a tuple, or under 'image' in a dict",
+        "items of list hold no images: an item has (3,) float32. Give a data set of images, or a loader whose batches "
+        "hold them as a tensor (N, ...) with two or more dimensions per image",
     ),
     Row(
         "an empty list",
         lambda: estimate_depth_bound([]),
         ImageDataError,
-        "list: the data set is empty, there is nothing to measure; check its folder, split or indices",
+        "items of list: no image came, there is nothing to measure; check the folder, split or indices",
     ),
     Row(
         "text from a loader",
         lambda: estimate_depth_bound(DataLoader(["a", "b"])),
         ImageDataError,
-        "batches of a DataLoader over list, as the network sees them hold no images: a batch is (str). Give a data "
-        "set of images, or a loader whose batches hold them as a tensor (N, ...), alone, first in a tuple, or under "
-        "'image' in a dict",
+        "batches of a DataLoader over list hold no images: a batch has str. Give a data set of images, or a loader "
+        "whose batches hold them as a tensor (N, ...) with two or more dimensions per image",
     ),
     Row(
         "images with NaN",
