@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -100,22 +99,6 @@ def test_cards_have_one_order(card: Path) -> None:
     before = text[: text.index("## Plain PyTorch")]
     assert "**TL;DR.**" in before
     assert "```text" in before or "![" in before
-
-
-SCRIPTS = re.findall(
-    r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "benchmarks/README.md").read_text(), re.M))
-)
-
-
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if (ROOT / f"benchmarks/{name}.py").exists()])
-def test_help_of_a_benchmark_starts_nothing(
-    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", [script, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"benchmarks.{script}").main()
-    assert ended.value.code == 0
-    assert f"benchmarks.{script}" in capsys.readouterr().out
 
 
 def test_tables_are_those_of_the_result_files() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.common.device import clock, default_device, description, result_path
+from benchmarks.cost.measure import interleaved, median_interval
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.async_update import AsynchronousUpdate
 from lightning_filterdiv.centripetal import (
@@ -198,7 +198,6 @@ def measure(method: str, depth: int, pairs: int, device: torch.device, batch: in
     before, after = METHODS[method](models[1], optimizers[1])
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
-    order = random.Random(0)
 
     def step(which: int, number: int) -> tuple[float, float]:
         hooked = 0.0
@@ -216,27 +215,10 @@ def measure(method: str, depth: int, pairs: int, device: torch.device, batch: in
             hooked += clock(device) - mark
         return clock(device) - start, hooked
 
-    without: list[float] = []
-    total: list[float] = []
-    inside: list[float] = []
-    for number in range(pairs + 3):
-        times = {which: step(which, number) for which in order.sample([0, 1], 2)}
-        if number >= 3:  # the first steps allocate
-            without.append(times[0][0])
-            total.append(times[1][0])
-            inside.append(times[1][1])
-    ratios = [t / w for t, w in zip(total, without, strict=True)]
-    resampled = sorted(median(order.choices(ratios, k=len(ratios))) for _ in range(1000))
-    return Cost(
-        method,
-        depth,
-        median(i / (t - i) for i, t in zip(inside, total, strict=True)),
-        median(ratios),
-        resampled[25],
-        resampled[974],
-        1000 * median(without),
-        pairs,
-    )
+    steps = interleaved(step, pairs)
+    inside = median(hooked / (total - hooked) for _, (total, hooked) in steps)
+    ratio, low, high = median_interval([total / without for (without, _), (total, _) in steps])
+    return Cost(method, depth, inside, ratio, low, high, 1000 * median(without for (without, _), _ in steps), pairs)
 
 
 def table(costs: Sequence[Cost], gpu: Sequence[Cost] = (), gpu_name: str = "") -> str:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common.paths import RESULTS
+from benchmarks.cost.measure import interleaved, median_interval
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.channel_importance import insert_gates
 from lightning_filterdiv.expansion import expand
@@ -83,23 +82,16 @@ def measure(change: str, pairs: int) -> Cost:
     models = [plain, changed]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4) for m in models]
     images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
-    order = random.Random(0)
 
-    def step(which: int) -> float:
+    def step(which: int, number: int) -> float:
         start = time.perf_counter()
         optimizers[which].zero_grad()
         nn.functional.cross_entropy(models[which](images), labels).backward()
         optimizers[which].step()
         return time.perf_counter() - start
 
-    ratios = []
-    for number in range(pairs + 3):
-        times = {which: step(which) for which in order.sample([0, 1], 2)}
-        if number >= 3:  # the first steps allocate
-            ratios.append(times[1] / times[0])
-    resampled = sorted(median(order.choices(ratios, k=len(ratios))) for _ in range(1000))
-    size = count_parameters(changed) / count_parameters(plain)
-    return Cost(change, median(ratios), resampled[25], resampled[974], size)
+    ratio, low, high = median_interval([with_change / without for without, with_change in interleaved(step, pairs)])
+    return Cost(change, ratio, low, high, count_parameters(changed) / count_parameters(plain))
 
 
 def table(costs: list[Cost]) -> str:

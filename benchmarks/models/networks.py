@@ -15,7 +15,6 @@ from benchmarks.models.cifar_resnet import CifarResNet
 from benchmarks.models.plain import plain_convolutions
 from benchmarks.models.staged import StagedDenseNet
 from benchmarks.models.wide_resnet import WideResNet
-from lightning_filterdiv.demo import three_convolutions
 
 __all__ = ["NetworkName", "build_network", "check_network"]
 
@@ -59,8 +58,6 @@ def _cifar(depth: int, shortcut: Literal["pad", "projection"]) -> Callable[..., 
 
 
 def _c3(channels: int, size: int, classes: int, width: int = 32) -> nn.Module:
-    if channels == 1:
-        return three_convolutions(width, size, classes)
     return plain_convolutions(3, width, channels, size, classes)
 
 

@@ -13,7 +13,7 @@ def plain_convolutions(
     """``depth`` 3x3 convolutions of ``width`` filters with ReLU and a linear classifier (RePr, section 5).
 
     Max-pooling by two follows the convolutions that end the first and the second third of the depth (the paper does
-    not say where it pools). ``depth=3`` is the package's ``three_convolutions``.
+    not say where it pools). Depth 3 on grey images is ``lightning_filterdiv.demo.three_convolutions``.
 
     Args:
         depth: convolutions, at least 3; named ``conv1``, ``conv2``, ...

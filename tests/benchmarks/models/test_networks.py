@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.models import NetworkName, build_network
+from lightning_filterdiv.demo import three_convolutions
 from lightning_filterdiv.narrowing import count_parameters
 
 
@@ -36,6 +37,17 @@ def test_every_network_takes_the_images_of_its_data(name: str) -> None:
 def test_networks_have_the_published_size(name: str, parameters: int) -> None:
     with torch.device("meta"):
         assert count_parameters(build_network(name, (3, 32, 32), 10)) == parameters
+
+
+def test_c3_is_the_network_of_the_demo() -> None:
+    """Down to the draws of its weights, and the names under which a checkpoint keeps them."""
+    torch.manual_seed(0)
+    ours = build_network("c3", (1, 28, 28), 10, width=6).state_dict()
+    torch.manual_seed(0)
+    demo = three_convolutions(6, 28, 10)
+    assert list(ours) == list(demo.state_dict())
+    assert all(torch.equal(ours[name], value) for name, value in demo.state_dict().items())
+    assert [type(layer) for layer in build_network("c3", (1, 28, 28), 10)] == [type(layer) for layer in demo]
 
 
 def test_large_images_keep_the_published_start() -> None:
