@@ -59,6 +59,7 @@ class EntropyDepthBound(FilterCallback):
             deep, or the network cannot be traced.
     """
 
+    log_prefix = "entropy_depth"
     trainable_only = False
     shares_layers = True
 
@@ -104,7 +105,7 @@ class EntropyDepthBound(FilterCallback):
         self.bound = self._measured.bound(self.unit, self.rounding)
         self.depth = None
         rank_zero_info(f"EntropyDepthBound: {self.bound.describe()}")
-        self._log(trainer, {"entropy": self.bound.entropy, "entropy_std": self.bound.std, "bound": self.bound.bound})
+        self.log_metrics({"entropy": self.bound.entropy, "entropy_std": self.bound.std, "bound": self.bound.bound})
         self._inputs = ExampleInputs(pl_module, self.network)
         if self._inputs.known:
             self._compare(trainer, pl_module)
@@ -140,7 +141,7 @@ class EntropyDepthBound(FilterCallback):
         self.depth = depth
         numbers: dict[str, float] = {"depth/total": depth.total}
         numbers |= {f"depth/stage{index}": stage.depth for index, stage in enumerate(depth.stages, start=1)}
-        self._log(trainer, numbers)
+        self.log_metrics(numbers)
         rank_zero_info(f"EntropyDepthBound: {depth.describe()}; the bound is {self.bound.bound} per stage")
         if advice := depth.advice(self.bound.bound):
             deep = len(depth.beyond(self.bound.bound))
@@ -162,12 +163,6 @@ class EntropyDepthBound(FilterCallback):
         if self.action == "error":
             raise MisconfigurationException(message)
         (rank_zero_warn if self.action == "warn" else rank_zero_info)(message)
-
-    def _log(self, trainer: pl.Trainer, numbers: dict[str, float]) -> None:
-        if trainer.is_global_zero:
-            flat = {f"filterdiv/entropy_depth/{name}": float(value) for name, value in numbers.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(flat, step=trainer.global_step)
 
     # ------------------------------------------------------------------ end, state
 

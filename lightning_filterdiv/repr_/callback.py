@@ -28,7 +28,7 @@ from lightning_filterdiv.similarity import orthogonality_score
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
 from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
-from lightning_filterdiv.training.learning_rates import forecast_learning_rates, steps_per_epoch
+from lightning_filterdiv.training.learning_rates import fit_epochs, forecast_learning_rates
 from lightning_filterdiv.training.submodule import check_network, layers_inside
 
 __all__ = ["RePr"]
@@ -191,7 +191,7 @@ class RePr(FilterCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             rank_zero_info(f"{text}\n  fast_dev_run stops before them")
             return
-        epochs = _fit_epochs(trainer)
+        epochs = fit_epochs(trainer)
         if epochs is None:
             rank_zero_info(
                 f"{text}\n  the length of the fit is unknown (max_time?), events it does not reach are skipped"
@@ -434,17 +434,6 @@ def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 f"RePr needs optimizer state per filter, and {type(optimizer).__name__} keeps a history of the "
                 f"whole network or factors of whole matrices; use SGD, Adam or another element-wise optimizer"
             )
-
-
-def _fit_epochs(trainer: pl.Trainer) -> int | None:
-    """Epochs that the fit will have begun when it ends; ``None`` if unknown."""
-    limits: list[int] = []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs)
-    per_epoch = steps_per_epoch(trainer)
-    if trainer.max_steps >= 0 and per_epoch is not None and trainer.lightning_module.automatic_optimization:
-        limits.append(-(-trainer.max_steps // per_epoch))
-    return min(limits) if limits else None
 
 
 def _mean_score(layers: Mapping[str, Conv]) -> float:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:  # the forecasts of methods use StepSettings without Lightning
     import lightning.pytorch as pl
 
-__all__ = ["StepSettings", "forecast_learning_rates", "forecast_settings", "steps_per_epoch"]
+__all__ = ["StepSettings", "fit_epochs", "forecast_learning_rates", "forecast_settings", "steps_per_epoch"]
 
 
 class StepSettings(NamedTuple):
@@ -44,6 +44,17 @@ def steps_per_epoch(trainer: pl.Trainer) -> int | None:
     """Number of optimizer steps in an epoch, the last one possibly on fewer batches; ``None`` if unknown."""
     batches = trainer.num_training_batches
     return None if batches == float("inf") else max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+def fit_epochs(trainer: pl.Trainer) -> int | None:
+    """Number of epochs that the fit will have begun when it ends; ``None`` if unknown."""
+    limits: list[int] = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs)
+    per_epoch = steps_per_epoch(trainer)
+    if trainer.max_steps >= 0 and per_epoch is not None and trainer.lightning_module.automatic_optimization:
+        limits.append(math.ceil(trainer.max_steps / per_epoch))
+    return min(limits, default=None)
 
 
 def forecast_learning_rates(trainer: pl.Trainer, epochs: int) -> list[float] | str:
