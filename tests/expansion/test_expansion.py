@@ -252,6 +252,12 @@ def test_a_copy_has_factors_of_its_own() -> None:
     torch.testing.assert_close(contract(copied)(x), moved, rtol=1e-4, atol=1e-5)
 
 
+def test_it_compiles_into_one_graph() -> None:
+    model, x = expand(small(), "CL+FC"), torch.randn(2, 1, 9, 9)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_tensor_of_an_expanded_layer_cannot_be_set() -> None:
     """Nothing would say which factors are meant."""
     model = expand(nn.Sequential(nn.Conv2d(4, 6, 3)))
