@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_filterdiv.expansion import ExpansionError, compose, contract, expand, is_expanded, unrolled
+from lightning_filterdiv.expansion.layers import factor_product, show_compact
 from lightning_filterdiv.filters import NoLayersError
 
 
@@ -250,6 +251,30 @@ def test_a_copy_has_factors_of_its_own() -> None:
     moved = copied(x)
     assert not torch.equal(moved, before)
     torch.testing.assert_close(contract(copied)(x), moved, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compact_state_of_an_expanded_layer() -> None:
+    """It has the compact layer's names; loading another one changes nothing and marks that layer, not the original."""
+    layer, x = nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)
+    expand(nn.Sequential(layer))
+    handles = show_compact(layer)
+    compact, before = layer.state_dict(), layer(x)
+    assert list(compact) == ["weight", "bias"]
+    assert not any(tensor.requires_grad for tensor in compact.values())
+    copied = copy.deepcopy(layer)
+    for weight, stale in ((compact["weight"], False), (compact["weight"] + 1, True)):
+        result = copied.load_state_dict({**compact, "weight": weight})
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        assert [factor_product(each).stale for each in (copied, layer)] == [stale, False]
+        assert torch.equal(copied(x), before)
+    with pytest.raises(
+        RuntimeError, match=r"Missing key.*weight(.|\n)*Unexpected key.*gain(.|\n)*size mismatch for bias"
+    ):
+        copied.load_state_dict({"bias": compact["bias"][1:], "gain": compact["bias"]})
+    for handle in handles:
+        handle.remove()
+    assert len(layer.state_dict()) == 6
 
 
 def test_it_compiles_into_one_graph() -> None:
