@@ -148,8 +148,10 @@ def unrolled(layer: Layer) -> nn.Sequential:
             (``CK``: on the last).
 
     Raises:
-        ValueError: ``padding="same"`` of a kernel that needs unequal padding.
+        ValueError: the layer is not expanded, or has ``padding="same"`` and a kernel that needs unequal padding.
     """
+    if not is_expanded(layer):
+        raise ValueError(f"{type(layer).__name__} is not expanded and has no chain; call expand first")
     factors = factors_of(layer)
     count = sum(name.startswith("weight") for name in factors)
     strided = 1 if factor_product(layer).kind == "CL" else count - 1

@@ -361,5 +361,7 @@ def test_contract_what_is_not_expanded() -> None:
 
 def test_unequal_padding_has_no_chain() -> None:
     model = expand(nn.Sequential(nn.Conv2d(2, 2, 4, padding="same")))
+    with pytest.raises(ValueError, match="Conv2d is not expanded and has no chain; call expand first"):
+        unrolled(nn.Conv2d(2, 2, 3))
     with pytest.raises(ValueError, match="unequally"):
         unrolled(model[0])
