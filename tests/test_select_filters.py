@@ -13,9 +13,14 @@ from lightning_filterdiv.filters import (
     NoLayersError,
     canonical_name,
     check_patterns,
+    find_submodule,
+    find_weight_obstacle,
     named_convolutions,
+    named_modules,
+    named_tensors,
     select_filters,
 )
+from lightning_filterdiv.selection import Obstacle, select_layers
 
 # --- canonical names ---------------------------------------------------------------------------------------------
 
@@ -94,6 +99,40 @@ def test_layers_whose_canonical_names_collide_are_all_kept() -> None:
     assert selected == {"conv": net.conv, "module.conv": net.module["conv"]}
 
 
+def test_modules_and_tensors_by_canonical_name() -> None:
+    """Under every name they have, in the order of the network; of a wrapper and what it wraps, the latter."""
+    net = Net()
+    net.again = net.conv1
+    wrapped = Wrapper(torch.compile(net, backend="eager"))
+    assert named_modules(wrapped) == dict(net.named_modules(remove_duplicate=False))
+    assert list(named_modules(wrapped)) == list(dict(net.named_modules(remove_duplicate=False)))
+    assert list(named_tensors(wrapped)) == list(net.state_dict())
+    assert named_tensors(wrapped)["again.weight"] is net.conv1.weight
+
+
+def test_modules_whose_canonical_names_collide_stay_long() -> None:
+    net = Wrapper(nn.ModuleDict({"conv": nn.Conv2d(1, 1, 1), "other": nn.ReLU()}))
+    net.conv = nn.Conv2d(1, 2, 1)
+    assert list(named_modules(net)) == ["", "module.conv", "other", "conv"]
+    assert named_modules(net)["module.conv"] is net.module["conv"]
+
+
+def test_a_submodule_is_found_with_its_wrapper() -> None:
+    net = Net()
+    inner = net.layer1
+    net.layer1 = torch.compile(inner, backend="eager")
+    model = Wrapper(net)
+    assert find_submodule(model, "layer1") is net.layer1
+    assert find_submodule(model, "layer1.0") is inner[0]
+    assert find_submodule(model, None) is find_submodule(model, "") is model
+    with pytest.raises(OwnError, match=r"Wrapper has no submodule network='layer2'; its children are "):
+        find_submodule(model, "layer2", OwnError)
+
+
+class OwnError(ValueError):
+    """An error of the caller's own."""
+
+
 @pytest.mark.parametrize(
     ("include", "exclude", "expected"),
     [
@@ -165,6 +204,53 @@ def test_parametrized_layers_are_left_out_with_a_warning(parametrize: Callable[[
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(select_filters(net, include=["conv1"])) == ["conv1"]  # not asked for, not warned about
+
+
+class Own(nn.Module):
+    obstacle = Obstacle("is somebody's own", "ask somebody")
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_a_parametrization_may_say_why_itself() -> None:
+    net = Net()
+    nn.utils.parametrize.register_parametrization(net.conv1, "weight", Own())
+    assert find_weight_obstacle(net.conv1) == Own.obstacle
+    with pytest.warns(UserWarning, match="left out, because each is somebody's own: 'conv1'; ask somebody") as caught:
+        assert "conv1" not in select_filters(net)
+    assert caught[0].filename == __file__
+
+
+def test_one_warning_per_obstacle_and_all_of_them_in_the_error() -> None:
+    """The selector knows nothing of layers: candidates are numbers here."""
+    odd, big = Obstacle("is odd", "double it"), Obstacle("is big", "halve it")
+
+    def select(include: list[str] | None, exclude: list[str] | None = None) -> dict[str, int]:
+        return select_layers(
+            {"one": 1, "two": 2, "three": 3, "eight": 8},
+            include,
+            exclude,
+            noun="number",
+            is_default=lambda n: n != 2,
+            no_default="two must be named",
+            find_obstacle=lambda name, n: odd if n % 2 else big if n > 4 else None,
+        )
+
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert select(["t*", "one", "eight"]) == {"two": 2}
+    assert [str(warning.message) for warning in caught] == [
+        "left out, because each is odd: 'one', 'three'; double it",
+        "left out, because each is big: 'eight'; halve it",
+    ]
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(NoLayersError) as refused:
+        select(None)
+    assert str(refused.value) == (
+        "no layer is left: every selected layer is odd; double it, or is big; halve it. "
+        "Available: 'one', 'two', 'three', 'eight'"
+    )
+    with pytest.raises(NoLayersError, match="no layer is left: exclude leaves no number"):
+        select(None, ["*"])
 
 
 @pytest.mark.parametrize("parametrize", PARAMETRIZERS)

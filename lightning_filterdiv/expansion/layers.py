@@ -148,8 +148,10 @@ def unrolled(layer: Layer) -> nn.Sequential:
             (``CK``: on the last).
 
     Raises:
-        ValueError: ``padding="same"`` of a kernel that needs unequal padding.
+        ValueError: the layer is not expanded, or has ``padding="same"`` and a kernel that needs unequal padding.
     """
+    if not is_expanded(layer):
+        raise ValueError(f"{type(layer).__name__} is not expanded and has no chain; call expand first")
     factors = factors_of(layer)
     count = sum(name.startswith("weight") for name in factors)
     strided = 1 if factor_product(layer).kind == "CL" else count - 1
@@ -203,19 +205,21 @@ def show_compact(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     ]
 
 
+@torch.no_grad()
 def _save_compact(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, factors in factor_lists(layer).items():
         for key in factors.state_dict():
             del state[f"{prefix}parametrizations.{name}.{key}"]
-        state[f"{prefix}{name}"] = getattr(layer, name).detach()
+        state[f"{prefix}{name}"] = getattr(layer, name)
 
 
+@torch.no_grad()
 def _load_compact(
     layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
     for name, factors in factor_lists(layer).items():
-        given, own = state.pop(f"{prefix}{name}", None), getattr(layer, name).detach()
+        given, own = state.pop(f"{prefix}{name}", None), getattr(layer, name)
         if given is None:
             missing.append(f"{prefix}{name}")
         elif given.shape != own.shape:

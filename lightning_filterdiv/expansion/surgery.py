@@ -252,7 +252,7 @@ def expand(
     # All are drawn before the first layer changes: a refusal leaves the network as it was.
     drawn = {name: draw(name, layer, each, rate, initial, seed) for name, (layer, each) in chosen.items()}
     for name, (layer, each) in chosen.items():
-        set_factors(layer, each, rate, drawn[name])
+        set_factors(layer, each, rate, drawn.pop(name))
     return model
 
 

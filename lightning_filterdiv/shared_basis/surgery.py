@@ -229,7 +229,8 @@ def share_filter_bases(
 def _groups(model: nn.Module, layers: object) -> Iterator[tuple[str, dict[str, nn.Module]]]:
     """Yield name of the basis and its layers, in the order in which the user names them."""
     modules = named_modules(model)
-    convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d | BasisUser)]
+    first_names = set({module: name for name, module in reversed(modules.items())}.values())
+    convolutions = [n for n, m in modules.items() if isinstance(m, nn.Conv2d | BasisUser) and n in first_names]
     for basis, given in (layers if isinstance(layers, Mapping) else {None: layers}).items():
         patterns = check_patterns("layers" if basis is None else f"layers[{basis!r}]", given) or []
         # A layer that is named in full is meant, whatever it is; check_layers says why it cannot share.

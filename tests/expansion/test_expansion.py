@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_filterdiv.expansion import ExpansionError, compose, contract, expand, is_expanded, unrolled
+from lightning_filterdiv.expansion.layers import factor_product, show_compact
 from lightning_filterdiv.filters import NoLayersError
 
 
@@ -252,6 +253,36 @@ def test_a_copy_has_factors_of_its_own() -> None:
     torch.testing.assert_close(contract(copied)(x), moved, rtol=1e-4, atol=1e-5)
 
 
+def test_a_compact_state_of_an_expanded_layer() -> None:
+    """It has the compact layer's names; loading another one changes nothing and marks that layer, not the original."""
+    layer, x = nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)
+    expand(nn.Sequential(layer))
+    handles = show_compact(layer)
+    compact, before = layer.state_dict(), layer(x)
+    assert list(compact) == ["weight", "bias"]
+    assert not any(tensor.requires_grad for tensor in compact.values())
+    copied = copy.deepcopy(layer)
+    for weight, stale in ((compact["weight"], False), (compact["weight"] + 1, True)):
+        result = copied.load_state_dict({**compact, "weight": weight})
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        assert [factor_product(each).stale for each in (copied, layer)] == [stale, False]
+        assert torch.equal(copied(x), before)
+    with pytest.raises(
+        RuntimeError, match=r"Missing key.*weight(.|\n)*Unexpected key.*gain(.|\n)*size mismatch for bias"
+    ):
+        copied.load_state_dict({"bias": compact["bias"][1:], "gain": compact["bias"]})
+    for handle in handles:
+        handle.remove()
+    assert len(layer.state_dict()) == 6
+
+
+def test_it_compiles_into_one_graph() -> None:
+    model, x = expand(small(), "CL+FC"), torch.randn(2, 1, 9, 9)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_tensor_of_an_expanded_layer_cannot_be_set() -> None:
     """Nothing would say which factors are meant."""
     model = expand(nn.Sequential(nn.Conv2d(4, 6, 3)))
@@ -330,5 +361,7 @@ def test_contract_what_is_not_expanded() -> None:
 
 def test_unequal_padding_has_no_chain() -> None:
     model = expand(nn.Sequential(nn.Conv2d(2, 2, 4, padding="same")))
+    with pytest.raises(ValueError, match="Conv2d is not expanded and has no chain; call expand first"):
+        unrolled(nn.Conv2d(2, 2, 3))
     with pytest.raises(ValueError, match="unequally"):
         unrolled(model[0])

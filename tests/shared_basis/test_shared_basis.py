@@ -230,6 +230,9 @@ def test_a_layer_under_two_names_shares_under_both() -> None:
     model = share_filter_bases(_under_two_names(), shared=4, layers=["0", "1"])
     assert model[0] is model[2]
     assert isinstance(model[0], SharedBasisConv2d)
+    model = share_filter_bases(_under_two_names(), shared=4, layers=["*"])
+    assert model[0] is model[2]
+    assert isinstance(model[1], SharedBasisConv2d)
 
 
 def test_device_dtype_and_mode_follow_the_network() -> None:

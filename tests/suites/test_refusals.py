@@ -187,7 +187,7 @@ def test_the_channel_graph_follows_a_norm_behind_a_fake_quantised_layer() -> Non
 def test_no_basis_is_shared_with_such_a_layer(kind: str) -> None:
     change, what, way_out = LEFT_OUT[kind]
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), change(nn.Conv2d(4, 4, 3, padding=1)))
-    with pytest.raises(SharingError, match=re.escape(f"'1' cannot share filters: its weight is {what}")) as caught:
+    with pytest.raises(SharingError, match=f"^'1' (is|has a weight) {re.escape(what)}") as caught:
         share_filter_bases(net, layers=["0", "1"])
     assert way_out in str(caught.value)
 

@@ -242,7 +242,7 @@ FUNCTIONAL: list[Row] = [
         "share a layer that is not there",
         lambda: share_filter_bases(net(), layers=["0", "7"]),
         SharingError,
-        "layers pattern '7' matches no convolution. Available: ",
+        "layers pattern '7' matches no convolution. Available: '0', '2'",
     ),
     Row(
         "expand a linear layer as a convolution",
