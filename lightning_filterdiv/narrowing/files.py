@@ -14,7 +14,7 @@ from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.export import bare_module
 from lightning_filterdiv.channel_graph.narrow import named_tensors, update_attributes
 from lightning_filterdiv.files import why_unwritable
-from lightning_filterdiv.filters import canonical_name
+from lightning_filterdiv.filters import canonical_name, named_modules
 
 __all__ = ["MergedFileError", "load_merged", "save_merged"]
 
@@ -53,8 +53,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _maps(model: nn.Module) -> list[tuple[str, ChannelMap]]:
-    named = model.named_modules(remove_duplicate=False)
-    return [(canonical_name(name), module) for name, module in named if isinstance(module, ChannelMap)]
+    return [(name, module) for name, module in named_modules(model).items() if isinstance(module, ChannelMap)]
 
 
 def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -119,7 +118,7 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
     selections = {f"{name}{part}" for name in inside for part in ("expand", "keep")}
     missing = [name for name in own if name not in tensors and name not in selections]
     unknown = [name for name in tensors if name not in own and name not in selections]
-    modules = {canonical_name(name) for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = named_modules(model)
     unknown += [name for name in content["maps"] if name not in modules]
     shapes = [n for n, t in own.items() if n in tensors and n not in selections and t.dim() != tensors[n].dim()]
     if missing or unknown or shapes:
@@ -133,7 +132,7 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
 
 
 def _install_map(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    modules = {canonical_name(full): module for full, module in model.named_modules(remove_duplicate=False)}
+    modules = named_modules(model)
     inner = modules[name]
     if isinstance(inner, ChannelMap):
         inner = inner.inner
