@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_filterdiv
 from lightning_filterdiv import WeightAsynchronousUpdate
-from tests.registry import CASES, ONE_EACH, PER_STEP, SLOW_CASES, Case, Wrong
+from tests.registry import CASES, ONE_EACH, PER_STEP, SLOW_CASES, Case
 from tests.support.training import ACCELERATOR, Classifier, batches, differing, fit, make_trainer
 
 
@@ -34,18 +34,6 @@ def test_state_key_names_layers_only(case: Case) -> None:
     assert case.make().state_key == case.cls(**layers).state_key
     assert case.make(include=["net.3"]).state_key != case.make().state_key
     assert case.make(exclude=["net.3"]).state_key != case.make().state_key
-
-
-@pytest.mark.parametrize(
-    ("case", "wrong"),
-    [(case, wrong) for case in ONE_EACH for wrong in case.wrong],
-    ids=lambda value: value.name if isinstance(value, Case) else repr(value[0]),
-)
-def test_wrong_arguments(case: Case, wrong: Wrong) -> None:
-    arguments, error, message = wrong
-    with pytest.raises(error) as caught:
-        case.make(**arguments)
-    assert message in str(caught.value)
 
 
 def test_every_public_callback_is_registered() -> None:
