@@ -298,3 +298,5 @@ SLOW_CASES = tuple(pytest.param(case, marks=pytest.mark.soak) if case.variant el
 #: One configuration per callback, for suites where more would only cost time.
 ONE_EACH: tuple[Case, ...] = tuple({case.cls: case for case in reversed(CASES)}.values())
 PER_STEP: tuple[Case, ...] = tuple(case for case in CASES if case.per_step is not None)
+#: One configuration per callback that acts on optimizer steps.
+EDITING: tuple[Case, ...] = tuple(case for case in ONE_EACH if case.per_step is not None)
