@@ -120,7 +120,7 @@ class Joins(nn.Module):
         models.CifarResNet,
         lambda: models.mobile(excite=True),
         models.PreActivation,
-        torchvision.models.mobilenet_v3_small,
+        pytest.param(torchvision.models.mobilenet_v3_small, marks=pytest.mark.soak),
     ],
     ids=["joins", "CifarResNet", "mobile with SE", "pre-activation", "mobilenet_v3_small"],
 )
