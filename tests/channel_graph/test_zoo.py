@@ -94,8 +94,8 @@ def test_a_shallow_shufflenet() -> None:
     assert set(graph.pinned.values()) == {"network output"}
 
 
-#: Deeper than others of their kind; of ShuffleNetV2, a shallow one runs by default.
-DEEP = ("resnet50", "densenet121", "efficientnet_b0", "googlenet", "shufflenet_v2_x0_5")
+#: Deeper or wider than others of their kind; of ShuffleNetV2, a shallow one runs by default.
+DEEP = ("resnet50", "vgg11_bn", "densenet121", "efficientnet_b0", "googlenet", "shufflenet_v2_x0_5")
 
 
 @pytest.mark.zoo
