@@ -37,6 +37,12 @@ def test_state_key_names_layers_only(case: Case) -> None:
     assert case.make(exclude=["net.3"]).state_key != case.make().state_key
 
 
+def test_defaults() -> None:
+    """A default is part of the public API: one that changes shows in the diff of ``defaults.txt``."""
+    expected = Path(__file__).with_name("defaults.txt").read_text().splitlines()
+    assert sorted(repr(case.cls()) for case in ONE_EACH) == expected
+
+
 def test_every_public_callback_is_registered() -> None:
     public = {
         value
