@@ -9,6 +9,7 @@ import re
 
 KILL = "tests/suites/test_kill_and_resume.py::"
 DDP = r"tests/test_two_processes.py::test_ddp_suite_in_full\["
+FIRST = "(wau|repr|csgd|basis|entropy)"
 #: Part -> regular expressions that ids of its tests begin with.
 PARTS: dict[str, tuple[str, ...]] = {
     # Networks through the channel graph, narrowed, expanded and pruned.
@@ -20,7 +21,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "soak_long": ("tests/suites/test_long_run.py::", "tests/monitor/"),
     # Runs of one process, or of two, killed at twenty moments each; resumed on another number of processes.
     "soak_kill": (KILL + r"(?!test_killed_runs|test_a_run_goes_on)", KILL + r"test_killed_runs.*-1\]$"),
-    "soak_kill_ddp": (KILL + r"test_killed_runs.*-2\]$",),
+    "soak_kill_ddp_a": (KILL + rf"test_killed_runs[^\[]*\[{FIRST}.*-2\]$",),
+    "soak_kill_ddp_b": (KILL + rf"test_killed_runs[^\[]*\[(?!{FIRST}).*-2\]$",),
     "soak_kill_world": (KILL + "test_a_run_goes_on",),
     # Two ranks in every mode of training, a part for each precision, and what else runs on two ranks.
     "soak_ddp": (DDP + r"other\]",),
