@@ -43,9 +43,15 @@ def executed(paths: Sequence[Path]) -> list[NotebookNode]:
             own = Path(folder, path.stem)
             own.mkdir()
             together.cells += [nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {own}"), *notebook.cells]
-        NotebookClient(together, kernel_name="python3", timeout=180, extra_arguments=["--log-level=ERROR"]).execute(
-            env=os.environ | {"OMP_NUM_THREADS": "1"}
+        client = NotebookClient(
+            together,
+            kernel_name="python3",
+            timeout=180,
+            extra_arguments=["--log-level=ERROR"],
+            # The kernel sends what a cell prints in as many messages as its flush timer decides.
+            coalesce_streams=True,
         )
+        client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
     return [_tidy(notebook) for notebook in notebooks]
 
 
@@ -73,12 +79,15 @@ def _smaller(png: str) -> str:
 
 
 def problems(notebook: NotebookNode) -> list[str]:
-    """What a committed notebook must not show: cells without a run, noise on stderr, paths, too many bytes."""
+    """What a committed notebook must not show: cells without a run, split or noisy streams, paths, too many bytes."""
     found = []
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         found.append("its cells were not run in order")
     for cell in code:
+        streams = [output.name for output in cell.outputs if output.output_type == "stream"]
+        if len(set(streams)) < len(streams):
+            found.append(f"cell {cell.execution_count} has a stream in several pieces")
         for output in cell.outputs:
             if output.output_type == "error" or output.get("name") == "stderr":
                 found.append(f"cell {cell.execution_count} writes to stderr or fails: {str(output)[:300]}")

@@ -41,7 +41,8 @@ class Case:
         name: test id.
         cls: its class.
         arguments: constructor arguments of this configuration.
-        wrong: constructor arguments that must be refused, the exception, and a part of its message.
+        wrong: constructor arguments of its own that must be refused, the first one named in the message; the exception;
+            words of the way out.
         trains_differently: whether weights differ from a run without the callback.
         per_step: its per-step path without Lightning, for the fake-GPU and launch-count suites; ``None``: it has none.
         gradients_only: it writes gradients back, one operation per tensor on a CPU (one kernel for all on a GPU).
@@ -105,26 +106,18 @@ def _centripetal_step(model: nn.Module, optimizer: Optimizer) -> tuple[Callable[
     return (lambda step: update.before_step()), update.after_step
 
 
-_SELECTION: tuple[Wrong, ...] = (
-    ({"include": "conv1"}, TypeError, "include must be a list of name patterns"),
-    ({"include": []}, ValueError, "include=[] selects no layer"),
-    ({"include": [3]}, TypeError, "include must be a list of strings"),
-    ({"exclude": "conv1"}, TypeError, "exclude must be a list"),
-)
 _WAU_WRONG: tuple[Wrong, ...] = (
-    *_SELECTION,
-    ({"update_fraction": 0}, ValueError, "0 < update_fraction <= 1, got 0"),
-    ({"update_fraction": 1.5}, ValueError, "0 < update_fraction <= 1, got 1.5"),
-    ({"update_fraction": float("nan")}, ValueError, "update_fraction must be a finite number"),
-    ({"update_fraction": "a lot"}, TypeError, "update_fraction must be a number"),
-    ({"update_fraction": True}, TypeError, "update_fraction must be a number"),
-    ({"axis": "sideways"}, ValueError, "axis must be one of 'out', 'in', got 'sideways'"),
-    ({"sampling": "some"}, ValueError, "sampling must be one of 'without_replacement', 'with_replacement'"),
-    ({"hold": "tight"}, ValueError, "hold must be one of 'update', 'gradient'"),
-    ({"rescale": "yes"}, TypeError, "rescale must be True or False"),
-    ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
-    ({"seed": 0.5}, TypeError, "seed must be an integer >= 0"),
-    ({"check_ranks_every_n_steps": -5}, ValueError, "check_ranks_every_n_steps must be an integer >= 0"),
+    ({"update_fraction": 0}, ValueError, "0 < update_fraction <= 1"),
+    ({"update_fraction": 1.5}, ValueError, "0 < update_fraction <= 1"),
+    ({"update_fraction": float("nan")}, ValueError, "a finite number"),
+    ({"update_fraction": "a lot"}, TypeError, "must be a number"),
+    ({"update_fraction": True}, TypeError, "must be a number"),
+    ({"axis": "sideways"}, ValueError, "'out', 'in'"),
+    ({"sampling": "some"}, ValueError, "'without_replacement', 'with_replacement'"),
+    ({"hold": "tight"}, ValueError, "'update', 'gradient'"),
+    ({"rescale": "yes"}, TypeError, "True or False"),
+    ({"seed": -1}, ValueError, ">= 0"),
+    ({"seed": 0.5}, TypeError, ">= 0"),
 )
 
 
@@ -150,21 +143,20 @@ def _penalty_step(**arguments: Any) -> PerStep:
 
 
 _ORTHONORMALITY_WRONG: tuple[Wrong, ...] = (
-    *_SELECTION,
-    ({"weight": 0}, ValueError, "0 < weight, got 0"),
-    ({"weight": -10.0}, ValueError, "weight must be a finite number with 0 < weight, got -10.0"),
-    ({"weight": float("nan")}, ValueError, "weight must be a finite number"),
-    ({"weight": "auto"}, TypeError, "weight must be a number"),
-    ({"form": "hard"}, ValueError, "form must be one of 'basis', 'soft', 'double_soft', 'mutual_coherence'"),
-    ({"milestones": {}}, ValueError, "milestones={} changes nothing"),
-    ({"milestones": [20, 50]}, TypeError, "milestones must be a dict of epoch -> factor"),
-    ({"milestones": {-1: 0.1}}, ValueError, "an epoch of milestones must be an integer >= 0, got -1"),
-    ({"milestones": {"late": 0.1}}, TypeError, "an epoch of milestones must be an integer >= 0"),
-    ({"milestones": {20: -0.1}}, ValueError, "0 <= milestones[20], got -0.1"),
-    ({"decoupled": 1}, TypeError, "decoupled must be True or False"),
-    ({"squared": True}, ValueError, "squared=True belongs to form='srip', got form='basis'"),
-    ({"unique": True, "form": "soft"}, ValueError, "unique=True belongs to form='basis', got form='soft'"),
-    ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+    ({"weight": 0}, ValueError, "0 < weight"),
+    ({"weight": -10.0}, ValueError, "0 < weight"),
+    ({"weight": float("nan")}, ValueError, "a finite number"),
+    ({"weight": "auto"}, TypeError, "must be a number"),
+    ({"form": "hard"}, ValueError, "'basis', 'soft', 'double_soft', 'mutual_coherence'"),
+    ({"milestones": {}}, ValueError, "use milestones=None"),
+    ({"milestones": [20, 50]}, TypeError, "a dict of epoch -> factor"),
+    ({"milestones": {-1: 0.1}}, ValueError, ">= 0"),
+    ({"milestones": {"late": 0.1}}, TypeError, ">= 0"),
+    ({"milestones": {20: -0.1}}, ValueError, "0 <= milestones[20]"),
+    ({"decoupled": 1}, TypeError, "True or False"),
+    ({"squared": True}, ValueError, "leave squared out, or change form"),
+    ({"unique": True, "form": "soft"}, ValueError, "leave unique out, or change form"),
+    ({"seed": -1}, ValueError, ">= 0"),
 )
 
 
@@ -193,22 +185,21 @@ CASES: tuple[Case, ...] = (
         cls=RePr,
         arguments={"full_epochs": 1, "sub_epochs": 1, "cycles": 1, "include": ["net.*"]},
         wrong=(
-            *_SELECTION,
-            ({"full_epochs": 0}, ValueError, "full_epochs must be an integer >= 1"),
-            ({"sub_epochs": 0}, ValueError, "sub_epochs must be an integer >= 1, got 0"),
-            ({"cycles": 1.5}, TypeError, "cycles must be an integer >= 1"),
-            ({"prune_fraction": 0}, ValueError, "0 < prune_fraction < 1, got 0"),
-            ({"prune_fraction": 1}, ValueError, "0 < prune_fraction < 1, got 1"),
-            ({"prune_fraction": 1.5}, ValueError, "0 < prune_fraction < 1, got 1.5"),
-            ({"criterion": "taste"}, ValueError, "criterion must be one of 'orthogonality', 'norm', 'random'"),
-            ({"scope": "galaxy"}, ValueError, "scope must be one of 'global', 'layer'"),
-            ({"dim_correct": 1}, TypeError, "dim_correct must be True or False"),
+            ({"full_epochs": 0}, ValueError, ">= 1"),
+            ({"sub_epochs": 0}, ValueError, ">= 1"),
+            ({"cycles": 1.5}, TypeError, ">= 1"),
+            ({"prune_fraction": 0}, ValueError, "0 < prune_fraction < 1"),
+            ({"prune_fraction": 1}, ValueError, "0 < prune_fraction < 1"),
+            ({"prune_fraction": 1.5}, ValueError, "0 < prune_fraction < 1"),
+            ({"criterion": "taste"}, ValueError, "'orthogonality', 'norm', 'random'"),
+            ({"scope": "galaxy"}, ValueError, "'global', 'layer'"),
+            ({"dim_correct": 1}, TypeError, "True or False"),
             ({"max_layer_fraction": 0.0}, ValueError, "0 < max_layer_fraction <= 1"),
             ({"gain": -1.0}, ValueError, "0 < gain"),
-            ({"next_layer": "burn"}, ValueError, "next_layer must be one of 'keep', 'zero', 'small_random'"),
-            ({"hold_consumers": None}, TypeError, "hold_consumers must be True or False"),
-            ({"network": 3}, TypeError, "network must be the name of a submodule"),
-            ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+            ({"next_layer": "burn"}, ValueError, "'keep', 'zero', 'small_random'"),
+            ({"hold_consumers": None}, TypeError, "True or False"),
+            ({"network": 3}, TypeError, "the name of a submodule"),
+            ({"seed": -1}, ValueError, ">= 0"),
         ),
         per_step=_hold_step,
         gradients_only=True,
@@ -218,24 +209,19 @@ CASES: tuple[Case, ...] = (
         cls=CentripetalSGD,
         arguments={"strength": 0.05},
         wrong=(
-            *_SELECTION,
-            ({"keep_fraction": 0}, ValueError, "0 < keep_fraction <= 1, got 0"),
-            ({"keep_fraction": 1.2}, ValueError, "0 < keep_fraction <= 1, got 1.2"),
-            ({"keep_fraction": "most"}, TypeError, "keep_fraction must be a number"),
-            ({"keep_fraction": {}}, ValueError, "keep_fraction={} squeezes no layer"),
-            ({"keep_fraction": {"net.3": 1.2}}, ValueError, "0 < keep_fraction['net.3'] <= 1, got 1.2"),
-            (
-                {"keep_fraction": {3: 0.5}},
-                TypeError,
-                "keep_fraction must map name patterns to fractions, got the key 3",
-            ),
-            ({"strength": 0}, ValueError, "0 < strength, got 0"),
-            ({"strength": "strong"}, ValueError, "strength must be a number > 0 or 'auto', got 'strong'"),
-            ({"strength": float("nan")}, ValueError, "strength must be a finite number"),
-            ({"vector_strength": -1.0}, ValueError, "0 < vector_strength, got -1.0"),
-            ({"clustering": "fuzzy"}, ValueError, "clustering must be one of 'kmeans', 'even', 'imbalanced'"),
-            ({"network": 3}, TypeError, "network must be the name of a submodule"),
-            ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+            ({"keep_fraction": 0}, ValueError, "0 < keep_fraction <= 1"),
+            ({"keep_fraction": 1.2}, ValueError, "0 < keep_fraction <= 1"),
+            ({"keep_fraction": "most"}, TypeError, "must be a number"),
+            ({"keep_fraction": {}}, ValueError, "give a number or at least one pattern"),
+            ({"keep_fraction": {"net.3": 1.2}}, ValueError, "0 < keep_fraction['net.3'] <= 1"),
+            ({"keep_fraction": {3: 0.5}}, TypeError, "map name patterns to fractions"),
+            ({"strength": 0}, ValueError, "0 < strength"),
+            ({"strength": "strong"}, ValueError, "a number > 0 or 'auto'"),
+            ({"strength": float("nan")}, ValueError, "a finite number"),
+            ({"vector_strength": -1.0}, ValueError, "0 < vector_strength"),
+            ({"clustering": "fuzzy"}, ValueError, "'kmeans', 'even', 'imbalanced'"),
+            ({"network": 3}, TypeError, "the name of a submodule"),
+            ({"seed": -1}, ValueError, ">= 0"),
         ),
         per_step=_centripetal_step,
         gradients_only=True,
@@ -253,13 +239,12 @@ CASES: tuple[Case, ...] = (
         cls=FilterSimilarityMonitor,
         arguments={"figures": False},  # a figure takes longer than the fits of the suites
         wrong=(
-            *_SELECTION,
-            ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be an integer >= 1"),
-            ({"scalars": 1}, TypeError, "scalars must be True or False"),
-            ({"figures": "all"}, TypeError, "figures must be True or False"),
-            ({"max_figures": 0}, ValueError, "max_figures must be an integer >= 1"),
-            ({"figure_layers": "conv1"}, TypeError, "figure_layers must be a list of name patterns"),
-            ({"figure_layers": []}, ValueError, "figure_layers=[] selects no layer"),
+            ({"every_n_epochs": 0}, ValueError, ">= 1"),
+            ({"scalars": 1}, TypeError, "True or False"),
+            ({"figures": "all"}, TypeError, "True or False"),
+            ({"max_figures": 0}, ValueError, ">= 1"),
+            ({"figure_layers": "conv1"}, TypeError, "a list of name patterns"),
+            ({"figure_layers": []}, ValueError, "use figures=False"),
         ),
         trains_differently=False,
     ),
@@ -268,13 +253,12 @@ CASES: tuple[Case, ...] = (
         cls=EntropyDepthBound,
         arguments={"rounding": "floor", "max_images": 64},
         wrong=(
-            *_SELECTION,
-            ({"unit": "bytes"}, ValueError, "unit must be one of 'nats', 'bits', got 'bytes'"),
-            ({"rounding": "up"}, ValueError, "rounding must be one of 'ceil', 'floor', 'round'"),
-            ({"max_images": 0}, ValueError, "max_images must be an integer >= 1"),
-            ({"max_images": "all"}, TypeError, "max_images must be an integer >= 1"),
-            ({"action": "shout"}, ValueError, "action must be one of 'warn', 'error', 'log'"),
-            ({"network": 3}, TypeError, "network must be the name of a submodule"),
+            ({"unit": "bytes"}, ValueError, "'nats', 'bits'"),
+            ({"rounding": "up"}, ValueError, "'ceil', 'floor', 'round'"),
+            ({"max_images": 0}, ValueError, ">= 1"),
+            ({"max_images": "all"}, TypeError, ">= 1"),
+            ({"action": "shout"}, ValueError, "'warn', 'error', 'log'"),
+            ({"network": 3}, TypeError, "the name of a submodule"),
         ),
         trains_differently=False,
     ),
@@ -283,12 +267,11 @@ CASES: tuple[Case, ...] = (
         cls=ExpandNet,
         arguments={"rate": 2},
         wrong=(
-            *_SELECTION,
-            ({"kind": "CX"}, ValueError, "kind must be one of 'CL', 'CK', 'FC', 'CL+FC', 'CK+FC', got 'CX'"),
-            ({"rate": 0}, ValueError, "rate must be an integer >= 1, got 0"),
-            ({"rate": 1.5}, TypeError, "rate must be an integer >= 1"),
-            ({"initial": "zero"}, ValueError, "initial must be one of 'keep', 'fresh', got 'zero'"),
-            ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+            ({"kind": "CX"}, ValueError, "'CL', 'CK', 'FC', 'CL+FC', 'CK+FC'"),
+            ({"rate": 0}, ValueError, ">= 1"),
+            ({"rate": 1.5}, TypeError, ">= 1"),
+            ({"initial": "zero"}, ValueError, "'keep', 'fresh'"),
+            ({"seed": -1}, ValueError, ">= 0"),
         ),
         lr_scale=1 / 3,
         refuses_without_state="holds compact weights of 'net.0' but no factors: it was saved without ExpandNet",
@@ -296,7 +279,7 @@ CASES: tuple[Case, ...] = (
     Case(
         name="importance",
         cls=ChannelImportance,
-        wrong=(*_SELECTION, ({"seed": -1}, ValueError, "seed must be an integer >= 0")),
+        wrong=(({"seed": -1}, ValueError, ">= 0"),),
         lr_scale=1.5,
         refuses_without_state="there is no gate of 'net.0' in what is loaded: it was saved without gates",
         refuses_other_layers="there is no gate of 'net.5' in what is loaded",
@@ -315,3 +298,5 @@ SLOW_CASES = tuple(pytest.param(case, marks=pytest.mark.soak) if case.variant el
 #: One configuration per callback, for suites where more would only cost time.
 ONE_EACH: tuple[Case, ...] = tuple({case.cls: case for case in reversed(CASES)}.values())
 PER_STEP: tuple[Case, ...] = tuple(case for case in CASES if case.per_step is not None)
+#: One configuration per callback that acts on optimizer steps.
+EDITING: tuple[Case, ...] = tuple(case for case in ONE_EACH if case.per_step is not None)

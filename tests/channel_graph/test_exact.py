@@ -44,7 +44,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+#: Each has a sister of the same structure that runs by default.
+LONG = ("option A relative", "shuffle partly modules")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.soak) if n in LONG else n for n in CASES])
 def test_random_ties_narrow_exactly(name: str) -> None:
     make, inputs, count = CASES[name]
     graph, narrowed = check_exact(make(), inputs)

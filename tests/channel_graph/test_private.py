@@ -132,7 +132,9 @@ def silence(model: nn.Module, graph: ChannelGraph, entries: list[tuple[str, Tens
     return model
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(False, marks=pytest.mark.soak, id="eval"), pytest.param(True, id="train")]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_silenced_filters_leave_no_trace(name: str, training: bool) -> None:
     make, layer, exits, expected = CASES[name]

@@ -63,11 +63,11 @@ def test_hostile_networks_are_exact() -> None:
 
 
 def test_free_networks_have_no_pins() -> None:
-    check_free(15)
+    check_free(8)
 
 
 def test_mixed_networks_are_exact() -> None:
-    check_mixed(25)
+    check_mixed(10)
 
 
 @pytest.mark.soak

@@ -62,7 +62,13 @@ def names(graph: ChannelGraph, mode: FakeTensorMode | None) -> list[str] | None:
     return None if stuck is None else [group.name for group in stuck]
 
 
-@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, marks=pytest.mark.soak if name == "mobilenet_v3_small" else (), id=name)
+        for name, make in NETWORKS.items()
+    ],
+)
 def test_meta_and_fake_tensors_give_the_same_answer(make: Callable[[], nn.Module]) -> None:
     graph = trace_before_trials(make())
     assert not graph.map_sites
@@ -120,7 +126,7 @@ class Joins(nn.Module):
         models.CifarResNet,
         lambda: models.mobile(excite=True),
         models.PreActivation,
-        torchvision.models.mobilenet_v3_small,
+        pytest.param(torchvision.models.mobilenet_v3_small, marks=pytest.mark.soak),
     ],
     ids=["joins", "CifarResNet", "mobile with SE", "pre-activation", "mobilenet_v3_small"],
 )

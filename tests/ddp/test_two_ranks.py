@@ -148,9 +148,7 @@ def check_resume(make: Make, kind: str, folder: Path) -> None:
 
 
 #: What differs between kinds is the same at any world size, where all four are tried.
-FEW_KINDS = [
-    kind if kind in ("epoch_end", "mid_epoch") else pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS
-]
+FEW_KINDS = [kind if kind == "mid_epoch" else pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS]
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS)

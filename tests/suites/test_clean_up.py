@@ -24,7 +24,8 @@ def _explode(model: Classifier, step: int) -> None:
 
 
 def check_clean_up(make: Callable[[], Any], interrupt: bool, folder: Path) -> None:
-    """After an exception or a normal end: no hooks, weights in storages of their own, a state that resumes."""
+    """After an exception or a normal end: no hooks, the network's own weights in storages of their own, a state that
+    resumes."""
     model, callback = Classifier(), make()
     trainer = make_trainer([callback])
     if interrupt:
@@ -39,6 +40,8 @@ def check_clean_up(make: Callable[[], Any], interrupt: bool, folder: Path) -> No
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+    # An expanded layer has factors in place of its weight; gates stay, beside the weights.
+    assert dict(Classifier().named_parameters()).keys() <= dict(model.named_parameters()).keys()
     for parameter in model.parameters():
         assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
         assert parameter.data_ptr() == parameter.untyped_storage().data_ptr()

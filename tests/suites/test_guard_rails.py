@@ -1,4 +1,4 @@
-"""What ``FilterCallback`` refuses, and in which words."""
+"""What every callback must let ``FilterCallback`` do, or does in its stead: layers, optimizers, checkpoints, stages."""
 
 from __future__ import annotations
 
@@ -6,71 +6,26 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_filterdiv import FilterCallback, WeightAsynchronousUpdate
 from lightning_filterdiv.filters import NoLayersError
-from lightning_filterdiv.training.steps import optimizer_index
-from tests.registry import ONE_EACH, PER_STEP, Case
-from tests.support.training import SAFELY, Classifier, batches, differing, fit, make_trainer, small_net
+from tests.registry import EDITING, ONE_EACH, Case
+from tests.support.training import Classifier, batches, differing, fit, make_trainer, small_net
 
 each = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
 
 
-class _Trainer:
-    """Just what ``setup`` looks at; a real FSDP trainer needs a GPU."""
-
-    def __init__(self, strategy: Any, callbacks: list[Any]) -> None:
-        self.strategy, self.callbacks = strategy, callbacks
-
-
-def _strategy(cls: type) -> Any:
-    return object.__new__(cls)
-
-
-class MyDDP(DDPStrategy):
-    """A user's subclass: nobody has looked at it."""
-
-
 @each
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        FSDPStrategy,
-        ModelParallelStrategy,
-        DeepSpeedStrategy,
-        pytorch_lightning.strategies.FSDPStrategy,
-        pytorch_lightning.strategies.DeepSpeedStrategy,
-        MyDDP,
-    ],
-    ids=lambda cls: f"{cls.__module__.split('.')[0]}.{cls.__name__}",
-)
-def test_refused_strategies(case: Case, strategy: type) -> None:
-    callback = case.make()
-    with pytest.raises(MisconfigurationException) as caught:
-        callback.setup(_Trainer(_strategy(strategy), [callback]), Classifier(), "fit")  # type: ignore[arg-type]
-    assert strategy.__name__ in str(caught.value)
-    assert "Use strategy='ddp' or a single device" in str(caught.value)
+def test_the_other_namespace(case: Case) -> None:
+    """All other suites train with ``lightning.pytorch``."""
 
-
-def test_a_trusted_strategy_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    callback = WeightAsynchronousUpdate()
-    name = f"{MyDDP.__module__}.{MyDDP.__qualname__}"
-    monkeypatch.setattr(FilterCallback, "trusted_strategies", FilterCallback.trusted_strategies | {name})
-    callback.setup(_Trainer(_strategy(MyDDP), [callback]), Classifier(), "fit")  # type: ignore[arg-type]
-
-
-@each
-@pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda package: package.__name__)
-def test_both_namespaces(case: Case, package: Any) -> None:
-    class Module(package.LightningModule):  # type: ignore[misc, name-defined]
+    class Module(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -86,12 +41,12 @@ def test_both_namespaces(case: Case, package: Any) -> None:
         "accelerator": "cpu", "devices": 1, "max_epochs": 3, "logger": False, "callbacks": [case.make()],
         "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False,
     }  # fmt: skip
-    if package is pytorch_lightning and pytorch_lightning.__version__.startswith("2.5"):
+    if pytorch_lightning.__version__.startswith("2.5"):
         # Lightning's own limit, and why README asks for 2.6 here.
         with pytest.raises(ValueError, match="Expected a parent"):
-            package.Trainer(**options)
+            pytorch_lightning.Trainer(**options)
         return
-    trainer = package.Trainer(**options)
+    trainer = pytorch_lightning.Trainer(**options)
     trainer.fit(Module(), batches())
     assert trainer.global_step == 18
 
@@ -115,16 +70,7 @@ def test_a_model_without_convolutions(case: Case) -> None:
         fit([case.make()], model=Classifier(net=dense))
 
 
-@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
-def test_all_convolutions_frozen(case: Case) -> None:
-    model = Classifier()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("net.10" in name)
-    with pytest.raises(NoLayersError, match="all 4 selected convolutions are frozen"):
-        fit([case.make()], model=model)
-
-
-@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EDITING, ids=lambda case: case.name)
 def test_frozen_layers_are_left_alone(case: Case) -> None:
     model = Classifier()
     frozen = model.net[3]
@@ -136,7 +82,7 @@ def test_frozen_layers_are_left_alone(case: Case) -> None:
     assert torch.equal(frozen.weight, before)
 
 
-@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EDITING, ids=lambda case: case.name)
 def test_layers_unfrozen_later_join(case: Case) -> None:
     """As BackboneFinetuning does it: frozen, outside the optimizer, handed to it at the second epoch."""
 
@@ -160,32 +106,6 @@ def test_layers_unfrozen_later_join(case: Case) -> None:
 
     fit([Unfreezes(), callback, Looks()], model=Partial())
     assert seen == [3, 4, 4]
-
-
-@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
-def test_layers_that_change_places_are_noticed(case: Case) -> None:
-    """One frozen, another unfrozen in the same group at the same moment: their number stays the same."""
-
-    class Swaps(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.net[5].requires_grad_(trainer.current_epoch == 0)
-            pl_module.net[7].requires_grad_(trainer.current_epoch > 0)
-
-    class Partial(Classifier):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            self.net[7].requires_grad_(False)
-            return super().configure_optimizers()
-
-    callback = case.make()
-    seen: list[list[str]] = []
-
-    class Looks(Callback):
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            seen.append(list(callback.layers))
-
-    fit([Swaps(), callback, Looks()], model=Partial())
-    assert seen[0] == ["net.0", "net.3", "net.5"]
-    assert seen[1] == seen[2] == ["net.0", "net.3", "net.7"]
 
 
 @each
@@ -236,7 +156,7 @@ class _With(Classifier):
         return self.make(self.parameters())
 
 
-@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EDITING, ids=lambda case: case.name)
 def test_an_optimizer_around_another_one(case: Case) -> None:
     run = fit([case.make()], model=_With(_Lookahead))
     assert run.trainer.global_step == 18
@@ -244,18 +164,12 @@ def test_an_optimizer_around_another_one(case: Case) -> None:
     assert any(not torch.equal(run.tensors()[name], value) for name, value in plain.tensors().items())
 
 
-@pytest.mark.parametrize("case", PER_STEP, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EDITING, ids=lambda case: case.name)
 def test_an_optimizer_that_calls_its_parent(case: Case) -> None:
     torch.optim.SGD([torch.zeros(1)], lr=0.1)  # hooks are put on a class by its first instance
     run = fit([case.make()], model=_With(lambda p: _CallsSuper(p, lr=0.05)))
     plain = fit([case.make()], model=_With(lambda p: torch.optim.SGD(p, lr=0.05)))
     assert not differing(run.tensors(), plain.tensors())
-
-
-def test_an_optimizer_that_nobody_configured_is_an_error() -> None:
-    trainer = fit(max_epochs=1).trainer
-    with pytest.raises(RuntimeError, match="a step of SGD was announced, which is none of the optimizers"):
-        optimizer_index(trainer, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
 
 
 def test_several_evaluations_per_step_are_refused() -> None:
@@ -268,22 +182,14 @@ def test_several_evaluations_per_step_are_refused() -> None:
         fit([WeightAsynchronousUpdate()], model=_With(torch.optim.LBFGS))
 
 
-# --------------------------------------------------------------------------- order of callbacks
-
-
-class Penalty(WeightAsynchronousUpdate):
-    """Stands for a callback that adds to gradients."""
-
-    gradient_stage = 10
-
-
-def test_a_penalty_after_a_mask_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="Penalty must come before WeightAsynchronousUpdate"):
-        fit([WeightAsynchronousUpdate(include=["net.3"]), Penalty(include=["net.5"])])
-    fit([Penalty(include=["net.5"]), WeightAsynchronousUpdate(include=["net.3"])], max_epochs=1)
-
-
 # --------------------------------------------------------------------------- checkpoints
+
+#: ``FilterCallback``'s own check, and each override of it.
+CHECKS_ARCHITECTURE = [
+    case
+    for case in ONE_EACH
+    if case.name == "wau" or case.cls._check_restored_layers is not FilterCallback._check_restored_layers
+]
 
 
 def _checkpoint(callbacks: list[Callback], folder: Path, **options: Any) -> str:
@@ -291,31 +197,15 @@ def _checkpoint(callbacks: list[Callback], folder: Path, **options: Any) -> str:
     return str(folder / "end.ckpt")
 
 
-@each
-def test_state_saved_for_other_layers_is_refused(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [c for c in ONE_EACH if c.refuses_other_layers], ids=lambda case: case.name)
+def test_weights_of_other_layers_are_refused(case: Case, tmp_path: Path) -> None:
     path = _checkpoint([case.make(include=["net.3"])], tmp_path)
-    if case.refuses_other_layers is not None:
-        with pytest.raises(RuntimeError, match=re.escape(case.refuses_other_layers)):
-            fit([case.make(include=["net.5"])], ckpt_path=path)
-        return
-    with pytest.raises(MisconfigurationException, match="for other layers") as caught:
+    assert case.refuses_other_layers is not None
+    with pytest.raises(RuntimeError, match=re.escape(case.refuses_other_layers)):
         fit([case.make(include=["net.5"])], ckpt_path=path)
-    assert "remove the entry from checkpoint['callbacks']" in str(caught.value)
 
 
-def test_another_instance_s_state_is_not_ours(tmp_path: Path) -> None:
-    first, second = WeightAsynchronousUpdate(include=["net.3"]), WeightAsynchronousUpdate(include=["net.5"])
-    path = _checkpoint([first], tmp_path)
-    fit([WeightAsynchronousUpdate(include=["net.3"]), second], ckpt_path=path, max_epochs=4)
-
-
-def test_changed_arguments_are_said(tmp_path: Path) -> None:
-    path = _checkpoint([WeightAsynchronousUpdate(update_fraction=0.5)], tmp_path)
-    with pytest.warns(UserWarning, match=re.escape("the new values are used: update_fraction: 0.5 -> 0.25")):
-        fit([WeightAsynchronousUpdate(update_fraction=0.25)], ckpt_path=path)
-
-
-@each
+@pytest.mark.parametrize("case", CHECKS_ARCHITECTURE, ids=lambda case: case.name)
 def test_a_different_architecture(case: Case, tmp_path: Path) -> None:
     path = _checkpoint([case.make()], tmp_path)
     other = small_net()
@@ -332,16 +222,6 @@ def test_a_different_architecture(case: Case, tmp_path: Path) -> None:
 
 
 @each
-def test_a_corrupted_checkpoint(case: Case, tmp_path: Path) -> None:
-    path = _checkpoint([case.make()], tmp_path)
-    content = torch.load(path, weights_only=True)
-    content["callbacks"][case.make().state_key] = {"version": 1, "arguments": {}, "layers": {}}
-    torch.save(content, path)
-    with pytest.raises(ValueError, match="missing entry 'extra'"):
-        fit([case.make()], ckpt_path=path)
-
-
-@each
 def test_a_checkpoint_without_our_state_starts_afresh(case: Case, tmp_path: Path) -> None:
     path = _checkpoint([], tmp_path)
     if case.refuses_without_state is not None:  # it changes the network: there is nothing to start with
@@ -349,17 +229,6 @@ def test_a_checkpoint_without_our_state_starts_afresh(case: Case, tmp_path: Path
             fit([case.make()], ckpt_path=path, max_epochs=4)
         return
     assert fit([case.make()], ckpt_path=path, max_epochs=4).trainer.global_step == 24
-
-
-def test_validating_a_checkpoint_between_fits_keeps_the_clock(tmp_path: Path) -> None:
-    path = _checkpoint([WeightAsynchronousUpdate()], tmp_path)
-    callback = WeightAsynchronousUpdate()
-    trainer = make_trainer([callback], limit_val_batches=1.0)
-    model = Classifier()
-    trainer.fit(model, batches())
-    assert callback.extra_state() == {"steps": [18]}
-    trainer.validate(model, batches(steps=1), ckpt_path=path, verbose=False, **SAFELY)
-    assert callback.extra_state() == {"steps": [18]}
 
 
 @each

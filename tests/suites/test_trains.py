@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from itertools import cycle
 
 import pytest
 
 from tests.registry import CASES, Case
 from tests.support.training import OPTIMIZERS, Classifier, differing, fit
 
+#: One optimizer for each case, in turn: ``test_resume`` trains every callback with SGD and with AdamW.
+WITH_OPTIMIZERS = list(zip(CASES, cycle(OPTIMIZERS), strict=False))
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+@pytest.mark.parametrize(("case", "optimizer"), WITH_OPTIMIZERS, ids=lambda value: getattr(value, "name", value))
 def test_trains(case: Case, optimizer: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run = fit([case.make()], model=Classifier(optimizer, lr_scale=case.lr_scale), max_epochs=6)

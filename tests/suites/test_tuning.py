@@ -49,7 +49,15 @@ def test_the_learning_rate_finder_leaves_no_trace(case: Case) -> None:
     assert not differing(plain(case, 16), model.state_dict())
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+#: Both tuners put a fit back by the same checkpoint; here those that trace the network, which takes a second each time,
+#: run under soak.
+FEW_TRACES = [
+    pytest.param(case, marks=pytest.mark.soak if hasattr(case.make(), "network") else (), id=case.name)
+    for case in ONE_EACH
+]
+
+
+@pytest.mark.parametrize("case", FEW_TRACES)
 def test_the_batch_size_scaler_leaves_no_trace(case: Case) -> None:
     model = Tuned(case.lr_scale)
     trainer = make_trainer([case.make()])

@@ -78,6 +78,7 @@ def test_a_failed_run_says_why_and_does_not_stop_the_others(tmp_path: Path) -> N
     assert other.status() == "done"
 
 
+@pytest.mark.soak
 def test_a_run_that_outlives_its_sweep_is_waited_for(tmp_path: Path) -> None:
     """The sweep is killed, its run goes on: the next sweep neither starts it twice nor gives it up."""
     line = "import time; open(FOLDER + '/began', 'a').write('x'); time.sleep(4); open(RESULT, 'w').write('{}')"
@@ -121,6 +122,7 @@ def test_a_run_that_ends_without_a_result_keeps_its_checkpoint(tmp_path: Path) -
     assert (run.folder / "last.ckpt").exists()
 
 
+@pytest.mark.soak
 def test_ctrl_c_begins_no_other_run(tmp_path: Path) -> None:
     line = "import time; open(RESULT + '.began', 'w').close(); time.sleep(2); open(RESULT, 'w').write('{}')"
     start = (
