@@ -44,6 +44,7 @@ CONFIGURATION: list[Row] = [
         CommandError,
         "'RePrr'",
         "did you mean 'RePr'?",
+        foreign=True,
     ),
     Row(
         "wrong choice in YAML",
