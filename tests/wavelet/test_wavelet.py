@@ -101,7 +101,8 @@ def test_a_step_is_one_line() -> None:
     x = torch.zeros(1, 1, 12, 12, dtype=torch.float64)
     x[..., 5:] = 2.0
     edges = WaveletModulusMaxima()(x)[0, 0]
-    assert (edges > 0).sum(1).tolist() == [1] * 12
+    # Where a convolution's sum of +-2 times the taps is 1e-17 instead of zero depends on the processor.
+    assert (edges > 1e-12).sum(1).tolist() == [1] * 12
     assert len({int(row.argmax()) for row in edges}) == 1
     turned = WaveletModulusMaxima()(x.transpose(2, 3))[0, 0]
     torch.testing.assert_close(turned, edges.T)
