@@ -32,24 +32,16 @@ PAGES = {
     },
     **{f"notebooks/{p.name}": f"notebooks/{p.stem}.md" for p in (ROOT / "notebooks").glob("*.ipynb")},
 }
-#: Reference page -> modules whose public names it shows. Callbacks have a page of their own.
+#: Modules of a room whose names its reference page shows beside those of the room itself.
+MORE = {
+    "repr_": ("functional", "schedule"),
+    "monitor": ("functional", "views", "figures", "history_figures", "comparison", "report", "events"),
+}
+#: Reference page -> modules whose public names it shows: what users import from. Callbacks have a page of their own.
 ROOMS = {
-    room: (f"lightning_filterdiv.{room}", *(f"lightning_filterdiv.{room}.{module}" for module in more))
-    for room, more in {
-        "orthonormality": (),
-        "narrowing": (),
-        "centripetal": (),
-        "squeezing": (),
-        "shared_basis": (),
-        "repr_": ("functional", "schedule"),
-        "async_update": (),
-        "entropy_depth": (),
-        "expansion": (),
-        "channel_importance": (),
-        "wavelet": (),
-        "monitor": ("functional", "views", "figures", "history_figures", "comparison", "report", "events"),
-        "channel_graph": (),
-    }.items()
+    room: (f"lightning_filterdiv.{room}", *(f"lightning_filterdiv.{room}.{module}" for module in MORE.get(room, ())))
+    # Clustering is shown where it stands, not where it is exported once more.
+    for room in ["narrowing", "squeezing", *sorted(p.parent.name for p in PACKAGE.glob("*/README.md"))]
 }
 FRAMEWORK_FREE = (
     "filters",

@@ -154,8 +154,18 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """``text`` with every table block made anew."""
-    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+    """``text`` with every table block made anew.
+
+    Raises:
+        ValueError: a block asks for a table that nothing makes.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"a page asks for the table {match[2]!r}; say in TABLES of {__name__} what makes it")
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return _BLOCK.sub(made, text)
 
 
 def pages() -> list[Path]:

@@ -98,9 +98,7 @@ class WeightAsynchronousUpdate(FilterCallback):
             )
         self._taken = self._taken or [0] * count
         for index, optimizer in enumerate(trainer.optimizers):
-            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            layers = {name: conv for name, conv in self.layers.items() if id(conv.weight) in owned}
-            if not layers:
+            if not (layers := self.layers_of(index)):
                 continue
             self._updates[index] = AsynchronousUpdate(
                 layers,

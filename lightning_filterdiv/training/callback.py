@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -142,6 +142,12 @@ class FilterCallback(Callback):
         optimizer = self.trainer.optimizers[index]
         self._steps[index] = StepProtocol(optimizer, partial(self.after_step, index), type(self).__name__)
 
+    def layers_of(self, index: int) -> dict[str, Conv]:
+        """The chosen layers whose weight ``self.trainer.optimizers[index]`` owns."""
+        groups = self.trainer.optimizers[index].param_groups
+        owned = {id(p) for group in groups for p in group["params"]}
+        return {name: conv for name, conv in self.layers.items() if id(conv.weight) in owned}
+
     @property
     def trainer(self) -> pl.Trainer:
         """The trainer of the running fit.
@@ -250,8 +256,7 @@ class FilterCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse strategies that shard parameters, and an order of callbacks that would undo a mask."""
-        if trainer.is_global_zero:
-            warn_once_about_versions()
+        rank_zero_only(warn_once_about_versions)()
         strategy = type(trainer.strategy)
         qualified = f"{strategy.__module__}.{strategy.__qualname__}"
         if qualified not in self.trusted_strategies:

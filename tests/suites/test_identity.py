@@ -132,6 +132,8 @@ def test_damaged_state(case: Case) -> None:
     callback = case.make()
     fit([callback])
     state = callback.state_dict()
+    if not state["extra"]:
+        return  # everything is a function of weights, epoch and step
     state["extra"] = dict.fromkeys(state["extra"], "?")
     with pytest.raises(ValueError, match="cannot be used") as caught:
         case.make().load_state_dict(state)
