@@ -39,7 +39,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.channel_graph.export import find_tensors
+from lightning_filterdiv.channel_graph.modules import find_tensors
 from lightning_filterdiv.channel_graph.verify import randomise
 from tests.channel_graph import models
 from tests.channel_graph.test_refuse import REFUSED, Between

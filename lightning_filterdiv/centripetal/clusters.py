@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.arguments import check_choice, check_number, check_tensor
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
-from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.channel_graph.modules import named_tensors
 from lightning_filterdiv.randomness import keyed_generator
 
 __all__ = [

@@ -16,8 +16,8 @@ from lightning_filterdiv.centripetal.files import save_merged, unwritable
 from lightning_filterdiv.centripetal.measure import latency_ratio
 from lightning_filterdiv.centripetal.merge import NotTiedError, merge_with_report
 from lightning_filterdiv.channel_graph import ChannelGraphError
-from lightning_filterdiv.channel_graph.capture import find_submodule
-from lightning_filterdiv.channel_graph.export import example_arguments
+from lightning_filterdiv.channel_graph.inputs import example_arguments
+from lightning_filterdiv.channel_graph.modules import find_submodule
 from lightning_filterdiv.model_source import (
     ModelSourceError,
     add_model_arguments,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
-from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.channel_graph.modules import named_tensors
 from lightning_filterdiv.filters import CONVOLUTIONS, FAKE_QUANTISED, Conv, canonical_name
 
 __all__ = ["check_usable", "choose_groups"]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .graph import ChannelGraph
+from .answers import ChannelAnswers
 
 __all__ = ["describe"]
 
 
-def describe(graph: ChannelGraph) -> str:
+def describe(graph: ChannelAnswers) -> str:
     """One line per group (size, coupled layers, members, consumers), then one per pinned layer with its reason."""
     rows = [("group", "channels", "layers", "also narrowed", "read by")]
     for group in graph.groups:

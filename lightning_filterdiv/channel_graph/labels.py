@@ -89,7 +89,7 @@ class ValueTable:
             name: np.zeros(1024, dtype=np.int64) for name in ("owner", "trail", "slot", "origin", "leak", "zero")
         }
         self._columns["owner"][0] = self._columns["origin"][0] = -1
-        self._parent: list[int] = []
+        self._parent = np.zeros(0, dtype=np.int64)
         self.pins: dict[int, str] = {}  # owner -> reason, the first one found
         self.fixed_reasons: list[str] = []  # reason of value -1-k
         self.leak_reasons: list[str] = [""]  # leak 0: the value is zero once its filter is silenced
@@ -170,28 +170,39 @@ class ValueTable:
     def new_owners(self, count: int) -> Ints:
         """``count`` new owners, each a class of its own."""
         start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        return np.arange(start, start + count, dtype=np.int64)
+        new = np.arange(start, start + count, dtype=np.int64)
+        self._parent = np.concatenate([self._parent, new])
+        return new
+
+    @property
+    def owner_count(self) -> int:
+        """Number of owners."""
+        return len(self._parent)
 
     def root(self, owner: int) -> int:
         """Representative of the class of ``owner``."""
-        parent = self._parent
-        while parent[owner] != owner:
-            parent[owner] = parent[parent[owner]]
-            owner = parent[owner]
-        return owner
+        return int(self.roots(np.asarray([owner]))[0])
 
     def roots(self, owners: Ints) -> Ints:
         """Representatives of the classes of ``owners``."""
-        unique, inverse = np.unique(owners, return_inverse=True)
-        found = np.fromiter((self.root(int(o)) for o in unique), dtype=np.int64, count=len(unique))
-        return found[inverse].reshape(owners.shape)
+        found = self._parent[owners]
+        while True:
+            above = self._parent[found]
+            if np.array_equal(above, found):
+                break
+            found = above
+        self._parent[owners] = found
+        return found
 
-    def unite(self, first: int, second: int) -> None:
-        """Make the classes of two owners one channel."""
-        a, b = self.root(first), self.root(second)
-        if a != b:
-            self._parent[max(a, b)] = min(a, b)
+    def unite(self, first: Ints | int, second: Ints | int) -> None:
+        """Make the classes of owners one channel, pair by pair."""
+        firsts, seconds = np.atleast_1d(first), np.atleast_1d(second)
+        while True:
+            a, b = self.roots(firsts), self.roots(seconds)
+            apart = a != b
+            if not apart.any():
+                return
+            np.minimum.at(self._parent, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
 
     def pin(self, labels: Tensor | Ints, reason: str, *, expose: bool = True) -> None:
         """Pin the owners of the positive ``labels``; with ``expose`` they also cannot be silenced, for that reason."""

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from .labels import Ints, LabelTensor
-from .propagate import Event, Propagation, Rule, Value, arguments, operator_name
+from .propagate import Event, Propagation, Rule, Value, unknown
+from .record import Node, arguments
 
 __all__ = ["RULES"]
 
@@ -28,7 +28,7 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 
 
 def _computed_weight(state: Propagation, node: Node) -> Value:
-    for leaf in node.all_input_nodes:
+    for leaf in node.inputs:
         reason = f"input of {state.where(node)}, whose weight is computed in forward"
         state.pin(leaf, reason, expose=False)
         state.expose_leaks(leaf)
@@ -60,6 +60,7 @@ def _members(
     tensors: dict[str, bool],
     *,
     repeat: int = 1,
+    entries: Ints | None = None,
     silenced: bool = True,
     offset: bool = False,
 ) -> Ints:
@@ -69,6 +70,7 @@ def _members(
         vector: (C,) values read.
         tensors: name -> whether it is set to zero to silence a channel.
         repeat: outputs per channel (depthwise convolution with a multiplier).
+        entries: (C,) entry of the tensors that acts on each channel, by default its number.
         silenced: the output is zero once those tensors are, whatever came in.
         offset: the operator does not map zero to zero.
     """
@@ -79,15 +81,15 @@ def _members(
     result = vector.copy()
     owned = np.flatnonzero(vector > 0)
     old = vector[owned]
-    # A value met by several entries (a repeated channel) becomes as many different values.
-    order = np.argsort(old, kind="stable")
-    rank = np.empty(len(old), dtype=np.int64)
-    starts = np.r_[0, np.flatnonzero(np.diff(old[order])) + 1] if len(old) else np.zeros(0, np.int64)
-    rank[order] = np.arange(len(old)) - np.repeat(starts, np.diff(np.r_[starts, len(old)]))
-    result[owned] = table.advance(old, key, rank=rank)
+    rows = np.arange(len(vector), dtype=np.int64) if entries is None else entries
+    # A value met by several entries (a repeated channel) becomes as many different values; met by one, it stays one.
+    pairs, inverse = np.unique(np.stack([old, rows[owned]], axis=1), axis=0, return_inverse=True)
+    starts = np.flatnonzero(np.r_[True, np.diff(pairs[:, 0]) != 0])[: len(pairs)]
+    rank = np.arange(len(pairs)) - np.repeat(starts, np.diff(np.r_[starts, len(pairs)]))
+    new = table.advance(pairs[:, 0], key, rank=rank)
+    result[owned] = new[inverse.reshape(-1)]
     if silenced:
-        table.leak[result[owned]] = 0
-    rows = np.arange(len(vector), dtype=np.int64)
+        table.leak[new] = 0
     for name, silence in tensors.items():
         state.record(Event("member", name, 0, rows, result, silence=silence))
     return result
@@ -104,10 +106,10 @@ def convolution(state: Propagation, node: Node) -> Value:
     if bias_node is not None and bias is None:
         return _computed_weight(state, node)
     state.use_as_weight(weight, bias)
-    shape = call["weight"].meta["val"].shape
-    out = node.meta["val"].shape
+    shape = call["weight"].value.shape
+    out = node.value.shape
     groups = call["groups"]
-    transposed = "transpose" in operator_name(node) or bool(call.get("transposed", False))
+    transposed = bool(call["transposed"])
     channel_dim = -(len(shape) - 1)
     vector = state.channels(labels, channel_dim, node)
     count = out[channel_dim]
@@ -141,32 +143,42 @@ def convolution(state: Propagation, node: Node) -> Value:
     return _place(values, channel_dim, out)
 
 
-def linear(state: Propagation, node: Node) -> Value:
-    """Reads and writes the last dimension."""
+def matrix_product(state: Propagation, node: Node) -> Value:
+    """mm and addmm by the transpose of a weight: a linear layer, which reads and writes the last dimension."""
     call = arguments(node)
-    labels, weight = _input(state, node, call["input"]), state.parameter_name(call["weight"])
-    bias = state.parameter_name(call["bias"])
-    if labels is None or weight is None or (call["bias"] is not None and bias is None):
+    inputs, factor, bias_node = call.get("mat1", call["self"]), call["mat2"], call["self"] if "mat1" in call else None
+    labels, weight, bias = _input(state, node, inputs), state.matrix(factor), None
+    if weight is None and state.root_parameter(factor) is None and not _is_parameter(state, factor):
+        return unknown(state, node)
+    if bias_node is not None:
+        known = state.vector(bias_node)
+        bias = known[0] if known is not None and known[1].tolist() == list(range(node.value.shape[-1])) else None
+    if labels is None or weight is None or (bias_node is not None and bias is None):
         return _computed_weight(state, node)
     state.use_as_weight(weight, bias)
     vector = state.channels(labels, -1, node)
     state.table.expose_leaks(vector)
     state.record(Event("consumer", weight, 1, np.arange(len(vector), dtype=np.int64), vector))
-    out = node.meta["val"].shape
+    out = node.value.shape
     return _place(_filters(state, node, weight, bias, 0, out[-1]), -1, out)
 
 
+def _is_parameter(state: Propagation, node: Node) -> bool:
+    value = state.values.get(node)
+    return isinstance(value, LabelTensor) and value.is_parameter
+
+
 def normalisation(state: Propagation, node: Node) -> Value:
-    """Batch and instance norm: per channel (dim 1)."""
+    """Batch norm: per channel (dim 1). Also what instance norm is made of: every channel once per item of the batch."""
     call = arguments(node)
     labels = _input(state, node, call["input"])
-    named: dict[str, str] = {}
+    named: dict[str, tuple[str, Ints]] = {}
     for argument in ("weight", "bias", "running_mean", "running_var"):
         if call.get(argument) is not None:
-            name = state.parameter_name(call[argument])
-            if name is None:
+            known = state.vector(call[argument])
+            if known is None:
                 return _computed_weight(state, node)
-            named[argument] = name
+            named[argument] = known
     if labels is None:
         return state.fixed(node)
     vector = state.channels(labels, 1, node)
@@ -176,39 +188,36 @@ def normalisation(state: Propagation, node: Node) -> Value:
         state,
         node,
         vector,
-        {name: argument in zeroed for argument, name in named.items()},
+        {name: argument in zeroed for argument, (name, _) in named.items()},
+        entries=next(iter(named.values()))[1] if named else None,
         silenced=affine,
         offset=True,
     )
-    value = node.meta["val"]
-    if isinstance(value, Tensor):
-        return _place(members, 1, value.shape)
+    if isinstance(node.value, Tensor):
+        return _place(members, 1, node.value.shape)
     # Further outputs are saved or updated statistics of the same channels: nothing in forward reads them.
     rest = state.fixed(node)
     assert isinstance(rest, list)
-    return [_place(members, 1, value[0].shape), *rest[1:]]
+    return [_place(members, 1, node.value[0].shape), *rest[1:]]
 
 
 def prelu(state: Propagation, node: Node) -> Value:
     """One slope per channel (dim 1); a single shared slope is element-wise."""
     call: dict[str, Any] = arguments(node)
-    labels = _input(state, node, call["self"])
-    weight = state.parameter_name(call["weight"])
-    if labels is None or weight is None:
+    labels, known = _input(state, node, call["self"]), state.vector(call["weight"])
+    if labels is None or known is None:
         return _computed_weight(state, node)
-    if call["weight"].meta["val"].numel() == 1:
+    name, entries = known
+    if len(entries) == 1:
         return LabelTensor(state.table.derive(labels, state.key(node)))
     vector = state.channels(labels, 1 if labels.ndim > 1 else 0, node)
-    members = _members(state, node, vector, {weight: True}, silenced=False)
-    return _place(members, 1, node.meta["val"].shape)
+    members = _members(state, node, vector, {name: True}, entries=entries, silenced=False)
+    return _place(members, 1, node.value.shape)
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
-        convolution,
-    ),
-    "linear": linear,
+    "convolution": convolution,
+    **dict.fromkeys(("mm", "addmm"), matrix_product),
     **dict.fromkeys(
         (
             "_native_batch_norm_legit_no_training",
@@ -218,11 +227,10 @@ RULES: dict[str, Rule] = {
             "_batch_norm_with_update",
             "_batch_norm_with_update_functional",
             "native_batch_norm",
-            "batch_norm",
             "cudnn_batch_norm",
-            "instance_norm",
+            "miopen_batch_norm",
         ),
         normalisation,
     ),
-    "prelu": prelu,
+    "_prelu_kernel": prelu,
 }

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
-from torch.fx.node import map_arg
 
 from .labels import Ints, LabelTensor, core, mix
-from .propagate import FLAT, Event, Propagation, Value, nullified, operator_name
+from .propagate import FLAT, Event, Propagation, Value, nullified
+from .record import Node, map_nodes, operator_name
 
 __all__ = ["EXTRA", "pointwise"]
 
@@ -23,9 +22,9 @@ _SUMS = ("add", "sub", "rsub")
 
 def maps_zero_to_zero(node: Node) -> bool:
     """Evaluate the operator, with its own scalar arguments, on zeros."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: torch.zeros((), dtype=n.meta["val"].dtype))
+    args, kwargs = map_nodes((node.args, node.kwargs), lambda n: torch.zeros((), dtype=n.value.dtype))
     try:
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = node.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError):
         return False
     return isinstance(result, Tensor) and bool(result == 0)
@@ -33,8 +32,8 @@ def maps_zero_to_zero(node: Node) -> bool:
 
 def pointwise(state: Propagation, node: Node) -> Value:
     """Positions that meet become one channel; zero is neutral under a sum and wins in a product."""
-    operands = [(n, value) for n in node.all_input_nodes if (value := state.labels_of(n)) is not None]
-    out = node.meta["val"].shape
+    operands = [(n, value) for n in node.inputs if (value := state.labels_of(n)) is not None]
+    out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
         return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
     if all(value.uniform for _, value in operands):
@@ -132,8 +131,7 @@ class _Join:
             leak = np.where(leak > 0, leak, table.add_leak(f"{self.where} does not map zero to zero"))
         owners = table.owner[columns]
         for i in range(1, columns.shape[1]):
-            for first, other in np.unique(owners[:, [0, i]], axis=0).tolist():
-                table.unite(first, other)
+            table.unite(owners[:, 0], owners[:, i])
         return table.add(
             owner=owners[:, 0],
             trail=mix(self.key or 0, *table.trail[columns].T),
@@ -163,8 +161,8 @@ class _Join:
             return table.add_fixed(f"computed by {self.where}")
         origin, leak = (-1, 0) if zero else self._private(column, activations)
         owners = table.owner[values]
-        for other_owner in owners[1:].tolist():
-            table.unite(int(owners[0]), other_owner)
+        if len(owners) > 1:
+            table.unite(owners[:-1], owners[1:])
         # Entries of a flattened parameter follow the order of positions of the channel they act on.
         table.slot[column[owned & self.is_parameter]] = slots[0]
         trail = mix(self.key or 0, *table.trail[column].tolist())
@@ -204,9 +202,9 @@ def _silencing(state: Propagation, node: Node) -> frozenset[str]:
     name = state.parameter_name(node)
     if name is not None:
         return frozenset({name})
-    if node.op != "call_function":
+    if node.op != "call" or node.fixed:
         return frozenset()
-    parts = [_silencing(state, n) for n in node.all_input_nodes]
+    parts = [_silencing(state, n) for n in node.inputs]
     known = [part for part in parts if part]
     if operator_name(node) in _PRODUCTS:
         # One factor will do; running statistics are the last choice.

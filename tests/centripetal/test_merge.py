@@ -25,7 +25,7 @@ from lightning_filterdiv.centripetal import (
 )
 from lightning_filterdiv.centripetal.measure import count_macs, count_parameters
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, NarrowingError
-from lightning_filterdiv.channel_graph.export import find_tensors
+from lightning_filterdiv.channel_graph.modules import find_tensors
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import random_clusters, randomise
 from tests.channel_graph import models

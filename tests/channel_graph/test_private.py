@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.channel_graph.modules import named_tensors
 from lightning_filterdiv.channel_graph.verify import randomise
 
 from . import models

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_filterdiv.channel_graph import ChannelGraph, TraceError
+from lightning_filterdiv.channel_graph import ChannelGraph
 
 from . import models
 from .checks import check_exact
@@ -102,7 +102,7 @@ class Residual(nn.Module):
 
 def test_sum_with_the_input_is_pinned() -> None:
     graph = ChannelGraph.trace(Residual(), IMAGE)
-    assert graph.pinned["first"] == "meets values that no channel owns (network input 'args_0') in add in forward"
+    assert graph.pinned["first"] == "meets values that no channel owns (network input 'x') in add in forward"
     assert graph.groups == []
 
 
@@ -132,14 +132,12 @@ class DataDependent(nn.Module):
         return self.head(self.backbone(x))
 
 
-def test_data_dependent_control_flow_names_the_part_and_the_way_out() -> None:
+def test_channels_that_forward_reads_are_pinned_and_those_before_are_exact() -> None:
     model = DataDependent()
-    message = r"submodule 'head' \(Head\) cannot be traced: its control flow .* network='backbone'"
-    with pytest.raises(TraceError, match=message):
-        ChannelGraph.trace(model, IMAGE)
-    graph = ChannelGraph.trace(model, IMAGE, network="backbone")
+    graph, _ = check_exact(model, IMAGE)
     assert [g.layers for g in graph.groups] == [("backbone.0",)]
-    assert graph.pinned == {"backbone.2": "network output"}
+    assert graph.pinned == {"backbone.2": "input of sum in head over channels, which mixes channels"}
+    assert graph.read_values == "item in head"
 
 
 class PartlyPinned(nn.Module):
