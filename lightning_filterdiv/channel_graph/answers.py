@@ -25,6 +25,7 @@ __all__ = [
     "Operation",
     "Table",
     "TensorRows",
+    "layer_of",
     "ranges",
 ]
 
@@ -32,6 +33,11 @@ Kind = Literal["filter", "member", "consumer"]
 
 
 KINDS: tuple[Kind, ...] = ("filter", "member", "consumer")
+
+
+def layer_of(tensor: str) -> str:
+    """The layer that a tensor belongs to: of ``conv.parametrizations.weight.original1`` it is ``conv``."""
+    return tensor.partition(".parametrizations.")[0] if ".parametrizations." in tensor else tensor.rpartition(".")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +77,7 @@ class ChannelGroup:
     @property
     def producers(self) -> tuple[str, ...]:
         """Those of ``layers`` that write the channel; the others act on it depthwise."""
-        writers = {part.tensor.rpartition(".")[0] for part in self.parts if part.kind == "filter"}
+        writers = {layer_of(part.tensor) for part in self.parts if part.kind == "filter"}
         return tuple(layer for layer in self.layers if layer in writers)
 
     def rows(self, layer: str) -> Tensor:
@@ -81,9 +87,9 @@ class ChannelGroup:
             KeyError: ``layer`` is not one of ``layers``.
         """
         if layer in self.layers:
-            for part in self.parts:
-                if part.kind != "consumer" and part.tensor == f"{layer}.weight":
-                    return part.rows[:, 0]
+            own = [part for part in self.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
+            for part in sorted(own, key=lambda part: (part.tensor != f"{layer}.weight", part.kind != "filter")):
+                return part.rows[:, 0]
         raise KeyError(f"{layer!r} has no filters in group {self.name!r}; its layers are {', '.join(self.layers)}")
 
 
@@ -298,6 +304,8 @@ class ChannelAnswers:
 
     def why_absent(self, layer: str) -> str:
         """Why ``layer``, a convolution that is not among :attr:`layers`, is not."""
+        if layer in self._pinned:
+            return self._pinned[layer]
         if self.network and not layer.startswith(f"{self.network}."):
             return f"it is outside of the traced network {self.network!r}"
         return (

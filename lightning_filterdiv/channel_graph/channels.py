@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .answers import KINDS, ChannelGroup, Table, TensorRows
+from .answers import KINDS, ChannelGroup, Table, TensorRows, layer_of
 from .labels import Ints, mix, stable_hash
 from .propagate import FLAT, Event, Propagation
 
@@ -130,7 +130,7 @@ def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str
     root_of, tensor_of = table.root[filters], table.tensor[filters]
     again = np.flatnonzero((np.diff(root_of) == 0) & (np.diff(tensor_of) == 0))
     for root, index in zip(root_of[again].tolist(), tensor_of[again].tolist(), strict=True):
-        pins.setdefault(root, f"several filters of {table.tensors[index].rpartition('.')[0]} meet in one channel")
+        pins.setdefault(root, f"several filters of {layer_of(table.tensors[index])} meet in one channel")
 
 
 def groups_of(
@@ -199,8 +199,6 @@ def _parts(table: Table, starts: Ints) -> tuple[TensorRows, ...]:
 
 def _layers_of(parts: Sequence[TensorRows], position: Mapping[str, int], layer_tensors: set[str]) -> tuple[str, ...]:
     names = {
-        p.tensor.rpartition(".")[0]
-        for p in parts
-        if p.kind != "consumer" and p.tensor in layer_tensors and p.rows.shape[1] == 1
+        layer_of(p.tensor) for p in parts if p.kind != "consumer" and p.tensor in layer_tensors and p.rows.shape[1] == 1
     }
     return tuple(sorted(names, key=lambda name: position[name]))

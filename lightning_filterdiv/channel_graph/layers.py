@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Ints, LabelTensor
+from .answers import layer_of
+from .labels import Ints, LabelTensor, core, mix
 from .propagate import Event, Propagation, Rule, Value, unknown
 from .record import Node, arguments
 
@@ -28,11 +29,59 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 
 
 def _computed_weight(state: Propagation, node: Node) -> Value:
+    """A kernel that is not made filter by filter, or of a layer that reads channels in groups: pinned on both sides."""
+    state.computed_layers.setdefault(node.module, f"its weight is computed by {_computes(state, node)}, not by filters")
     for leaf in node.inputs:
         reason = f"input of {state.where(node)}, whose weight is computed in forward"
         state.pin(leaf, reason, expose=False)
         state.expose_leaks(leaf)
     return state.fixed(node)
+
+
+def _computes(state: Propagation, node: Node) -> str:
+    """Words for what makes the weight of a call: the last operator that computes it."""
+    weight = arguments(node).get("weight") or arguments(node).get("mat2")
+    while isinstance(weight, Node) and state.is_move(weight):
+        weight = weight.inputs[0]
+    if isinstance(weight, Node) and weight.op == "item":
+        weight = weight.args[0]
+    return state.where(weight) if isinstance(weight, Node) and weight.op == "call" else "forward"
+
+
+def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str | None, dim: int) -> Ints | None:
+    """Values of the filters of a kernel that forward computes of its weight, one filter of the other.
+
+    Weight norm, masks and standardised weights keep filters apart, so that they may go. They do not add up: input
+    columns are pinned. None if filters are mixed.
+    """
+    table, weight = state.table, arguments(node)["weight"]
+    value = state.labels_of(weight)
+    if value is None or not value.is_parameter:
+        return None
+    small = core(value.labels)
+    if any(n > 1 for d, n in enumerate(small.shape) if d != dim):
+        return None
+    rows = small.reshape(-1).expand(value.shape[dim]).numpy()
+    if (rows <= 0).any() or len(np.unique(table.roots(table.owner[rows]))) < len(rows):
+        return None
+    names = [name for name in state.tensors_behind(weight) if name in state.row_owners]
+    if not names:
+        return None
+    state.channels(labels, -(value.labels.ndim - 1), node)
+    reason = f"input of {state.where(node)}, whose weight is computed by {_computes(state, node)}: columns do not add"
+    state.pin(LabelTensor(labels), reason, expose=False)
+    table.expose_leaks(core(labels).numpy())
+    result = table.add(owner=table.owner[rows], trail=mix(table.trail[rows], state.key(node) or 0))
+    main = max(names, key=lambda name: (state.size_of(name), name))
+    for name in names:
+        index = np.arange(len(rows), dtype=np.int64)
+        state.record(Event("filter" if name == main else "member", name, state.row_dims[name], index, result))
+    if bias is not None:
+        state.record(Event("filter", bias, 0, np.arange(len(rows), dtype=np.int64), result))
+    state.computed.update(names)
+    for owner in table.owner[rows].tolist():
+        table.exposed.setdefault(owner, f"forward computes the kernel of {layer_of(main)} from its weight")
+    return result
 
 
 def _filters(
@@ -99,12 +148,16 @@ def convolution(state: Propagation, node: Node) -> Value:
     """Dense: reads every channel, emits new ones. Depthwise: a per-channel operator. Grouped: pinned on both sides."""
     call = arguments(node)
     labels, weight = _input(state, node, call["input"]), state.parameter_name(call["weight"])
-    if labels is None or weight is None:
-        return _computed_weight(state, node)
     bias_node = call.get("bias")
     bias = state.parameter_name(bias_node)
-    if bias_node is not None and bias is None:
+    if labels is None or (bias_node is not None and bias is None):
         return _computed_weight(state, node)
+    if weight is None:
+        dim = 1 if call["transposed"] else 0
+        computed = _computed_filters(state, node, labels, bias, dim) if call["groups"] == 1 else None
+        if computed is None:
+            return _computed_weight(state, node)
+        return _place(computed, -(len(call["weight"].value.shape) - 1), node.value.shape)
     state.use_as_weight(weight, bias)
     shape = call["weight"].value.shape
     out = node.value.shape
@@ -116,7 +169,7 @@ def convolution(state: Propagation, node: Node) -> Value:
     if groups > 1 and groups == len(vector):
         tensors = {weight: True} | ({bias: True} if bias else {})
         if (vector < 0).any():
-            state.unowned[weight.rpartition(".")[0]] = state.table.fixed_reasons[-1 - int(vector.min())]
+            state.unowned[layer_of(weight)] = state.table.fixed_reasons[-1 - int(vector.min())]
         members = _members(state, node, vector, tensors, repeat=count // groups, offset=bias is not None)
         return _place(members, channel_dim, out)
     state.table.expose_leaks(vector)
@@ -125,7 +178,7 @@ def convolution(state: Propagation, node: Node) -> Value:
         columns = np.arange(len(vector), dtype=np.int64)
         state.record(Event("consumer", weight, 0 if transposed else 1, columns, vector))
     else:
-        layer = weight.rpartition(".")[0]
+        layer = layer_of(weight)
         state.table.pin(vector, f"input of {layer}, a grouped convolution (groups={groups})", expose=False)
         pinned = f"a grouped convolution (groups={groups}) that is not depthwise"
         if not transposed:
@@ -176,11 +229,13 @@ def normalisation(state: Propagation, node: Node) -> Value:
     for argument in ("weight", "bias", "running_mean", "running_var"):
         if call.get(argument) is not None:
             known = state.vector(call[argument])
-            if known is None:
-                return _computed_weight(state, node)
+            if known is None or (labels is not None and _is_parameter(state, call["input"])):
+                return _norm_of_parameters(state, node, call)
             named[argument] = known
     if labels is None:
         return state.fixed(node)
+    if _is_parameter(state, call["input"]):
+        return _norm_of_parameters(state, node, call)
     vector = state.channels(labels, 1, node)
     affine = "weight" in named
     zeroed = {"weight", "bias"} if affine else {"bias", "running_mean"}
@@ -199,6 +254,43 @@ def normalisation(state: Propagation, node: Node) -> Value:
     rest = state.fixed(node)
     assert isinstance(rest, list)
     return [_place(members, 1, node.value[0].shape), *rest[1:]]
+
+
+def _norm_of_parameters(state: Propagation, node: Node, call: dict[str, Any]) -> Value:
+    """A weight that is standardised filter by filter, with a gain that may be computed."""
+    value = state.labels_of(call["input"])
+    if value is None or not value.is_parameter:
+        return _computed_weight(state, node)
+    table, vector = state.table, state.channels(value.labels, 1, node)
+    for argument in ("weight", "bias"):
+        if call.get(argument) is not None:
+            scale = state.labels_of(call[argument])
+            entries = None if scale is None else scale.labels.reshape(-1).numpy()
+            if entries is None or (entries <= 0).any() or (vector <= 0).any():
+                return _computed_weight(state, node)
+            table.unite(table.owner[vector], table.owner[entries])
+    members = table.advance(vector, state.key(node) or 0)
+    rest = state.fixed(node)
+    assert isinstance(rest, list)
+    first = _place(members, 1, node.value[0].shape)
+    return [LabelTensor(first.labels, is_parameter=True), *rest[1:]]
+
+
+def weight_norm(state: Propagation, node: Node) -> Value:
+    """Direction and length of every filter: the weight has one filter of each."""
+    call = arguments(node)
+    direction, length, dim = state.labels_of(call["v"]), state.labels_of(call["g"]), call["dim"]
+    if direction is None or length is None or not (direction.is_parameter and length.is_parameter):
+        return unknown(state, node)
+    parts = [core(value.labels) for value in (direction, length)]
+    if any(n > 1 for part in parts for d, n in enumerate(part.shape) if d != dim % part.ndim):
+        return unknown(state, node)
+    rows, lengths = (part.reshape(-1).numpy() for part in parts)
+    state.table.unite(*np.broadcast_arrays(state.table.owner[rows], state.table.owner[lengths]))
+    labels = state.table.derive(direction.labels, state.key(node))
+    rest = state.fixed(node)
+    assert isinstance(rest, list)
+    return [LabelTensor(labels, is_parameter=True), *rest[1:]]
 
 
 def prelu(state: Propagation, node: Node) -> Value:
@@ -232,5 +324,6 @@ RULES: dict[str, Rule] = {
         ),
         normalisation,
     ),
+    "_weight_norm_interface": weight_norm,
     "_prelu_kernel": prelu,
 }

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..filters import canonical_name
 from .errors import ChannelGraphError
@@ -198,7 +199,10 @@ def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> list[nn
             if buffer is not None and id(buffer) in replaced:
                 module._buffers[name] = replaced[id(buffer)]
                 touched.append(module)
-    return touched
+    for module in model.modules():
+        if is_parametrized(module) and any(m in touched for m in cast(nn.Module, module.parametrizations).modules()):
+            touched.append(module)
+    return list(dict.fromkeys(touched))
 
 
 @contextmanager
@@ -258,8 +262,17 @@ def _uncopyable(model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     return shared
 
 
+def _recompute(module: nn.Module) -> None:
+    """Bring a weight that hooks compute before each call (weight_norm, prune) up to date."""
+    if isinstance(vars(module).get("weight"), Tensor):
+        for hook in module._forward_pre_hooks.values():
+            if hasattr(hook, "compute_weight") or hasattr(hook, "apply_mask"):
+                hook(module, ())
+
+
 def update_attributes(module: nn.Module) -> None:
     """Make the integer attributes of ``module`` agree with its tensors."""
+    _recompute(module)
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         reads, writes = module.weight.shape[:2]
         if module.groups > 1:

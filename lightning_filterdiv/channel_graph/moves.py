@@ -83,6 +83,14 @@ def _note_move(state: Propagation, node: Node, *labels: Tensor, natural: bool = 
         (state.reshapes if natural else state.moves).append(Move(operator_name(node), node.module, owners))
 
 
+def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) -> None:
+    """Remember a movement that lays channels out along more dimensions than before."""
+    if len(_varying(after)) > len(_varying(before)):
+        values = core(after).reshape(-1).numpy()
+        for owner in np.unique(state.table.owner[values[values > 0]]).tolist():
+            state.spread[owner] = state.where(node)
+
+
 def along_dim(state: Propagation, node: Node) -> Value:
     """Slices, splits and rolls. Along channels they depend on how many channels there are."""
     call = arguments(node)
@@ -126,7 +134,10 @@ def regroup(state: Propagation, node: Node) -> Value:
     labels = _labels(state, node.args[0])
     if _varying(labels):
         _note_move(state, node, labels)
-    return _movement(state, node)
+    result = _movement(state, node)
+    if isinstance(result, LabelTensor):
+        _note_spread(state, node, labels, result.labels)
+    return result
 
 
 def concatenate(state: Propagation, node: Node) -> Value:
@@ -149,6 +160,7 @@ def reshape(state: Propagation, node: Node) -> Value:
     _note_move(state, node, labels, natural=_reshape_is_natural(labels, shape))
     result = _reshaped(labels, tuple(shape))
     result = state.table.derive(result, state.key(node))
+    _note_spread(state, node, labels, result)
     small = core(result)
     if small.numel() > core(labels).numel():
         result = _number_slots(state, small).expand(shape)
@@ -287,6 +299,13 @@ def over_space(state: Propagation, node: Node) -> Value:
     return [LabelTensor(small.expand(part.shape)) for part in value]
 
 
+def _axis(dims: Sequence[int], labels: Tensor) -> str:
+    """Words for the dimensions that an operator mixes: channels where they lie along one dimension, else its number."""
+    if _varying(labels) == set(dims):
+        return "channels"
+    return f"dimension {dims[0]}" if len(dims) == 1 else f"dimensions {', '.join(map(str, dims))}"
+
+
 def reduction(state: Propagation, node: Node) -> Value:
     """Means, sums, maxima and softmax over dimensions along which the channel does not change."""
     call = arguments(node)
@@ -296,8 +315,7 @@ def reduction(state: Propagation, node: Node) -> Value:
     chosen = [d % labels.ndim for d in chosen]
     mixed = sorted(set(chosen) & _varying(labels))
     if mixed:
-        why = f"input of {state.where(node)} over channels, which mixes channels"
-        state.pin(node.args[0], why)
+        state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
         return state.fixed(node)
     name = operator_name(node, raw=True)
     small = labels

@@ -62,10 +62,23 @@ def pointwise(state: Propagation, node: Node) -> Value:
             joined.append((n, value))
     if not joined:
         return state.fixed(node)
+    if not parameters and any(value.is_parameter and _by_slices(state, value) for _, value in joined):
+        for _, value in joined:
+            state.pin(value, f"meets the weight of a layer in {state.where(node)}")
+        return state.fixed(node)
     join = _Join(state, node, joined, bool(neutral))
     if len(joined) == 1:
         return LabelTensor(join.unary(joined[0][1].labels).expand(out), is_parameter=parameters)
     return LabelTensor(join.run([value.labels for _, value in joined], out), is_parameter=parameters)
+
+
+def _by_slices(state: Propagation, value: LabelTensor) -> bool:
+    """Whether entries that differ have one label, because they belong to one filter."""
+    small = core(value.labels)
+    if not state.row_owners or small.numel() == value.labels.numel():
+        return False
+    values = small.reshape(-1).numpy()
+    return bool(np.isin(state.table.owner[values[values > 0]], np.concatenate(list(state.row_owners.values()))).any())
 
 
 class _Join:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ class Move:
 class Propagation:
     """State of one run over a record, or over several records of one network."""
 
+    row_dims: Mapping[str, int] = field(default_factory=dict)  # tensor of a layer with a slice per filter -> its dim
     table: ValueTable = field(default_factory=ValueTable)
     values: dict[Node, Value] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
@@ -66,6 +67,10 @@ class Propagation:
         default_factory=dict
     )  # (tensor, dim) -> rows met by no channel
     unowned: dict[str, str] = field(default_factory=dict)  # depthwise layer on values no channel owns -> whose they are
+    computed: set[str] = field(default_factory=set)  # tensors that forward computes a kernel of, filter by filter
+    computed_layers: dict[str, str] = field(default_factory=dict)  # layer whose kernel is computed -> why it is pinned
+    row_owners: dict[str, Ints] = field(default_factory=dict)  # tensor labelled by slices -> owner of each
+    spread: dict[int, str] = field(default_factory=dict)  # owner -> the operator that moves its channel to positions
     _tensors: dict[Node, str] = field(default_factory=dict)
     _keys: dict[Node, int | None] = field(default_factory=dict)
     _rules: Callable[[Node], Rule] | None = None
@@ -148,6 +153,17 @@ class Propagation:
             node = node.args[0]
         return self._tensors.get(node) if isinstance(node, Node) else None
 
+    def tensors_behind(self, node: Node) -> list[str]:
+        """Parameters that ``node`` is computed from."""
+        seen, waiting, names = {node}, [node], []
+        while waiting:
+            current = waiting.pop()
+            if current in self._tensors:
+                names.append(self._tensors[current])
+            waiting += [source for source in current.inputs if source not in seen]
+            seen.update(current.inputs)
+        return sorted(set(names))
+
     def vector(self, node: object) -> tuple[str, Ints] | None:
         """(name, entries) of a one-dimensional tensor that repeats or reshapes a parameter; None if it is computed."""
         chain: list[Node] = []
@@ -162,6 +178,14 @@ class Propagation:
             if operator_name(step, raw=True) not in _TRANSPARENT:
                 entries = step.target(entries, *step.args[1:], **step.kwargs)
         return name, entries.reshape(-1).numpy()
+
+    def is_move(self, node: Node) -> bool:
+        """Whether a call moves entries of one tensor and does no more."""
+        return node.op == "call" and len(node.inputs) == 1 and operator_name(node, raw=True) in _LAZY
+
+    def size_of(self, tensor: str) -> int:
+        """Entries of a parameter."""
+        return max(int(node.value.numel()) for node, name in self._tensors.items() if name == tensor)
 
     def root_parameter(self, node: Node) -> str | None:
         """Name of the parameter whose entries ``node`` moves, without more."""
@@ -198,6 +222,11 @@ class Propagation:
             constant = _constant(self, node, f"buffer {name}")
             assert isinstance(constant, LabelTensor)
             return constant
+        if (dim := self.row_dims.get(name)) is not None:
+            owners = self.row_owners[name] = self.owners_of(f"{name}|{dim}", shape[dim])
+            rows = self.table.add(owner=owners, trail=np.full(len(owners), stable_hash(name), dtype=np.int64))
+            view = [len(rows) if d == dim else 1 for d in range(len(shape))]
+            return LabelTensor(torch.from_numpy(rows).reshape(view).expand(shape), is_parameter=True)
         self.elements[name] = shape
         owners = self.owners_of(name, shape.numel())
         trail = np.full(len(owners), stable_hash(name), dtype=np.int64)
@@ -296,7 +325,13 @@ class Propagation:
         if not len(owned):
             return int(fixed[0])
         if len(fixed) or len(np.unique(table.roots(table.owner[live]))) > 1:
-            table.pin(row, f"input of {self.where(node)}, which reads several channels as one", expose=not silent)
+            spread = next((self.spread[o] for o in table.owner[owned].tolist() if o in self.spread), None)
+            why = (
+                f"input of {spread}, which moves channels to positions that {self.where(node)} reads as one channel"
+                if spread
+                else f"input of {self.where(node)}, which reads several channels as one"
+            )
+            table.pin(row, why, expose=not silent)
             table.expose_leaks(row)
             return table.add_fixed(f"computed by {self.where(node)}")
         # One channel in several states (a flatten, a mosaic, zeros beside it): their pattern becomes part of the trail.

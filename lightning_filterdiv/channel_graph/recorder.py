@@ -50,14 +50,17 @@ class _ReadsValuesError(RuntimeError):
     """Forward asks for a value that shapes do not tell."""
 
 
-class _PlainLinear(TorchFunctionMode):
-    """Linear layers as one matrix product, whatever the strides of their input."""
+class _PlainOperators(TorchFunctionMode):
+    """Linear layers as one matrix product, whatever the strides of their input; fake quantisation without its state."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.linear:
             return _linear(*args, **(kwargs or {}))
+        if func is torch.fused_moving_avg_obs_fake_quant:
+            # It updates its observers behind the back of functionalisation; for channels, rounding is what counts.
+            return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)
         return func(*args, **(kwargs or {}))
 
 
@@ -402,7 +405,7 @@ def _attempt(
         written: list[str] = []
         canonical = {key: recorder.tensors[_node(tensor)] for key, tensor in tensors.items()}
         stack.enter_context(recorder)
-        stack.enter_context(_PlainLinear())
+        stack.enter_context(_PlainOperators())
         try:
             rewritten, outputs = functionalize(run)(tensors, [tensor for *_, tensor in attributes], inputs)
         except Exception as error:

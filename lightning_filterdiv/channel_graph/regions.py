@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..filters import CONVOLUTIONS
-from .answers import ConsumerColumns, FilterRegion, Table, ranges
+from .answers import ConsumerColumns, FilterRegion, Table, layer_of, ranges
 from .labels import Ints
 from .propagate import Event, Propagation
 
@@ -21,7 +21,7 @@ def layers_in_order(modules: Mapping[str, nn.Module], events: Iterable[Event]) -
     order: dict[str, None] = {}
     weights: set[str] = set()
     for event in events:
-        path, _, attribute = event.tensor.rpartition(".")
+        path, attribute = layer_of(event.tensor), event.tensor.rpartition(".")[2]
         conv = isinstance(modules.get(path), CONVOLUTIONS) and attribute == "weight"
         if event.kind == "filter" or (event.kind == "member" and conv):
             order[path] = None
@@ -35,7 +35,7 @@ def pinned_layers(
 ) -> dict[str, str]:
     """Layer -> why its filters are pinned; which ones, if not all."""
     reasons_of: dict[str, str] = {}
-    index_of = {tensor.rpartition(".")[0]: index for index, tensor in enumerate(table.tensors) if tensor in weights}
+    index_of = {layer_of(tensor): index for index, tensor in enumerate(table.tensors) if tensor in weights}
     owned = np.flatnonzero(table.kind < 2)
     owned = owned[np.lexsort((table.root[owned], table.row[owned], table.tensor[owned]))]
     tensor_of = table.tensor[owned]
@@ -61,12 +61,12 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
     """What silences each filter, read off the values before any union."""
     table = state.table
     _expose_shared(state)
-    layer_of = np.full(table.owner_count, -1, dtype=np.int64)
+    layer_number = np.full(table.owner_count, -1, dtype=np.int64)
     filter_of = np.full(table.owner_count, -1, dtype=np.int64)
     for event in state.events:
         if event.kind == "filter":
             owners = table.owner[event.values]
-            layer_of[owners] = order.index(event.tensor.rpartition(".")[0])
+            layer_number[owners] = order.index(layer_of(event.tensor))
             filter_of[owners] = event.rows
     position = {tensor: i for i, tensor in enumerate(dict.fromkeys(e.tensor for e in state.events))}
     silence: list[list[Ints]] = []  # columns: layer, tensor, filter, row
@@ -79,7 +79,7 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
         private = np.flatnonzero(origin >= 0)
         if not len(private):
             continue
-        ids, filters, rows = layer_of[origin[private]], filter_of[origin[private]], event.rows[private]
+        ids, filters, rows = layer_number[origin[private]], filter_of[origin[private]], event.rows[private]
         if event.silence:
             silence.append([ids, np.full_like(ids, position[event.tensor]), filters, rows])
         else:
@@ -88,12 +88,12 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
     names, keys = list(position), list(places)
     exposed: list[dict[int, str]] = [{} for _ in order]
     for origin_owner, reason in table.exposed.items():
-        if origin_owner >= 0 and layer_of[origin_owner] >= 0:
-            exposed[layer_of[origin_owner]][int(filter_of[origin_owner])] = reason
+        if origin_owner >= 0 and layer_number[origin_owner] >= 0:
+            exposed[layer_number[origin_owner]][int(filter_of[origin_owner])] = reason
     silenced = _by_layer_and_tensor(silence, len(order))
     read = _by_layer_and_tensor(reads, len(order))
     counts = np.zeros(len(order) + 1, dtype=np.int64)
-    np.maximum.at(counts, layer_of, filter_of + 1)
+    np.maximum.at(counts, layer_number, filter_of + 1)
     return {
         layer: FilterRegion(
             int(counts[i]),
@@ -157,9 +157,9 @@ def neighbours(
     for start, stop in zip(starts[first].tolist(), ends[first].tolist(), strict=True):
         tensors = [table.tensors[t] for t in table.tensor[start:stop].tolist()]
         names = list(zip(tensors, table.kind[start:stop].tolist(), strict=True))
-        owners = dict.fromkeys(t.rpartition(".")[0] for t, kind in names if kind < 2 and t in weights)
+        owners = dict.fromkeys(layer_of(t) for t, kind in names if kind < 2 and t in weights)
         others = {position[o] for o in owners if o in position}
-        reading = {t.rpartition(".")[0] for t, kind in names if kind == 2}
+        reading = {layer_of(t) for t, kind in names if kind == 2}
         for layer in owners:
             if layer in position:
                 readers[layer] |= reading

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..arguments import check_module
 from ..filters import CONVOLUTIONS, FLOAT_FIRST, canonical_name, quantised_modules
 from . import layers, moves
-from .answers import ChannelAnswers, Operation, Table
+from .answers import ChannelAnswers, Operation, Table, layer_of
 from .channels import channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
 from .errors import ChannelGraphError, TraceError
 from .inputs import example_arguments
@@ -81,7 +81,7 @@ def trace_at(
     """Trace with (args, kwargs), without asking which widths forward can express."""
     traced = bare_module(find_submodule(model, network))
     names = tensor_names(model)
-    state = Propagation()
+    state = Propagation(row_dims=_row_dims(traced, names))
     records = [record(traced, call, names, network)]
     state.run(records[0], _rule)
     if idle := _idle_parameters(traced, names, records[0]):
@@ -102,22 +102,39 @@ def _idle_parameters(model: nn.Module, names: Mapping[int, str], record: Record)
     return [name for p in model.parameters() if (name := names[id(p)]) not in used]
 
 
+def _row_dims(model: nn.Module, names: Mapping[int, str]) -> dict[str, int]:
+    """Tensors of layers with one slice per filter -> the dimension of those slices."""
+    dims: dict[str, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+            transposed = isinstance(layer, CONVOLUTIONS) and layer.transposed
+            count = layer.out_channels if isinstance(layer, CONVOLUTIONS) else layer.out_features
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                dim = 1 if transposed and tensor.ndim > 1 and tensor.shape[1] == count else 0
+                if tensor.ndim > 1 and tensor.shape[dim] == count:
+                    dims[names[id(tensor)]] = dim
+    return dims
+
+
 def _two_items(leaf: Any) -> Any:
     """A batch of one cannot be normalised over 1 x 1 positions in training."""
     return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == 1 else leaf
 
 
-def _obstacles(model: nn.Module, table: Table, network: str) -> dict[str, str]:
+def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str) -> dict[str, str]:
     """Tensors that cannot be narrowed -> why."""
     modules, outside = modules_by_name(model), _names_outside(model, network)
     found: dict[str, str] = {}
     dense_tensors = set(np.unique(table.tensor[table.kind != 1]).tolist())
     for index, tensor in enumerate(table.tensors):
-        path, _, attribute = tensor.rpartition(".")
+        path, attribute = layer_of(tensor), tensor.rpartition(".")[2]
         dense = index in dense_tensors
         if tensor in outside:
             found[tensor] = f"{tensor} is shared with {outside[tensor]}, outside of {network}"
-        elif dense and not (isinstance(modules[path], (*CONVOLUTIONS, nn.Linear)) and attribute in ("weight", "bias")):
+        elif dense and not (
+            isinstance(modules[path], (*CONVOLUTIONS, nn.Linear))
+            and (attribute in ("weight", "bias") or tensor in state.computed)
+        ):
             found[tensor] = f"{tensor} belongs to a {type(modules[path]).__name__}, which cannot be narrowed"
     return found
 
@@ -137,7 +154,7 @@ def _collect(
     resolve_elements(state)
     couple_shared_rows(state)
     table = channel_table(state)
-    pin_impossible(state, table, _obstacles(model, table, network))
+    pin_impossible(state, table, _obstacles(model, state, table, network))
     pins: dict[int, str] = {}
     roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
     for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
@@ -148,12 +165,17 @@ def _collect(
     fixed = set().union(*constrained)
     groups = groups_of(table, set(pins), order, layer_tensors, fixed)
     regions = filter_regions(state, order)
+    pinned = pinned_layers(state, table, pins, order, layer_tensors)
+    modules = modules_by_name(model)
+    for layer, reason in state.computed_layers.items():
+        if layer not in order and isinstance(modules.get(layer), (*CONVOLUTIONS, nn.Linear)):
+            pinned[layer] = reason
     consumers, coupled = neighbours(table, order, layer_tensors)
     row_dims = {e.tensor: e.dim for e in state.events if e.kind == "filter" and e.dim}
     return {
         "model": model,
         "groups": groups,
-        "pinned": pinned_layers(state, table, pins, order, layer_tensors),
+        "pinned": pinned,
         "regions": regions,
         "consumers": consumers,
         "coupled": coupled,
