@@ -33,7 +33,11 @@ class CapturedInputs:
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.remove()
-        sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 1]
+        # A list of images or targets is a batch of its own: as many items, each of them whole.
+        args = tuple(value[: self._limit] if isinstance(value, list) else value for value in args)
+        kwargs = {k: value[: self._limit] if isinstance(value, list) else value for k, value in kwargs.items()}
+        plain = [value for value in (*args, *kwargs.values()) if not isinstance(value, list)]
+        sizes = [leaf.shape[0] for leaf in tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.ndim > 1]
         batch = sizes[0] if sizes else 0
 
         def few(leaf: Any) -> Any:
@@ -46,7 +50,13 @@ class CapturedInputs:
             # A copy, so that the rest of the batch is not kept alive.
             return (leaf[: self._limit] if leaf.ndim and leaf.shape[0] == batch else leaf).clone()
 
-        self.arguments = tree_map(few, (args, kwargs))
+        def whole(leaf: Any) -> Any:
+            return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+        def cut(value: Any) -> Any:
+            return tree_map(whole if isinstance(value, list) else few, value)
+
+        self.arguments = tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
 
     def remove(self) -> None:
         """Stop waiting for a call. Done by itself at the first one."""

@@ -117,7 +117,11 @@ class _Join:
         columns, inverse = np.unique(meetings, axis=0, return_inverse=True)
         results = self._meet_alike(columns)
         if results is None:
-            results = np.fromiter((self._meet(column) for column in columns), dtype=np.int64, count=len(columns))
+            results = np.empty(len(columns), dtype=np.int64)
+            unowned = (columns < 0).any(axis=1)
+            results[unowned] = self._meet_unowned(columns[unowned])
+            for i in np.flatnonzero(~unowned).tolist():
+                results[i] = self._meet(columns[i])
         for tensor, pairs in self.private.items():
             rows, values = np.asarray(pairs, dtype=np.int64).T
             self.state.record(Event("private", tensor, FLAT, rows, values, silence=True))
@@ -153,15 +157,21 @@ class _Join:
             leak=np.where(private, leak, 0),
         )
 
+    def _meet_unowned(self, columns: Ints) -> int:
+        """Label of what results where a value that no channel owns is among those that meet."""
+        table = self.table
+        others = columns.min(axis=1, initial=0)
+        for other in np.unique(others)[::-1].tolist():
+            values = columns[others == other]
+            reason = f"meets values that no channel owns ({table.fixed_reasons[-1 - other]}) in {self.where}"
+            table.pin(values[values > 0], reason, expose=False)
+            table.expose_leaks(values[values > 0])
+        return table.add_fixed(f"computed by {self.where}")
+
     def _meet(self, column: Ints) -> int:
         """The value that results where ``column[i]`` of operand ``i`` meet."""
         table, owned = self.table, column > 0
         values = column[owned]
-        if (column < 0).any():
-            other = table.fixed_reasons[-1 - int(column.min())]
-            table.pin(values, f"meets values that no channel owns ({other}) in {self.where}", expose=False)
-            table.expose_leaks(values)
-            return table.add_fixed(f"computed by {self.where}")
         live = owned & (table.zero[column] == 0)
         activations = column[live & ~self.is_parameter]
         zero = not live.any() or (self.product and not live.all())

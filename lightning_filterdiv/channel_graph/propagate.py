@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash
-from .record import Node, Record, operator_name
+from .record import Node, Record, is_shape_only, operator_name
 
 __all__ = ["FLAT", "Event", "Move", "Propagation", "Rule", "Value"]
 
@@ -75,12 +75,13 @@ class Propagation:
     _keys: dict[Node, int | None] = field(default_factory=dict)
     _rules: Callable[[Node], Rule] | None = None
 
-    def run(self, record: Record, rules: Callable[[Node], Rule]) -> None:
+    def run(self, record: Record, rules: Callable[[Node], Rule], layers: Container[str]) -> None:
         """Propagate through ``record``; a second record of the same network may follow.
 
         Args:
             record: of one forward pass.
             rules: the rule of a call.
+            layers: operators that own weights. Behind a value that forward reads only these are followed.
         """
         self._tensors, self._rules = record.tensors, rules
         self._count_calls(record)
@@ -89,7 +90,9 @@ class Propagation:
             if read is not None:
                 for source in node.inputs:
                     self.pin(source, read)
-            if node.op == "item":
+            if read is not None and node.op == "call" and operator_name(node, raw=True) not in layers:
+                self.values[node] = None if self._is_moved_parameter(node) else self.fixed(node)
+            elif node.op == "item":
                 parts = self.values[node.args[0]]
                 self.values[node] = parts[node.args[1]] if isinstance(parts, list) else None
             elif node.op != "call":
@@ -405,6 +408,8 @@ def nullified(state: Propagation, node: Node, labels: Tensor) -> Tensor:
 
 def unknown(state: Propagation, node: Node) -> Value:
     """An operator without a rule pins what it reads."""
+    if is_shape_only(node.target):  # randn_like and the like
+        return state.fixed(node)
     name = operator_name(node)
     why = "which mixes channels" if name in _MIXERS else "an operator the channel graph has no rule for"
     for leaf in node.inputs:

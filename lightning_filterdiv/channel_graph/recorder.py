@@ -50,6 +50,14 @@ class _ReadsValuesError(RuntimeError):
     """Forward asks for a value that shapes do not tell."""
 
 
+# Functionalisation runs an in-place operator on meta once more, in Python for these; writing their result is the same.
+_IN_PLACE = {
+    torch._C._nn.hardswish_: torch._C._nn.hardswish,
+    torch._C._nn.hardsigmoid_: torch._C._nn.hardsigmoid,
+    torch._C._nn.silu_: torch._C._nn.silu,
+}
+
+
 class _PlainOperators(TorchFunctionMode):
     """Linear layers as one matrix product, whatever the strides of their input; fake quantisation without its state."""
 
@@ -58,6 +66,8 @@ class _PlainOperators(TorchFunctionMode):
     ) -> Any:
         if func is F.linear:
             return _linear(*args, **(kwargs or {}))
+        if func in _IN_PLACE and args[0].is_floating_point():
+            return args[0].copy_(_IN_PLACE[func](args[0]))
         if func is torch.fused_moving_avg_obs_fake_quant:
             # It updates its observers behind the back of functionalisation; for channels, rounding is what counts.
             return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)

@@ -83,7 +83,7 @@ def trace_at(
     names = tensor_names(model)
     state = Propagation(row_dims=_row_dims(traced, names))
     records = [record(traced, call, names, network)]
-    state.run(records[0], _rule)
+    state.run(records[0], _rule, layers.RULES)
     if idle := _idle_parameters(traced, names, records[0]):
         # Auxiliary heads read channels in training only: their record is laid over the first one.
         try:
@@ -92,7 +92,7 @@ def trace_at(
             raise TraceError(
                 f"{idle[0]!r} is not used in eval mode, and training mode cannot be traced: {error}"
             ) from error
-        state.run(records[1], _rule)
+        state.run(records[1], _rule, layers.RULES)
     return answers(**_collect(model, state, records, call, network))
 
 

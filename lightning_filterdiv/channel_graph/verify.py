@@ -256,14 +256,14 @@ def _run(
     """The comparison in ``dtype``; None if forward does not run, or casts (unless ``casts``)."""
     expected: dict[str, tuple[Call, list[Tensor]]] = {}
     whole = _as_type(reference, dtype)
-    device, narrowest = device_of(whole), torch.float64
+    device, narrowest = device_of(whole), dtype
     for name, given in _cases(call, seed):
         arguments = _cast(given, dtype, device)
         outputs, used, error = _observed(find_submodule(whole, graph.network), arguments)
         if error is None:
             expected[name] = arguments, outputs
             narrowest = max(narrowest, used, key=lambda kind: torch.finfo(kind).eps)
-        if narrowest != torch.float64 and not casts:
+        if narrowest != dtype and not casts:
             return None
     if not expected:
         return None
