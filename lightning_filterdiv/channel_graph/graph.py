@@ -10,6 +10,7 @@ from torch import nn
 from .answers import ChannelAnswers
 from .describe import describe
 from .errors import TraceError
+from .modules import without_collection
 from .resize import pin_unresizable
 from .trace import trace
 from .verify import verify
@@ -45,8 +46,9 @@ class ChannelGraph(ChannelAnswers):
             ChannelGraphError: the network has no convolution, or there is no such submodule.
         """
         try:
-            graph = trace(model, example_inputs, network, cls)
-            pin_unresizable(graph)
+            with without_collection():
+                graph = trace(model, example_inputs, network, cls)
+                pin_unresizable(graph)
         except StopIteration as error:  # a Trainer would take it for the end of the data
             raise TraceError(f"{type(model).__name__} cannot be traced: something in it ran out of items") from error
         return graph

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Ints", "LabelTensor", "ValueTable", "compress", "core", "mix", "stable_hash"]
+__all__ = ["Ints", "LabelTensor", "ValueTable", "compress", "core", "distinct", "mix", "stable_hash"]
 
 Ints = npt.NDArray[np.int64]
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -44,6 +44,21 @@ def mix(*parts: Ints | int) -> Ints:
             state = (state ^ np.asarray(part, dtype=np.int64).view(np.uint64)) * _MULTIPLIER
             state = state ^ (state >> np.uint64(29))
     return np.asarray(state).view(np.int64)
+
+
+def distinct(labels: Ints) -> tuple[Ints, Ints]:
+    """Sorted distinct entries of ``labels``, and the position of each entry among them; without sorting if it can."""
+    flat = labels.reshape(-1)
+    if not len(flat):
+        return flat, flat
+    low, high = int(flat.min()), int(flat.max())
+    if len(flat) < 256 or high - low > 4 * len(flat):
+        values, inverse = np.unique(flat, return_inverse=True)
+        return values, inverse.reshape(-1)
+    met = np.zeros(high - low + 1, dtype=bool)
+    met[flat - low] = True
+    position = np.cumsum(met) - 1
+    return np.flatnonzero(met) + low, position[flat - low]
 
 
 def core(labels: Tensor) -> Tensor:
@@ -206,7 +221,7 @@ class ValueTable:
 
     def pin(self, labels: Tensor | Ints, reason: str, *, expose: bool = True) -> None:
         """Pin the owners of the positive ``labels``; with ``expose`` they also cannot be silenced, for that reason."""
-        values = np.unique(core(labels).numpy() if isinstance(labels, Tensor) else labels)
+        values, _ = distinct(core(labels).numpy() if isinstance(labels, Tensor) else labels)
         values = values[values > 0]
         for owner in np.unique(self.owner[values]).tolist():
             self.pins.setdefault(owner, reason)
@@ -236,7 +251,7 @@ class ValueTable:
         if key is None:
             return labels
         small = core(labels)
-        values, inverse = np.unique(small.numpy(), return_inverse=True)
+        values, inverse = distinct(small.numpy())
         renamed = values.copy()
         renamed[values > 0] = self.advance(values[values > 0], key, shift=shift)
         renamed = np.asarray(renamed[inverse]).reshape(tuple(small.shape))

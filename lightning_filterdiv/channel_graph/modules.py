@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import warnings
@@ -32,6 +33,7 @@ __all__ = [
     "tensor_names",
     "unchanged",
     "update_attributes",
+    "without_collection",
     "without_compilation",
 ]
 
@@ -203,6 +205,21 @@ def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> list[nn
         if is_parametrized(module) and any(m in touched for m in cast(nn.Module, module.parametrizations).modules()):
             touched.append(module)
     return list(dict.fromkeys(touched))
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No cyclic garbage collection for a while.
+
+    A trace makes many small objects and no garbage; each full collection walks all of torch, a third of a trace.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

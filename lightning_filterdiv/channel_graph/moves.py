@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import LabelTensor, compress, core, mix
+from .labels import LabelTensor, compress, core, distinct, mix
 from .propagate import Move, Propagation, Rule, Value, fixed_labels, moved, nullified
 from .record import Node, arguments, map_nodes, operator_name
 
@@ -77,7 +77,7 @@ def _varying(labels: Tensor) -> set[int]:
 
 
 def _note_move(state: Propagation, node: Node, *labels: Tensor, natural: bool = False) -> None:
-    values = np.unique(np.concatenate([core(part).numpy().reshape(-1) for part in labels]))
+    values, _ = distinct(np.concatenate([core(part).numpy().reshape(-1) for part in labels]))
     owners = np.unique(state.table.owner[values[values > 0]])
     if len(owners):
         (state.reshapes if natural else state.moves).append(Move(operator_name(node), node.module, owners))
@@ -86,7 +86,7 @@ def _note_move(state: Propagation, node: Node, *labels: Tensor, natural: bool = 
 def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) -> None:
     """Remember a movement that lays channels out along more dimensions than before."""
     if len(_varying(after)) > len(_varying(before)):
-        values = core(after).reshape(-1).numpy()
+        values, _ = distinct(core(after).numpy())
         for owner in np.unique(state.table.owner[values[values > 0]]).tolist():
             state.spread[owner] = state.where(node)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Ints, LabelTensor, core, mix
+from .labels import Ints, LabelTensor, core, distinct, mix
 from .propagate import FLAT, Event, Propagation, Value, nullified
 from .record import Node, map_nodes, operator_name
 
@@ -81,6 +81,17 @@ def _by_slices(state: Propagation, value: LabelTensor) -> bool:
     return bool(np.isin(state.table.owner[values[values > 0]], np.concatenate(list(state.row_owners.values()))).any())
 
 
+def _distinct_rows(columns: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """(n, len(columns)) sorted distinct combinations of entries, and the position of each combination among them."""
+    values, code = distinct(columns[0])
+    rows = values[:, None]
+    for column in columns[1:]:
+        others, inverse = distinct(column)
+        pairs, code = distinct(code * len(others) + inverse)
+        rows = np.concatenate([rows[pairs // len(others)], others[pairs % len(others), None]], axis=1)
+    return rows, code
+
+
 class _Join:
     """One element-wise call: what becomes of the values that meet at a position."""
 
@@ -113,8 +124,7 @@ class _Join:
         for d in range(len(out)):
             if all(w.stride(d) == 0 for w in wide):
                 wide = [w.narrow(d, 0, 1) for w in wide]
-        meetings = np.stack([w.reshape(-1).numpy() for w in wide], axis=1)
-        columns, inverse = np.unique(meetings, axis=0, return_inverse=True)
+        columns, inverse = _distinct_rows([w.reshape(-1).numpy() for w in wide])
         results = self._meet_alike(columns)
         if results is None:
             results = np.empty(len(columns), dtype=np.int64)
