@@ -2,7 +2,7 @@
 
     python -m benchmarks.channel_graph_speed --earlier PATH
 
-Each network runs in a process of its own, one thread, random weights. *Trace* is ``ChannelGraph.trace``; *torch-pruning*
+Each network runs in a process of its own, one thread. *Trace* is ``ChannelGraph.trace``; *torch-pruning*
 is ``build_dependency`` with ``get_all_groups``; *forward* is a plain forward pass. Each is called twice, and the faster
 call counts: the first one imports and compiles. Seconds are those of the process (CPU), which other work on the machine
 hardly changes. The earlier version runs once and is stopped at 60 s of CPU time, which then count as 60.
@@ -122,7 +122,7 @@ def _run(what: str, network: tuple[str, str, int], source: Path | None) -> dict[
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT + 30, LIMIT + 30))
 
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, preexec_fn=limit)  # noqa: PLW1509
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, preexec_fn=limit)
     if done.returncode:
         return {"error": "stopped" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Values that carry channel labels: what the exported graph is run on instead of data.
+"""Values that carry channel labels: what a record is run on instead of data.
 
 Every activation becomes an integer tensor of the same shape. Each entry names a *value*, a row of :class:`ValueTable`:
 

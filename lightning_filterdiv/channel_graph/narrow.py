@@ -205,8 +205,8 @@ def narrow(
     bound = frozenset().union(*graph.constrained)
     tied = [s for s in selections if int(s.group.channels[0]) in bound]
     if not tied:
-        result = copy_network(model)
-        cut_in_place(result, graph, selections)
+        result = _copy_and_cut(model, _cuts(selections))
+        _install_maps(result, graph, selections, device_of(result))
         return result
     result, narrower = _narrow_tied(model, graph, tied)
     free = {s.group.name for s in selections} - {s.group.name for s in tied}
@@ -256,8 +256,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
     # Channel of the narrow network -> channel of the original.
     source = {new: places[name][i] if name else i for new, (name, i) in layout.channels.items()}
     _follow_layout(graph, layout.graph, source, cuts)
-    result = copy_network(model)
-    _cut(result, cuts)
+    result = _copy_and_cut(model, cuts)
     layout.graph.rebind(result)
     return result, layout.graph
 
@@ -283,6 +282,20 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         places.update(zip(free, rest, strict=True))
         index = torch.tensor([places[i] for i in range(len(places))])
         cuts.setdefault(tensor, {}).setdefault(dim, Cut()).index = index
+
+
+def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
+    """A copy with narrower tensors; what is cut is not copied first."""
+    tensors = named_tensors(model)
+    narrower: dict[int, Tensor] = {}
+    for name, dims in cuts.items():
+        old = tensors[name]
+        new = _cut_tensor(old, dims)
+        narrower[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    result = copy_network(model, narrower)
+    for module in replace_tensors(result, {id(new): new for new in narrower.values()}):
+        update_attributes(module)
+    return result
 
 
 def _cut(model: nn.Module, cuts: Cuts) -> None:
