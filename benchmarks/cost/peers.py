@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from benchmarks.common.paths import RESULTS
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.channel_graph.export import find_tensors
+from lightning_filterdiv.channel_graph.modules import find_tensors
 from lightning_filterdiv.channel_graph.verify import randomise
 
 RESULT = RESULTS / "peers.json"

@@ -1,9 +1,9 @@
 """Which tensors belong to channel j of a layer, and who consumes it: traced, exact, fail-closed."""
 
-from .capture import CapturedInputs, capture_inputs
-from .classes import ChannelGroup, TensorRows
+from .answers import ChannelGroup, ConsumerColumns, Operation, TensorRows
 from .errors import ChannelGraphError, ExampleInputsError, NarrowingError, StaleGraphError, TraceError
-from .graph import ChannelGraph, ConsumerColumns, Operation
+from .graph import ChannelGraph
+from .inputs import CapturedInputs, capture_inputs
 
 __all__ = [
     "CapturedInputs",

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .graph import ChannelGraph
+from .answers import ChannelAnswers, layer_of
 
 __all__ = ["describe"]
 
 
-def describe(graph: ChannelGraph) -> str:
+def describe(graph: ChannelAnswers) -> str:
     """One line per group (size, coupled layers, members, consumers), then one per pinned layer with its reason."""
     rows = [("group", "channels", "layers", "also narrowed", "read by")]
     for group in graph.groups:
         others = dict.fromkeys(
-            p.tensor.rpartition(".")[0]
-            for p in group.parts
-            if p.kind == "member" and p.tensor.rpartition(".")[0] not in group.layers
+            layer_of(p.tensor) for p in group.parts if p.kind == "member" and layer_of(p.tensor) not in group.layers
         )
-        readers = dict.fromkeys(p.tensor.rpartition(".")[0] for p in group.parts if p.kind == "consumer")
+        readers = dict.fromkeys(layer_of(p.tensor) for p in group.parts if p.kind == "consumer")
         rows.append((group.name, str(group.size), _some(group.layers), _some(others), _some(readers)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -14,7 +14,7 @@ class ExampleInputsError(ChannelGraphError):
 
 
 class TraceError(ChannelGraphError):
-    """The network cannot be exported, for instance because its control flow depends on values of tensors."""
+    """The network cannot be recorded, for instance because forward reads values where there are none."""
 
 
 class StaleGraphError(ChannelGraphError):

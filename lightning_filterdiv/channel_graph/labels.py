@@ -1,4 +1,4 @@
-"""Values that carry channel labels: what the exported graph is run on instead of data.
+"""Values that carry channel labels: what a record is run on instead of data.
 
 Every activation becomes an integer tensor of the same shape. Each entry names a *value*, a row of :class:`ValueTable`:
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Ints", "LabelTensor", "ValueTable", "compress", "core", "mix", "stable_hash"]
+__all__ = ["Ints", "LabelTensor", "ValueTable", "compress", "core", "distinct", "mix", "stable_hash"]
 
 Ints = npt.NDArray[np.int64]
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -44,6 +44,21 @@ def mix(*parts: Ints | int) -> Ints:
             state = (state ^ np.asarray(part, dtype=np.int64).view(np.uint64)) * _MULTIPLIER
             state = state ^ (state >> np.uint64(29))
     return np.asarray(state).view(np.int64)
+
+
+def distinct(labels: Ints) -> tuple[Ints, Ints]:
+    """Sorted distinct entries of ``labels``, and the position of each entry among them; without sorting if it can."""
+    flat = labels.reshape(-1)
+    if not len(flat):
+        return flat, flat
+    low, high = int(flat.min()), int(flat.max())
+    if len(flat) < 256 or high - low > 4 * len(flat):
+        values, inverse = np.unique(flat, return_inverse=True)
+        return values, inverse.reshape(-1)
+    met = np.zeros(high - low + 1, dtype=bool)
+    met[flat - low] = True
+    position = np.cumsum(met) - 1
+    return np.flatnonzero(met) + low, position[flat - low]
 
 
 def core(labels: Tensor) -> Tensor:
@@ -89,7 +104,7 @@ class ValueTable:
             name: np.zeros(1024, dtype=np.int64) for name in ("owner", "trail", "slot", "origin", "leak", "zero")
         }
         self._columns["owner"][0] = self._columns["origin"][0] = -1
-        self._parent: list[int] = []
+        self._parent = np.zeros(0, dtype=np.int64)
         self.pins: dict[int, str] = {}  # owner -> reason, the first one found
         self.fixed_reasons: list[str] = []  # reason of value -1-k
         self.leak_reasons: list[str] = [""]  # leak 0: the value is zero once its filter is silenced
@@ -170,32 +185,43 @@ class ValueTable:
     def new_owners(self, count: int) -> Ints:
         """``count`` new owners, each a class of its own."""
         start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        return np.arange(start, start + count, dtype=np.int64)
+        new = np.arange(start, start + count, dtype=np.int64)
+        self._parent = np.concatenate([self._parent, new])
+        return new
+
+    @property
+    def owner_count(self) -> int:
+        """Number of owners."""
+        return len(self._parent)
 
     def root(self, owner: int) -> int:
         """Representative of the class of ``owner``."""
-        parent = self._parent
-        while parent[owner] != owner:
-            parent[owner] = parent[parent[owner]]
-            owner = parent[owner]
-        return owner
+        return int(self.roots(np.asarray([owner]))[0])
 
     def roots(self, owners: Ints) -> Ints:
         """Representatives of the classes of ``owners``."""
-        unique, inverse = np.unique(owners, return_inverse=True)
-        found = np.fromiter((self.root(int(o)) for o in unique), dtype=np.int64, count=len(unique))
-        return found[inverse].reshape(owners.shape)
+        found = self._parent[owners]
+        while True:
+            above = self._parent[found]
+            if np.array_equal(above, found):
+                break
+            found = above
+        self._parent[owners] = found
+        return found
 
-    def unite(self, first: int, second: int) -> None:
-        """Make the classes of two owners one channel."""
-        a, b = self.root(first), self.root(second)
-        if a != b:
-            self._parent[max(a, b)] = min(a, b)
+    def unite(self, first: Ints | int, second: Ints | int) -> None:
+        """Make the classes of owners one channel, pair by pair."""
+        firsts, seconds = np.atleast_1d(first), np.atleast_1d(second)
+        while True:
+            a, b = self.roots(firsts), self.roots(seconds)
+            apart = a != b
+            if not apart.any():
+                return
+            np.minimum.at(self._parent, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
 
     def pin(self, labels: Tensor | Ints, reason: str, *, expose: bool = True) -> None:
         """Pin the owners of the positive ``labels``; with ``expose`` they also cannot be silenced, for that reason."""
-        values = np.unique(core(labels).numpy() if isinstance(labels, Tensor) else labels)
+        values, _ = distinct(core(labels).numpy() if isinstance(labels, Tensor) else labels)
         values = values[values > 0]
         for owner in np.unique(self.owner[values]).tolist():
             self.pins.setdefault(owner, reason)
@@ -225,7 +251,7 @@ class ValueTable:
         if key is None:
             return labels
         small = core(labels)
-        values, inverse = np.unique(small.numpy(), return_inverse=True)
+        values, inverse = distinct(small.numpy())
         renamed = values.copy()
         renamed[values > 0] = self.advance(values[values > 0], key, shift=shift)
         renamed = np.asarray(renamed[inverse]).reshape(tuple(small.shape))

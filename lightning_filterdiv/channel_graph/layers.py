@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from .labels import Ints, LabelTensor
-from .propagate import Event, Propagation, Rule, Value, arguments, operator_name
+from .answers import layer_of
+from .labels import Ints, LabelTensor, core, mix
+from .propagate import Event, Propagation, Rule, Value, unknown
+from .record import Node, arguments
 
 __all__ = ["RULES"]
 
@@ -28,11 +29,59 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 
 
 def _computed_weight(state: Propagation, node: Node) -> Value:
-    for leaf in node.all_input_nodes:
+    """A kernel that is not made filter by filter, or of a layer that reads channels in groups: pinned on both sides."""
+    state.computed_layers.setdefault(node.module, f"its weight is computed by {_computes(state, node)}, not by filters")
+    for leaf in node.inputs:
         reason = f"input of {state.where(node)}, whose weight is computed in forward"
         state.pin(leaf, reason, expose=False)
         state.expose_leaks(leaf)
     return state.fixed(node)
+
+
+def _computes(state: Propagation, node: Node) -> str:
+    """Words for what makes the weight of a call: the last operator that computes it."""
+    weight = arguments(node).get("weight") or arguments(node).get("mat2")
+    while isinstance(weight, Node) and state.is_move(weight):
+        weight = weight.inputs[0]
+    if isinstance(weight, Node) and weight.op == "item":
+        weight = weight.args[0]
+    return state.where(weight) if isinstance(weight, Node) and weight.op == "call" else "forward"
+
+
+def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str | None, dim: int) -> Ints | None:
+    """Values of the filters of a kernel that forward computes of its weight, one filter of the other.
+
+    Weight norm, masks and standardised weights keep filters apart, so that they may go. They do not add up: input
+    columns are pinned. None if filters are mixed.
+    """
+    table, weight = state.table, arguments(node)["weight"]
+    value = state.labels_of(weight)
+    if value is None or not value.is_parameter:
+        return None
+    small = core(value.labels)
+    if any(n > 1 for d, n in enumerate(small.shape) if d != dim):
+        return None
+    rows = small.reshape(-1).expand(value.shape[dim]).numpy()
+    if (rows <= 0).any() or len(np.unique(table.roots(table.owner[rows]))) < len(rows):
+        return None
+    names = [name for name in state.tensors_behind(weight) if name in state.row_owners]
+    if not names:
+        return None
+    state.channels(labels, -(value.labels.ndim - 1), node)
+    reason = f"input of {state.where(node)}, whose weight is computed by {_computes(state, node)}: columns do not add"
+    state.pin(LabelTensor(labels), reason, expose=False)
+    table.expose_leaks(core(labels).numpy())
+    result = table.add(owner=table.owner[rows], trail=mix(table.trail[rows], state.key(node) or 0))
+    main = max(names, key=lambda name: (state.size_of(name), name))
+    for name in names:
+        index = np.arange(len(rows), dtype=np.int64)
+        state.record(Event("filter" if name == main else "member", name, state.row_dims[name], index, result))
+    if bias is not None:
+        state.record(Event("filter", bias, 0, np.arange(len(rows), dtype=np.int64), result))
+    state.computed.update(names)
+    for owner in table.owner[rows].tolist():
+        table.exposed.setdefault(owner, f"forward computes the kernel of {layer_of(main)} from its weight")
+    return result
 
 
 def _filters(
@@ -60,6 +109,7 @@ def _members(
     tensors: dict[str, bool],
     *,
     repeat: int = 1,
+    entries: Ints | None = None,
     silenced: bool = True,
     offset: bool = False,
 ) -> Ints:
@@ -69,6 +119,7 @@ def _members(
         vector: (C,) values read.
         tensors: name -> whether it is set to zero to silence a channel.
         repeat: outputs per channel (depthwise convolution with a multiplier).
+        entries: (C,) entry of the tensors that acts on each channel, by default its number.
         silenced: the output is zero once those tensors are, whatever came in.
         offset: the operator does not map zero to zero.
     """
@@ -79,15 +130,15 @@ def _members(
     result = vector.copy()
     owned = np.flatnonzero(vector > 0)
     old = vector[owned]
-    # A value met by several entries (a repeated channel) becomes as many different values.
-    order = np.argsort(old, kind="stable")
-    rank = np.empty(len(old), dtype=np.int64)
-    starts = np.r_[0, np.flatnonzero(np.diff(old[order])) + 1] if len(old) else np.zeros(0, np.int64)
-    rank[order] = np.arange(len(old)) - np.repeat(starts, np.diff(np.r_[starts, len(old)]))
-    result[owned] = table.advance(old, key, rank=rank)
+    rows = np.arange(len(vector), dtype=np.int64) if entries is None else entries
+    # A value met by several entries (a repeated channel) becomes as many different values; met by one, it stays one.
+    pairs, inverse = np.unique(np.stack([old, rows[owned]], axis=1), axis=0, return_inverse=True)
+    starts = np.flatnonzero(np.r_[True, np.diff(pairs[:, 0]) != 0])[: len(pairs)]
+    rank = np.arange(len(pairs)) - np.repeat(starts, np.diff(np.r_[starts, len(pairs)]))
+    new = table.advance(pairs[:, 0], key, rank=rank)
+    result[owned] = new[inverse.reshape(-1)]
     if silenced:
-        table.leak[result[owned]] = 0
-    rows = np.arange(len(vector), dtype=np.int64)
+        table.leak[new] = 0
     for name, silence in tensors.items():
         state.record(Event("member", name, 0, rows, result, silence=silence))
     return result
@@ -97,24 +148,28 @@ def convolution(state: Propagation, node: Node) -> Value:
     """Dense: reads every channel, emits new ones. Depthwise: a per-channel operator. Grouped: pinned on both sides."""
     call = arguments(node)
     labels, weight = _input(state, node, call["input"]), state.parameter_name(call["weight"])
-    if labels is None or weight is None:
-        return _computed_weight(state, node)
     bias_node = call.get("bias")
     bias = state.parameter_name(bias_node)
-    if bias_node is not None and bias is None:
+    if labels is None or (bias_node is not None and bias is None):
         return _computed_weight(state, node)
+    if weight is None:
+        dim = 1 if call["transposed"] else 0
+        computed = _computed_filters(state, node, labels, bias, dim) if call["groups"] == 1 else None
+        if computed is None:
+            return _computed_weight(state, node)
+        return _place(computed, -(len(call["weight"].value.shape) - 1), node.value.shape)
     state.use_as_weight(weight, bias)
-    shape = call["weight"].meta["val"].shape
-    out = node.meta["val"].shape
+    shape = call["weight"].value.shape
+    out = node.value.shape
     groups = call["groups"]
-    transposed = "transpose" in operator_name(node) or bool(call.get("transposed", False))
+    transposed = bool(call["transposed"])
     channel_dim = -(len(shape) - 1)
     vector = state.channels(labels, channel_dim, node)
     count = out[channel_dim]
     if groups > 1 and groups == len(vector):
         tensors = {weight: True} | ({bias: True} if bias else {})
         if (vector < 0).any():
-            state.unowned[weight.rpartition(".")[0]] = state.table.fixed_reasons[-1 - int(vector.min())]
+            state.unowned[layer_of(weight)] = state.table.fixed_reasons[-1 - int(vector.min())]
         members = _members(state, node, vector, tensors, repeat=count // groups, offset=bias is not None)
         return _place(members, channel_dim, out)
     state.table.expose_leaks(vector)
@@ -123,7 +178,7 @@ def convolution(state: Propagation, node: Node) -> Value:
         columns = np.arange(len(vector), dtype=np.int64)
         state.record(Event("consumer", weight, 0 if transposed else 1, columns, vector))
     else:
-        layer = weight.rpartition(".")[0]
+        layer = layer_of(weight)
         state.table.pin(vector, f"input of {layer}, a grouped convolution (groups={groups})", expose=False)
         pinned = f"a grouped convolution (groups={groups}) that is not depthwise"
         if not transposed:
@@ -141,34 +196,46 @@ def convolution(state: Propagation, node: Node) -> Value:
     return _place(values, channel_dim, out)
 
 
-def linear(state: Propagation, node: Node) -> Value:
-    """Reads and writes the last dimension."""
+def matrix_product(state: Propagation, node: Node) -> Value:
+    """mm and addmm by the transpose of a weight: a linear layer, which reads and writes the last dimension."""
     call = arguments(node)
-    labels, weight = _input(state, node, call["input"]), state.parameter_name(call["weight"])
-    bias = state.parameter_name(call["bias"])
-    if labels is None or weight is None or (call["bias"] is not None and bias is None):
+    inputs, factor, bias_node = call.get("mat1", call["self"]), call["mat2"], call["self"] if "mat1" in call else None
+    labels, weight, bias = _input(state, node, inputs), state.matrix(factor), None
+    if weight is None and state.root_parameter(factor) is None and not _is_parameter(state, factor):
+        return unknown(state, node)
+    if bias_node is not None:
+        known = state.vector(bias_node)
+        bias = known[0] if known is not None and known[1].tolist() == list(range(node.value.shape[-1])) else None
+    if labels is None or weight is None or (bias_node is not None and bias is None):
         return _computed_weight(state, node)
     state.use_as_weight(weight, bias)
     vector = state.channels(labels, -1, node)
     state.table.expose_leaks(vector)
     state.record(Event("consumer", weight, 1, np.arange(len(vector), dtype=np.int64), vector))
-    out = node.meta["val"].shape
+    out = node.value.shape
     return _place(_filters(state, node, weight, bias, 0, out[-1]), -1, out)
 
 
+def _is_parameter(state: Propagation, node: Node) -> bool:
+    value = state.values.get(node)
+    return isinstance(value, LabelTensor) and value.is_parameter
+
+
 def normalisation(state: Propagation, node: Node) -> Value:
-    """Batch and instance norm: per channel (dim 1)."""
+    """Batch norm: per channel (dim 1). Also what instance norm is made of: every channel once per item of the batch."""
     call = arguments(node)
     labels = _input(state, node, call["input"])
-    named: dict[str, str] = {}
+    named: dict[str, tuple[str, Ints]] = {}
     for argument in ("weight", "bias", "running_mean", "running_var"):
         if call.get(argument) is not None:
-            name = state.parameter_name(call[argument])
-            if name is None:
-                return _computed_weight(state, node)
-            named[argument] = name
+            known = state.vector(call[argument])
+            if known is None or (labels is not None and _is_parameter(state, call["input"])):
+                return _norm_of_parameters(state, node, call)
+            named[argument] = known
     if labels is None:
         return state.fixed(node)
+    if _is_parameter(state, call["input"]):
+        return _norm_of_parameters(state, node, call)
     vector = state.channels(labels, 1, node)
     affine = "weight" in named
     zeroed = {"weight", "bias"} if affine else {"bias", "running_mean"}
@@ -176,39 +243,73 @@ def normalisation(state: Propagation, node: Node) -> Value:
         state,
         node,
         vector,
-        {name: argument in zeroed for argument, name in named.items()},
+        {name: argument in zeroed for argument, (name, _) in named.items()},
+        entries=next(iter(named.values()))[1] if named else None,
         silenced=affine,
         offset=True,
     )
-    value = node.meta["val"]
-    if isinstance(value, Tensor):
-        return _place(members, 1, value.shape)
+    if isinstance(node.value, Tensor):
+        return _place(members, 1, node.value.shape)
     # Further outputs are saved or updated statistics of the same channels: nothing in forward reads them.
     rest = state.fixed(node)
     assert isinstance(rest, list)
-    return [_place(members, 1, value[0].shape), *rest[1:]]
+    return [_place(members, 1, node.value[0].shape), *rest[1:]]
+
+
+def _norm_of_parameters(state: Propagation, node: Node, call: dict[str, Any]) -> Value:
+    """A weight that is standardised filter by filter, with a gain that may be computed."""
+    value = state.labels_of(call["input"])
+    if value is None or not value.is_parameter:
+        return _computed_weight(state, node)
+    table, vector = state.table, state.channels(value.labels, 1, node)
+    for argument in ("weight", "bias"):
+        if call.get(argument) is not None:
+            scale = state.labels_of(call[argument])
+            entries = None if scale is None else scale.labels.reshape(-1).numpy()
+            if entries is None or (entries <= 0).any() or (vector <= 0).any():
+                return _computed_weight(state, node)
+            table.unite(table.owner[vector], table.owner[entries])
+    members = table.advance(vector, state.key(node) or 0)
+    rest = state.fixed(node)
+    assert isinstance(rest, list)
+    first = _place(members, 1, node.value[0].shape)
+    return [LabelTensor(first.labels, is_parameter=True), *rest[1:]]
+
+
+def weight_norm(state: Propagation, node: Node) -> Value:
+    """Direction and length of every filter: the weight has one filter of each."""
+    call = arguments(node)
+    direction, length, dim = state.labels_of(call["v"]), state.labels_of(call["g"]), call["dim"]
+    if direction is None or length is None or not (direction.is_parameter and length.is_parameter):
+        return unknown(state, node)
+    parts = [core(value.labels) for value in (direction, length)]
+    if any(n > 1 for part in parts for d, n in enumerate(part.shape) if d != dim % part.ndim):
+        return unknown(state, node)
+    rows, lengths = (part.reshape(-1).numpy() for part in parts)
+    state.table.unite(*np.broadcast_arrays(state.table.owner[rows], state.table.owner[lengths]))
+    labels = state.table.derive(direction.labels, state.key(node))
+    rest = state.fixed(node)
+    assert isinstance(rest, list)
+    return [LabelTensor(labels, is_parameter=True), *rest[1:]]
 
 
 def prelu(state: Propagation, node: Node) -> Value:
     """One slope per channel (dim 1); a single shared slope is element-wise."""
     call: dict[str, Any] = arguments(node)
-    labels = _input(state, node, call["self"])
-    weight = state.parameter_name(call["weight"])
-    if labels is None or weight is None:
+    labels, known = _input(state, node, call["self"]), state.vector(call["weight"])
+    if labels is None or known is None:
         return _computed_weight(state, node)
-    if call["weight"].meta["val"].numel() == 1:
+    name, entries = known
+    if len(entries) == 1:
         return LabelTensor(state.table.derive(labels, state.key(node)))
     vector = state.channels(labels, 1 if labels.ndim > 1 else 0, node)
-    members = _members(state, node, vector, {weight: True}, silenced=False)
-    return _place(members, 1, node.meta["val"].shape)
+    members = _members(state, node, vector, {name: True}, entries=entries, silenced=False)
+    return _place(members, 1, node.value.shape)
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
-        convolution,
-    ),
-    "linear": linear,
+    "convolution": convolution,
+    **dict.fromkeys(("mm", "addmm"), matrix_product),
     **dict.fromkeys(
         (
             "_native_batch_norm_legit_no_training",
@@ -218,11 +319,11 @@ RULES: dict[str, Rule] = {
             "_batch_norm_with_update",
             "_batch_norm_with_update_functional",
             "native_batch_norm",
-            "batch_norm",
             "cudnn_batch_norm",
-            "instance_norm",
+            "miopen_batch_norm",
         ),
         normalisation,
     ),
-    "prelu": prelu,
+    "_weight_norm_interface": weight_norm,
+    "_prelu_kernel": prelu,
 }

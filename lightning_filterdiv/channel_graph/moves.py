@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
-from torch.fx.node import map_arg
 
-from .labels import LabelTensor, compress, core, mix
-from .propagate import Move, Propagation, Rule, Value, arguments, fixed_labels, moved, nullified, operator_name
+from .labels import LabelTensor, compress, core, distinct, mix
+from .propagate import Move, Propagation, Rule, Value, fixed_labels, moved, nullified
+from .record import Node, arguments, map_nodes, operator_name
 
 __all__ = ["RULES"]
 
@@ -21,31 +20,42 @@ __all__ = ["RULES"]
 def identity(state: Propagation, node: Node) -> Value:
     """Copies, casts and dropout: every entry stays what it is."""
     value = state.labels_of(node.args[0]) if isinstance(node.args[0], Node) else None
-    if isinstance(node.meta.get("val"), (list, tuple)):
+    if isinstance(node.value, (list, tuple)):
         return [value, None]
     return value
 
 
 def _movement(state: Propagation, node: Node) -> Value:
     """Apply the operator to the labels."""
-    moving = [leaf for leaf in node.all_input_nodes if leaf.name not in state.constants]
+    call = arguments(node)
+    known = [leaf for leaf in _leaves([call.get("index"), call.get("indices")]) if _is_index(leaf)]
+    moving = [leaf for leaf in node.inputs if leaf not in known]
     operands = [leaf for leaf in moving if state.labels_of(leaf) is not None]
     if len(operands) != len(moving) or any(_value(state, n).uniform for n in operands):
         return _index_by_values(state, node)
-    labelled = map_arg(
-        (node.args, node.kwargs),
-        lambda n: state.constants[n.name] if n.name in state.constants else _labels(state, n),
-    )
-    result = node.target(*labelled[0], **labelled[1])  # type: ignore[operator]
+    args, kwargs = map_nodes((node.args, node.kwargs), lambda n: n.constant if n in known else _labels(state, n))
+    result = node.target(*args, **kwargs)
     parameters = all(_value(state, n).is_parameter for n in operands)
     if isinstance(result, Tensor):
         return LabelTensor(moved(state, node, result).labels, is_parameter=parameters)
     return [moved(state, node, part, i) for i, part in enumerate(result)]
 
 
+def _leaves(value: Any) -> list[Node]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value] if isinstance(value, Node) else []
+
+
+def _is_index(node: Node) -> bool:
+    """Whether a node is a tensor of integers that forward knows beforehand."""
+    known = node.constant
+    return isinstance(known, Tensor) and not known.is_floating_point() and known.ndim > 0
+
+
 def _index_by_values(state: Propagation, node: Node) -> Value:
     """Indexing by a tensor that is a buffer of a channel map or computed in forward."""
-    for leaf in node.all_input_nodes:
+    for leaf in node.inputs:
         state.pin(leaf, f"input of {state.where(node)}, which is indexed by a computed tensor")
     return state.fixed(node)
 
@@ -67,10 +77,18 @@ def _varying(labels: Tensor) -> set[int]:
 
 
 def _note_move(state: Propagation, node: Node, *labels: Tensor, natural: bool = False) -> None:
-    values = np.unique(np.concatenate([core(part).numpy().reshape(-1) for part in labels]))
+    values, _ = distinct(np.concatenate([core(part).numpy().reshape(-1) for part in labels]))
     owners = np.unique(state.table.owner[values[values > 0]])
     if len(owners):
-        (state.reshapes if natural else state.moves).append(Move(operator_name(node), state.module_of(node)[0], owners))
+        (state.reshapes if natural else state.moves).append(Move(operator_name(node), node.module, owners))
+
+
+def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) -> None:
+    """Remember a movement that lays channels out along more dimensions than before."""
+    if len(_varying(after)) > len(_varying(before)):
+        values, _ = distinct(core(after).numpy())
+        for owner in np.unique(state.table.owner[values[values > 0]]).tolist():
+            state.spread[owner] = state.where(node)
 
 
 def along_dim(state: Propagation, node: Node) -> Value:
@@ -81,8 +99,8 @@ def along_dim(state: Propagation, node: Node) -> Value:
         return _index_by_values(state, node)
     dims = call.get("dim", call.get("dims", 0))
     dims = [dims] if isinstance(dims, int) else (dims or range(labels.ndim))
-    if operator_name(node) == "slice" and tuple(node.meta["val"].shape) == tuple(labels.shape):
-        return _value(state, node.args[0])  # type: ignore[arg-type]
+    if operator_name(node, raw=True) == "slice" and tuple(node.value.shape) == tuple(labels.shape):
+        return _value(state, node.args[0])
     if {d % labels.ndim for d in dims} & _varying(labels):
         _note_move(state, node, labels)
     return _movement(state, node)
@@ -95,17 +113,17 @@ def keeps_order(state: Propagation, node: Node) -> Value:
 
 def overwrite(state: Propagation, node: Node) -> Value:
     """copy: what is written, in the shape of what it is written over."""
-    source = _value(state, node.args[1])  # type: ignore[arg-type]
-    return moved(state, node, source.labels.expand(node.meta["val"].shape))
+    source = _value(state, node.args[1])
+    return moved(state, node, source.labels.expand(node.value.shape))
 
 
 def index(state: Propagation, node: Node) -> Value:
     """Indexing by integer buffers; by anything else it depends on values."""
     call = arguments(node)
     indexed = [d for d, i in enumerate(call["indices"]) if i is not None]
-    if len(indexed) != 1 or call["indices"][indexed[0]].name not in state.constants:
+    if len(indexed) != 1 or not _is_index(call["indices"][indexed[0]]):
         return _index_by_values(state, node)
-    labels = _labels(state, node.args[0])  # type: ignore[arg-type]
+    labels = _labels(state, node.args[0])
     if indexed[0] in _varying(labels):
         _note_move(state, node, labels)
     return _movement(state, node)
@@ -113,10 +131,13 @@ def index(state: Propagation, node: Node) -> Value:
 
 def regroup(state: Propagation, node: Node) -> Value:
     """Shuffles with a fixed number of groups."""
-    labels = _labels(state, node.args[0])  # type: ignore[arg-type]
+    labels = _labels(state, node.args[0])
     if _varying(labels):
         _note_move(state, node, labels)
-    return _movement(state, node)
+    result = _movement(state, node)
+    if isinstance(result, LabelTensor):
+        _note_spread(state, node, labels, result.labels)
+    return result
 
 
 def concatenate(state: Propagation, node: Node) -> Value:
@@ -125,7 +146,7 @@ def concatenate(state: Propagation, node: Node) -> Value:
     operands = [_value(state, n) for n in call["tensors"]]
     key = state.key(node)
     parts = [state.table.derive(v.labels, None if key is None else int(mix(key, i))) for i, v in enumerate(operands)]
-    if operator_name(node) == "stack":
+    if operator_name(node, raw=True) == "stack":
         return LabelTensor(compress(torch.stack(parts, call["dim"])))
     parts = [p for p in parts if p.ndim > 1 or p.numel()]  # legacy: empty 1-D operands are ignored
     dim = call["dim"] % parts[0].ndim
@@ -134,16 +155,12 @@ def concatenate(state: Propagation, node: Node) -> Value:
 
 def reshape(state: Propagation, node: Node) -> Value:
     """view, reshape, flatten: row-major order is kept."""
-    value = _value(state, node.args[0])  # type: ignore[arg-type]
-    labels, shape = value.labels, node.meta["val"].shape
+    value = _value(state, node.args[0])
+    labels, shape = value.labels, node.value.shape
     _note_move(state, node, labels, natural=_reshape_is_natural(labels, shape))
-    source, target = labels, tuple(shape)
-    # Trailing dimensions that the reshape leaves alone stay expanded.
-    while source.ndim > 1 and len(target) > 1 and source.shape[-1] == target[-1] and source.stride(-1) == 0:
-        source, target = source[..., 0], target[:-1]
-    result = compress(source.reshape(target))
-    result = result.reshape(*target, *[1] * (len(shape) - len(target))).expand(shape)
+    result = _reshaped(labels, tuple(shape))
     result = state.table.derive(result, state.key(node))
+    _note_spread(state, node, labels, result)
     small = core(result)
     if small.numel() > core(labels).numel():
         result = _number_slots(state, small).expand(shape)
@@ -170,34 +187,58 @@ def _number_slots(state: Propagation, small: Tensor) -> Tensor:
     return torch.from_numpy(result).reshape(small.shape)
 
 
-def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the reshape means the same for any number of channels: it splits or merges no varying dimension."""
-    varying = _varying(labels)
-    source = [(n, d in varying) for d, n in enumerate(labels.shape) if n != 1]
-    target = [n for n in shape if n != 1]
+def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Dimensions of the two shapes that a reshape turns into one another, in order."""
+    parts: list[tuple[slice, slice]] = []
     i = j = 0
-    while i < len(source) and j < len(target):
-        left, right, channels, parts = source[i][0], target[j], int(source[i][1]), 1
+    while i < len(source) or j < len(target):
+        a, b = i, j
+        left = source[i] if i < len(source) else 1
+        right = target[j] if j < len(target) else 1
+        i, j = min(i + 1, len(source)), min(j + 1, len(target))
         while left != right:
             if left < right:
-                i += 1
-                left, channels = left * source[i][0], channels + int(source[i][1])
+                left, i = left * source[i], i + 1
             else:
-                j += 1
-                right, parts = right * target[j], parts + 1
+                right, j = right * target[j], j + 1
+        parts.append((slice(a, i), slice(b, j)))
+    return parts
+
+
+def _reshaped(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``labels.reshape(shape)``; what is expanded stays so."""
+    if not labels.numel():
+        return labels.reshape(shape)
+    small = core(labels)
+    kept_source: list[int] = []
+    kept_target: list[int] = []
+    for here, there in _segments(labels.shape, shape):
+        constant = all(n == 1 for n in small.shape[here])
+        kept_source += [1] * (here.stop - here.start) if constant else labels.shape[here]
+        kept_target += [1] * (there.stop - there.start) if constant else shape[there]
+    return compress(small.expand(kept_source).reshape(kept_target)).expand(shape)
+
+
+def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the reshape means the same for any number of channels: it splits or merges no varying dimension."""
+    if not labels.numel():
+        return True
+    varying = _varying(labels)
+    for here, there in _segments(labels.shape, shape):
+        channels = sum(d in varying for d in range(here.start, here.stop))
+        parts = sum(n != 1 for n in shape[there])
         if channels > 1 or (channels and parts > 1):
             return False
-        i, j = i + 1, j + 1
     return True
 
 
 def pad(state: Propagation, node: Node) -> Value:
     """Along space every channel is padded alike; along channels the padding takes places of its own."""
     call = arguments(node)
-    value = _value(state, node.args[0])  # type: ignore[arg-type]
-    result, shape = value.labels, node.meta["val"].shape
+    value = _value(state, node.args[0])
+    result, shape = value.labels, node.value.shape
     widths: list[int] = list(call.get("pad") or call.get("padding") or [])
-    constant = operator_name(node) == "constant_pad_nd" or call.get("mode") == "constant"
+    constant = operator_name(node, raw=True) == "constant_pad_nd" or call.get("mode") == "constant"
     fill = call.get("value") or 0
     varying, filled = _varying(result), False
     for k in range(0, len(widths), 2):
@@ -248,29 +289,35 @@ def _zero_preserving(name: str) -> bool:
 
 def over_space(state: Propagation, node: Node) -> Value:
     """Pooling and resizing: the last k dimensions of each channel, alike for every channel."""
-    labels = _value(state, node.args[0]).labels  # type: ignore[arg-type]
-    rank = int(re.findall(r"(\d)d", operator_name(node))[0])
+    labels = _value(state, node.args[0]).labels
+    rank = int(re.findall(r"(\d)d", operator_name(node, raw=True))[0])
     small = state.collapse(labels, range(labels.ndim - rank, labels.ndim), node, silent=False)
     small = state.table.derive(small, state.key(node))
-    value = node.meta["val"]
+    value = node.value
     if isinstance(value, Tensor):
         return LabelTensor(small.expand(value.shape))
     return [LabelTensor(small.expand(part.shape)) for part in value]
 
 
+def _axis(dims: Sequence[int], labels: Tensor) -> str:
+    """Words for the dimensions that an operator mixes: channels where they lie along one dimension, else its number."""
+    if _varying(labels) == set(dims):
+        return "channels"
+    return f"dimension {dims[0]}" if len(dims) == 1 else f"dimensions {', '.join(map(str, dims))}"
+
+
 def reduction(state: Propagation, node: Node) -> Value:
     """Means, sums, maxima and softmax over dimensions along which the channel does not change."""
     call = arguments(node)
-    labels = _value(state, node.args[0]).labels  # type: ignore[arg-type]
+    labels = _value(state, node.args[0]).labels
     dims: Any = call.get("dim")
     chosen = [dims] if isinstance(dims, int) else (list(dims) if dims else list(range(labels.ndim)))
     chosen = [d % labels.ndim for d in chosen]
     mixed = sorted(set(chosen) & _varying(labels))
     if mixed:
-        why = f"input of {state.where(node)} over channels, which mixes channels"
-        state.pin(node.args[0], why)
+        state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
         return state.fixed(node)
-    name = operator_name(node)
+    name = operator_name(node, raw=True)
     small = labels
     for d in chosen:
         small = small.narrow(d, 0, 1)
@@ -284,13 +331,13 @@ def reduction(state: Propagation, node: Node) -> Value:
             small.permute(*kept, *chosen).reshape([labels.shape[d] for d in kept]) if kept else small.reshape(())
         )
 
-    value = node.meta["val"]
+    value = node.value
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
 
 
 def creation(state: Propagation, node: Node) -> Value:
     """Tensors made in forward: zeros take places like padding, other constants are the same for every channel."""
-    name, value = operator_name(node), node.meta["val"]
+    name, value = operator_name(node, raw=True), node.value
     call = arguments(node)
     fill = 0 if "zeros" in name else 1 if "ones" in name else call.get("fill_value")
     like = state.labels_of(node.args[0]) if name.endswith("_like") and isinstance(node.args[0], Node) else None
@@ -306,10 +353,9 @@ def creation(state: Propagation, node: Node) -> Value:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "dropout", "native_dropout"),
+        ("clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "_to_copy", "to", "native_dropout"),
         identity,
     ),
-    **dict.fromkeys(("feature_dropout", "alpha_dropout", "feature_alpha_dropout", "_assert_tensor_metadata"), identity),
     **dict.fromkeys(
         ("slice", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "roll", "narrow"), along_dim
     ),
@@ -321,7 +367,7 @@ RULES: dict[str, Rule] = {
     "index": index,
     "copy": overwrite,
     **dict.fromkeys(("cat", "stack"), concatenate),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten"), reshape),
+    **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape", "flatten", "unflatten"), reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
     **dict.fromkeys((f"{mode}_pad{rank}d" for mode in ("reflection", "replication") for rank in (1, 2, 3)), pad),
     **dict.fromkeys(

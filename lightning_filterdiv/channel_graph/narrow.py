@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..filters import canonical_name
+from ..filters import named_modules, named_tensors
+from .answers import ChannelAnswers, ChannelGroup
 from .channel_map import ChannelMap
-from .classes import ChannelGroup
 from .errors import NarrowingError
-from .export import bare_module, without_compilation
-from .graph import ChannelGraph
+from .modules import copy_network, device_of, replace_tensors, update_attributes
+from .widths import layout_for, widths_of
 
-if TYPE_CHECKING:
-    from .widths import Layout
-
-__all__ = ["copy_network", "named_tensors", "narrow", "representatives", "tie", "update_attributes"]
+__all__ = ["Cut", "cut_in_place", "leave_out", "merging", "narrow", "representatives", "tie"]
 
 Clusters = Mapping[str, Tensor]
 
@@ -49,23 +44,37 @@ def representatives(group: ChannelGroup, clusters: Tensor) -> Tensor:
     return first[index]
 
 
-def _checked(graph: ChannelGraph, clusters: Clusters) -> list[tuple[ChannelGroup, Tensor]]:
+def _by_name(graph: ChannelAnswers, wanted: Mapping[str, object]) -> dict[str, ChannelGroup]:
+    """The groups that are named.
+
+    Raises:
+        NarrowingError: a group is unknown; the message says why a layer is pinned.
+    """
     known = {group.name: group for group in graph.groups}
-    unknown = [name for name in clusters if name not in known]
+    unknown = [name for name in wanted if name not in known]
     if unknown:
         reasons = [f"{name!r} ({graph.pinned[name]})" if name in graph.pinned else repr(name) for name in unknown]
         raise NarrowingError(f"no such channel group: {', '.join(reasons)}; the groups are {', '.join(known)}")
-    return [(known[name], representatives(known[name], index)) for name, index in clusters.items()]
+    return {name: known[name] for name in wanted}
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Canonical name -> parameter or buffer, under every name it has."""
-    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {canonical_name(name): tensor for name, tensor in pairs}
+def merging(graph: ChannelAnswers, clusters: Clusters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``keep`` and ``sums`` for :func:`narrow` that merge every cluster into its first member.
+
+    Args:
+        graph: channel graph of the network.
+        clusters: group name -> (size,) cluster index of each channel.
+
+    Raises:
+        NarrowingError: unknown group, or clusters of a wrong shape.
+    """
+    groups = _by_name(graph, clusters)
+    sums = {name: representatives(groups[name], index) for name, index in clusters.items()}
+    return {name: first.unique() for name, first in sums.items()}, sums
 
 
 @torch.no_grad()
-def tie(model: nn.Module, graph: ChannelGraph, clusters: Clusters) -> None:
+def tie(model: nn.Module, graph: ChannelAnswers, clusters: Clusters) -> None:
     """Set every filter and per-channel entry to the mean of its cluster, in place.
 
     Args:
@@ -74,55 +83,190 @@ def tie(model: nn.Module, graph: ChannelGraph, clusters: Clusters) -> None:
         clusters: group name -> (size,) cluster index of each channel.
     """
     tensors = named_tensors(model)
-    for group, first in _checked(graph, clusters):
+    for name, group in _by_name(graph, clusters).items():
+        first = representatives(group, clusters[name])
         counts = torch.zeros(group.size).index_add_(0, first, torch.ones(group.size))
         for part in group.parts:
             if part.kind == "consumer":
                 continue
             tensor = tensors[part.tensor]
+            index = first.to(tensor.device)
             for rows in part.rows.T.to(tensor.device):
                 values = tensor.index_select(part.dim, rows).movedim(part.dim, 0)
                 wide = values.double() if values.device.type == "cpu" else values.float()
-                total = torch.zeros_like(wide).index_add_(0, first.to(tensor.device), wide)
-                index = first.to(tensor.device)
+                total = torch.zeros_like(wide).index_add_(0, index, wide)
                 divisor = counts.to(tensor.device)[index].reshape(-1, *[1] * (wide.ndim - 1))
                 mean = (total[index] / divisor).to(tensor.dtype).movedim(0, part.dim)
                 tensor.index_copy_(part.dim, rows, mean)
 
 
 @dataclass
-class _Cut:
-    """What happens to one dimension of one tensor."""
+class Cut:
+    """What happens to one dimension of one tensor.
+
+    Attributes:
+        removed: rows that go.
+        added: of those, consumer columns that are added to others first, and the columns they are added to.
+        index: what is kept, in this order; by default all that is not removed.
+    """
 
     removed: list[Tensor] = field(default_factory=list)
-    into: list[Tensor] = field(default_factory=list)  # the index each removed one is merged into
-    summed: bool = False  # consumer columns are added up, other rows dropped
-    index: Tensor | None = None  # what is kept, in this order; default: all that is not removed
+    added: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    index: Tensor | None = None
 
 
-Cuts = dict[str, dict[int, _Cut]]
+Cuts = dict[str, dict[int, Cut]]
 
 
-def _cuts(chosen: list[tuple[ChannelGroup, Tensor]]) -> Cuts:
+@dataclass(frozen=True)
+class _Selection:
+    """What remains of one group."""
+
+    group: ChannelGroup
+    kept: Tensor  # (n,) ascending
+    sums: Tensor  # (size,) the kept channel that takes over the columns of each, -1: nobody does
+
+    @property
+    def removed(self) -> Tensor:
+        """(size - n,) the other channels."""
+        mask = torch.ones(self.group.size, dtype=torch.bool)
+        mask[self.kept] = False
+        return mask.nonzero().squeeze(1)
+
+
+def _selections(graph: ChannelAnswers, keep: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> list[_Selection]:
+    _by_name(graph, sums)
+    selections = []
+    for name, group in _by_name(graph, keep).items():
+        kept = torch.as_tensor(keep[name]).detach().cpu()
+        whole = kept.ndim == 1 and not kept.is_floating_point() and kept.dtype != torch.bool and len(kept) > 0
+        if not whole or int(kept.min()) < 0 or int(kept.max()) >= group.size or len(kept.unique()) < len(kept):
+            raise NarrowingError(
+                f"keep[{name!r}] must list at least one of the channels 0..{group.size - 1}, each once, as integers; "
+                f"got {keep[name]!r}"
+            )
+        kept = kept.long().sort().values
+        into = torch.full((group.size,), -1)
+        if name in sums:
+            into = sums[name].detach().cpu().long()
+            if into.shape != (group.size,) or not bool(
+                torch.isin(into, torch.cat([kept, kept.new_tensor([-1])])).all()
+            ):
+                raise NarrowingError(
+                    f"sums[{name!r}] must hold, for each of {group.size} channels, a channel of keep or -1; got "
+                    f"{sums[name]!r}"
+                )
+            if not torch.equal(into[kept], kept):
+                raise NarrowingError(f"sums[{name!r}] must hold each kept channel at its own place")
+        if len(kept) < group.size:
+            selections.append(_Selection(group, kept, into))
+    if unkept := [name for name in sums if name not in keep]:
+        raise NarrowingError(f"sums names {unkept[0]!r}, which keep does not")
+    return selections
+
+
+def _cuts(selections: list[_Selection]) -> Cuts:
     cuts: Cuts = {}
-    for group, first in chosen:
-        merged = first != torch.arange(group.size)
-        for part in group.parts:
-            cut = cuts.setdefault(part.tensor, {}).setdefault(part.dim, _Cut())
-            cut.removed.append(part.rows[merged].reshape(-1))
-            cut.into.append(part.rows[first[merged]].reshape(-1))
-            cut.summed = part.kind == "consumer"
+    for selection in selections:
+        removed = selection.removed
+        summed = removed[selection.sums[removed] >= 0]
+        for part in selection.group.parts:
+            cut = cuts.setdefault(part.tensor, {}).setdefault(part.dim, Cut())
+            cut.removed.append(part.rows[removed].reshape(-1))
+            if part.kind == "consumer" and len(summed):
+                cut.added.append((part.rows[summed].reshape(-1), part.rows[selection.sums[summed]].reshape(-1)))
     return cuts
 
 
-def _follow_layout(graph: ChannelGraph, chosen: list[tuple[ChannelGroup, Tensor]], layout: Layout, cuts: Cuts) -> None:
-    """Put what is kept where the network's forward will look for it."""
-    kept = {group.name: group.channels[first.unique()].tolist() for group, first in chosen}
+@torch.no_grad()
+def narrow(
+    model: nn.Module, graph: ChannelAnswers, keep: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of ``model`` with fewer channels.
+
+    The rows of kept channels stay as they are, in order. With ``sums`` the columns of removed channels are added to
+    those of kept ones: exact if the two channels are equal (see :func:`tie`). Without, they are dropped: exact if the
+    channels are silent. Modules are narrowed, ``forward`` is not rewritten; submodules that move channels become a
+    :class:`ChannelMap`.
+
+    Args:
+        model: the traced network or a copy of it (for instance in another dtype).
+        graph: its channel graph.
+        keep: group name -> (n,) indices of the channels that remain; other groups stay as they are.
+        sums: group name -> (size,) index of the kept channel whose columns take up those of each channel, -1 for none;
+            :func:`merging` makes both of clusters.
+
+    Returns:
+        A module of the same class; dtype, device, ``requires_grad``, mode and memory format are kept.
+
+    Raises:
+        NarrowingError: unknown group, indices that do not fit, or a width that the network's forward cannot express.
+    """
+    selections = _selections(graph, keep, sums or {})
+    bound = frozenset().union(*graph.constrained)
+    tied = [s for s in selections if int(s.group.channels[0]) in bound]
+    if not tied:
+        result = _copy_and_cut(model, _cuts(selections))
+        _install_maps(result, graph, selections, device_of(result))
+        return result
+    result, narrower = _narrow_tied(model, graph, tied)
+    free = {s.group.name for s in selections} - {s.group.name for s in tied}
+    if free:
+        rest = {n: t for n, t in (sums or {}).items() if n in free}
+        cut_in_place(result, narrower, _selections(narrower, {n: keep[n] for n in free}, rest))
+    return result
+
+
+def cut_in_place(
+    model: nn.Module, graph: ChannelAnswers, selections: list[_Selection], device: torch.device | None = None
+) -> None:
+    """Narrow the groups of ``selections``, whose counts no forward body ties together, in ``model`` itself.
+
+    Args:
+        model: the network.
+        graph: its channel graph.
+        selections: what remains of which groups.
+        device: of the indices of channel maps, by default that of the network.
+    """
+    _cut(model, _cuts(selections))
+    _install_maps(model, graph, selections, device or device_of(model))
+
+
+def leave_out(groups: Sequence[ChannelGroup], share: int = 3) -> list[_Selection]:
+    """Selections that leave out about one in ``share`` channels of every group, the last ones."""
+    return [
+        _Selection(group, torch.arange(group.size - max(1, group.size // share)), torch.full((group.size,), -1))
+        for group in groups
+        if group.size > 1
+    ]
+
+
+def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]) -> tuple[nn.Module, ChannelAnswers]:
+    """Narrow groups whose counts a forward body ties together; returns the network and its graph."""
+    wanted = {s.group.name: len(s.kept) for s in tied}
+    layout = layout_for(graph, widths_of(graph, wanted))
+    if layout is None or any(layout.counts[name] != count for name, count in wanted.items()):
+        offered = "" if layout is None else f"; it would make them { ({name: layout.counts[name] for name in wanted}) }"
+        raise NarrowingError(
+            f"forward splits, shuffles or pads channels itself and cannot express the counts {wanted}{offered}. "
+            "Ask expressible_counts for counts that fit"
+        )
+    cuts = _cuts(tied)
+    kept = {s.group.name: s.group.channels[s.kept].tolist() for s in tied}
+    places = {group.name: kept.get(group.name, group.channels.tolist()) for group in graph.groups}
     # Channel of the narrow network -> channel of the original.
-    source = {new: kept[name][i] if name else i for new, (name, i) in layout.channels.items()}
+    source = {new: places[name][i] if name else i for new, (name, i) in layout.channels.items()}
+    _follow_layout(graph, layout.graph, source, cuts)
+    result = _copy_and_cut(model, cuts)
+    layout.graph.rebind(result)
+    return result, layout.graph
+
+
+def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapping[int, int], cuts: Cuts) -> None:
+    """Put what is kept where the network's forward will look for it."""
     filters = {channel for row in graph.table.filters().values() for channel in row}
-    old_rows, new_rows = graph.table.rows_by_channel(), layout.graph.table.rows_by_channel()
-    old_tensors, new_tensors = named_tensors(graph.model), named_tensors(layout.graph.model)
+    old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
+    old_tensors, new_tensors = named_tensors(graph.model), named_tensors(narrower.model)
     for (tensor, dim), by_channel in new_rows.items():
         places = {
             row: old
@@ -137,130 +281,49 @@ def _follow_layout(graph: ChannelGraph, chosen: list[tuple[ChannelGroup, Tensor]
         if len(rest) != len(free):
             raise NarrowingError(f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns")
         places.update(zip(free, rest, strict=True))
-        cuts.setdefault(tensor, {}).setdefault(dim, _Cut()).index = torch.tensor(
-            [places[i] for i in range(len(places))]
-        )
+        index = torch.tensor([places[i] for i in range(len(places))])
+        cuts.setdefault(tensor, {}).setdefault(dim, Cut()).index = index
 
 
-def copy_network(model: nn.Module, tensors: Mapping[int, object] | None = None) -> nn.Module:
-    """Deep copy without compilation wrappers, gradients or the Trainer.
-
-    Args:
-        model: the network.
-        tensors: ``id`` of a parameter or buffer -> what stands for it in the copy.
-    """
-    model = bare_module(model)
-    memo: dict[int, Any] = dict(tensors or {})
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # a weight that a hook computes before each call
-                memo[id(value)] = value.detach().clone()
-    trainer = getattr(model, "_trainer", None)
-    if trainer is not None:
-        memo[id(trainer)] = trainer
-    with without_compilation(model):
-        try:
-            copied = copy.deepcopy(model, dict(memo))
-        except Exception:  # a lock, an open file, a logger: whatever a module keeps that cannot be copied is shared
-            copied = copy.deepcopy(model, memo | _uncopyable(model, memo))
-    if trainer is not None:
-        copied.__dict__["_trainer"] = None
-    for parameter in copied.parameters():
-        parameter.grad = None
-    return copied
-
-
-def _uncopyable(model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """Plain attributes of the modules that refuse to be copied, standing for themselves."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules") and id(value) not in memo:
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:
-                    found[id(value)] = value
-    return found
-
-
-@torch.no_grad()
-def narrow(model: nn.Module, graph: ChannelGraph, clusters: Clusters) -> nn.Module:
-    """A narrower copy of ``model``: one channel per cluster.
-
-    Rows of the first member are kept; in every consumer the kept column is the sum of the cluster's columns. Exact if
-    the channels of each cluster are equal (see :func:`tie`). Modules are narrowed, ``forward`` is not rewritten;
-    submodules that move channels become a :class:`ChannelMap`.
-
-    Args:
-        model: the traced network or a copy of it (for instance in another dtype).
-        graph: its channel graph.
-        clusters: group name -> (size,) cluster index of each channel; other groups stay as they are.
-
-    Returns:
-        A module of the same class; dtype, device, ``requires_grad``, mode and memory format are kept.
-
-    Raises:
-        NarrowingError: unknown group, wrong cluster shape, or a width that the network's forward cannot express.
-    """
-    chosen = [(group, first) for group, first in _checked(graph, clusters) if len(first.unique()) < group.size]
-    bound = frozenset().union(*graph.constrained)
-    tied = [(group, first) for group, first in chosen if int(group.channels[0]) in bound]
-    if tied:
-        model, graph = _narrow_tied(model, graph, tied)
-        free = {group.name: first for group, first in chosen if int(group.channels[0]) not in bound}
-        chosen = _checked(graph, free)
-    result = copy_network(model)
-    _cut(result, _cuts(chosen))
-    _install_maps(result, graph, chosen)
+def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
+    """A copy with narrower tensors; what is cut is not copied first."""
+    tensors = named_tensors(model)
+    narrower: dict[int, Tensor] = {}
+    for name, dims in cuts.items():
+        old = tensors[name]
+        new = _cut_tensor(old, dims)
+        narrower[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    result = copy_network(model, narrower)
+    for module in replace_tensors(result, {id(new): new for new in narrower.values()}):
+        update_attributes(module)
     return result
-
-
-def _narrow_tied(
-    model: nn.Module, graph: ChannelGraph, tied: list[tuple[ChannelGroup, Tensor]]
-) -> tuple[nn.Module, ChannelGraph]:
-    """Narrow groups whose counts a forward body ties together; returns the network and its graph."""
-    from .widths import layout_for, widths_of
-
-    wanted = {group.name: len(first.unique()) for group, first in tied}
-    layout = layout_for(graph, widths_of(graph, wanted))
-    if layout is None or any(layout.counts[name] != count for name, count in wanted.items()):
-        found = "" if layout is None else f"; it would make them { ({name: layout.counts[name] for name in wanted}) }"
-        raise NarrowingError(
-            f"forward splits, shuffles or pads channels itself and cannot express the counts {wanted}{found}. "
-            "Ask expressible_counts for counts that fit"
-        )
-    first_of = {group.name: first for group, first in tied}
-    everything = [(group, first_of.get(group.name, torch.arange(group.size))) for group in graph.groups]
-    cuts = _cuts(tied)
-    _follow_layout(graph, everything, layout, cuts)
-    result = copy_network(model)
-    _cut(result, cuts)
-    layout.graph.rebind(result)
-    return result, layout.graph
 
 
 def _cut(model: nn.Module, cuts: Cuts) -> None:
     """Replace the tensors in ``cuts`` by narrower ones, in place."""
     tensors = named_tensors(model)
     replaced = {id(tensors[name]): _cut_tensor(tensors[name], dims) for name, dims in cuts.items()}
-    for module in _replace(model, replaced):
+    for module in replace_tensors(model, replaced):
         update_attributes(module)
 
 
-def _cut_tensor(tensor: Tensor, dims: Mapping[int, _Cut]) -> Tensor:
-    value = tensor.detach().clone()
+def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
+    value = tensor.detach()
     wide = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
     for dim, cut in dims.items():
-        removed = torch.cat(cut.removed) if cut.removed else torch.zeros(0, dtype=torch.long)
-        if cut.summed and len(removed):
-            columns = value.index_select(dim, removed.to(value.device)).to(wide)
-            into = torch.cat(cut.into).to(value.device)
-            value = value.to(wide).index_add_(dim, into, columns).to(value.dtype)
         index = cut.index
         if index is None:
             mask = torch.ones(value.shape[dim], dtype=torch.bool)
-            mask[removed] = False
+            for rows in cut.removed:
+                mask[rows] = False
             index = mask.nonzero().squeeze(1)
+        if value.is_meta:
+            value = value.new_empty([len(index) if d == dim else n for d, n in enumerate(value.shape)])
+            continue
+        if cut.added:
+            columns, into = (torch.cat(part).to(value.device) for part in zip(*cut.added, strict=True))
+            added = value.index_select(dim, columns).to(wide)
+            value = value.to(wide, copy=True).index_add_(dim, into, added).to(value.dtype)
         value = value.index_select(dim, index.to(value.device))
     for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
@@ -268,55 +331,18 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, _Cut]) -> Tensor:
     return value.contiguous()
 
 
-def _replace(model: nn.Module, replaced: Mapping[int, Tensor]) -> list[nn.Module]:
-    """Put new tensors in place of old ones (looked up by identity, so shared tensors stay shared)."""
-    touched: list[nn.Module] = []
-    parameters = {}
-    for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is not None and id(old) in replaced:
-                if id(old) not in parameters:
-                    parameters[id(old)] = nn.Parameter(replaced[id(old)], requires_grad=old.requires_grad)
-                module._parameters[name] = parameters[id(old)]
-                touched.append(module)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and id(buffer) in replaced:
-                module._buffers[name] = replaced[id(buffer)]
-                touched.append(module)
-    return touched
-
-
-def update_attributes(module: nn.Module) -> None:
-    """Make the integer attributes of ``module`` agree with its tensors."""
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        reads, writes = module.weight.shape[:2]
-        if module.groups > 1:
-            module.groups = reads
-            writes *= reads
-        module.in_channels, module.out_channels = reads, writes
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        writes, reads = module.weight.shape[:2]
-        if module.groups > 1:  # depthwise: other grouped convolutions are pinned
-            per_channel = module.out_channels // module.groups
-            module.groups = reads = writes // per_channel
-        module.in_channels, module.out_channels = reads, writes
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        tensor = next(t for t in (module.weight, module.running_mean, module.bias) if t is not None)
-        module.num_features = tensor.shape[0]
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = module.weight.numel()
-
-
-def _install_maps(model: nn.Module, graph: ChannelGraph, chosen: list[tuple[ChannelGroup, Tensor]]) -> None:
-    merged: dict[int, int] = {}  # channel id -> channel id of its representative
-    for group, first in chosen:
-        merged.update(zip(group.channels.tolist(), group.channels[first].tolist(), strict=True))
-    modules = {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Selection], device: torch.device) -> None:
+    if not graph.map_sites:
+        return
+    target: dict[int, int] = {}  # channel -> the one that stands for it, -1: nobody does
+    for selection in selections:
+        channels, sums = selection.group.channels, selection.sums.clone()
+        sums[selection.kept] = selection.kept
+        into = torch.where(sums >= 0, channels[sums], -1)
+        target.update(zip(channels.tolist(), into.tolist(), strict=True))
+    modules = named_modules(model)
     for site in graph.map_sites:
-        expand, keep = _expand(site.reads, merged), _keep(site.writes, merged)
+        expand, keep = _expand(site.reads, target), _keep(site.writes, target)
         if expand is None and keep is None:
             continue
         inner = modules[site.module]
@@ -329,15 +355,19 @@ def _install_maps(model: nn.Module, graph: ChannelGraph, chosen: list[tuple[Chan
                     parent._modules[name] = new
 
 
-def _keep(channels: tuple[int, ...], merged: Mapping[int, int]) -> Tensor | None:
-    """Positions of a tensor that remain: unowned ones and representatives."""
-    kept = [i for i, c in enumerate(channels) if merged.get(c, c) == c]
+def _kept_positions(channels: tuple[int, ...], target: Mapping[int, int]) -> list[int]:
+    """Positions of a tensor that remain: unowned ones and kept channels."""
+    return [i for i, c in enumerate(channels) if target.get(c, c) == c]
+
+
+def _keep(channels: tuple[int, ...], target: Mapping[int, int]) -> Tensor | None:
+    kept = _kept_positions(channels, target)
     return None if len(kept) == len(channels) else torch.tensor(kept)
 
 
-def _expand(channels: tuple[int, ...], merged: Mapping[int, int]) -> Tensor | None:
+def _expand(channels: tuple[int, ...], target: Mapping[int, int]) -> Tensor | None:
     """For each original position, where its channel is found in the narrow tensor."""
-    kept = [i for i, c in enumerate(channels) if merged.get(c, c) == c]
+    kept = _kept_positions(channels, target)
     if len(kept) == len(channels):
         return None
     where: dict[tuple[int, int], int] = {}
@@ -351,9 +381,14 @@ def _expand(channels: tuple[int, ...], merged: Mapping[int, int]) -> Tensor | No
     for i, c in enumerate(channels):
         rank = seen.get(c, 0)
         seen[c] = rank + 1
-        if i not in unowned and (merged[c], rank) not in where:
+        if i in unowned:
+            index.append(unowned[i])
+        elif target[c] < 0 and kept:
+            index.append(0)  # whatever stands here is dropped behind the map
+        elif (target[c], rank) in where:
+            index.append(where[target[c], rank])
+        else:
             raise NarrowingError(
                 "merged channels do not appear equally often in the input of a submodule that moves channels"
             )
-        index.append(unowned[i] if i in unowned else where[merged[c], rank])
     return torch.tensor(index)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
-from torch.fx.node import map_arg
 
-from .labels import Ints, LabelTensor, core, mix
-from .propagate import FLAT, Event, Propagation, Value, nullified, operator_name
+from .labels import Ints, LabelTensor, core, distinct, mix
+from .propagate import FLAT, Event, Propagation, Value, nullified
+from .record import Node, map_nodes, operator_name
 
 __all__ = ["EXTRA", "pointwise"]
 
@@ -23,9 +22,9 @@ _SUMS = ("add", "sub", "rsub")
 
 def maps_zero_to_zero(node: Node) -> bool:
     """Evaluate the operator, with its own scalar arguments, on zeros."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: torch.zeros((), dtype=n.meta["val"].dtype))
+    args, kwargs = map_nodes((node.args, node.kwargs), lambda n: torch.zeros((), dtype=n.value.dtype))
     try:
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = node.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError):
         return False
     return isinstance(result, Tensor) and bool(result == 0)
@@ -33,8 +32,8 @@ def maps_zero_to_zero(node: Node) -> bool:
 
 def pointwise(state: Propagation, node: Node) -> Value:
     """Positions that meet become one channel; zero is neutral under a sum and wins in a product."""
-    operands = [(n, value) for n in node.all_input_nodes if (value := state.labels_of(n)) is not None]
-    out = node.meta["val"].shape
+    operands = [(n, value) for n in node.inputs if (value := state.labels_of(n)) is not None]
+    out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
         return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
     if all(value.uniform for _, value in operands):
@@ -63,10 +62,34 @@ def pointwise(state: Propagation, node: Node) -> Value:
             joined.append((n, value))
     if not joined:
         return state.fixed(node)
+    if not parameters and any(value.is_parameter and _by_slices(state, value) for _, value in joined):
+        for _, value in joined:
+            state.pin(value, f"meets the weight of a layer in {state.where(node)}")
+        return state.fixed(node)
     join = _Join(state, node, joined, bool(neutral))
     if len(joined) == 1:
         return LabelTensor(join.unary(joined[0][1].labels).expand(out), is_parameter=parameters)
     return LabelTensor(join.run([value.labels for _, value in joined], out), is_parameter=parameters)
+
+
+def _by_slices(state: Propagation, value: LabelTensor) -> bool:
+    """Whether entries that differ have one label, because they belong to one filter."""
+    small = core(value.labels)
+    if not state.row_owners or small.numel() == value.labels.numel():
+        return False
+    values = small.reshape(-1).numpy()
+    return bool(np.isin(state.table.owner[values[values > 0]], np.concatenate(list(state.row_owners.values()))).any())
+
+
+def _distinct_rows(columns: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """(n, len(columns)) sorted distinct combinations of entries, and the position of each combination among them."""
+    values, code = distinct(columns[0])
+    rows = values[:, None]
+    for column in columns[1:]:
+        others, inverse = distinct(column)
+        pairs, code = distinct(code * len(others) + inverse)
+        rows = np.concatenate([rows[pairs // len(others)], others[pairs % len(others), None]], axis=1)
+    return rows, code
 
 
 class _Join:
@@ -101,11 +124,14 @@ class _Join:
         for d in range(len(out)):
             if all(w.stride(d) == 0 for w in wide):
                 wide = [w.narrow(d, 0, 1) for w in wide]
-        meetings = np.stack([w.reshape(-1).numpy() for w in wide], axis=1)
-        columns, inverse = np.unique(meetings, axis=0, return_inverse=True)
+        columns, inverse = _distinct_rows([w.reshape(-1).numpy() for w in wide])
         results = self._meet_alike(columns)
         if results is None:
-            results = np.fromiter((self._meet(column) for column in columns), dtype=np.int64, count=len(columns))
+            results = np.empty(len(columns), dtype=np.int64)
+            unowned = (columns < 0).any(axis=1)
+            results[unowned] = self._meet_unowned(columns[unowned])
+            for i in np.flatnonzero(~unowned).tolist():
+                results[i] = self._meet(columns[i])
         for tensor, pairs in self.private.items():
             rows, values = np.asarray(pairs, dtype=np.int64).T
             self.state.record(Event("private", tensor, FLAT, rows, values, silence=True))
@@ -132,8 +158,7 @@ class _Join:
             leak = np.where(leak > 0, leak, table.add_leak(f"{self.where} does not map zero to zero"))
         owners = table.owner[columns]
         for i in range(1, columns.shape[1]):
-            for first, other in np.unique(owners[:, [0, i]], axis=0).tolist():
-                table.unite(first, other)
+            table.unite(owners[:, 0], owners[:, i])
         return table.add(
             owner=owners[:, 0],
             trail=mix(self.key or 0, *table.trail[columns].T),
@@ -142,15 +167,21 @@ class _Join:
             leak=np.where(private, leak, 0),
         )
 
+    def _meet_unowned(self, columns: Ints) -> int:
+        """Label of what results where a value that no channel owns is among those that meet."""
+        table = self.table
+        others = columns.min(axis=1, initial=0)
+        for other in np.unique(others)[::-1].tolist():
+            values = columns[others == other]
+            reason = f"meets values that no channel owns ({table.fixed_reasons[-1 - other]}) in {self.where}"
+            table.pin(values[values > 0], reason, expose=False)
+            table.expose_leaks(values[values > 0])
+        return table.add_fixed(f"computed by {self.where}")
+
     def _meet(self, column: Ints) -> int:
         """The value that results where ``column[i]`` of operand ``i`` meet."""
         table, owned = self.table, column > 0
         values = column[owned]
-        if (column < 0).any():
-            other = table.fixed_reasons[-1 - int(column.min())]
-            table.pin(values, f"meets values that no channel owns ({other}) in {self.where}", expose=False)
-            table.expose_leaks(values)
-            return table.add_fixed(f"computed by {self.where}")
         live = owned & (table.zero[column] == 0)
         activations = column[live & ~self.is_parameter]
         zero = not live.any() or (self.product and not live.all())
@@ -163,8 +194,8 @@ class _Join:
             return table.add_fixed(f"computed by {self.where}")
         origin, leak = (-1, 0) if zero else self._private(column, activations)
         owners = table.owner[values]
-        for other_owner in owners[1:].tolist():
-            table.unite(int(owners[0]), other_owner)
+        if len(owners) > 1:
+            table.unite(owners[:-1], owners[1:])
         # Entries of a flattened parameter follow the order of positions of the channel they act on.
         table.slot[column[owned & self.is_parameter]] = slots[0]
         trail = mix(self.key or 0, *table.trail[column].tolist())
@@ -204,9 +235,9 @@ def _silencing(state: Propagation, node: Node) -> frozenset[str]:
     name = state.parameter_name(node)
     if name is not None:
         return frozenset({name})
-    if node.op != "call_function":
+    if node.op != "call" or node.fixed:
         return frozenset()
-    parts = [_silencing(state, n) for n in node.all_input_nodes]
+    parts = [_silencing(state, n) for n in node.inputs]
     known = [part for part in parts if part]
     if operator_name(node) in _PRODUCTS:
         # One factor will do; running statistics are the last choice.

@@ -1,21 +1,20 @@
-"""Run an exported graph once on labels: the driver, and what every operator rule needs from it."""
+"""Run a record once on labels: the driver, and what every operator rule needs from it."""
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash
+from .record import Node, Record, is_shape_only, operator_name
 
-__all__ = ["FLAT", "Event", "Move", "Propagation", "Rule", "arguments", "operator_name"]
+__all__ = ["FLAT", "Event", "Move", "Propagation", "Rule", "Value"]
 
 FLAT = -1  # "dimension" of an event whose rows are positions in the flattened tensor
 Value = LabelTensor | list[Any] | None
@@ -52,16 +51,9 @@ class Move:
 
 @dataclass
 class Propagation:
-    """State of one run over the graph.
+    """State of one run over a record, or over several records of one network."""
 
-    Args:
-        module_of: the canonical path of the module that runs a node, and whether that module is a channel map.
-    """
-
-    module_of: Callable[[Node], tuple[str, bool]]
-    parameters: Mapping[str, tuple[str, torch.Size]] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    row_dims: Mapping[str, int] = field(default_factory=dict)  # tensor of a layer with a slice per filter -> its dim
     table: ValueTable = field(default_factory=ValueTable)
     values: dict[Node, Value] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
@@ -75,79 +67,174 @@ class Propagation:
         default_factory=dict
     )  # (tensor, dim) -> rows met by no channel
     unowned: dict[str, str] = field(default_factory=dict)  # depthwise layer on values no channel owns -> whose they are
-    _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    computed: set[str] = field(default_factory=set)  # tensors that forward computes a kernel of, filter by filter
+    computed_layers: dict[str, str] = field(default_factory=dict)  # layer whose kernel is computed -> why it is pinned
+    row_owners: dict[str, Ints] = field(default_factory=dict)  # tensor labelled by slices -> owner of each
+    spread: dict[int, str] = field(default_factory=dict)  # owner -> the operator that moves its channel to positions
+    _tensors: dict[Node, str] = field(default_factory=dict)
     _keys: dict[Node, int | None] = field(default_factory=dict)
+    _rules: Callable[[Node], Rule] | None = None
 
-    def run(
-        self,
-        graph: torch.fx.Graph,
-        rules: Mapping[str, Rule],
-        parameters: Mapping[str, tuple[str, torch.Size]],
-        words: Mapping[str, str],
-        constants: Mapping[str, Tensor],
-    ) -> None:
-        """Propagate through ``graph``; a second graph of the same network may follow.
+    def run(self, record: Record, rules: Callable[[Node], Rule], layers: Container[str]) -> None:
+        """Propagate through ``record``; a second record of the same network may follow.
 
         Args:
-            graph: exported graph.
-            rules: operator name -> rule.
-            parameters: graph input name -> (canonical tensor name, shape) of parameters and buffers.
-            words: graph input or output name -> what it is ("network input 'x'").
-            constants: graph input name -> value of integer buffers, which may index channels.
+            record: of one forward pass.
+            rules: the rule of a call.
+            layers: operators that own weights. Behind a value that forward reads only these are followed.
         """
-        self.parameters, self.words, self.constants = parameters, words, constants
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = self._placeholder(node)
-            elif node.op == "output":
-                for leaf in node.all_input_nodes:
-                    self.pin(leaf, words.get(leaf.name, "network output"), expose=False)
-                    self.expose_leaks(leaf)
-            elif node.target is operator.getitem:
+        self._tensors, self._rules = record.tensors, rules
+        self._count_calls(record)
+        read: str | None = None
+        for node in record.nodes:
+            if read is not None:
+                for source in node.inputs:
+                    self.pin(source, read)
+            if read is not None and node.op == "call" and operator_name(node, raw=True) not in layers:
+                self.values[node] = None if self._is_moved_parameter(node) else self.fixed(node)
+            elif node.op == "item":
                 parts = self.values[node.args[0]]
                 self.values[node] = parts[node.args[1]] if isinstance(parts, list) else None
+            elif node.op != "call":
+                self.values[node] = self._given(node, record)
+            elif self._is_moved_parameter(node):
+                self.values[node] = None  # labelled when something asks, see ``labels_of``
+            elif node.fixed and not _creates(node) and not any(map(self._owned, node.inputs)):
+                self.values[node] = _constant(self, node, self._source(node))
             else:
-                rule = rules.get(operator_name(node)) if node.op == "call_function" else None
-                self.values[node] = (rule or unknown)(self, node)
+                self.values[node] = rules(node)(self, node)
+            if node in record.reads:
+                for source in node.inputs:
+                    self.pin(source, f"its values are read by {self.where(node)}")
+                read = read or f"used after {self.where(node)} read values that decide what forward does"
+        for node in record.outputs:
+            self._finish(node, "network output")
+        for node, name in record.written:
+            self._finish(node, f"written to buffer {name}")
 
-    def _placeholder(self, node: Node) -> Value:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or node.name in self.constants:
+    def _count_calls(self, record: Record) -> None:
+        counts: Counter[tuple[str, str]] = Counter()
+        for node in record.calls:
+            name = operator_name(node, raw=True)
+            counts[node.module, name] += 1
+            text = f"{node.module}|{name}|{counts[node.module, name]}"
+            self._keys[node] = None if node.in_map else stable_hash(text)
+
+    def _is_moved_parameter(self, node: Node) -> bool:
+        """Whether a call does no more than move the entries of a parameter that nothing has labelled."""
+        if len(node.inputs) != 1 or operator_name(node, raw=True) not in _LAZY:
+            return False
+        source = node.inputs[0]
+        return self.values.get(source) is None and (source in self._tensors or source.op == "call")
+
+    def _owned(self, node: Node) -> bool:
+        """Whether some entry of a labelled node belongs to a channel."""
+        value = self.values.get(node)
+        return isinstance(value, LabelTensor) and bool((core(value.labels) > 0).any())
+
+    def _source(self, node: Node) -> str:
+        """Words for a constant: where its numbers come from."""
+        while node.op == "call" and node.inputs and operator_name(node, raw=True) in _LAZY:
+            node = node.inputs[0]
+        return f"computed by {self.where(node)}" if node.op == "call" else "a tensor made in forward"
+
+    def _finish(self, node: Node, reason: str) -> None:
+        self.pin(node, reason, expose=False)
+        self.expose_leaks(node)
+
+    def _given(self, node: Node, record: Record) -> Value:
+        """Labels of an input or a constant. A parameter gets none before an operator other than a layer reads it."""
+        if node.op == "tensor":
             return None
-        if node.name not in self.parameters:
-            reason = self.words.get(node.name, "a tensor created inside forward")
-            return LabelTensor(fixed_labels(value.shape, self.table.add_fixed(reason)))
-        name, shape = self.parameters[node.name]
-        if value.numel() == 1:  # shared by all channels
-            return LabelTensor(fixed_labels(shape, self.table.add_fixed(f"parameter {name}")), is_parameter=True)
-        # Labelled when something other than a layer rule reads it, see ``labels_of``.
-        return None
+        return _constant(self, node, record.words.get(node, "a tensor made in forward"))
 
     # -- what rules ask ----------------------------------------------------------------------------------------------
 
     def parameter_name(self, node: object) -> str | None:
         """Canonical name if ``node`` is a parameter or buffer itself (through copies that change no value)."""
-        while isinstance(node, Node) and node.op == "call_function" and operator_name(node) in _TRANSPARENT:
+        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in _TRANSPARENT:
             node = node.args[0]
-        if isinstance(node, Node) and node.op == "placeholder" and node.name in self.parameters:
-            return self.parameters[node.name][0]
-        return None
+        return self._tensors.get(node) if isinstance(node, Node) else None
+
+    def tensors_behind(self, node: Node) -> list[str]:
+        """Parameters that ``node`` is computed from."""
+        seen, waiting, names = {node}, [node], []
+        while waiting:
+            current = waiting.pop()
+            if current in self._tensors:
+                names.append(self._tensors[current])
+            waiting += [source for source in current.inputs if source not in seen]
+            seen.update(current.inputs)
+        return sorted(set(names))
+
+    def vector(self, node: object) -> tuple[str, Ints] | None:
+        """(name, entries) of a one-dimensional tensor that repeats or reshapes a parameter; None if it is computed."""
+        chain: list[Node] = []
+        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in _REPEATS:
+            chain.append(node)
+            node = node.args[0]
+        name = self._tensors.get(node) if isinstance(node, Node) else None
+        if name is None or not isinstance(node, Node) or node.value.numel() > _LONGEST_VECTOR:
+            return None
+        entries = torch.arange(node.value.numel()).reshape(node.shape)
+        for step in reversed(chain):
+            if operator_name(step, raw=True) not in _TRANSPARENT:
+                entries = step.target(entries, *step.args[1:], **step.kwargs)
+        return name, entries.reshape(-1).numpy()
+
+    def is_move(self, node: Node) -> bool:
+        """Whether a call moves entries of one tensor and does no more."""
+        return node.op == "call" and len(node.inputs) == 1 and operator_name(node, raw=True) in _LAZY
+
+    def size_of(self, tensor: str) -> int:
+        """Entries of a parameter."""
+        return max(int(node.value.numel()) for node, name in self._tensors.items() if name == tensor)
+
+    def root_parameter(self, node: Node) -> str | None:
+        """Name of the parameter whose entries ``node`` moves, without more."""
+        while node.op == "call" and self.values.get(node) is None and self._is_moved_parameter(node):
+            node = node.inputs[0]
+        return self._tensors.get(node)
+
+    def matrix(self, node: object) -> str | None:
+        """Name of the parameter that ``node`` is the transpose of."""
+        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in _TRANSPARENT:
+            node = node.args[0]
+        if not isinstance(node, Node) or node.op != "call" or node.value.ndim != 2:
+            return None
+        swaps = operator_name(node, raw=True) in ("t", "transpose") or node.args[1:] == ([1, 0],)
+        return self.parameter_name(node.args[0]) if swaps else None
 
     def labels_of(self, node: Node) -> LabelTensor | None:
         """Labels of a tensor node; a bare parameter gets one owner per entry the first time it is asked for."""
         value = self.values.get(node)
-        if value is None and (name := self.parameter_name(node)) in self.weights:
-            self.read_elsewhere[str(name)] = "an operator"
-            label = self.table.add_fixed(f"parameter {name}")
-            value = self.values[node] = LabelTensor(fixed_labels(node.meta["val"].shape, label), is_parameter=True)
-        if value is None and node.op == "placeholder" and node.name in {*self.parameters} - {*self.constants}:
-            name, shape = self.parameters[node.name]
-            self.elements[name] = shape
-            owners = self.owners_of(name, shape.numel())
-            trail = np.full(len(owners), stable_hash(name), dtype=np.int64)
-            labels = torch.from_numpy(self.table.add(owner=owners, trail=trail)).reshape(shape)
-            value = self.values[node] = LabelTensor(labels, is_parameter=True)
+        if value is None and (name := self._tensors.get(node)) is not None:
+            value = self.values[node] = self._entries(node, name)
+        elif value is None and node.op == "call" and self._rules is not None and self._is_moved_parameter(node):
+            value = self.values[node] = self._rules(node)(self, node)
         return value if isinstance(value, LabelTensor) else None
+
+    def _entries(self, node: Node, name: str) -> LabelTensor:
+        """Labels of a parameter or buffer that something other than a layer reads."""
+        shape = node.shape
+        if name in self.weights:
+            self.read_elsewhere[name] = "an operator"
+        if name in self.weights or node.value.numel() == 1:  # a single number is shared by all channels
+            return LabelTensor(fixed_labels(shape, self.table.add_fixed(f"parameter {name}")), is_parameter=True)
+        if node.constant is not None:
+            constant = _constant(self, node, f"buffer {name}")
+            assert isinstance(constant, LabelTensor)
+            return constant
+        if (dim := self.row_dims.get(name)) is not None:
+            owners = self.row_owners[name] = self.owners_of(f"{name}|{dim}", shape[dim])
+            rows = self.table.add(owner=owners, trail=np.full(len(owners), stable_hash(name), dtype=np.int64))
+            view = [len(rows) if d == dim else 1 for d in range(len(shape))]
+            return LabelTensor(torch.from_numpy(rows).reshape(view).expand(shape), is_parameter=True)
+        self.elements[name] = shape
+        owners = self.owners_of(name, shape.numel())
+        trail = np.full(len(owners), stable_hash(name), dtype=np.int64)
+        labels = torch.from_numpy(self.table.add(owner=owners, trail=trail)).reshape(shape)
+        return LabelTensor(labels, is_parameter=True)
 
     def owners_of(self, tensor: str, count: int) -> Ints:
         """The owners of the filters (entries) of a tensor: the same ones in every call of a shared layer."""
@@ -169,17 +256,11 @@ class Propagation:
         It is made of the module that runs the node, the operator, and how many such calls that module made before. None
         inside a channel map, which stands for nothing but index arithmetic.
         """
-        if node not in self._keys:
-            module, is_map = self.module_of(node)
-            name = operator_name(node)
-            self._counts[module, name] += 1
-            self._keys[node] = None if is_map else stable_hash(f"{module}|{name}|{self._counts[module, name]}")
         return self._keys[node]
 
     def where(self, node: Node) -> str:
         """Words for a node: ``softmax in attention``."""
-        module = self.module_of(node)[0]
-        return f"{operator_name(node)} in {module or 'forward'}"
+        return f"{operator_name(node)} in {node.module or 'forward'}"
 
     def record(self, event: Event) -> None:
         """Keep the rows of ``event`` that meet a value some channel owns."""
@@ -247,12 +328,17 @@ class Propagation:
         if not len(owned):
             return int(fixed[0])
         if len(fixed) or len(np.unique(table.roots(table.owner[live]))) > 1:
-            table.pin(row, f"input of {self.where(node)}, which reads several channels as one", expose=not silent)
+            spread = next((self.spread[o] for o in table.owner[owned].tolist() if o in self.spread), None)
+            why = (
+                f"input of {spread}, which moves channels to positions that {self.where(node)} reads as one channel"
+                if spread
+                else f"input of {self.where(node)}, which reads several channels as one"
+            )
+            table.pin(row, why, expose=not silent)
             table.expose_leaks(row)
             return table.add_fixed(f"computed by {self.where(node)}")
         # One channel in several states (a flatten, a mosaic, zeros beside it): their pattern becomes part of the trail.
-        for owner in table.owner[owned[1:]].tolist():
-            table.unite(int(table.owner[owned[0]]), owner)
+        table.unite(table.owner[owned[:-1]], table.owner[owned[1:]])
         with np.errstate(over="ignore"):
             trail = mix(table.trail[row], table.slot[row], np.arange(len(row))).sum()
         origins = np.unique(table.origin[live])
@@ -277,33 +363,33 @@ class Propagation:
     def fixed(self, node: Node, reason: str | None = None) -> Value:
         """Output(s) of a node that no channel owns."""
         label = self.table.add_fixed(reason or f"computed by {self.where(node)}")
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            return LabelTensor(fixed_labels(value.shape, label))
-        if isinstance(value, (list, tuple)):
-            return [LabelTensor(fixed_labels(v.shape, label)) if isinstance(v, Tensor) else None for v in value]
+        if isinstance(node.value, Tensor):
+            return LabelTensor(fixed_labels(node.value.shape, label))
+        if isinstance(node.value, tuple):
+            return [LabelTensor(fixed_labels(v.shape, label)) if isinstance(v, Tensor) else None for v in node.value]
         return None
 
 
-_TRANSPARENT = frozenset({"alias", "detach", "clone", "lift_fresh_copy"})
+_TRANSPARENT = frozenset({"alias", "detach", "clone", "lift_fresh", "lift_fresh_copy", "_to_copy"})
 
 
-def operator_name(node: Node) -> str:
-    """``conv2d`` for ``aten.conv2d.default``; other functions by their own name."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return getattr(node.target, "__name__", str(node.target))
-    namespace, _, name = str(schema.name).partition("::")
-    return name if namespace == "aten" else f"{namespace}.{name}"
+_REPEATS = _TRANSPARENT | {"repeat", "view", "reshape", "expand", "unsqueeze", "squeeze", "_unsafe_view"}
+_LAZY = _REPEATS | {"t", "transpose", "permute"}
+_LONGEST_VECTOR = 1 << 16
 
 
-def arguments(node: Node) -> dict[str, Any]:
-    """Arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    named = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    named.update(zip((a.name for a in schema.arguments), node.args, strict=False))
-    named.update(node.kwargs)
-    return named
+def _creates(node: Node) -> bool:
+    """Whether a call makes zeros, which take places like padding, or another number for every entry."""
+    return operator_name(node, raw=True).removeprefix("new_").removesuffix("_like") in ("zeros", "ones", "full")
+
+
+def _constant(state: Propagation, node: Node, reason: str) -> Value:
+    """A value that no channel owns; ``uniform`` if it is known to be the same number everywhere."""
+    if not isinstance(node.value, Tensor):
+        return state.fixed(node, reason)
+    known = node.constant
+    uniform = known is not None and known.numel() > 0 and bool((known == known.reshape(-1)[0]).all())
+    return LabelTensor(fixed_labels(node.value.shape, state.table.add_fixed(reason)), uniform=uniform)
 
 
 def fixed_labels(shape: Sequence[int], label: int) -> Tensor:
@@ -322,23 +408,18 @@ def nullified(state: Propagation, node: Node, labels: Tensor) -> Tensor:
 
 def unknown(state: Propagation, node: Node) -> Value:
     """An operator without a rule pins what it reads."""
-    known_mixers = {
-        "layer_norm",
-        "native_layer_norm",
-        "group_norm",
-        "native_group_norm",
-        "matmul",
-        "bmm",
-        "mm",
-        "einsum",
-    }
+    if is_shape_only(node.target):  # randn_like and the like
+        return state.fixed(node)
     name = operator_name(node)
-    why = "which mixes channels" if name in known_mixers else "an operator the channel graph has no rule for"
-    for leaf in node.all_input_nodes:
+    why = "which mixes channels" if name in _MIXERS else "an operator the channel graph has no rule for"
+    for leaf in node.inputs:
         state.pin(leaf, f"input of {state.where(node)}, {why}")
-        if (tensor := state.parameter_name(leaf)) is not None:
+        if (tensor := state.root_parameter(leaf)) is not None:
             state.read_elsewhere[tensor] = state.where(node)
     return state.fixed(node)
+
+
+_MIXERS = frozenset({"layer_norm", "group_norm", "matmul"})
 
 
 def moved(state: Propagation, node: Node, labels: Tensor, index: int = 0) -> LabelTensor:

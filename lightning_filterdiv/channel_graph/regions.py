@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..filters import CONVOLUTIONS
-from .classes import Table
-from .graph import ConsumerColumns, FilterRegion, ranges
+from .answers import ConsumerColumns, FilterRegion, Table, layer_of, ranges
+from .labels import Ints
 from .propagate import Event, Propagation
 
 __all__ = ["filter_regions", "layers_in_order", "neighbours", "pinned_layers"]
@@ -21,7 +21,7 @@ def layers_in_order(modules: Mapping[str, nn.Module], events: Iterable[Event]) -
     order: dict[str, None] = {}
     weights: set[str] = set()
     for event in events:
-        path, _, attribute = event.tensor.rpartition(".")
+        path, attribute = layer_of(event.tensor), event.tensor.rpartition(".")[2]
         conv = isinstance(modules.get(path), CONVOLUTIONS) and attribute == "weight"
         if event.kind == "filter" or (event.kind == "member" and conv):
             order[path] = None
@@ -34,73 +34,95 @@ def pinned_layers(
     state: Propagation, table: Table, pins: dict[int, str], order: list[str], weights: set[str]
 ) -> dict[str, str]:
     """Layer -> why its filters are pinned; which ones, if not all."""
-    found: dict[str, str] = {}
-    by_layer = {tensor.rpartition(".")[0]: index for index, tensor in enumerate(table.tensors) if tensor in weights}
+    reasons_of: dict[str, str] = {}
+    index_of = {layer_of(tensor): index for index, tensor in enumerate(table.tensors) if tensor in weights}
+    owned = np.flatnonzero(table.kind < 2)
+    owned = owned[np.lexsort((table.root[owned], table.row[owned], table.tensor[owned]))]
+    tensor_of = table.tensor[owned]
+    pinned = np.isin(table.root[owned], np.asarray(sorted(pins), dtype=np.int64))
     for layer in order:
-        if layer not in by_layer:
-            found[layer] = state.unowned.get(layer, "not reached by any channel")
+        if layer not in index_of:
+            reasons_of[layer] = state.unowned.get(layer, "not reached by any channel")
             continue
-        here = (table.tensor == by_layer[layer]) & (table.kind < 2)
-        rows, roots = table.row[here], table.root[here]
+        start, stop = np.searchsorted(tensor_of, [index_of[layer], index_of[layer] + 1])
+        here = owned[start:stop][pinned[start:stop]]
         reasons: dict[str, list[int]] = {}
-        for row, root in sorted(zip(rows.tolist(), roots.tolist(), strict=True)):
-            if root in pins:
-                reasons.setdefault(pins[root], []).append(row)
+        for row, root in zip(table.row[here].tolist(), table.root[here].tolist(), strict=True):
+            reasons.setdefault(pins[root], []).append(row)
         if reasons:
-            found[layer] = "; ".join(
-                reason if len(chosen) == len(rows) else f"filters {ranges(chosen)}: {reason}"
+            reasons_of[layer] = "; ".join(
+                reason if len(chosen) == stop - start else f"filters {ranges(chosen)}: {reason}"
                 for reason, chosen in reasons.items()
             )
-    return found
+    return reasons_of
 
 
 def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegion]:
     """What silences each filter, read off the values before any union."""
     table = state.table
     _expose_shared(state)
-    layer_of = np.full(len(table._parent), -1, dtype=np.int64)
-    filter_of = np.full(len(table._parent), -1, dtype=np.int64)
+    layer_number = np.full(table.owner_count, -1, dtype=np.int64)
+    filter_of = np.full(table.owner_count, -1, dtype=np.int64)
     for event in state.events:
         if event.kind == "filter":
             owners = table.owner[event.values]
-            layer_of[owners] = order.index(event.tensor.rpartition(".")[0])
+            layer_number[owners] = order.index(layer_of(event.tensor))
             filter_of[owners] = event.rows
-    silence: list[dict[tuple[str, int, int], None]] = [{} for _ in order]
-    columns: list[dict[tuple[str, int, tuple[int, int] | None], dict[tuple[int, int], None]]] = [{} for _ in order]
+    position = {tensor: i for i, tensor in enumerate(dict.fromkeys(e.tensor for e in state.events))}
+    silence: list[list[Ints]] = []  # columns: layer, tensor, filter, row
+    places: dict[tuple[str, int, tuple[int, int] | None], int] = {}
+    reads: list[list[Ints]] = []  # columns: layer, place, filter, column
     for event in state.events:
-        origin = table.origin[event.values]
-        private = origin >= 0
-        if not private.any():
+        if not event.silence and event.kind != "consumer":
             continue
-        layer_ids, filters, rows = layer_of[origin[private]], filter_of[origin[private]], event.rows[private]
-        for i in np.unique(layer_ids).tolist():
-            mine = layer_ids == i
-            if event.silence:
-                pairs = sorted(zip(filters[mine].tolist(), rows[mine].tolist(), strict=True))
-                silence[i].update(((event.tensor, j, row), None) for j, row in pairs)
-            elif event.kind == "consumer":
-                pairs = sorted(zip(filters[mine].tolist(), rows[mine].tolist(), strict=True))
-                columns[i].setdefault((event.tensor, event.dim, event.block), {}).update(dict.fromkeys(pairs))
+        origin = table.origin[event.values]
+        private = np.flatnonzero(origin >= 0)
+        if not len(private):
+            continue
+        ids, filters, rows = layer_number[origin[private]], filter_of[origin[private]], event.rows[private]
+        if event.silence:
+            silence.append([ids, np.full_like(ids, position[event.tensor]), filters, rows])
+        else:
+            place = places.setdefault((event.tensor, event.dim, event.block), len(places))
+            reads.append([ids, np.full_like(ids, place), filters, rows])
+    names, keys = list(position), list(places)
     exposed: list[dict[int, str]] = [{} for _ in order]
     for origin_owner, reason in table.exposed.items():
-        if origin_owner >= 0 and layer_of[origin_owner] >= 0:
-            exposed[layer_of[origin_owner]][int(filter_of[origin_owner])] = reason
-    regions = {}
-    for i, layer in enumerate(order):
-        by_tensor: dict[str, list[tuple[int, int]]] = {}
-        for tensor, j, row in silence[i]:
-            by_tensor.setdefault(tensor, []).append((row, j))
-        parts = []
-        for tensor, pairs_of_tensor in by_tensor.items():
-            rows, filters = np.asarray(pairs_of_tensor, dtype=np.int64).T
-            parts.append((tensor, rows, filters))
-        count = int(filter_of[layer_of == i].max(initial=-1)) + 1
-        read = []
-        for (tensor, dim, block), found in columns[i].items():
-            filters_read, columns_read = torch.tensor(list(found)).T
-            read.append(ConsumerColumns(tensor, dim, columns_read, filters_read, block))
-        regions[layer] = FilterRegion(count, tuple(parts), tuple(read), exposed[i])
-    return regions
+        if origin_owner >= 0 and layer_number[origin_owner] >= 0:
+            exposed[layer_number[origin_owner]][int(filter_of[origin_owner])] = reason
+    silenced = _by_layer_and_tensor(silence, len(order))
+    read = _by_layer_and_tensor(reads, len(order))
+    counts = np.zeros(len(order) + 1, dtype=np.int64)
+    np.maximum.at(counts, layer_number, filter_of + 1)
+    return {
+        layer: FilterRegion(
+            int(counts[i]),
+            tuple((names[tensor], rows, filters) for tensor, filters, rows in silenced[i]),
+            tuple(
+                ConsumerColumns(*keys[place][:2], torch.from_numpy(columns), torch.from_numpy(filters), keys[place][2])
+                for place, filters, columns in read[i]
+            ),
+            exposed[i],
+        )
+        for i, layer in enumerate(order)
+    }
+
+
+def _by_layer_and_tensor(blocks: list[list[Ints]], layers: int) -> list[list[tuple[int, Ints, Ints]]]:
+    """(tensor, filters, rows) for every layer, each pair of filter and row once."""
+    split: list[list[tuple[int, Ints, Ints]]] = [[] for _ in range(layers)]
+    if not blocks:
+        return split
+    columns = np.stack([np.concatenate(column) for column in zip(*blocks, strict=True)])
+    order = np.lexsort(columns[::-1])
+    columns = columns[:, order]
+    fresh = np.r_[True, (np.diff(columns, axis=1) != 0).any(axis=0)]
+    columns = columns[:, fresh]
+    bounds = np.flatnonzero((np.diff(columns[:2], axis=1) != 0).any(axis=0)) + 1
+    for part in np.split(columns, bounds, axis=1):
+        if part[0, 0] >= 0:
+            split[part[0, 0]].append((int(part[1, 0]), part[2].copy(), part[3].copy()))
+    return split
 
 
 def _expose_shared(state: Propagation) -> None:
@@ -126,17 +148,23 @@ def neighbours(
     table: Table, order: list[str], weights: set[str]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
     """(layers that read a channel of each layer, layers that share a channel with it)."""
-    is_layer = np.asarray([t in weights for t in table.tensors], dtype=bool)
-    owns = is_layer[table.tensor] & (table.kind < 2)
-    reads = table.kind == 2
     position = {layer: i for i, layer in enumerate(order)}
-    layer_id = np.asarray([position.get(t.rpartition(".")[0], -1) for t in table.tensors], dtype=np.int64)
-    consumers, coupled = {}, {}
-    for layer, i in position.items():
-        roots = np.unique(table.root[owns & (layer_id[table.tensor] == i)])
-        member = np.isin(table.root, roots)
-        readers = {table.tensors[t].rpartition(".")[0] for t in np.unique(table.tensor[member & reads]).tolist()}
-        consumers[layer] = tuple(sorted(readers, key=lambda name: position.get(name, len(order))))
-        others = np.unique(layer_id[table.tensor[member & owns]]).tolist()
-        coupled[layer] = tuple(order[k] for k in others if k >= 0 and k != i)
-    return consumers, coupled
+    readers: dict[str, set[str]] = {layer: set() for layer in order}
+    coupled: dict[str, set[int]] = {layer: set() for layer in order}
+    # Channels with one signature have the same layers and consumers: the first of each will do.
+    starts, ends = table.starts, np.r_[table.starts[1:], len(table.root)]
+    _, first = np.unique(table.signatures(), return_index=True)
+    for start, stop in zip(starts[first].tolist(), ends[first].tolist(), strict=True):
+        tensors = [table.tensors[t] for t in table.tensor[start:stop].tolist()]
+        names = list(zip(tensors, table.kind[start:stop].tolist(), strict=True))
+        owners = dict.fromkeys(layer_of(t) for t, kind in names if kind < 2 and t in weights)
+        others = {position[o] for o in owners if o in position}
+        reading = {layer_of(t) for t, kind in names if kind == 2}
+        for layer in owners:
+            if layer in position:
+                readers[layer] |= reading
+                coupled[layer] |= others
+    return (
+        {n: tuple(sorted(s, key=lambda name: (position.get(name, len(order)), name))) for n, s in readers.items()},
+        {n: tuple(order[i] for i in sorted(s) if order[i] != n) for n, s in coupled.items()},
+    )

@@ -3,90 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
-from torch.fx import Graph, Node
 
-from ..filters import canonical_name
+from ..filters import named_modules
+from .answers import MapSite
 from .labels import LabelTensor, core
 from .propagate import Move, Propagation
+from .record import Node, Record
 
-__all__ = ["MapSite", "constrained_channels", "find_sites", "module_of"]
-
-
-@dataclass(frozen=True)
-class MapSite:
-    """A parameter-free submodule that moves channels, called once, with one tensor in and one out.
-
-    ``reads`` and ``writes`` name the channel at each position of dimension 1 (-1: no channel).
-    """
-
-    module: str
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-
-
-def module_of(node: Node, network: str = "") -> tuple[str, bool]:
-    """(canonical path of the module that runs a node, whether that is a channel map).
-
-    Paths start at ``network``, the path of the traced submodule. What a channel map wraps goes by the path of the map,
-    so that paths are the same before and after narrowing.
-    """
-    names: list[str] = []
-    previous, in_map = "", False
-    for path, kind in node.meta.get("nn_module_stack", {}).values():
-        path = path.partition("@")[0]
-        step = path.removeprefix(previous).removeprefix(".") if path.startswith(previous) else path
-        if not in_map and step:
-            names.append(step)
-        previous, in_map = path, str(getattr(kind, "__qualname__", kind)).rpartition(".")[2] == "ChannelMap"
-    path = canonical_name(".".join(names).removeprefix("network").removeprefix("."))
-    return ".".join(part for part in (network, path) if part), in_map
+__all__ = ["constrained_channels", "find_sites"]
 
 
 def find_sites(
-    model: nn.Module, graphs: Sequence[Graph], state: Propagation, network: str
+    model: nn.Module, records: Sequence[Record], state: Propagation, network: str
 ) -> tuple[list[MapSite], list[Move]]:
     """(sites that can be mapped, moves made by forward bodies that cannot)."""
-    modules = {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules = named_modules(model)
     sites: dict[str, MapSite | None] = {}
     for path in dict.fromkeys(move.module for move in state.moves):
         module = modules.get(path)
-        found: set[MapSite | None] = {None}
+        candidates: set[MapSite | None] = {None}
         if module is not None and path != network and next(module.parameters(), None) is None:
-            found = {_site(state, path, graph, path.removeprefix(network).removeprefix(".")) for graph in graphs}
-        sites[path] = found.pop() if len(found) == 1 else None
+            candidates = {_site(state, path, record) for record in records}
+        sites[path] = candidates.pop() if len(candidates) == 1 else None
     return [s for s in sites.values() if s is not None], [m for m in state.moves if sites[m.module] is None]
 
 
-def _call(node: Node, path: str) -> str:
-    """Which call of the module at ``path`` a node belongs to."""
-    for key, (full, _) in node.meta["nn_module_stack"].items():
-        if canonical_name(full.partition("@")[0].removeprefix("network").removeprefix(".")) == path:
-            return f"{key}|{full}"
-    return ""
-
-
-def _site(state: Propagation, path: str, graph: Graph, local: str) -> MapSite | None:
-    paths = {n: state.module_of(n)[0] for n in graph.nodes if n.op == "call_function"}
-    inside = [n for n, p in paths.items() if p == path or p.startswith(f"{path}.")]
-    if len({_call(n, local) for n in inside}) != 1:
+def _site(state: Propagation, path: str, record: Record) -> MapSite | None:
+    visits = {node: record.inside(node, path) for node in record.nodes if node.op in ("call", "item")}
+    members = {node for node, visit in visits.items() if visit is not None}
+    if len({visits[node] for node in members}) != 1:
         return None
-    members = set(inside)
-    read = dict.fromkeys(
-        n for node in inside for n in node.all_input_nodes if n not in members and _channels(state, n) is not None
-    )
-    written = [n for n in inside if any(user not in members for user in n.users)]
-    others = [
-        n
-        for node in inside
-        for n in node.all_input_nodes
-        if n not in members and n.op != "placeholder" and n not in read
-    ]
+    inside = [node for node in record.nodes if node in members]
+    outer = dict.fromkeys(n for node in inside for n in node.inputs if n not in members)
+    read = [n for n in outer if _channels(state, n) is not None]
+    others = [n for n in outer if n not in read and n.op not in ("input", "tensor", "constant")]
+    returned = {*record.outputs, *(node for node, _ in record.written)}
+    written = [n for n in inside if n in returned or any(user in visits and user not in members for user in n.users)]
     if len(read) != 1 or len(written) != 1 or others:
         return None
-    reads, writes = _channels(state, next(iter(read))), _channels(state, written[0])
+    reads, writes = _channels(state, read[0]), _channels(state, written[0])
     return None if reads is None or writes is None else MapSite(path, reads, writes)
 
 
@@ -98,8 +56,8 @@ def _channels(state: Propagation, node: Node) -> tuple[int, ...] | None:
     small = core(value.labels)
     if any(small.shape[d] > 1 for d in range(small.ndim) if d != 1):
         return None
-    row = small.reshape(-1).expand(value.shape[1]).tolist()
-    return tuple(state.table.root(int(state.table.owner[v])) if v > 0 else -1 for v in row)
+    row = small.reshape(-1).expand(value.shape[1]).numpy()
+    return tuple(np.where(row > 0, state.table.roots(state.table.owner[np.maximum(row, 0)]), -1).tolist())
 
 
 def _components(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
@@ -118,10 +76,7 @@ def constrained_channels(
     """Sets of channels whose counts a forward body ties together; map sites they pass are run as they are."""
     table = state.table
 
-    def free(owners: Iterable[int]) -> frozenset[int]:
-        return frozenset(r for r in (table.root(int(o)) for o in owners) if r not in pinned)
-
-    bodies = [free(move.owners.tolist()) for move in moves]
+    bodies = [frozenset(table.roots(move.owners).tolist()) - pinned for move in moves]
     maps = [frozenset(c for c in (*s.reads, *s.writes) if c >= 0 and c not in pinned) for s in sites]
     fixed = frozenset().union(*bodies)
     found = _components([s for s in [*bodies, *maps] if s])

@@ -1,54 +1,70 @@
-"""Trace a network: export, run on labels, collect channels."""
+"""Trace a network: record it, run the record on labels, collect channels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from ..filters import CONVOLUTIONS, FLOAT_FIRST, canonical_name, quantised_modules
+from ..filters import (
+    CONVOLUTIONS,
+    FLOAT_FIRST,
+    canonical_name,
+    find_submodule,
+    named_modules,
+    quantised_modules,
+)
 from ..tensors.arguments import check_module
 from . import layers, moves
-from .capture import find_submodule
-from .classes import Table, channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
+from .answers import ChannelAnswers, Operation, Table, layer_of
+from .channels import channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
 from .errors import ChannelGraphError, TraceError
-from .export import bare_module, example_arguments, export, tensor_names
-from .graph import ChannelGraph, Operation
+from .inputs import example_arguments
+from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
-from .propagate import Propagation, Rule, Value, operator_name, unknown
+from .propagate import Propagation, Rule, unknown
+from .record import Node, Record, operator_name
+from .recorder import record
 from .regions import filter_regions, layers_in_order, neighbours, pinned_layers
-from .sites import constrained_channels, find_sites, module_of
+from .sites import constrained_channels, find_sites
 
-__all__ = ["trace"]
+__all__ = ["trace", "trace_at"]
 
-_PREFIX = "network."
+Answers = TypeVar("Answers", bound=ChannelAnswers)
+
 _RULES: dict[str, Rule] = {**dict.fromkeys(EXTRA, pointwise), **layers.RULES, **moves.RULES}
 
 
-def _dispatch(state: Propagation, node: Node) -> Value:
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return pointwise(state, node)
-    return unknown(state, node)
+def _rule(node: Node) -> Rule:
+    """The rule of a call: by its name, by ATen's tag for element-wise operators, or the one that pins."""
+    rule = _RULES.get(operator_name(node, raw=True))
+    if rule is not None:
+        return rule
+    return pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else unknown
 
 
-class _Rules(dict[str, Rule]):
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name, _dispatch)
+def trace(model: nn.Module, example_inputs: Any, network: str | None, answers: type[Answers]) -> Answers:
+    """Check what is given, and trace.
 
+    Args:
+        model: see :meth:`ChannelGraph.trace`.
+        example_inputs: likewise.
+        network: likewise.
+        answers: class of the result.
 
-def trace(model: nn.Module, example_inputs: Any, network: str | None = None) -> ChannelGraph:
-    """See :meth:`ChannelGraph.trace`."""
+    Raises:
+        ExampleInputsError: no example inputs, or forward fails on them.
+        TraceError: the network cannot be recorded.
+        ChannelGraphError: the network has no convolution, or there is no such submodule.
+    """
     check_module("model", model)
     model = bare_module(model)
-    traced = bare_module(find_submodule(model, network))
+    traced = bare_module(find_submodule(model, network, ChannelGraphError))
     if quantised := list(quantised_modules(traced)):
         raise TraceError(
             f"{quantised[0]!r} is quantised, and packed integers cannot be traced; {FLOAT_FIRST}, or trace a submodule "
@@ -63,41 +79,48 @@ def trace(model: nn.Module, example_inputs: Any, network: str | None = None) -> 
         raise ChannelGraphError(
             f"{type(traced).__name__} has no convolution: there are no channels to speak of; trace a network with some"
         )
-    graph = trace_at(model, example_arguments(traced, example_inputs), network or "")
-    graph.pin_rigid()
-    return graph
+    return trace_at(model, example_arguments(traced, example_inputs), network or "", answers)
 
 
-def trace_at(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], network: str) -> ChannelGraph:
+def trace_at(
+    model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], network: str, answers: type[Answers]
+) -> Answers:
     """Trace with (args, kwargs), without asking which widths forward can express."""
-    args, kwargs = arguments
-    traced = bare_module(find_submodule(model, network))
-    state = Propagation(lambda node: module_of(node, network))
-    programs = [export(traced, args, kwargs)]
-    _propagate(model, state, programs[0], network)
-    if idle := _idle_parameters(traced, programs[0]):
-        # Auxiliary heads read channels in training only: their graph is laid over the first one.
+    traced = bare_module(find_submodule(model, network, ChannelGraphError))
+    names = tensor_names(model)
+    state = Propagation(row_dims=_row_dims(traced, names))
+    records = [record(traced, call, names, network)]
+    state.run(records[0], _rule, layers.RULES)
+    if idle := _idle_parameters(traced, names, records[0]):
+        # Auxiliary heads read channels in training only: their record is laid over the first one.
         try:
-            programs.append(export(traced, *tree_map(_two_items, (args, kwargs)), training=True))
+            records.append(record(traced, tree_map(_two_items, call), names, network, training=True))
         except ChannelGraphError as error:
             raise TraceError(
                 f"{idle[0]!r} is not used in eval mode, and training mode cannot be traced: {error}"
             ) from error
-        _propagate(model, state, programs[1], network)
-    return _collect(model, state, programs, tree_map(_shape_only, (args, kwargs)), network)
+        state.run(records[1], _rule, layers.RULES)
+    return answers(**_collect(model, state, records, call, network))
 
 
-def _idle_parameters(model: nn.Module, program: ExportedProgram) -> list[str]:
-    """Parameters that forward does not use, under any of their names."""
-    alive = {node.name for node in program.graph.nodes if node.users}
-    tensors = {canonical_name(n): t for n, t in model.named_parameters(remove_duplicate=False)}
-    names = [
-        canonical_name(str(s.target).removeprefix(_PREFIX))
-        for s in program.graph_signature.input_specs
-        if s.arg.name in alive
-    ]
-    used = {id(tensors[name]) for name in names if name in tensors}
-    return [name for name, tensor in tensors.items() if id(tensor) not in used]
+def _idle_parameters(model: nn.Module, names: Mapping[int, str], record: Record) -> list[str]:
+    """Parameters that forward does not use."""
+    used = {record.tensors[node] for node in record.nodes if node in record.tensors}
+    return [name for p in model.parameters() if (name := names[id(p)]) not in used]
+
+
+def _row_dims(model: nn.Module, names: Mapping[int, str]) -> dict[str, int]:
+    """Tensors of layers with one slice per filter -> the dimension of those slices."""
+    dims: dict[str, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+            transposed = isinstance(layer, CONVOLUTIONS) and layer.transposed
+            count = layer.out_channels if isinstance(layer, CONVOLUTIONS) else layer.out_features
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                dim = 1 if transposed and tensor.ndim > 1 and tensor.shape[1] == count else 0
+                if tensor.ndim > 1 and tensor.shape[dim] == count:
+                    dims[names[id(tensor)]] = dim
+    return dims
 
 
 def _two_items(leaf: Any) -> Any:
@@ -105,52 +128,20 @@ def _two_items(leaf: Any) -> Any:
     return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == 1 else leaf
 
 
-def _propagate(model: nn.Module, state: Propagation, program: ExportedProgram, network: str) -> None:
-    names = tensor_names(model)
-    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    by_name = {canonical_name(n): t for n, t in pairs}
-    parameters: dict[str, tuple[str, torch.Size]] = {}
-    words: dict[str, str] = {}
-    constants: dict[str, Tensor] = {}
-    for spec in program.graph_signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
-            tensor = by_name[canonical_name(spec.target.replace(_PREFIX, f"{network}." if network else "", 1))]
-            parameters[spec.arg.name] = (names[id(tensor)], tensor.shape)
-            if tensor.dtype in (torch.int32, torch.int64) and tensor.ndim and not tensor.is_meta:
-                constants[spec.arg.name] = tensor.detach().cpu()
-        elif spec.kind == InputKind.CONSTANT_TENSOR and isinstance(
-            value := program.constants.get(str(spec.target)), Tensor
-        ):
-            if value.dtype in (torch.int32, torch.int64) and value.ndim:
-                constants[spec.arg.name] = value.detach().cpu()
-        elif spec.kind == InputKind.USER_INPUT:
-            words[spec.arg.name] = f"network input {spec.arg.name!r}"
-    for out in program.graph_signature.output_specs:
-        if out.kind == OutputKind.BUFFER_MUTATION and out.target is not None:
-            words[out.arg.name] = f"written to buffer {out.target.removeprefix(_PREFIX)}"
-    state.run(program.graph, _Rules(_RULES), parameters, words, constants)
-
-
-def _shape_only(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.to("meta") if leaf.is_floating_point() else leaf.clone()
-    return leaf
-
-
-def _owner_module(model: nn.Module) -> dict[str, nn.Module]:
-    return {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-
-
-def _obstacles(model: nn.Module, table: Table, network: str) -> dict[str, str]:
+def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str) -> dict[str, str]:
     """Tensors that cannot be narrowed -> why."""
-    modules, outside = _owner_module(model), _names_outside(model, network)
+    modules, outside = named_modules(model), _names_outside(model, network)
     found: dict[str, str] = {}
+    dense_tensors = set(np.unique(table.tensor[table.kind != 1]).tolist())
     for index, tensor in enumerate(table.tensors):
-        path, _, attribute = tensor.rpartition(".")
-        dense = bool(np.isin(table.kind[table.tensor == index], (0, 2)).any())
+        path, attribute = layer_of(tensor), tensor.rpartition(".")[2]
+        dense = index in dense_tensors
         if tensor in outside:
             found[tensor] = f"{tensor} is shared with {outside[tensor]}, outside of {network}"
-        elif dense and not (isinstance(modules[path], (*CONVOLUTIONS, nn.Linear)) and attribute in ("weight", "bias")):
+        elif dense and not (
+            isinstance(modules[path], (*CONVOLUTIONS, nn.Linear))
+            and (attribute in ("weight", "bias") or tensor in state.computed)
+        ):
             found[tensor] = f"{tensor} belongs to a {type(modules[path]).__name__}, which cannot be narrowed"
     return found
 
@@ -165,50 +156,57 @@ def _names_outside(model: nn.Module, network: str) -> dict[str, str]:
 
 
 def _collect(
-    model: nn.Module, state: Propagation, programs: Sequence[ExportedProgram], inputs: Any, network: str
-) -> ChannelGraph:
+    model: nn.Module, state: Propagation, records: Sequence[Record], call: Any, network: str
+) -> dict[str, Any]:
     resolve_elements(state)
     couple_shared_rows(state)
     table = channel_table(state)
-    pin_impossible(state, table, _obstacles(model, table, network))
+    pin_impossible(state, table, _obstacles(model, state, table, network))
     pins: dict[int, str] = {}
-    for owner, reason in state.table.pins.items():
-        pins.setdefault(state.table.root(owner), reason)
-    order, layer_tensors = layers_in_order(_owner_module(model), state.events)
-    sites, bodies = find_sites(model, [p.graph for p in programs], state, network)
+    roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
+    for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
+        pins.setdefault(root, reason)
+    order, layer_tensors = layers_in_order(named_modules(model), state.events)
+    sites, bodies = find_sites(model, records, state, network)
     constrained = constrained_channels(sites, bodies, state, set(pins))
     fixed = set().union(*constrained)
     groups = groups_of(table, set(pins), order, layer_tensors, fixed)
     regions = filter_regions(state, order)
+    pinned = pinned_layers(state, table, pins, order, layer_tensors)
+    modules = named_modules(model)
+    for layer, reason in state.computed_layers.items():
+        if layer not in order and isinstance(modules.get(layer), (*CONVOLUTIONS, nn.Linear)):
+            pinned[layer] = reason
     consumers, coupled = neighbours(table, order, layer_tensors)
     row_dims = {e.tensor: e.dim for e in state.events if e.kind == "filter" and e.dim}
-    return ChannelGraph(
-        model=model,
-        groups=groups,
-        pinned=pinned_layers(state, table, pins, order, layer_tensors),
-        regions=regions,
-        consumers=consumers,
-        coupled=coupled,
-        row_dims=row_dims,
-        operations=tuple(_operations(programs[0], state)),
-        map_sites=tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
-        constrained=constrained,
-        table=table,
-        body_moves={
-            state.table.root(int(o)): f"{m.operator} in {m.module or 'forward'}"
+    return {
+        "model": model,
+        "groups": groups,
+        "pinned": pinned,
+        "regions": regions,
+        "consumers": consumers,
+        "coupled": coupled,
+        "row_dims": row_dims,
+        "operations": tuple(_operations(records[0])),
+        "map_sites": tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
+        "constrained": constrained,
+        "table": table,
+        "body_moves": {
+            root: f"{m.operator} in {m.module or 'forward'}"
             for m in (*state.reshapes, *reversed(bodies))
-            for o in m.owners.tolist()
+            for root in state.table.roots(m.owners).tolist()
         },
-        inputs=inputs,
-        network=network,
-    )
+        "arguments": call,
+        "network": network,
+        "output_shapes": tuple(node.shape for node in records[0].outputs),
+        "read_values": next((state.where(node) for node in records[0].nodes if node in records[0].reads), ""),
+    }
 
 
-def _operations(program: ExportedProgram, state: Propagation) -> Iterable[Operation]:
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            value = node.meta.get("val")
-            first = value[0] if isinstance(value, (list, tuple)) and value else value
+def _operations(record: Record) -> Iterable[Operation]:
+    for node in record.nodes:
+        if node.op in ("call", "item"):
+            first = node.value[0] if isinstance(node.value, tuple) and node.value else node.value
             shape = tuple(int(n) for n in first.shape) if isinstance(first, Tensor) else None
-            inputs = tuple(n.name for n in node.all_input_nodes)
-            yield Operation(node.name, operator_name(node), state.module_of(node)[0], inputs, shape)
+            operator = operator_name(node) if node.op == "call" else "getitem"
+            yield Operation(node.name, operator, node.module, tuple(n.name for n in node.inputs), shape)

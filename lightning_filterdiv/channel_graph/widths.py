@@ -11,24 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
-from ..filters import CONVOLUTIONS, canonical_name
-from .capture import find_submodule
-from .classes import ChannelGroup
+from ..filters import CONVOLUTIONS, canonical_name, find_submodule
+from .answers import ChannelAnswers, ChannelGroup
 from .errors import ChannelGraphError
-from .export import quiet
-from .narrow import copy_network, update_attributes
+from .modules import copy_network, meta_stand_ins, tensor_names, update_attributes
+from .recorder import record
+from .trace import trace_at
 
-if TYPE_CHECKING:
-    from .graph import ChannelGraph
-
-__all__ = ["Layout", "layout_for", "nearest_counts", "rigid_groups", "widths_of"]
+__all__ = ["Layout", "layout_for", "nearest_counts", "unresizable_sets", "widths_of"]
 
 _STEPS = (1.0, 0.75, 0.5, 0.25)
 _MOST_SINGLE_TRIALS = 24
@@ -46,13 +41,13 @@ class Layout:
     """
 
     model: nn.Module
-    graph: ChannelGraph
+    graph: ChannelAnswers
     counts: dict[str, int]
     channels: dict[int, tuple[str, int]]
 
 
-def nearest_counts(graph: ChannelGraph, counts: dict[str, int]) -> dict[str, int]:
-    """See :meth:`ChannelGraph.expressible_counts`."""
+def nearest_counts(graph: ChannelAnswers, counts: dict[str, int]) -> dict[str, int]:
+    """See :meth:`ChannelAnswers.expressible_counts`."""
     result = dict(counts)
     shrinking = []
     for groups in _tied_groups(graph):
@@ -66,31 +61,31 @@ def nearest_counts(graph: ChannelGraph, counts: dict[str, int]) -> dict[str, int
     return result
 
 
-def rigid_groups(graph: ChannelGraph) -> list[ChannelGroup]:
-    """Groups that forward does not let anyone narrow."""
+def unresizable_sets(graph: ChannelAnswers) -> list[ChannelGroup]:
+    """Groups of :attr:`ChannelAnswers.constrained` that forward does not let anyone narrow."""
     tied = _tied_groups(graph)
     if _all_at_once(graph, [(groups, 0.75) for groups in tied]) is not None:
         return []
-    rigid = []
+    stuck: list[ChannelGroup] = []
     for groups in tied:
         if _together(graph, [(groups, 0.75)]) is None:
             flexible = _one_by_one(graph, groups, {g.name: (g.size + 1) // 2 for g in groups})
-            rigid += [g for g in groups if g.size > 1 and g.name not in flexible]
-    return rigid
+            stuck += [g for g in groups if g.size > 1 and g.name not in flexible]
+    return stuck
 
 
-def _tied_groups(graph: ChannelGraph) -> list[list[ChannelGroup]]:
+def _tied_groups(graph: ChannelAnswers) -> list[list[ChannelGroup]]:
     found = [[g for g in graph.groups if int(g.channels[0]) in channels] for channels in graph.constrained]
     return [groups for groups in found if groups]
 
 
-def _all_at_once(graph: ChannelGraph, sets: Sequence[tuple[list[ChannelGroup], float]]) -> dict[str, int] | None:
+def _all_at_once(graph: ChannelAnswers, sets: Sequence[tuple[list[ChannelGroup], float]]) -> dict[str, int] | None:
     """One trace instead of one per set, for networks of many sets that forward lets shrink as wanted (ShuffleNet)."""
     return _together(graph, sets, _STEPS[:1]) if len(sets) > 1 else None
 
 
 def _together(
-    graph: ChannelGraph, sets: Sequence[tuple[list[ChannelGroup], float]], steps: Sequence[float] = _STEPS
+    graph: ChannelAnswers, sets: Sequence[tuple[list[ChannelGroup], float]], steps: Sequence[float] = _STEPS
 ) -> dict[str, int] | None:
     """Counts when all layers shrink to about the ratio of their set, or else to less and less; None if a set keeps all.
 
@@ -119,7 +114,7 @@ def _together(
     return None
 
 
-def _one_by_one(graph: ChannelGraph, groups: list[ChannelGroup], wanted: Mapping[str, int]) -> dict[str, int]:
+def _one_by_one(graph: ChannelAnswers, groups: list[ChannelGroup], wanted: Mapping[str, int]) -> dict[str, int]:
     """Counts of those groups that can be narrowed while the others keep all their channels."""
     if len(groups) > _MOST_SINGLE_TRIALS:
         return {}
@@ -133,7 +128,7 @@ def _one_by_one(graph: ChannelGraph, groups: list[ChannelGroup], wanted: Mapping
     return alone if len(alone) < 2 or fits(alone) else dict([next(iter(alone.items()))])
 
 
-def widths_of(graph: ChannelGraph, counts: Mapping[str, int]) -> dict[str, int]:
+def widths_of(graph: ChannelAnswers, counts: Mapping[str, int]) -> dict[str, int]:
     """Layer -> filters left with ``counts`` channels in each group (all channels in groups not mentioned)."""
     widths: dict[str, int] = {}
     for group in graph.groups:
@@ -143,37 +138,15 @@ def widths_of(graph: ChannelGraph, counts: Mapping[str, int]) -> dict[str, int]:
     return widths
 
 
-def layout_for(graph: ChannelGraph, widths: Mapping[str, int]) -> Layout | None:
+def layout_for(graph: ChannelAnswers, widths: Mapping[str, int]) -> Layout | None:
     """Trace the network with layers of these widths (others unchanged); None if it does not run, or differs."""
-    from .trace import trace_at
-
-    blank = _blank_copy(graph.model)
-    inputs = tree_map(_on_cpu, graph.inputs)
+    blank = copy_network(graph.model, meta_stand_ins(graph.model)).eval()
     try:
-        with quiet():
-            _adapt(blank, graph.network, widths, inputs)
-        narrow = trace_at(blank, inputs, graph.network)
+        _adapt(blank, graph.network, widths, graph.inputs)
+        narrow = trace_at(blank, graph.inputs, graph.network, ChannelAnswers)
     except (ChannelGraphError, RuntimeError, ValueError, IndexError, TypeError, AssertionError):
         return None
     return _match(graph, blank, narrow)
-
-
-def _on_cpu(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return torch.empty(leaf.shape, dtype=leaf.dtype) if leaf.is_floating_point() else leaf.cpu()
-    return leaf
-
-
-def _blank_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU whose floating tensors are uninitialised (never touched, so never paged in)."""
-    blank: dict[int, object] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        new = torch.empty(tensor.shape, dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
-            blank[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad)
-        else:
-            blank[id(tensor)] = new if tensor.is_floating_point() or tensor.is_meta else tensor.detach().cpu().clone()
-    return copy_network(model, blank).eval()
 
 
 @contextmanager
@@ -187,9 +160,9 @@ def _hooks(model: nn.Module, hook: Any) -> Iterator[None]:
 
 
 def _adapt(model: nn.Module, network: str, widths: Mapping[str, int], inputs: Any) -> None:
-    """Run ``model`` on shapes alone; each layer first takes the width of its input, and ``widths`` for its output."""
+    """Give the layers of a network on meta other widths: the width of their input, and ``widths`` for their output."""
     names = {id(m): canonical_name(n) for n, m in reversed(list(model.named_modules(remove_duplicate=False)))}
-    shapes: dict[tuple[int, str], tuple[nn.Module, torch.Size]] = {}
+    adapted: dict[tuple[int, str], tuple[nn.Module, tuple[int, ...]]] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not args or not isinstance(args[0], Tensor):
@@ -197,21 +170,22 @@ def _adapt(model: nn.Module, network: str, widths: Mapping[str, int], inputs: An
         for name, shape in _shapes(module, args[0], widths.get(names[id(module)])).items():
             old = getattr(module, name)
             if old.shape != torch.Size(shape):
-                new = torch.empty(shape, dtype=old.dtype)
-                setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-                shapes[id(module), name] = module, torch.Size(shape)
+                _tensors_of(module, name)[name] = torch.empty(shape, dtype=old.dtype)
+                adapted[id(module), name] = module, shape
         update_attributes(module)
 
-    def fake(leaf: Any) -> Any:
-        return mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
+    with _hooks(model, hook):
+        record(find_submodule(model, network), inputs, tensor_names(model), network)
+    for (_, name), (module, shape) in adapted.items():
+        table = _tensors_of(module, name)
+        old = table[name]
+        new = torch.empty(shape, dtype=old.dtype, device="meta")
+        table[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        update_attributes(module)
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _hooks(model, hook):
-        args, kwargs = tree_map(fake, inputs)
-        find_submodule(model, network)(*args, **kwargs)
-    for (_, name), (module, shape) in shapes.items():
-        old = getattr(module, name)
-        new = torch.empty(shape, dtype=old.dtype)
-        setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+def _tensors_of(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._parameters if name in module._parameters else module._buffers
 
 
 def _shapes(module: nn.Module, input: Tensor, width: int | None) -> dict[str, tuple[int, ...]]:
@@ -242,7 +216,7 @@ def _shapes(module: nn.Module, input: Tensor, width: int | None) -> dict[str, tu
     return shapes
 
 
-def _match(graph: ChannelGraph, model: nn.Module, narrow: ChannelGraph) -> Layout | None:
+def _match(graph: ChannelAnswers, model: nn.Module, narrow: ChannelAnswers) -> Layout | None:
     """Recognise the channels of ``graph`` in ``narrow``: along every layer the same kinds in the same order."""
     constrained = frozenset().union(*graph.constrained)
     group_of = {int(c): g.name for g in graph.groups for c in g.channels.tolist() if int(c) in constrained}
@@ -269,8 +243,8 @@ def _match(graph: ChannelGraph, model: nn.Module, narrow: ChannelGraph) -> Layou
     return Layout(model, narrow, {**{g.name: g.size for g in graph.groups}, **counts}, channels)
 
 
-def _runs(kinds: list[tuple[bytes, str]], channels: list[int]) -> list[tuple[tuple[bytes, str], list[int]]]:
-    runs: list[tuple[tuple[bytes, str], list[int]]] = []
+def _runs(kinds: list[tuple[int, str]], channels: list[int]) -> list[tuple[tuple[int, str], list[int]]]:
+    runs: list[tuple[tuple[int, str], list[int]]] = []
     for kind, channel in zip(kinds, channels, strict=True):
         if runs and runs[-1][0] == kind:
             runs[-1][1].append(channel)

@@ -11,11 +11,11 @@ from torch import nn
 from lightning_filterdiv.centripetal.callback import CentripetalSGD
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
 from lightning_filterdiv.channel_graph import ChannelGraphError
-from lightning_filterdiv.channel_graph.capture import find_submodule
-from lightning_filterdiv.channel_graph.export import example_arguments
+from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import read_checkpoint, restore_model
 from lightning_filterdiv.files import why_unwritable
+from lightning_filterdiv.filters import find_submodule
 from lightning_filterdiv.narrowing.files import save_merged
 from lightning_filterdiv.narrowing.measure import latency_ratio
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
-from lightning_filterdiv.channel_graph.export import bare_module
-from lightning_filterdiv.channel_graph.narrow import named_tensors, update_attributes
+from lightning_filterdiv.channel_graph.modules import bare_module, update_attributes
 from lightning_filterdiv.files import why_unwritable
-from lightning_filterdiv.filters import canonical_name, named_modules
+from lightning_filterdiv.filters import canonical_name, named_modules, named_tensors
 
 __all__ = ["MergedFileError", "load_merged", "save_merged"]
 

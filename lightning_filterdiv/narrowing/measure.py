@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_filterdiv.channel_graph.export import example_arguments
+from lightning_filterdiv.channel_graph.inputs import example_arguments
 
 __all__ = ["count_macs", "count_parameters", "latency_ratio", "macs_of_call"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
-from lightning_filterdiv.channel_graph.capture import find_submodule
-from lightning_filterdiv.channel_graph.export import bare_module, example_arguments
-from lightning_filterdiv.channel_graph.narrow import copy_network, named_tensors, narrow, tie
-from lightning_filterdiv.channel_graph.verify import TOLERANCE as ROUNDING
-from lightning_filterdiv.channel_graph.verify import compare, random_inputs
+from lightning_filterdiv.channel_graph.inputs import example_arguments
+from lightning_filterdiv.channel_graph.modules import bare_module, copy_network
+from lightning_filterdiv.channel_graph.narrow import merging, narrow, tie
+from lightning_filterdiv.channel_graph.verify import prove
+from lightning_filterdiv.filters import find_submodule, named_tensors
 from lightning_filterdiv.narrowing.measure import count_parameters, macs_of_call
 from lightning_filterdiv.tensors.arguments import check_number
 
@@ -129,14 +129,15 @@ def merge_channels(
     projected = copy_network(model)
     tie(projected, graph, clusters)
     deviation, worst = _largest_deviation(model, projected)
-    merged = narrow(projected, graph, clusters)
+    keep, sums = merging(graph, clusters)
+    merged = narrow(projected, graph, keep, sums)
     arguments = example_arguments(_traced(model, network), example_inputs)
-    projection, trim = _compare(model, graph, clusters, arguments, network)
-    if not trim <= ROUNDING:
+    proof = prove(projected, lambda tied: narrow(tied, graph, keep, sums), graph, arguments, original=model)
+    projection, trim = proof.change, proof.difference
+    if not proof.exact:
         raise NarrowingError(
-            f"the narrow network differs from the tied one by {trim:.1e} (relative, float64), more than "
-            f"{ROUNDING:.0e}; "
-            f"nothing was merged. Please report the network: the channel graph is wrong about it"
+            f"the narrow network is not the tied one: {proof}; nothing was merged. Please report the network: the "
+            f"channel graph is wrong about it"
         )
     if not projection <= tolerance:
         raise NotTiedError(
@@ -174,20 +175,3 @@ def _largest_deviation(model: nn.Module, projected: nn.Module) -> tuple[float, s
             scale = torch.linalg.vector_norm(tensor.double()).clamp_min(torch.finfo(torch.float64).tiny)
             worst = max(worst, (float(off / scale), name))
     return worst
-
-
-def _compare(
-    model: nn.Module, graph: ChannelGraph, clusters: Mapping[str, Tensor], arguments: Any, network: str | None
-) -> tuple[float, float]:
-    """Relative change of the outputs by projecting and by trimming, in float64 and eval mode, on random inputs."""
-    original = copy_network(model)
-    device = next((p.device for p in original.parameters()), torch.device("cpu"))
-    if device.type == "mps":  # it has no float64
-        original, device = original.cpu(), torch.device("cpu")
-    original = original.double().eval()
-    args, kwargs = random_inputs(arguments, device, torch.Generator().manual_seed(0))
-    tied = copy_network(original)
-    tie(tied, graph, clusters)
-    projection = compare(_traced(original, network), _traced(tied, network), args, kwargs)
-    trimmed = narrow(tied, graph, clusters)
-    return projection, compare(_traced(tied, network), _traced(trimmed, network), args, kwargs)

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.channel_graph.export import example_arguments
-from lightning_filterdiv.channel_graph.narrow import narrow, tie
+from lightning_filterdiv.channel_graph.inputs import example_arguments
+from lightning_filterdiv.channel_graph.narrow import merging, narrow, tie
 from lightning_filterdiv.channel_graph.verify import compare, random_clusters, random_inputs, randomise
 
 EXACT = 1e-9
+
+
+def merge(model: nn.Module, graph: ChannelGraph, clusters: dict[str, torch.Tensor]) -> nn.Module:
+    """One channel per cluster, columns summed."""
+    return narrow(model, graph, *merging(graph, clusters))
 
 
 def mergeable(graph: ChannelGraph) -> int:
@@ -43,9 +48,9 @@ def check_exact(model: nn.Module, inputs: Any, *, seed: int = 0, keep: float = 0
     args, kwargs = random_inputs(example_arguments(model, inputs), torch.device("cpu"), generator)
     clusters = random_clusters(graph, generator, keep)
     assert any(len(index.unique()) < len(index) for index in clusters.values()), "nothing is merged"
-    untied = compare(model, narrow(model, graph, clusters), args, kwargs)
+    untied = compare(model, merge(model, graph, clusters), args, kwargs)
     tie(model, graph, clusters)
-    narrowed = narrow(model, graph, clusters)
+    narrowed = merge(model, graph, clusters)
     assert compare(model, narrowed, args, kwargs) <= EXACT
     # The same comparison notices channels that are not equal.
     assert untied > 1e-6

@@ -12,10 +12,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError, widths
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
-from lightning_filterdiv.channel_graph.narrow import narrow, tie
+from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import random_clusters
 
-from .checks import check_exact, mergeable, parameter_count
+from .checks import check_exact, merge, mergeable, parameter_count
 
 IMAGE = models.image()
 
@@ -70,7 +70,7 @@ def test_parameter_count_by_hand() -> None:
     graph = ChannelGraph.trace(model, IMAGE)
     clusters = {g.name: torch.arange(g.size) % (g.size // 2) for g in graph.groups}
     tie(model, graph, clusters)
-    narrowed = narrow(model, graph, clusters)
+    narrowed = merge(model, graph, clusters)
     convs = 9 * (3 * 4 + 4 * 6 + 6 * 3)
     assert parameter_count(narrowed) == convs + 2 * (4 + 6 + 3) + (3 * 4 + 4)
     assert [(m.in_channels, m.out_channels) for m in narrowed.modules() if isinstance(m, nn.Conv2d)] == [
@@ -86,7 +86,7 @@ def test_first_members_are_kept_and_columns_summed() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     graph = ChannelGraph.trace(model, models.image(channels=1))
     first, second = model[0].weight.detach().clone(), model[2].weight.detach().clone()
-    narrowed = narrow(model, graph, {"0": torch.tensor([5, 2, 5, 9])})
+    narrowed = merge(model, graph, {"0": torch.tensor([5, 2, 5, 9])})
     assert torch.equal(narrowed[0].weight, first[[0, 1, 3]])
     assert torch.equal(narrowed[2].weight[:, 0], second[:, 0] + second[:, 2])
     assert torch.equal(narrowed[2].weight[:, 1:], second[:, [1, 3]])
@@ -114,7 +114,7 @@ def test_widths_that_forward_cannot_express_are_an_error() -> None:
     graph = ChannelGraph.trace(model, IMAGE)
     unequal = {"stem[2]": torch.arange(8) % 5}
     with pytest.raises(NarrowingError, match=r"cannot express the counts .*stem\[2\].*5.*expressible_counts"):
-        narrow(model, graph, unequal)
+        merge(model, graph, unequal)
     counts = graph.expressible_counts({g.name: 3 * g.size // 4 for g in graph.groups})
     assert counts == {
         "stem[0]": 3,

@@ -17,7 +17,7 @@ IMAGE = models.image()
 
 def test_a_graph_keeps_a_model_that_nobody_else_holds() -> None:
     graph = ChannelGraph.trace(models.plain(), IMAGE)
-    gc.collect()  # what export leaves behind refers to the model for a while
+    gc.collect()
     assert mergeable(graph) == 26
     assert graph.current
     assert graph.verify() <= EXACT

@@ -18,7 +18,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.channel_graph.narrow import named_tensors
+from lightning_filterdiv.channel_graph.modules import named_tensors
 from lightning_filterdiv.channel_graph.verify import randomise
 
 IMAGE = models.image(n=4)

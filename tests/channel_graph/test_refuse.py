@@ -6,11 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import ScaledStdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from benchmarks.models.channel_graph import MIXING, Between, image
-from lightning_filterdiv.channel_graph import ChannelGraph, TraceError
+from lightning_filterdiv.channel_graph import ChannelGraph
 
 from .checks import check_exact
 
@@ -47,7 +48,10 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
         r"meets values that no channel owns",
     ),
     "shift of padded channels": (MIXING["shift of padded channels"], r"."),
-    "pixel shuffle": (lambda: lambda x: torch.cat([F.pixel_shuffle(x, 2)] * 4, 1), r"reads several channels as one"),
+    "pixel shuffle": (
+        lambda: lambda x: torch.cat([F.pixel_shuffle(x, 2)] * 4, 1),
+        r"input of pixel_shuffle in forward, which moves channels to positions that conv2d in second reads as one",
+    ),
 }
 
 
@@ -74,20 +78,90 @@ class Residual(nn.Module):
 
 def test_sum_with_the_input_is_pinned() -> None:
     graph = ChannelGraph.trace(Residual(), IMAGE)
-    assert graph.pinned["first"] == "meets values that no channel owns (network input 'args_0') in add in forward"
+    assert graph.pinned["first"] == "meets values that no channel owns (network input 'x') in add in forward"
     assert graph.groups == []
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
-def test_computed_weights_are_pinned(kind: str) -> None:
+def _standardised(model: Between) -> None:
+    model.second = ScaledStdConv2d(8, 6, 3, padding=1)
+
+
+def _spectral(model: Between) -> None:
+    parametrizations.spectral_norm(model.second)
+
+
+COMPUTED: dict[str, Callable[[Between], object]] = {
+    "weight_norm": lambda model: parametrizations.weight_norm(model.second),
+    "weight_norm by a hook": lambda model: nn.utils.weight_norm(model.second),
+    "prune": lambda model: prune.l1_unstructured(model.second, "weight", 0.3),
+    "standardised": _standardised,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_filters_of_computed_weights_may_go_and_their_columns_may_not(kind: str) -> None:
     model = Between(nn.Identity())
-    if kind == "prune":
-        prune.l1_unstructured(model.second, "weight", 0.3)
-    else:
-        getattr(parametrizations, kind)(model.second)
+    COMPUTED[kind](model)
+    graph, narrowed = check_exact(model, IMAGE)
+    assert re.search(r"input of conv2d in second, whose weight is computed by \w+ in second", graph.pinned["first"])
+    assert [group.layers for group in graph.groups] == [("second",)]
+    assert narrowed.second.out_channels < 6
+    assert graph.private("second") == "forward computes the kernel of second from its weight"
+
+
+def test_a_weight_that_mixes_its_filters_is_pinned_by_name() -> None:
+    model = Between(nn.Identity())
+    _spectral(model)
     graph = ChannelGraph.trace(model, IMAGE)
-    assert "whose weight is computed in forward" in graph.pinned["first"]
     assert "second" not in {layer for group in graph.groups for layer in group.layers}
+    assert re.search("its weight is computed by .* not by filters", graph.pinned["second"])
+    assert graph.why_absent("second") == graph.pinned["second"]
+
+
+REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
+    "pixel shuffle": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.PixelShuffle(2), nn.Conv2d(16, 3, 3)
+        ),
+        torch.zeros(1, 3, 9, 9),
+        "2",
+        "input of pixel_shuffle in 3, which moves channels to positions that conv2d in 4 reads as one channel",
+    ),
+    "linear, view, transposed convolution": (
+        lambda: nn.Sequential(
+            nn.Linear(8, 128),
+            nn.ReLU(),
+            nn.Unflatten(1, (32, 2, 2)),
+            nn.ConvTranspose2d(32, 16, 4, 2),
+            nn.Conv2d(16, 3, 1),
+        ),
+        torch.zeros(1, 8),
+        "0",
+        "input of view in 2, which moves channels to positions that conv_transpose2d in 3 reads as one channel",
+    ),
+    "softmax over a stack of branches": (
+        lambda: Between(
+            lambda x: (
+                torch.stack([x, x.flip(1)], 1)
+                .flatten(1, 2)
+                .unflatten(1, (2, 8))
+                .permute(0, 2, 1, 3, 4)
+                .softmax(1)
+                .sum(2)
+            )
+        ),
+        IMAGE,
+        "first",
+        "input of softmax in forward over dimension 1, which mixes channels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_name_the_operator_and_the_axis(name: str) -> None:
+    make, inputs, layer, reason = REASONS[name]
+    assert ChannelGraph.trace(make(), inputs).pinned[layer] == reason
 
 
 class DataDependent(nn.Module):
@@ -104,14 +178,12 @@ class DataDependent(nn.Module):
         return self.head(self.backbone(x))
 
 
-def test_data_dependent_control_flow_names_the_part_and_the_way_out() -> None:
+def test_channels_that_forward_reads_are_pinned_and_those_before_are_exact() -> None:
     model = DataDependent()
-    message = r"submodule 'head' \(Head\) cannot be traced: its control flow .* network='backbone'"
-    with pytest.raises(TraceError, match=message):
-        ChannelGraph.trace(model, IMAGE)
-    graph = ChannelGraph.trace(model, IMAGE, network="backbone")
+    graph, _ = check_exact(model, IMAGE)
     assert [g.layers for g in graph.groups] == [("backbone.0",)]
-    assert graph.pinned == {"backbone.2": "network output"}
+    assert graph.pinned == {"backbone.2": "input of sum in head over channels, which mixes channels"}
+    assert graph.read_values == "item in head"
 
 
 class PartlyPinned(nn.Module):

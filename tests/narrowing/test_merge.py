@@ -16,7 +16,7 @@ from benchmarks.models import CifarResNet
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.centripetal import cluster_channels
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, NarrowingError
-from lightning_filterdiv.channel_graph.export import find_tensors
+from lightning_filterdiv.channel_graph.modules import find_tensors
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import random_clusters, randomise
 from lightning_filterdiv.narrowing import (

@@ -4,133 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .answers import KINDS, ChannelGroup, Table, TensorRows, layer_of
 from .labels import Ints, mix, stable_hash
 from .propagate import FLAT, Event, Propagation
 
 __all__ = [
-    "ChannelGroup",
-    "Table",
-    "TensorRows",
     "channel_table",
     "couple_shared_rows",
     "groups_of",
     "pin_impossible",
     "resolve_elements",
 ]
-
-Kind = Literal["filter", "member", "consumer"]
-
-
-@dataclass(frozen=True, eq=False)
-class TensorRows:
-    """The part of one tensor that belongs to the channels of a group.
-
-    Attributes:
-        tensor: canonical name.
-        kind: ``filter`` (produces the channel), ``member`` (acts on it alone) or ``consumer`` (columns that read it).
-        dim: the dimension that ``rows`` index.
-        rows: (size, k) indices; row ``i`` belongs to channel ``i``, and the k-th entries of all channels correspond.
-    """
-
-    tensor: str
-    kind: Kind
-    dim: int
-    rows: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelGroup:
-    """Channels that may be clustered together: same producers, same members, same consumers, same operators between.
-
-    Attributes:
-        name: the first layer of the group, numbered where a layer is split into several groups.
-        layers: layers with one filter in each channel, coupled layers together, in order of execution.
-        size: number of channels.
-        parts: every part of every tensor that lives and dies with these channels.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    size: int
-    parts: tuple[TensorRows, ...]
-    channels: Tensor  # (size,) number of each channel in the trace
-
-    @property
-    def producers(self) -> tuple[str, ...]:
-        """Those of ``layers`` that write the channel; the others act on it depthwise."""
-        writers = {part.tensor.rpartition(".")[0] for part in self.parts if part.kind == "filter"}
-        return tuple(layer for layer in self.layers if layer in writers)
-
-    def rows(self, layer: str) -> Tensor:
-        """(size,) index of the filter of ``layer`` in each channel.
-
-        Raises:
-            KeyError: ``layer`` is not one of ``layers``.
-        """
-        if layer in self.layers:
-            for part in self.parts:
-                if part.kind != "consumer" and part.tensor == f"{layer}.weight":
-                    return part.rows[:, 0]
-        raise KeyError(f"{layer!r} has no filters in group {self.name!r}; its layers are {', '.join(self.layers)}")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Every row of every tensor that some channel owns, as parallel arrays sorted by channel, then by key."""
-
-    tensors: tuple[str, ...]
-    root: Ints
-    kind: Ints  # index into KINDS
-    tensor: Ints
-    dim: Ints
-    row: Ints
-    key: Ints
-
-    def channels(self) -> list[slice]:
-        """The entries of each channel."""
-        if not len(self.root):
-            return []
-        bounds = [0, *(np.flatnonzero(np.diff(self.root)) + 1).tolist(), len(self.root)]
-        return [slice(a, b) for a, b in itertools.pairwise(bounds)]
-
-    def entries_by_tensor(self) -> list[Ints]:
-        """The entries of each tensor, in order."""
-        if not self.tensors:
-            return []
-        order = np.argsort(self.tensor, kind="stable")
-        return np.split(order, np.searchsorted(self.tensor[order], np.arange(1, len(self.tensors))))
-
-    def kinds(self) -> dict[int, bytes]:
-        """Channel -> what it is made of, the same for interchangeable channels and in a narrowed network."""
-        return {int(self.root[part.start]): np.sort(self.key[part]).tobytes() for part in self.channels()}
-
-    def filters(self) -> dict[str, list[int]]:
-        """Producing tensor -> the channel of each of its filters."""
-        found = {}
-        for index, name in enumerate(self.tensors):
-            here = (self.tensor == index) & (self.kind == 0)
-            if here.any():
-                found[name] = self.root[here][np.argsort(self.row[here])].tolist()
-        return found
-
-    def rows_by_channel(self) -> dict[tuple[str, int], dict[int, list[int]]]:
-        """(tensor, dim) -> channel -> its rows, corresponding ones in the same order."""
-        found: dict[tuple[str, int], dict[int, list[int]]] = {}
-        for root, tensor, dim, row in zip(
-            self.root.tolist(), self.tensor.tolist(), self.dim.tolist(), self.row.tolist(), strict=True
-        ):
-            found.setdefault((self.tensors[tensor], dim), {}).setdefault(root, []).append(row)
-        return found
-
-
-KINDS: tuple[Kind, ...] = ("filter", "member", "consumer")
 
 
 def resolve_elements(state: Propagation) -> None:
@@ -177,8 +66,8 @@ def couple_shared_rows(state: Propagation) -> None:
         rows, owners = (np.concatenate(column) for column in zip(*pairs, strict=True))
         order = np.lexsort((owners, rows))
         rows, owners = rows[order], owners[order]
-        for k in np.flatnonzero((np.diff(rows) == 0) & (np.diff(owners) != 0)).tolist():
-            table.unite(int(owners[k]), int(owners[k + 1]))
+        again = np.flatnonzero((np.diff(rows) == 0) & (np.diff(owners) != 0))
+        table.unite(owners[again], owners[again + 1])
         foreign = np.isin(rows, np.asarray(sorted(state.unowned_rows.get((tensor, dim), ())), dtype=np.int64))
         for owner in np.unique(owners[foreign]).tolist():
             table.pins.setdefault(owner, f"{tensor} is also used on values that no channel owns")
@@ -200,15 +89,18 @@ def channel_table(state: Propagation) -> Table:
         blocks.append([table.roots(table.owner[event.values]), *constants, event.rows, key])
     if not blocks:  # no channel is owned: forward computes every kernel
         return Table((), *(np.zeros(0, dtype=np.int64) for _ in range(6)))
-    columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
+    roots, kinds, tensors, dims, rows, keys = (np.concatenate(column) for column in zip(*blocks, strict=True))
     # A row that several calls meet (a shared layer) is one row, its keys added up.
-    identity, inverse = np.unique(np.stack(columns[:-1], axis=1), axis=0, return_inverse=True)
-    keys = np.zeros(len(identity), dtype=np.int64)
+    code = (kinds * len(names) + tensors) * (1 + int(dims.max())) + dims
+    identity = (roots * (1 + int(code.max())) + code) * (1 + int(rows.max())) + rows
+    sorting = np.argsort(identity, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(identity[sorting]) != 0])
+    first = sorting[starts]
     with np.errstate(over="ignore"):
-        np.add.at(keys, inverse.reshape(-1), columns[-1])
-    order = np.lexsort((identity[:, 4], keys, *identity[:, 3::-1].T))
-    roots, kinds, tensors, dims, rows = (np.ascontiguousarray(column) for column in identity[order].T)
-    return Table(tuple(names), roots, kinds, tensors, dims, rows, keys[order])
+        total = np.add.reduceat(keys[sorting], starts)
+    order = np.lexsort((rows[first], total, code[first], roots[first]))
+    chosen = first[order]
+    return Table(tuple(names), roots[chosen], kinds[chosen], tensors[chosen], dims[chosen], rows[chosen], total[order])
 
 
 def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str]) -> None:
@@ -218,24 +110,27 @@ def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str
         obstacles: tensor name -> why it cannot be narrowed.
     """
     pins = state.table.pins
-    for name, here in zip(table.tensors, table.entries_by_tensor(), strict=True):
-        root_of, kind, dims = table.root[here], table.kind[here], table.dim[here]
+    for index, name in enumerate(table.tensors):
         reason = obstacles.get(name)
+        other = state.read_elsewhere.get(name)
         if reason is not None:
-            for root in np.unique(root_of).tolist():
+            for root in np.unique(table.root[table.tensor == index]).tolist():
                 pins.setdefault(root, reason)
-        if name in state.read_elsewhere:
-            for root in np.unique(root_of[kind != 1]).tolist():
-                pins.setdefault(
-                    root, f"{name} is also read by {state.read_elsewhere[name]}, not as the weight of a layer"
-                )
-        for dim in (0, 1):  # one dimension cannot lose rows and add up columns at once (tied encoder and decoder)
-            along = dims == dim
-            for root in np.intersect1d(root_of[along & (kind < 2)], root_of[along & (kind == 2)]).tolist():
-                pins.setdefault(root, f"{name} is the weight of layers that use it in different ways")
-        roots, counts = np.unique(root_of[kind == 0], return_counts=True)
-        for root in roots[counts > 1].tolist():
-            pins.setdefault(root, f"several filters of {name.rpartition('.')[0]} meet in one channel")
+        if other is not None:
+            for root in np.unique(table.root[(table.tensor == index) & (table.kind != 1)]).tolist():
+                pins.setdefault(root, f"{name} is also read by {other}, not as the weight of a layer")
+    # One dimension cannot lose rows and add up columns at once (tied encoder and decoder).
+    count = 1 + len(table.tensors)
+    place = (table.root * count + table.tensor) * 2 + table.dim
+    narrow = table.dim < 2
+    both = np.unique(np.intersect1d(place[narrow & (table.kind < 2)], place[narrow & (table.kind == 2)]) // 2)
+    for root, index in zip((both // count).tolist(), (both % count).tolist(), strict=True):
+        pins.setdefault(root, f"{table.tensors[index]} is the weight of layers that use it in different ways")
+    filters = table.kind == 0
+    root_of, tensor_of = table.root[filters], table.tensor[filters]
+    again = np.flatnonzero((np.diff(root_of) == 0) & (np.diff(tensor_of) == 0))
+    for root, index in zip(root_of[again].tolist(), tensor_of[again].tolist(), strict=True):
+        pins.setdefault(root, f"several filters of {layer_of(table.tensors[index])} meet in one channel")
 
 
 def groups_of(
@@ -251,16 +146,18 @@ def groups_of(
         constrained: channels whose counts a forward body fixes: there a group is a run of consecutive filters.
     """
     position = {layer: i for i, layer in enumerate(order)}
-    alike: dict[bytes, list[slice]] = {}
-    for part in table.channels():
-        if int(table.root[part.start]) in pinned or not (table.kind[part] == 0).any():
-            continue
-        columns = (table.kind[part], table.tensor[part], table.dim[part], table.key[part])
-        alike.setdefault(b"".join(c.tobytes() for c in columns), []).append(part)
+    starts = table.starts
+    free = ~np.isin(table.root[starts], np.asarray(sorted(pinned), dtype=np.int64))
+    if len(starts):
+        free &= np.logical_or.reduceat(table.kind == 0, starts)
+    starts, signatures = starts[free], table.signatures()[free]
+    _, first, inverse = np.unique(signatures, return_index=True, return_inverse=True)
     found: list[tuple[tuple[str, ...], tuple[TensorRows, ...], Tensor]] = []
-    for members in alike.values():
-        channels = torch.from_numpy(table.root[[part.start for part in members]])
-        parts = _parts(table, members)
+    sizes = np.bincount(inverse.reshape(-1), minlength=len(first))
+    by_signature = np.split(np.argsort(inverse.reshape(-1), kind="stable"), np.cumsum(sizes))
+    for members in by_signature[: len(first)]:
+        channels = torch.from_numpy(table.root[starts[members]])
+        parts = _parts(table, starts[members])
         by_row = torch.argsort(next(p for p in parts if p.kind == "filter").rows[:, 0])
         runs = [by_row]
         if int(channels[0]) in constrained:
@@ -284,24 +181,24 @@ def groups_of(
     ]
 
 
-def _parts(table: Table, members: Sequence[slice]) -> tuple[TensorRows, ...]:
+def _parts(table: Table, starts: Ints) -> tuple[TensorRows, ...]:
     """The rows of channels with equal signatures, one entry per tensor and dimension."""
-    first = members[0]
-    rows = np.stack([table.row[part] for part in members])
+    after = np.flatnonzero(table.root[starts[0] :] != table.root[starts[0]])
+    length = int(after[0]) if len(after) else len(table.root) - int(starts[0])
+    rows = table.row[starts[:, None] + np.arange(length)]
+    first = slice(int(starts[0]), int(starts[0]) + length)
     labels = np.stack([table.kind[first], table.tensor[first], table.dim[first]], axis=1)
-    starts = [0, *(np.flatnonzero((np.diff(labels, axis=0) != 0).any(axis=1)) + 1).tolist(), len(labels)]
+    bounds = [0, *(np.flatnonzero((np.diff(labels, axis=0) != 0).any(axis=1)) + 1).tolist(), len(labels)]
     return tuple(
         TensorRows(
             table.tensors[labels[a, 1]], KINDS[labels[a, 0]], int(labels[a, 2]), torch.from_numpy(rows[:, a:b].copy())
         )
-        for a, b in itertools.pairwise(starts)
+        for a, b in itertools.pairwise(bounds)
     )
 
 
 def _layers_of(parts: Sequence[TensorRows], position: Mapping[str, int], layer_tensors: set[str]) -> tuple[str, ...]:
     names = {
-        p.tensor.rpartition(".")[0]
-        for p in parts
-        if p.kind != "consumer" and p.tensor in layer_tensors and p.rows.shape[1] == 1
+        layer_of(p.tensor) for p in parts if p.kind != "consumer" and p.tensor in layer_tensors and p.rows.shape[1] == 1
     }
     return tuple(sorted(names, key=lambda name: position[name]))

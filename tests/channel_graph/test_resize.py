@@ -1,4 +1,4 @@
-"""Trial copies at other widths: on meta where forward runs there, on fake tensors elsewhere, with the same answers."""
+"""Which groups forward lets nobody narrow, found on shapes alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.models import channel_graph as models
-from lightning_filterdiv.channel_graph import ChannelGraph, pointwise, trial
-from lightning_filterdiv.channel_graph.export import quiet
+from lightning_filterdiv.channel_graph import ChannelGraph, pointwise
+from lightning_filterdiv.channel_graph.resize import find_unresizable
 from lightning_filterdiv.channel_graph.trace import trace_at
 
 from .checks import EXACT
@@ -34,9 +33,9 @@ class Fixed(nn.Module):
         x = self.conv1(x)
         if self.trait == "a tensor made in forward":
             x = x * torch.linspace(0, 1, x.shape[-1])
-        elif self.trait == "a number read from a tensor" and not torch.compiler.is_compiling():
+        elif self.trait == "a number read from a tensor":
             x = x * (1 if x.sum().item() == 0 else -1)
-        elif self.trait == "a shape that depends on values" and not torch.compiler.is_compiling():
+        elif self.trait == "a shape that depends on values":
             x = x[:, :, : len(torch.nonzero(x[0, 0, :, 0] == x[0, 0, :, 0]))]
         return self.head(self.pool(self.conv2(x).relu()).view(-1, 32))
 
@@ -53,13 +52,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def trace_before_trials(model: nn.Module) -> ChannelGraph:
-    return trace_at(model.eval(), ((IMAGE,), {}), "")
-
-
-def names(graph: ChannelGraph, mode: FakeTensorMode | None) -> list[str] | None:
-    with quiet():
-        stuck = trial._stuck(graph, mode)
-    return None if stuck is None else [group.name for group in stuck]
+    return trace_at(model.eval(), ((IMAGE,), {}), "", ChannelGraph)
 
 
 @pytest.mark.parametrize(
@@ -69,31 +62,24 @@ def names(graph: ChannelGraph, mode: FakeTensorMode | None) -> list[str] | None:
         for name, make in NETWORKS.items()
     ],
 )
-def test_meta_and_fake_tensors_give_the_same_answer(make: Callable[[], nn.Module]) -> None:
+def test_only_what_a_number_in_forward_fixes_is_unresizable(make: Callable[[], nn.Module]) -> None:
     graph = trace_before_trials(make())
-    assert not graph.map_sites
-    found = names(graph, None)
-    assert found == (["conv2"] if make is Fixed else [])
-    assert names(graph, FakeTensorMode(allow_non_fake_inputs=True)) == found
+    assert [group.name for group in find_unresizable(graph)] == (["conv2"] if make is Fixed else [])
 
 
-def test_fake_tensors_where_forward_does_not_run_on_meta() -> None:
-    model = Fixed("a tensor made in forward")
-    graph = trace_before_trials(model)
-    assert names(graph, None) is None
-    assert names(graph, FakeTensorMode(allow_non_fake_inputs=True)) == ["conv2"]
-    graph, plain = ChannelGraph.trace(model, IMAGE), ChannelGraph.trace(Fixed(), IMAGE)
+def test_tensors_made_in_forward_do_not_matter() -> None:
+    graph, plain = ChannelGraph.trace(Fixed("a tensor made in forward"), IMAGE), ChannelGraph.trace(Fixed(), IMAGE)
     assert [(g.name, g.size) for g in graph.groups] == [(g.name, g.size) for g in plain.groups] == [("conv1", 12)]
     assert graph.pinned == plain.pinned
     assert graph.verify() <= EXACT
 
 
 @pytest.mark.parametrize("trait", ["a number read from a tensor", "a shape that depends on values"])
-def test_forward_that_insists_on_values_is_left_to_the_numerical_check(trait: str) -> None:
-    graph = trace_before_trials(Fixed(trait))
-    assert names(graph, None) is None
-    assert names(graph, FakeTensorMode(allow_non_fake_inputs=True)) is None
-    assert trial.groups_that_do_not_run(graph) == []
+def test_what_is_used_after_a_read_is_pinned_and_nothing_is_tried(trait: str) -> None:
+    graph = ChannelGraph.trace(Fixed(trait), IMAGE)
+    assert graph.groups == []
+    assert "read values that decide what forward does" in graph.pinned["conv2"]
+    assert find_unresizable(graph) == []
 
 
 def everything(graph: ChannelGraph) -> Any:

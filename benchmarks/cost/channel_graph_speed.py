@@ -1,0 +1,208 @@
+"""Seconds of a trace on the committed list of networks, beside torch-pruning and an earlier version of this package.
+
+    python -m benchmarks.cost.channel_graph_speed --earlier PATH
+
+Each network runs in a process of its own, one thread. *Trace* is ``ChannelGraph.trace``; *torch-pruning*
+is ``build_dependency`` with ``get_all_groups``; *forward* is a plain forward pass. Each is called twice, and the faster
+call counts: the first one imports and compiles. Seconds are those of the process (CPU), which other work on the machine
+hardly changes. The earlier version runs once and is stopped at 60 s of CPU time, which then count as 60.
+
+Networks that read values in forward are traced on real tensors; torch-pruning has no answer there, and the bound is two
+forward passes and half a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# Not imported from benchmarks.common: this file also runs beside an earlier version of the package.
+ROOT = Path(__file__).resolve().parents[2]
+NETWORKS = ROOT / "benchmarks" / "models" / "zoo.txt"
+RESULT = ROOT / "benchmarks" / "results" / "channel_graph_speed.json"
+LIMIT = 60
+_DETECTORS = ("fasterrcnn", "retinanet", "ssdlite", "fcos", "maskrcnn")
+
+
+def networks() -> list[tuple[str, str, int]]:
+    """(library, name, image size) of the committed list."""
+    lines = [line.split() for line in NETWORKS.read_text().splitlines() if line and not line.startswith("#")]
+    return [(library, name, int(size)) for library, name, size in lines]
+
+
+def build(library: str, name: str, size: int) -> tuple[nn.Module, Any]:
+    """The network in eval mode, and arguments of a forward pass."""
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, size, size)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(name).eval(), image
+    import torchvision
+
+    options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if name.startswith((*_DETECTORS, "deeplab", "fcn", "lraspp")):
+        options["weights_backbone"] = None
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options).eval()
+    if name.startswith("raft"):
+        return model, (2 * image - 1, 1 - 2 * image)
+    if name.startswith("r3d"):
+        return model, torch.rand(1, 3, 8, size, size)
+    return model, ([image[0]],) if name.startswith(_DETECTORS) else image
+
+
+def _fastest(call: Callable[[], object], times: int = 2) -> float:
+    """CPU seconds of the fastest of some calls."""
+    seconds = []
+    for _ in range(times):
+        start = time.process_time()
+        call()
+        seconds.append(time.process_time() - start)
+        if seconds[0] > LIMIT / 4:
+            break
+    return min(seconds)
+
+
+def measure(what: str, library: str, name: str, size: int) -> dict[str, Any]:
+    """CPU seconds of ``trace``, ``earlier`` (one call), ``peer`` or ``forward``; or the error."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    model, inputs = build(library, name, size)
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    row: dict[str, Any] = {}
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(*arguments)
+
+    def peer() -> None:
+        import torch_pruning
+
+        graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=inputs)
+        list(graph.get_all_groups())
+
+    def trace() -> None:
+        from lightning_filterdiv.channel_graph import ChannelGraph
+
+        graph = ChannelGraph.trace(model, arguments)
+        row["channels"] = sum(group.size for group in graph.groups)
+        row["reads values"] = getattr(graph, "read_values", "")
+
+    if what in ("trace", "earlier"):
+        from lightning_filterdiv.channel_graph import ChannelGraph
+
+        ChannelGraph.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), torch.zeros(1, 3, 8, 8))
+    call = {"trace": trace, "earlier": trace, "peer": peer, "forward": forward}[what]
+    try:
+        row["seconds"] = _fastest(call, 1 if what == "earlier" else 2)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:200]
+    return row
+
+
+def _run(what: str, network: tuple[str, str, int], source: Path | None) -> dict[str, Any]:
+    """:func:`measure` in a process of its own; ``source``: where another version of the package is."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", what, *map(str, network)]
+    where = source or ROOT
+    environment = os.environ | {"PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT + 30, LIMIT + 30))
+
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, preexec_fn=limit)
+    if done.returncode:
+        return {"error": "stopped" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures that are promised: medians, the worst network, errors."""
+    answered = {n: r for n, r in rows.items() if "seconds" in r["trace"]}
+    ratios = {n: r["trace"]["seconds"] / r["peer"]["seconds"] for n, r in answered.items() if "seconds" in r["peer"]}
+    above = {
+        n: answered[n]["trace"]["seconds"] - 10 * answered[n]["peer"]["seconds"] - 0.5
+        for n in ratios
+        if not answered[n]["trace"]["reads values"]
+    }
+    real = {
+        n: r["trace"]["seconds"] - 2 * r["forward"]["seconds"] - 0.5
+        for n, r in answered.items()
+        if r["trace"]["reads values"]
+    }
+    gains = [
+        min(LIMIT, r["earlier"].get("seconds", LIMIT)) / r["trace"]["seconds"]
+        for r in answered.values()
+        if "earlier" in r
+    ]
+    return {
+        "networks": len(rows),
+        "errors": {n: r["trace"]["error"] for n, r in rows.items() if "error" in r["trace"]},
+        "median seconds": statistics.median(r["trace"]["seconds"] for r in answered.values()),
+        "median ratio to torch-pruning": statistics.median(ratios.values()),
+        "above 10 x torch-pruning + 0.5 s": {n: s for n, s in above.items() if s > 0},
+        "above 2 forward passes + 0.5 s, on real tensors": {n: s for n, s in real.items() if s > 0},
+        "median gain over the earlier version": statistics.median(gains) if gains else None,
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+
+    def cell(row: dict[str, Any] | None) -> str:
+        return "-" if not row else f"{row['seconds']:.2f}" if "seconds" in row else "no answer"
+
+    lines = ["| network | image | trace (s) | torch-pruning (s) | 0.1 (s) | forward (s) |", "|---|---|---|---|---|---|"]
+    for key, row in rows.items():
+        name, size = key.split("@")
+        cells = [cell(row.get(what)) for what in ("trace", "peer", "earlier", "forward")]
+        lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--one", nargs=4, metavar=("WHAT", "LIBRARY", "NAME", "SIZE"), help="measure this and print JSON"
+    )
+    parser.add_argument("--earlier", type=Path, help="checkout of an earlier version of the package")
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--what", nargs="+", default=["trace", "peer", "forward"], help="columns to measure anew")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    if options.one:
+        what, library, name, size = options.one
+        print(json.dumps(measure(what, library, name, int(size))))
+        return
+    rows: dict[str, dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
+    for network in networks():
+        if options.only not in network[1]:
+            continue
+        row = rows.setdefault(f"{network[1]}@{network[2]}", {})
+        for what in options.what:
+            row[what] = _run(what, network, None)
+        if options.earlier is not None:
+            row["earlier"] = _run("earlier", network, options.earlier)
+        print(network[1], row, flush=True)
+        record = {"torch": version("torch"), "torch-pruning": version("torch-pruning"), "rows": rows}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(summary(rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()

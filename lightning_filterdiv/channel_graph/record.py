@@ -1,0 +1,194 @@
+"""The record of one forward pass: a list of nodes, one per input, parameter, constant and ATen call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Node", "Record", "arguments", "is_shape_only", "live_nodes", "map_nodes", "meta_like", "operator_name"]
+
+# Names of ATen's inner operators, and what people call them.
+_WORDS = {
+    "mm": "matmul",
+    "bmm": "matmul",
+    "addmm": "matmul",
+    "addbmm": "matmul",
+    "baddbmm": "matmul",
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "_unsafe_view": "view",
+    "_local_scalar_dense": "item",
+    "_weight_norm_interface": "weight_norm",
+    "_prelu_kernel": "prelu",
+    "_to_copy": "to",
+    "constant_pad_nd": "pad",
+    "max_pool2d_with_indices": "max_pool2d",
+    "max_pool3d_with_indices": "max_pool3d",
+    "native_batch_norm": "batch_norm",
+    "_native_batch_norm_legit": "batch_norm",
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "cudnn_batch_norm": "batch_norm",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "native_dropout": "dropout",
+    "native_channel_shuffle": "channel_shuffle",
+}
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One step of the record.
+
+    Attributes:
+        name: unique within the record.
+        op: ``input`` (argument of forward), ``tensor`` (parameter, buffer or tensor attribute), ``constant`` (made in
+            forward), ``call`` (operator), ``item`` (one of several results of a call).
+        target: the operator of a call.
+        args: its arguments, with nodes in the place of tensors; of an ``item`` (call, index).
+        kwargs: keyword arguments, likewise.
+        value: the result on meta (shape, dtype, strides): a tensor, a tuple of tensors, or a plain number.
+        module: canonical path of the module that runs the call, from the traced submodule on.
+        visit: number of the module call it belongs to, -1 outside of all modules.
+        in_map: the call belongs to a :class:`ChannelMap`, which stands for index arithmetic only.
+        constant: the value itself where it is ``fixed`` and small.
+        fixed: it depends on no input, no weight and no random number.
+        inputs: the nodes that it reads, each once.
+        users: the nodes that read it.
+    """
+
+    name: str
+    op: Literal["input", "tensor", "constant", "call", "item"]
+    target: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    value: Any = None
+    module: str = ""
+    visit: int = -1
+    in_map: bool = False
+    constant: Any = None
+    fixed: bool = False
+    inputs: tuple[Node, ...] = ()
+    users: list[Node] = field(default_factory=list)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of a single result."""
+        return torch.Size(self.value.shape)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Record:
+    """One forward pass.
+
+    Attributes:
+        nodes: those that the outputs, written buffers or read values depend on, in order of execution.
+        outputs: nodes of the network's outputs.
+        written: (node, name) of buffers and attributes that forward wrote.
+        tensors: node of a parameter, buffer or attribute -> its name in the traced submodule.
+        words: node of an argument -> what it is (``network input 'x'``).
+        reads: nodes whose values forward read (``.item()``, ``nonzero``), where they depend on more than constants.
+        visits: path and visit of the parent for each module call, by its number.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    written: tuple[tuple[Node, str], ...]
+    tensors: dict[Node, str]
+    words: dict[Node, str]
+    reads: frozenset[Node]
+    visits: tuple[tuple[str, int], ...]
+
+    @property
+    def calls(self) -> Iterator[Node]:
+        """The operator calls."""
+        return (node for node in self.nodes if node.op == "call")
+
+    def inside(self, node: Node, path: str) -> int | None:
+        """Number of the outermost call of the module at ``path`` that ``node`` belongs to; None: it is not inside."""
+        visit, found = node.visit, None
+        while visit >= 0:
+            name, parent = self.visits[visit]
+            if name == path:
+                found = visit
+            visit = parent
+        return found
+
+
+def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
+    """``value`` with ``function`` applied to every node in it."""
+    if isinstance(value, Node):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_nodes(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: map_nodes(item, function) for key, item in value.items()}
+    return value
+
+
+_names: dict[Any, str] = {}
+_raw_names: dict[Any, str] = {}
+
+
+def operator_name(node: Node, *, raw: bool = False) -> str:
+    """``conv2d`` for ``aten.convolution.default`` in two dimensions; operators of other libraries with their namespace.
+
+    Args:
+        node: a call.
+        raw: ATen's own name (``native_layer_norm``) instead of the usual one (``layer_norm``).
+    """
+    name = _raw_names.get(node.target)
+    if name == "convolution" and not raw:
+        call = arguments(node)
+        return f"conv{'_transpose' if call['transposed'] else ''}{len(call['stride'])}d"
+    if name is None:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            name = str(getattr(node.target, "__name__", node.target))
+        else:
+            namespace, _, short = str(schema.name).partition("::")
+            name = short if namespace == "aten" else f"{namespace}.{short}"
+        _raw_names[node.target] = name
+        _names[node.target] = _WORDS.get(name, name)
+        return operator_name(node, raw=raw)
+    return name if raw else _names[node.target]
+
+
+_defaults: dict[Any, tuple[tuple[str, ...], dict[str, Any]]] = {}
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Arguments of a call by name, defaults filled in."""
+    known = _defaults.get(node.target)
+    if known is None:
+        schema = node.target._schema
+        named = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        known = _defaults[node.target] = tuple(a.name for a in schema.arguments), named
+    names, defaults = known
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def is_shape_only(func: Any) -> bool:
+    """``zeros_like`` and the like: their tensor argument gives no more than a shape and a type."""
+    name = func._schema.name.rpartition("::")[2]
+    return bool(name.endswith("_like") or name.startswith("new_"))
+
+
+def live_nodes(nodes: Sequence[Node], roots: Sequence[Node]) -> list[Node]:
+    """The nodes that ``roots`` depend on, in order."""
+    alive = set(roots)
+    for node in reversed(nodes):
+        if node in alive:
+            alive.update(node.inputs)
+    return [node for node in nodes if node in alive]
+
+
+def meta_like(tensor: Tensor) -> Tensor:
+    """Shape, strides and dtype of ``tensor`` on meta."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

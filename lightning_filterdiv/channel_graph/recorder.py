@@ -1,0 +1,541 @@
+"""Record one forward pass: every ATen call on shapes alone, or on real values where forward reads some."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, functionalize
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ..filters import CONVOLUTIONS, canonical_name
+from .channel_map import ChannelMap
+from .errors import ExampleInputsError, TraceError
+from .modules import find_tensors, quiet, unchanged, without_compilation
+from .record import Node, Record, is_shape_only, live_nodes, meta_like
+
+__all__ = ["record"]
+
+_META = torch.device("meta")
+_FOLDED = 1 << 16  # entries of a constant that is computed along
+# Keep dtype, shape and strides of their input: their kernels on meta, written in Python, need not run.
+_ELEMENTWISE = frozenset(
+    {
+        torch.ops.aten.relu.default,
+        torch.ops.aten.hardswish.default,
+        torch.ops.aten.hardsigmoid.default,
+        torch.ops.aten.silu.default,
+        torch.ops.aten.gelu.default,
+        torch.ops.aten.sigmoid.default,
+        torch.ops.aten.leaky_relu.default,
+        torch.ops.aten.elu.default,
+        torch.ops.aten.tanh.default,
+    }
+)
+_MUTE = frozenset({torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg})
+_BATCH_NORM = torch.ops.aten.native_batch_norm.default
+_COPY = torch.ops.aten.copy_.default
+_EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
+
+
+class _ReadsValuesError(RuntimeError):
+    """Forward asks for a value that shapes do not tell."""
+
+
+# Functionalisation runs an in-place operator on meta once more, in Python for these; writing their result is the same.
+_IN_PLACE = {
+    torch._C._nn.hardswish_: torch._C._nn.hardswish,
+    torch._C._nn.hardsigmoid_: torch._C._nn.hardsigmoid,
+    torch._C._nn.silu_: torch._C._nn.silu,
+}
+
+
+class _PlainOperators(TorchFunctionMode):
+    """Linear layers as one matrix product, whatever the strides of their input; fake quantisation without its state."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        if func in _IN_PLACE and args[0].is_floating_point():
+            return args[0].copy_(_IN_PLACE[func](args[0]))
+        if func is torch.fused_moving_avg_obs_fake_quant:
+            # It updates its observers behind the back of functionalisation; for channels, rounding is what counts.
+            return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.ndim <= 2 or weight.ndim != 2:
+        return F.linear(input, weight, bias)
+    flat = input.reshape(-1, input.shape[-1])
+    result = flat.mm(weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+    return result.reshape(*input.shape[:-1], weight.shape[0])
+
+
+class _Recorder(TorchDispatchMode):
+    """Turns every ATen call into a :class:`Node`. Tensors on meta, unless ``real``.
+
+    Args:
+        modules: ``id(module)`` -> canonical path, from the traced submodule on.
+        known: ``id(tensor)`` -> name of parameters, buffers and attributes that forward may meet as they are.
+        real: compute on values.
+    """
+
+    def __init__(self, modules: Mapping[int, str], known: Mapping[int, str], real: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nodes: list[Node] = []
+        self.reads: set[Node] = set()
+        self.visits: list[tuple[str, int]] = []
+        self.written: list[tuple[Node, str]] = []
+        self.tensors: dict[Node, str] = {}
+        self.words: dict[Node, str] = {}
+        self.outputs: list[Node] = []
+        self.stack: list[tuple[nn.Module, str, int, bool]] = []
+        self.asked_for_values = False
+        self._modules, self._known, self._real = modules, known, real
+        self._by_id: dict[int, tuple[Tensor, Node, Tensor]] = {}  # tensors that came from outside
+        self._where: tuple[str, int, bool] = ("", -1, False)
+        self._handles: list[Any] = []
+
+    # -- modules -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> _Recorder:
+        self._handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        path = self._modules.get(id(module))
+        if path is not None:
+            outer, parent, in_map = self._where
+            visit = len(self.visits)
+            self.visits.append((outer if in_map else path, parent))
+            self.stack.append((module, *self._where))
+            self._where = (outer if in_map else path, visit, in_map or isinstance(module, ChannelMap))
+
+    def _leave(self, module: nn.Module, _: Any, __: Any) -> None:
+        if self.stack and self.stack[-1][0] is module:
+            _, path, visit, in_map = self.stack.pop()
+            self._where = (path, visit, in_map)
+
+    @property
+    def place(self) -> str:
+        """Path of the module whose forward is running, or was when it failed."""
+        return self._where[0]
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+
+    def add(self, op: Any, value: Any, **details: Any) -> Node:
+        """A new node."""
+        path, visit, in_map = self._where
+        node = Node(f"n{len(self.nodes)}", op, value=value, module=path, visit=visit, in_map=in_map, **details)
+        for source in node.inputs:
+            source.users.append(node)
+        self.nodes.append(node)
+        return node
+
+    def attach(self, tensor: Tensor, node: Node) -> None:
+        """Remember what a tensor that was made for this record stands for."""
+        tensor._recorded = node  # type: ignore[attr-defined]
+
+    def node_of(self, tensor: Tensor) -> Node | None:
+        """The node of a tensor that the record knows."""
+        node = getattr(tensor, "_recorded", None)
+        if node is None and id(tensor) in self._by_id:
+            node = self._by_id[id(tensor)][1]
+        return node
+
+    def outside(self, tensor: Tensor) -> Node:
+        """The node of a tensor that came in by itself: a constant, or a parameter that a module keeps in a list."""
+        name = self._known.get(id(tensor))
+        stand_in = tensor if self._real else meta_like(tensor)
+        if name is not None:
+            constant = value_of_buffer(tensor)
+            node = self.add("tensor", meta_like(tensor), constant=constant, fixed=constant is not None)
+            self.tensors[node] = name
+        else:
+            small = tensor.numel() <= _FOLDED and not tensor.is_meta
+            constant = tensor.detach().cpu() if small else None
+            node = self.add("constant", meta_like(tensor), constant=constant, fixed=True)
+        self._by_id[id(tensor)] = (tensor, node, stand_in)
+        return node
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _MUTE:
+            return None
+        kwargs = kwargs or {}
+        inputs: dict[Node, None] = {}
+
+        def symbolic(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                node = self.node_of(item) or self.outside(item)
+                inputs[node] = None
+                return node
+            if isinstance(item, (list, tuple)):
+                return [symbolic(part) for part in item]
+            return item
+
+        node_args = tuple([symbolic(item) for item in args])
+        node_kwargs = {key: symbolic(item) for key, item in kwargs.items()}
+        if func is _COPY and isinstance(node_args[0], Node) and node_args[0].op in ("input", "tensor"):
+            # What forward wrote in place, handed back at the end: noted, and not done.
+            if name := self.tensors.get(node_args[0]):
+                self.written.append((node_args[1], name))
+            return args[0]
+        result = self._run(func, args, kwargs, inputs)
+        value = _on_meta(result)
+        node = self.add(
+            "call",
+            value,
+            target=func,
+            args=node_args,
+            kwargs=node_kwargs,
+            inputs=tuple(inputs),
+            fixed=_fixed(func, inputs),
+        )
+        constant = self._fold(func, node) if node.fixed else None
+        if isinstance(value, Tensor):
+            node.constant = constant
+            self.attach(result, node)
+        elif isinstance(value, tuple):
+            for index, part in enumerate(value):
+                if isinstance(part, Tensor):
+                    known = constant[index] if constant is not None else None
+                    item = self.add("item", part, args=(node, index), inputs=(node,), constant=known, fixed=node.fixed)
+                    self.attach(result[index], item)
+        if reads_values(func, self._real) and not node.fixed:
+            self.reads.add(node)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[Node, None]) -> Any:
+        if self._real:
+            return func(*args, **kwargs)
+        if func in _ELEMENTWISE and args[0].is_meta:
+            return torch.empty_like(args[0])
+        if func is _BATCH_NORM and not args[5] and args[0].is_meta:
+            return torch.empty_like(args[0]), *(torch.empty(0, dtype=args[0].dtype, device=_META) for _ in range(2))
+        if reads_values(func, real=False):
+            sources = [source.constant for source in inputs]
+            if any(source is None for source in sources):
+                self.asked_for_values = True
+                raise _ReadsValuesError("forward reads the values of tensors")
+            args = tuple([self._constant_of(item) for item in args])
+            result = func(*args, **kwargs)
+            return tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, result)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _META}
+            kwargs.pop("pin_memory", None)
+        elif not inputs and any(a.name == "device" for a in func._schema.arguments):
+            kwargs = {**kwargs, "device": _META}
+        args = tuple([self._stand_in(item) for item in args])
+        if kwargs:
+            kwargs = {key: self._stand_in(item) for key, item in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _stand_in(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item if item.is_meta else self._by_id[id(item)][2]
+        if isinstance(item, (list, tuple)):
+            return [self._stand_in(part) for part in item]
+        return item
+
+    def _constant_of(self, item: Any) -> Any:
+        node = self.node_of(item) if isinstance(item, Tensor) else None
+        return item if node is None else node.constant
+
+    def _fold(self, func: Any, node: Node) -> Any:
+        """The value of a call that depends on constants alone."""
+        if any(source.constant is None for source in node.inputs) and not is_shape_only(func):
+            return None
+        if func._schema.name.rpartition("::")[2] in _EMPTY or reads_values(func, self._real):
+            return None
+        parts = node.value if isinstance(node.value, tuple) else (node.value,)
+        if any(not isinstance(part, Tensor) or part.numel() > _FOLDED for part in parts):
+            return None
+
+        def known(item: Any) -> Any:
+            if isinstance(item, Node):
+                return torch.empty(item.shape, dtype=item.value.dtype) if item.constant is None else item.constant
+            if isinstance(item, list):
+                return [known(part) for part in item]
+            return item
+
+        kwargs = {key: known(item) for key, item in node.kwargs.items() if key != "pin_memory"}
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        try:
+            return func(*known(list(node.args)), **kwargs)
+        except (RuntimeError, NotImplementedError, TypeError, IndexError):
+            return None
+
+
+def _on_meta(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result if result.is_meta else meta_like(result)
+    if isinstance(result, (list, tuple)):
+        return tuple([_on_meta(part) for part in result])
+    return result
+
+
+def _fixed(func: Any, inputs: Mapping[Node, None]) -> bool:
+    """Whether a call depends on constants alone, not on inputs, weights or random numbers."""
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    return all(source.fixed for source in inputs) or is_shape_only(func)
+
+
+def reads_values(func: Any, real: bool) -> bool:
+    """Whether a call hands values over to Python, or has as many results as its values say.
+
+    Args:
+        func: the operator.
+        real: on real tensors, where the operators of other libraries may do so too.
+    """
+    known = _reading.get((func, real))
+    if known is None:
+        tags = getattr(func, "tags", ())
+        outputs = [str(output.type) for output in func._schema.returns]
+        known = (
+            torch.Tag.data_dependent_output in tags
+            or torch.Tag.dynamic_output_shape in tags
+            or any(kind in ("number", "int", "float", "bool") for kind in outputs)
+            or (real and func.namespace not in ("aten", "prims", "prim"))
+        )
+        _reading[func, real] = known
+    return known
+
+
+_reading: dict[Any, bool] = {}
+
+
+def value_of_buffer(tensor: Tensor) -> Tensor | None:
+    """A copy of a tensor of integers, or of a single number that nobody trains: forward may index by it or read it."""
+    fixed = not tensor.is_floating_point() and not tensor.is_complex()
+    if tensor.is_meta or tensor.numel() > _FOLDED or isinstance(tensor, nn.Parameter) or not fixed:
+        return None
+    return tensor.detach().cpu().clone()
+
+
+# -- one forward pass --------------------------------------------------------------------------------------------------
+
+
+def record(
+    model: nn.Module,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    names: Mapping[int, str],
+    prefix: str = "",
+    *,
+    training: bool = False,
+) -> Record:
+    """Record one forward pass of ``model``, and leave the model as it was.
+
+    Runs on meta tensors: no weight is copied, nothing is computed. Where forward reads a value, it runs on the values.
+
+    Args:
+        model: the network, without compilation wrappers around it.
+        call: positional and keyword arguments.
+        names: ``id(tensor)`` -> name of parameters and buffers.
+        prefix: path of ``model`` in the module whose names these are.
+        training: record training mode (dropout stays off) instead of eval mode.
+
+    Raises:
+        ExampleInputsError: forward fails on these inputs.
+        TraceError: forward reads values where there are none, or does what cannot be recorded.
+    """
+    has_values = not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    with without_compilation(model):
+        recorder, error = _attempt(model, call, names, prefix, training, real=False)
+        if error is not None and has_values:
+            shapes = recorder, error
+            recorder, error = _attempt(model, call, names, prefix, training, real=True)
+            if error is not None and not shapes[0].asked_for_values:
+                recorder, error = shapes
+        if error is not None:
+            raise _explain(model, recorder, error, prefix, has_values) from error
+    roots = [*recorder.outputs, *(node for node, _ in recorder.written), *recorder.reads]
+    return Record(
+        tuple(live_nodes(recorder.nodes, roots)),
+        tuple(recorder.outputs),
+        tuple(recorder.written),
+        recorder.tensors,
+        recorder.words,
+        frozenset(recorder.reads),
+        tuple(recorder.visits),
+    )
+
+
+def _attempt(
+    model: nn.Module,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    names: Mapping[int, str],
+    prefix: str,
+    training: bool,
+    *,
+    real: bool,
+) -> tuple[_Recorder, Exception | None]:
+    """Run forward once; returns what was recorded, and the exception that ended it."""
+    paths = {id(m): _join(prefix, canonical_name(n)) for n, m in reversed(list(model.named_modules()))}
+    recorder = _Recorder(paths, names, real)
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(model, training=training))
+        stack.enter_context(quiet())
+        stack.enter_context(torch.no_grad())
+        tensors = dict(_outer_tensors(recorder, model, names, real))
+        attributes = _attributes(recorder, model, names, paths, real)
+        inputs = _inputs(recorder, model, *call, real)
+
+        def run(given: dict[str, Tensor], kept: list[Tensor], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+            for (module, key, _), tensor in zip(attributes, kept, strict=True):
+                module.__dict__[key] = tensor
+            before = dict(given)
+            outputs = functional_call(model, given, *call, tie_weights=False)
+            rewritten = [(key, tensor) for key, tensor in given.items() if tensor is not before[key]]
+            written.extend(key for key, _ in rewritten)
+            return [tensor for _, tensor in rewritten], list(find_tensors(outputs))
+
+        written: list[str] = []
+        canonical = {key: recorder.tensors[_node(tensor)] for key, tensor in tensors.items()}
+        stack.enter_context(recorder)
+        stack.enter_context(_PlainOperators())
+        try:
+            rewritten, outputs = functionalize(run)(tensors, [tensor for *_, tensor in attributes], inputs)
+        except Exception as error:
+            return recorder, error
+        recorder.outputs = [recorder.node_of(tensor) or recorder.outside(tensor) for tensor in outputs]
+        for key, tensor in zip(written, rewritten, strict=True):
+            recorder.written.append((recorder.node_of(tensor) or recorder.outside(tensor), canonical[key]))
+    return recorder, None
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _node(tensor: Tensor) -> Node:
+    return tensor._recorded  # type: ignore[attr-defined, no-any-return]
+
+
+def _stand_in(tensor: Tensor, real: bool, *, copied: bool = False) -> Tensor:
+    """What forward meets instead of a tensor of the model."""
+    if not real:
+        return meta_like(tensor)
+    return tensor.detach().clone() if copied else tensor.detach().view_as(tensor)
+
+
+def _outer_tensors(
+    recorder: _Recorder, model: nn.Module, names: Mapping[int, str], real: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by the names that functional_call wants; a shared one is the same stand-in."""
+    known: dict[int, Tensor] = {}
+    buffers = list(model.named_buffers(remove_duplicate=False))
+    for pairs, copied in ((model.named_parameters(remove_duplicate=False), False), (buffers, True)):
+        for name, tensor in pairs:
+            if id(tensor) not in known:
+                stand_in = known[id(tensor)] = _stand_in(tensor, real, copied=copied)
+                constant = value_of_buffer(tensor)
+                node = recorder.add("tensor", meta_like(tensor), constant=constant, fixed=constant is not None)
+                recorder.tensors[node] = names[id(tensor)]
+                recorder.attach(stand_in, node)
+            yield name, known[id(tensor)]
+
+
+def _attributes(
+    recorder: _Recorder, model: nn.Module, names: Mapping[int, str], paths: Mapping[int, str], real: bool
+) -> list[tuple[nn.Module, str, Tensor]]:
+    """Tensors that modules keep as plain attributes: constants, unless they are parameters or a hook computes them."""
+    attributes = []
+    for module in model.modules():
+        for key, tensor in list(vars(module).items()):
+            if isinstance(tensor, Tensor) and key != "example_input_array":
+                stand_in = _stand_in(tensor, real, copied=True)
+                if id(tensor) in names:
+                    node = recorder.add("tensor", meta_like(tensor))
+                    recorder.tensors[node] = names[id(tensor)]
+                else:
+                    small = tensor.numel() <= _FOLDED and not tensor.is_meta
+                    constant = tensor.detach().cpu().clone() if small else None
+                    node = recorder.add("constant", meta_like(tensor), constant=constant, fixed=True)
+                    recorder.words[node] = f"tensor attribute {_join(paths[id(module)], key)}"
+                recorder.attach(stand_in, node)
+                attributes.append((module, key, stand_in))
+    return attributes
+
+
+def _inputs(
+    recorder: _Recorder, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], real: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of forward, each tensor with a node of its own."""
+    try:
+        words = list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        words = []
+
+    def enter(name: str, value: Any) -> Any:
+        def one(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            stand_in = _stand_in(leaf, real, copied=True)
+            node = recorder.add("input", meta_like(leaf))
+            recorder.words[node] = f"network input {name!r}"
+            recorder.attach(stand_in, node)
+            return stand_in
+
+        return tree_map(one, value)
+
+    named = [words[i] if i < len(words) else f"args_{i}" for i in range(len(args))]
+    return tuple(enter(n, a) for n, a in zip(named, args, strict=True)), {k: enter(k, v) for k, v in kwargs.items()}
+
+
+def _explain(model: nn.Module, recorder: _Recorder, error: Exception, prefix: str, has_values: bool) -> Exception:
+    """Our error for an exception in forward: which part failed, and what to do."""
+    path = recorder.place
+    local = path.removeprefix(prefix).removeprefix(".")
+    inner = recorder.stack[-1][0] if recorder.stack else model
+    part = f"submodule {path!r} ({type(inner).__name__})" if local else f"{type(model).__name__}.forward"
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first_line = first_line.removesuffix(", but expected one of:")  # the lines after it
+    if recorder.asked_for_values and not has_values:
+        return TraceError(
+            f"{part} cannot be traced on meta: its control flow or its shapes depend on the values of tensors. Trace "
+            f"the network on a device with values, or a submodule without it, for instance "
+            f"network={_other_part(model, local)!r}"
+        )
+    if isinstance(error, StopIteration):
+        return TraceError(
+            f"{part} cannot be traced: it ran out of items (StopIteration). Give every next() in it a default, or "
+            f"trace a submodule without it, for instance network={_other_part(model, local)!r}"
+        )
+    if isinstance(error, (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError)):
+        return ExampleInputsError(f"{part} does not accept the example inputs: {first_line}")
+    return TraceError(
+        f"{part} cannot be traced: {type(error).__name__}: {first_line}. Trace a submodule that can, for instance "
+        f"network={_other_part(model, local)!r}"
+    )
+
+
+def _other_part(model: nn.Module, local: str) -> str:
+    """A child with convolutions that is not the part at ``local``."""
+    for name, child in model.named_children():
+        name = canonical_name(name)
+        if any(isinstance(m, CONVOLUTIONS) for m in child.modules()) and f"{local}.".partition(".")[0] != name:
+            return name
+    return "backbone"

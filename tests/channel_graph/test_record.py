@@ -1,0 +1,293 @@
+"""What a record has to get right: constants, attributes, shared tensors, random numbers, buffers, reads."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+import lightning_filterdiv.channel_graph
+from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, TraceError, capture_inputs
+
+from . import models
+from .checks import EXACT, check_exact, mergeable
+
+IMAGE = models.image()
+
+
+class Stride(nn.Module):
+    """The head of YOLOv8 reads a number from a tensor that is a plain attribute."""
+
+    def __init__(self, stride: Any) -> None:
+        super().__init__()
+        self.cv1, self.m = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.cv2, self.head = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 4, 1)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.cv1(x).relu().chunk(2, 1)
+        y = self.head(self.cv2(torch.cat([a, b, b + self.m(b)], 1)))
+        return y, torch.full((4, 1), self.stride[0])
+
+
+def test_numbers_in_tensor_attributes_are_constants() -> None:
+    graph = ChannelGraph.trace(Stride(torch.tensor([8.0])), IMAGE)
+    plain = ChannelGraph.trace(Stride([8.0]), IMAGE)
+    assert [(g.name, g.size) for g in graph.groups] == [(g.name, g.size) for g in plain.groups]
+    assert [g.name for g in graph.groups] == ["cv1[0]", "cv1[1]", "cv2"]
+    assert graph.read_values == ""
+
+
+class Body(nn.Module):
+    """Two convolutions with ``body(self, x)`` between them."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.body = body
+        self.kernel = torch.rand(8, 1, 3, 3)
+        self.index = [torch.tensor([3, 1, 2, 0, 7, 6, 5, 4])]
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.body(self, self.first(x)))
+
+
+def _in_place(module: Body, x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :, 1:] = x[:, :, :-1]
+    return y.relu_().add_(x)
+
+
+def _buffer(module: Body, x: Tensor) -> Tensor:
+    module.calls.add_(1)
+    return x.relu()
+
+
+FREE = {
+    "constants on the device of the input": lambda module, x: x * torch.ones(1, device=x.device),
+    "a grid made in forward": lambda module, x: x * torch.linspace(0, 1, x.shape[-1]),
+    "a number read from a constant": lambda module, x: x * torch.arange(3.0).sum().item(),
+    "in-place edits of slices": _in_place,
+    "a buffer that counts": _buffer,
+}
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_what_treats_all_channels_alike_pins_nothing(kind: str) -> None:
+    model = Body(FREE[kind])
+    graph, _ = check_exact(model, IMAGE)
+    assert graph.pinned == {"second": "network output"}
+
+
+PINNED = {
+    "a kernel in a plain attribute": (
+        lambda module, x: F.conv2d(x, module.kernel, padding=1, groups=8),
+        "input of conv2d in forward, whose weight is computed in forward",
+    ),
+    "random numbers": (lambda module, x: x + torch.randn_like(x), "meets values that no channel owns"),
+    "a different number for every channel": (
+        lambda module, x: x * torch.arange(8.0).view(1, 8, 1, 1),
+        r"meets values that no channel owns \(computed by arange in forward\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PINNED)
+def test_what_tells_channels_apart_pins_them(kind: str) -> None:
+    body, reason = PINNED[kind]
+    graph = ChannelGraph.trace(Body(body), IMAGE)
+    assert "first" in graph.pinned
+    assert graph.groups == []
+    assert re.search(reason, graph.pinned["first"]), graph.pinned["first"]
+
+
+def test_an_index_in_a_list_is_followed() -> None:
+    graph, _ = check_exact(Body(lambda module, x: x + 0 * x[:, :, :, :1].relu()), IMAGE)
+    assert mergeable(graph) == 8
+
+
+def test_random_state_and_hooks_are_as_before() -> None:
+    model = Body(lambda module, x: x + torch.randn_like(x))
+    calls: list[str] = []
+    model.first.register_forward_hook(lambda *_: calls.append("hook"))
+    before = torch.random.get_rng_state()
+    ChannelGraph.trace(model, IMAGE)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert calls, "hooks are part of the forward pass"
+    assert len(model.first._forward_hooks) == 1
+
+
+def test_tied_layers_are_one_layer() -> None:
+    model = Body(lambda module, x: x)
+    model.again = model.first
+    assert ChannelGraph.trace(model, IMAGE).layers == ["first", "second"]
+
+
+class Attributes(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = models.plain(), torch.tensor(2.0)
+        self.example_input_array = IMAGE
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.scale
+
+
+def test_attributes_of_a_lightning_module() -> None:
+    module = Attributes()
+    assert mergeable(ChannelGraph.trace(module)) == 26
+    assert not module.scale.is_meta
+
+
+class Reads(nn.Module):
+    """The second convolution is used after a value was read, the first before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.second, self.third = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x).relu())
+        x = x * 2 if x.mean((2, 3)).max() > 0 else x
+        return self.third(self.second(x))
+
+
+def test_channels_are_pinned_from_the_read_on() -> None:
+    graph, _ = check_exact(Reads(), IMAGE)
+    assert [g.name for g in graph.groups] == ["stem"]
+    assert set(graph.pinned) == {"first", "second", "third"}
+    assert graph.pinned["second"] == "used after item in forward read values that decide what forward does"
+    assert graph.read_values == "item in forward"
+
+
+def test_a_forward_that_reads_values_needs_a_model_that_has_some() -> None:
+    with pytest.raises(TraceError, match=r"cannot be traced on meta: .* the values of tensors"):
+        ChannelGraph.trace(Reads().to("meta"), IMAGE)
+
+
+class Exhausted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * next(iter([]))
+
+
+def test_stop_iteration_never_leaves_a_trace() -> None:
+    with pytest.raises(TraceError, match=r"StopIteration.*Give every next\(\) in it a default"):
+        ChannelGraph.trace(Exhausted(), IMAGE)
+
+
+def test_a_norm_without_tensors_takes_every_width() -> None:
+    """Its width was once looked up with next(): an exception that Lightning takes for the end of the data."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.InstanceNorm2d(16)
+            self.conv2, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.norm(self.conv(x)).chunk(2, 1)
+            return self.head(torch.cat([a.relu(), self.conv2(b.relu())], 1).mean((2, 3)))
+
+    graph, _ = check_exact(Net(), IMAGE)
+    assert [g.name for g in graph.groups] == ["conv[0]", "conv[1]", "conv2"]
+
+
+def test_captured_targets_of_a_detector_are_left_out() -> None:
+    model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    images = [torch.rand(3, 64, 64)]
+    targets = [{"boxes": torch.tensor([[1.0, 1, 30, 30]]), "labels": torch.tensor([1])}]
+    with capture_inputs(model) as captured:
+        model.eval()(images, targets)
+    graph = ChannelGraph.trace(model, captured)
+    backbone = [g for g in graph.groups if g.name.startswith("backbone")]
+    assert sum(g.size for g in backbone) > 5000
+
+
+def test_wrong_inputs_are_told_from_reads() -> None:
+    with pytest.raises(ExampleInputsError, match="does not accept the example inputs"):
+        ChannelGraph.trace(Reads(), torch.rand(1, 4, 8, 8))
+
+
+def test_no_file_of_the_room_imports_in_a_circle() -> None:
+    """Imports inside functions count."""
+    folder = Path(lightning_filterdiv.channel_graph.__file__).parent
+    imports = {}
+    for file in folder.glob("*.py"):
+        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        names = [n.module or alias.name for n in nodes if n.level == 1 for alias in n.names]
+        imports[file.stem] = {name.partition(".")[0] for name in names}
+        outside = {n.module for n in nodes if n.level == 2}
+        assert outside <= {"filters", "arguments"}, file.name
+    done: set[str] = set()
+    while ready := [name for name, needed in imports.items() if name not in done and needed <= done]:
+        done.update(ready)
+    assert done == set(imports), f"in a circle: {sorted(set(imports) - done)}"
+
+
+class Positive(nn.Module):
+    """The logarithm of a spectrogram: inputs drawn from the normal distribution are NaN behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv1d(20, 16, 3, padding=1), nn.BatchNorm1d(16), nn.Conv1d(16, 4, 1)
+
+    def forward(self, power: Tensor) -> Tensor:
+        return self.out(self.norm(self.conv(torch.log(power + 1e-6))).relu())
+
+
+class Boxes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 9, 10), nn.Linear(10, 3)
+
+    def forward(self, images: Tensor, boxes: Tensor) -> Tensor:
+        return self.out(self.fc(torchvision.ops.roi_align(self.conv(images), boxes, 3).flatten(1)).relu())
+
+
+class Cast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().mean((2, 3)).float())
+
+
+BOXES = torch.tensor([[0, 1.0, 1, 9, 9], [0, 2, 3, 12, 15]])
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "group"),
+    [(Positive, torch.rand(1, 20, 30), "conv"), (Boxes, (torch.rand(1, 3, 16, 16), BOXES), "fc")],
+    ids=["positive inputs", "boxes"],
+)
+def test_proofs_draw_inputs_like_the_given_ones(make: Any, inputs: Any, group: str) -> None:
+    graph = ChannelGraph.trace(make().eval(), inputs)
+    assert group in [g.name for g in graph.groups]
+    assert graph.verify() <= EXACT
+    assert graph.verify(inputs) <= EXACT
+
+
+def test_a_forward_that_casts_is_proved_in_its_own_type() -> None:
+    from lightning_filterdiv.channel_graph.verify import verify
+
+    graph = ChannelGraph.trace(Cast().eval(), torch.rand(1, 3, 8, 8))
+    proof = verify(graph)
+    assert proof.dtype == torch.float32
+    assert proof.exact
+    assert "float32, the network's own type, because forward casts" in str(proof)
+    assert proof.cases == ("example inputs", "drawn inputs")
