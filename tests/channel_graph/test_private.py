@@ -18,8 +18,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.channel_graph.modules import named_tensors
 from lightning_filterdiv.channel_graph.verify import randomise
+from lightning_filterdiv.filters import named_tensors
 
 IMAGE = models.image(n=4)
 FILTERS = torch.tensor([1, 4])

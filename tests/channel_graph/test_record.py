@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +12,9 @@ import torchvision
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-import lightning_filterdiv.channel_graph
+from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, TraceError, capture_inputs
 
-from . import models
 from .checks import EXACT, check_exact, mergeable
 
 IMAGE = models.image()
@@ -220,22 +217,6 @@ def test_captured_targets_of_a_detector_are_left_out() -> None:
 def test_wrong_inputs_are_told_from_reads() -> None:
     with pytest.raises(ExampleInputsError, match="does not accept the example inputs"):
         ChannelGraph.trace(Reads(), torch.rand(1, 4, 8, 8))
-
-
-def test_no_file_of_the_room_imports_in_a_circle() -> None:
-    """Imports inside functions count."""
-    folder = Path(lightning_filterdiv.channel_graph.__file__).parent
-    imports = {}
-    for file in folder.glob("*.py"):
-        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
-        names = [n.module or alias.name for n in nodes if n.level == 1 for alias in n.names]
-        imports[file.stem] = {name.partition(".")[0] for name in names}
-        outside = {n.module for n in nodes if n.level == 2}
-        assert outside <= {"filters", "arguments"}, file.name
-    done: set[str] = set()
-    while ready := [name for name, needed in imports.items() if name not in done and needed <= done]:
-        done.update(ready)
-    assert done == set(imports), f"in a circle: {sorted(set(imports) - done)}"
 
 
 class Positive(nn.Module):
