@@ -132,9 +132,9 @@ def find_damage(path: str | os.PathLike[str]) -> str:
 
     ``torch.load`` does not compare checksums: a flipped bit in a weight would pass.
     """
-    if not zipfile.is_zipfile(path):
-        return ""
     try:
+        if not zipfile.is_zipfile(path):
+            return ""
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # zipfile has many types for an archive whose directory is damaged

@@ -183,18 +183,19 @@ def _from_config(config: Path) -> nn.Module:
 
 def _other_format(path: Path) -> str | None:
     """What torch calls a file that is no checkpoint and not opened here; ``None``: nothing it knows."""
-    if tarfile.is_tarfile(path):
-        return "a tar archive, as torch.save wrote before 2017, with pickled objects"
-    if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = {name.rpartition("/")[2] for name in archive.namelist()}
-        except Exception:  # a damaged archive
+    try:
+        if tarfile.is_tarfile(path):
+            return "a tar archive, as torch.save wrote before 2017, with pickled objects"
+        if not zipfile.is_zipfile(path):
             return None
-        if "constants.pkl" in names:
-            return "a TorchScript archive, which is a program"
-        if "archive_format" in names or "serialized_exported_program.json" in names:
-            return "an exported program"
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except Exception:  # a damaged archive
+        return None
+    if "constants.pkl" in names:
+        return "a TorchScript archive, which is a program"
+    if "archive_format" in names or "serialized_exported_program.json" in names:
+        return "an exported program"
     return None
 
 

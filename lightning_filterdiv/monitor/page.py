@@ -115,13 +115,13 @@ def _cell(row: LayerReport, column: str, scale: float) -> str:
     return f'<td{_text_class(column)} data-value="{escape(printable(str(value)))}">{shown}</td>'
 
 
-def as_png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Content of a PNG file."""
+def as_png(pixels: npt.NDArray[np.uint8], *, optimize: bool = False) -> bytes:
+    """Content of a PNG file; a smaller one takes longer."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="png", optimize=True)
+    Image.fromarray(pixels).save(file, format="png", optimize=optimize)
     return file.getvalue()
 
 
 def _figure(caption: str, pixels: npt.NDArray[np.uint8]) -> str:
-    source = base64.b64encode(as_png(pixels)).decode()
+    source = base64.b64encode(as_png(pixels, optimize=True)).decode()
     return f'<figure><img alt="{escape(printable(caption))}" src="data:image/png;base64,{source}"></figure>'

@@ -28,7 +28,9 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "class": lambda value: isinstance(value, str),
     "tensors": lambda value: (
         isinstance(value, dict)
-        and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+        and all(
+            isinstance(key, str) and isinstance(tensor, Tensor) and not tensor.is_meta for key, tensor in value.items()
+        )
     ),
     "maps": lambda value: isinstance(value, list) and all(isinstance(name, str) and name for name in value),
 }
