@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import tarfile
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ def build_model(
 
 def _reason(error: Exception) -> str:
     """What an error says on one line, with its type where that alone says something."""
-    said = " ".join(str(error).split())
+    said = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch may list all its backends
     return said if isinstance(error, TypeError) and said else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 

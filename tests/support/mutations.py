@@ -89,6 +89,8 @@ def _values(content: bytes, draw: random.Random) -> bytes:
 
 def _tensor(tensor: Tensor, draw: random.Random) -> Tensor:
     """The same tensor in another shape, type or layout."""
+    if tensor.layout != torch.strided:
+        return torch.zeros(())
     changes = [
         lambda: tensor[None],
         lambda: tensor.flatten(),
