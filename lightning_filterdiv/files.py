@@ -1,12 +1,25 @@
-"""Check that a file or a folder can be written, before the work whose result is to go there."""
+"""Files: can one be written, whole or not at all; names that are safe; damage that a reader would not notice."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import os
+import shutil
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
-__all__ = ["why_unwritable"]
+__all__ = ["WriteError", "find_damage", "printable", "safe_file_name", "why_unwritable", "write_files"]
+
+_NAME_LENGTH = 150  # file systems take 255 bytes, and callers add an ending
+
+
+class WriteError(OSError):
+    """A file could not be written. The message names it and the reason."""
 
 
 def why_unwritable(path: str | os.PathLike[str], *, folder: bool = False) -> str:
@@ -43,3 +56,87 @@ def _try(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error  # the file's name says nothing
+
+
+def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes | memoryview]) -> None:
+    """Write files into a folder that exists: all of them, or on an error none.
+
+    They are written beside their places first and then moved there, so that a full disk leaves neither half a file nor
+    half a report, and an older file stays as it was.
+
+    Args:
+        folder: where they go.
+        contents: path below ``folder`` -> content. Folders between are made.
+
+    Raises:
+        WriteError: one cannot be written; with its path and the reason.
+    """
+    folder = Path(folder)
+    # A device or a pipe is written to, not replaced. A link stays one. Nothing new fits where only the file may change.
+    targets = {name: Path(os.path.realpath(folder / name)) for name in contents}
+    in_place = [n for n, t in targets.items() if t.exists() and not (t.is_file() and os.access(t.parent, os.W_OK))]
+    path = folder
+    try:
+        with contextlib.ExitStack() as stack:
+            staged: dict[str, Path] = {}
+            for name in [name for name in contents if name not in in_place]:
+                path = folder / name
+                targets[name].parent.mkdir(parents=True, exist_ok=True)
+                beside = tempfile.mkdtemp(prefix=".filterdiv-", dir=targets[name].parent)
+                stack.callback(shutil.rmtree, beside, ignore_errors=True)
+                staged[name] = Path(beside) / "file"
+                _write(staged[name], contents[name])
+                if targets[name].exists():
+                    shutil.copymode(targets[name], staged[name])
+            for name in in_place:
+                path = folder / name
+                _write(targets[name], contents[name])
+            for name, file in staged.items():
+                path = folder / name
+                file.replace(targets[name])
+    except OSError as error:
+        fix = "free some space or name another place" if _is_full(error) else "name another place"
+        raise WriteError(f"{path} cannot be written ({error.strerror}); {fix}") from error
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` on one line that any terminal can show: control characters and the like as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def safe_file_name(name: str) -> str:
+    r"""Return a file name for a layer: other than ASCII letters, digits and ``-._~[]``, bytes are ``%xx``.
+
+    Different names stay different; a long one ends in a digest. ``name`` may hold separators, NUL or lone surrogates.
+    """
+    safe = quote(name, safe="[]", errors="surrogatepass")
+    if safe.strip(".") == "":
+        safe = "%2E" * len(safe)
+    if len(safe) > _NAME_LENGTH:
+        digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
+        safe = f"{safe[: _NAME_LENGTH - 17]}-{digest}"
+    return safe
+
+
+def find_damage(path: str | os.PathLike[str]) -> str:
+    """Reason why the content of a file of ``torch.save`` is not what was saved; ``""`` where none is known.
+
+    ``torch.load`` does not compare checksums: a flipped bit in a weight would pass.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return ""
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # zipfile has many types for an archive whose directory is damaged
+        return f"its directory cannot be read ({type(error).__name__})"
+    return "" if broken is None else f"{printable(broken)!r} in it does not match its checksum"

@@ -278,6 +278,10 @@ def find_weight_obstacle(layer: nn.Module) -> Obstacle | None:
             f"has a {type(weight).__name__} for its weight, a shard or a packed form",
             "use strategy='ddp' or a single device, with whole, plain weights",
         )
+    if weight.layout != torch.strided:
+        return Obstacle(f"has a sparse weight ({weight.layout})", "store it dense, with weight.to_dense()")
+    if weight.numel() == 0:
+        return Obstacle("has a weight without numbers", "give it at least one channel, or remove it")
     if weight.element_size() == 1 or not (weight.is_floating_point() or weight.is_complex()):
         return Obstacle(f"is quantised ({weight.dtype})", FLOAT_FIRST)
     return None

@@ -30,7 +30,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "soak_ddp_bf16": (DDP + r"bf16\]",),
     "soak_ddp_fp16": (DDP + r"fp16\]",),
     # Clusters, sweeps and commands, in processes of their own.
-    "soak_processes": ("tests/benchmarks/", "tests/command_line/"),
+    "soak_processes": ("tests/benchmarks/", "tests/command_line/(?!test_fuzz)"),
+    # Files of every kind, damaged at random.
+    "soak_fuzz": ("tests/command_line/test_fuzz.py::",),
 }
 
 

@@ -46,7 +46,7 @@ METHODS: dict[str, list[Callback]] = {
     "WeightAsynchronousUpdate": [WeightAsynchronousUpdate()],
     "RePr, inside a phase": [RePr(full_epochs=1, sub_epochs=1, cycles=1)],
     "CentripetalSGD": [CentripetalSGD(strength=0.05)],
-    "BasisOrthonormality": [BasisOrthonormality()],
+    "BasisOrthonormality": [BasisOrthonormality(form="basis", decoupled=False)],
     "FilterSimilarityMonitor": [FilterSimilarityMonitor(figures=False)],
 }
 

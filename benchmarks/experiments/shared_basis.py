@@ -45,7 +45,7 @@ OUT = RESULTS / "shared_basis"
 ARMS: dict[str, tuple[bool, Callable[[], list[Callback]]]] = {
     "plain": (False, list),
     "shared": (True, list),
-    "shared_penalty": (True, lambda: [BasisOrthonormality()]),
+    "shared_penalty": (True, lambda: [BasisOrthonormality(form="basis", decoupled=False)]),
 }
 
 

@@ -88,8 +88,15 @@ class _Folder:
     def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        with Image.open(self.files[index]) as image:
-            return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        file = self.files[index]
+        try:
+            with Image.open(file) as image:
+                return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        except Exception as error:  # Pillow reports a damaged file by many types
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CommandError(
+                f"{file} is not an image that can be read ({reason}); remove it or copy it again"
+            ) from error
 
 
 def _build_data(source: str, root: Path | None) -> Any:
@@ -112,8 +119,9 @@ def _build_data(source: str, root: Path | None) -> Any:
     search_here()
     try:
         built = getattr(importlib.import_module(kind), name)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise CommandError(f"--data {source}: it cannot be built without arguments ({error})") from error
+    except Exception as error:  # of whatever the user's class does
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CommandError(f"--data {source}: it cannot be built without arguments ({reason})") from error
     return built
 
 

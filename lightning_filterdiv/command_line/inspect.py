@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
 
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import build_model, read_checkpoint, restore_model
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
-from lightning_filterdiv.files import why_unwritable
-from lightning_filterdiv.filters import Conv, NoLayersError, canonical_name, select_filters
+from lightning_filterdiv.files import printable, safe_file_name, why_unwritable, write_files
+from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map, to_rgb
-from lightning_filterdiv.monitor.page import Picture, as_html
+from lightning_filterdiv.monitor.page import Picture, as_html, as_png
 from lightning_filterdiv.monitor.report import LayerReport, as_csv, as_text, report_layers
 from lightning_filterdiv.monitor.views import view_layer
+from lightning_filterdiv.selection import quote_names
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
 __all__ = ["run"]
@@ -42,16 +43,21 @@ def run(options: argparse.Namespace) -> None:
     network, title, note = _find_network(options)
     try:
         layers = select_filters(network, options.include, options.exclude)
-    except NoLayersError as error:
+    except (NoLayersError, ValueError) as error:
         raise CommandError(str(error)) from error
+    layers = _with_values(layers, title)
     if reason := why_unwritable(options.out, folder=True):
         raise CommandError(f"--out {options.out} cannot be written ({reason}); name another folder")
     rows = report_layers(layers, options.threshold)
     pictures = _draw(layers, rows, options)
     text = as_text(rows, f"Filter redundancy of {title}\n{note}", options.threshold)
-    (options.out / "report.txt").write_text(text + "\n")
-    (options.out / "report.csv").write_text(as_csv(rows))
-    (options.out / "index.html").write_text(as_html(rows, title, [note], options.threshold, pictures))
+    files = {f"figures/{safe_file_name(name)}.png": as_png(pixels) for name, pixels in pictures}
+    pages = {
+        "report.txt": text + "\n",
+        "report.csv": as_csv(rows),
+        "index.html": as_html(rows, title, [note], options.threshold, pictures),
+    }
+    write_files(options.out, files | {name: page.encode("utf-8") for name, page in pages.items()})
     print(f"{text}\n\nwritten to {options.out}: index.html, report.txt, report.csv and {len(pictures)} figures")
 
 
@@ -62,7 +68,7 @@ def _find_network(options: argparse.Namespace) -> tuple[nn.Module, str, str]:
         if options.model is not None or options.config is not None:
             raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
         network, note = _with_local_weights(source, options.trust_pickle)
-        return network, source, note
+        return network, printable(source), note
     path = Path(source)
     if not path.exists():
         raise CommandError(
@@ -77,35 +83,57 @@ def _find_network(options: argparse.Namespace) -> tuple[nn.Module, str, str]:
                 f"--config"
             )
         note = (
-            f"Weights of {path.name}, read as they are stored. A transposed convolution looks like an ordinary one in "
-            f"a file: name the network with --model or --config if it has some."
+            f"Weights of {printable(path.name)}, read as they are stored. A transposed convolution looks like an "
+            f"ordinary one in a file: name the network with --model or --config if it has some."
         )
-        return _plain_convolutions(checkpoint["state_dict"], path), path.name, note
-    note = f"Weights of {path.name} in {options.model or options.config}."
-    return restore_model(options.model, options.config, checkpoint), path.name, note
+        return _plain_convolutions(checkpoint["state_dict"], path), printable(path.name), note
+    note = printable(f"Weights of {path.name} in {options.model or options.config}.")
+    return restore_model(options.model, options.config, checkpoint), printable(path.name), note
 
 
 def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
     """A network of bare convolutions that holds every kernel of a Lightning checkpoint."""
     network = nn.Module()
     for key, tensor in weights.items():
-        name, _, last = canonical_name(key).rpartition(".")
-        if last != "weight" or tensor.dim() not in _PLAIN or not name:
+        name, _, last = key.rpartition(".")
+        if last != "weight" or not isinstance(tensor, Tensor) or tensor.dim() not in _PLAIN or not name:
             continue
-        parent = network
-        *levels, leaf = name.split(".")
-        for level in levels:
-            if level not in parent._modules:
-                parent.add_module(level, nn.Module())
-            parent = parent.get_submodule(level)
         kernel_size: Any = tuple(tensor.shape[2:])
+        # Filters are only read: sizes of 1 are allowed where those of the file are 0, which select_filters reports.
         with torch.device("meta"):
-            conv = _PLAIN[tensor.dim()](tensor.shape[1], tensor.shape[0], kernel_size, bias=False)
+            conv = _PLAIN[tensor.dim()](max(1, tensor.shape[1]), max(1, tensor.shape[0]), kernel_size, bias=False)
         conv.weight = nn.Parameter(tensor.detach(), requires_grad=False)
-        parent.add_module(leaf, conv)
+        conv.in_channels, conv.out_channels = tensor.shape[1], tensor.shape[0]
+        # Under its whole name, and not by add_module: a file may hold names that no attribute can have.
+        network._modules[name] = conv
     if not any(True for _ in network.parameters()):
         raise CommandError(f"{path} holds no convolution: no weight of it has 3 to 5 dimensions")
     return network
+
+
+def _with_values(layers: dict[str, Conv], title: str) -> dict[str, Conv]:
+    """The layers whose filters can be compared; others are named in a warning.
+
+    Raises:
+        CommandError: none can.
+    """
+    reasons = {name: why for name, conv in layers.items() if (why := _why_incomparable(conv.weight))}
+    if len(reasons) == len(layers):
+        name, why = next(iter(reasons.items()))
+        raise CommandError(
+            f"{title} has no layer whose filters can be compared: {name!r} {why}; inspect another network"
+        )
+    for why in dict.fromkeys(reasons.values()):
+        warnings.warn(
+            f"left out, because each {why}: {quote_names([n for n in reasons if reasons[n] == why])}", stacklevel=2
+        )
+    return {name: conv for name, conv in layers.items() if name not in reasons}
+
+
+def _why_incomparable(weight: Tensor) -> str:
+    if weight.is_complex():
+        return "has complex weights"
+    return "has no values (device meta)" if weight.is_meta else ""
 
 
 def _with_local_weights(source: str, trust_pickle: bool) -> tuple[nn.Module, str]:
@@ -125,7 +153,7 @@ def _with_local_weights(source: str, trust_pickle: bool) -> tuple[nn.Module, str
 
 
 def _draw(layers: Mapping[str, Conv], rows: list[LayerReport], options: argparse.Namespace) -> list[Picture]:
-    """Figures of the layers that stand out most, also as PNG files."""
+    """Figures of the layers that stand out most."""
 
     def interest(row: LayerReport) -> tuple[float, float]:
         return row.mergeable / row.filters, row.mean_abs_cosine - row.random_abs_cosine
@@ -138,8 +166,4 @@ def _draw(layers: Mapping[str, Conv], rows: list[LayerReport], options: argparse
     for view in views:
         pictures.append((f"similarity-{view.name}", to_rgb(similarity_heat_map(view))))
         pictures.append((f"kernels-{view.name}", to_rgb(kernel_mosaic(view))))
-    folder = options.out / "figures"
-    folder.mkdir(exist_ok=True)
-    for name, pixels in pictures:
-        Image.fromarray(pixels).save(folder / f"{name}.png")
     return pictures

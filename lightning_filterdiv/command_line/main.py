@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.options import TRAINING, parse
+from lightning_filterdiv.files import WriteError, printable
 
 __all__ = ["main"]
 
@@ -19,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program name; ``None`` for the command line.
 
     Returns:
-        The exit status: 0, or 2 if a network, a file or an option cannot be used, which stderr explains.
+        The exit status: 0, or 2 if a network, a file or an option cannot be used, which stderr explains. Also 0 if the
+        reader of stdout has gone (``filterdiv ... | head``).
 
     Raises:
         SystemExit: status 0 after ``--help`` or ``--version``; 2 if the arguments are wrong.
@@ -28,13 +33,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else ""
     # A module is imported when its command runs: torch and Lightning take seconds.
     try:
-        if command in TRAINING:
-            importlib.import_module("lightning_filterdiv.command_line.fit").run(arguments)
-        else:
-            options = parse(arguments)
-            command = options.command
-            importlib.import_module(f"lightning_filterdiv.command_line.{command}").run(options)
+        with _forgiving_output():
+            if command in TRAINING:
+                importlib.import_module("lightning_filterdiv.command_line.fit").run(arguments)
+            else:
+                options = parse(arguments)
+                command = options.command
+                importlib.import_module(f"lightning_filterdiv.command_line.{command}").run(options)
+            sys.stdout.flush()
     except (CommandError, OSError) as error:
-        print(f"filterdiv {command}: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError) and command not in TRAINING:  # where it may be a worker's pipe
+            _discard_output()
+            return 0
+        reason = "\n".join(map(printable, _reason(error).splitlines()))
+        print(f"filterdiv {command}: {reason}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _discard_output()
         return 2
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """The message; of an error of the system without its number."""
+    if isinstance(error, WriteError) or not isinstance(error, OSError) or error.strerror is None:
+        return str(error) or type(error).__name__
+    return f"{error.filename or 'standard output'}: {error.strerror}"
+
+
+@contextlib.contextmanager
+def _forgiving_output() -> Iterator[None]:
+    """Print characters that the encoding of stdout lacks as escapes."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    before = out.errors
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        out.reconfigure(errors=before)
+
+
+def _discard_output() -> None:
+    """Drop what is still buffered for stdout, if it cannot be written: Python would try again when it exits."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # a test's stdout has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_filterdiv.centripetal.callback import CentripetalSGD
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
@@ -39,12 +41,13 @@ def run(options: argparse.Namespace) -> None:
     if reason := why_unwritable(options.out):  # before minutes of work
         raise CommandError(f"--out {options.out} cannot be written: {reason}")
     checkpoint = read_checkpoint(options.checkpoint, options.trust_pickle)
+    state = _check_states(checkpoint, options.checkpoint)
     try:
         clusters = CentripetalSGD.clusters_from(checkpoint)
     except KeyError as error:
         raise CommandError(f"{options.checkpoint}: {error.args[0]}") from error
+    assert state is not None  # it holds the clusters
     model = restore_model(options.model, options.config, checkpoint)
-    state = saved_states(checkpoint)[0]
     inputs: Any = None
     network = state["arguments"]["network"]
     if options.input_shape is not None:
@@ -57,13 +60,70 @@ def run(options: argparse.Namespace) -> None:
     except NotTiedError as error:
         reason = str(error).replace("tolerance=float('inf')", "--tolerance inf")
         raise CommandError(f"{options.checkpoint}: {reason}") from error
-    except (ChannelGraphError, ValueError) as error:
+    except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:  # of sizes in a file
         raise CommandError(f"{options.checkpoint}: {error}; see --input-shape") from error
     save_merged(merged, options.out)
     print(report)
     if options.pairs > 0:
         print(_latency(model, merged, inputs, network, options.pairs))
     print(f"saved         {options.out}; load_merged(fresh {type(model).__name__}, path) reads it")
+
+
+def _check_states(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """What the checkpoint keeps of the first CentripetalSGD; ``None``: nothing.
+
+    Raises:
+        CommandError: an entry is missing, has another type, or is of a newer release.
+    """
+    states = saved_states(checkpoint)
+    known: int = CentripetalSGD().state_dict()["version"]
+    for state in states:
+        version, arguments, extra = state.get("version"), state.get("arguments"), state["extra"]
+        if isinstance(version, int) and version > known:
+            raise CommandError(
+                f"{path}: the state of CentripetalSGD was written by a newer release of lightning_filterdiv (state "
+                f"version {version}, this one reads {known}); update the package"
+            )
+        wrong = [
+            entry
+            for entry, right in (
+                ("version", isinstance(version, int)),
+                ("arguments", isinstance(arguments, dict) and _is_name(arguments.get("network", 0))),
+                ("clusters", _are_clusters(extra["clusters"])),
+                ("inputs", "inputs" in extra and _are_inputs(extra["inputs"])),
+            )
+            if not right
+        ]
+        if wrong:
+            raise CommandError(
+                f"{path}: the state of CentripetalSGD is damaged, its entry {wrong[0]!r} is missing or not what the "
+                f"callback wrote; merge another checkpoint of the fit"
+            )
+    return states[0] if states else None
+
+
+def _is_name(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_clusters(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(index, Tensor)
+        and (index.dtype, index.layout, index.dim()) == (torch.int64, torch.strided, 1)
+        and index.numel() > 0
+        and not index.is_meta
+        for name, index in value.items()
+    )
+
+
+def _are_inputs(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and isinstance(value.get("args"), list | tuple)
+        and isinstance(value.get("kwargs"), dict)
+        and _is_name(value.get("network", 0))
+    )
 
 
 def _latency(model: nn.Module, merged: nn.Module, inputs: Any, network: str | None, pairs: int) -> str:

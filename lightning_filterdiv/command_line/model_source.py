@@ -11,11 +11,12 @@ import os
 import pickle
 import sys
 import tarfile
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
+from lightning_filterdiv.files import find_damage
 from lightning_filterdiv.filters import canonical_name, find_prefix
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
 
 #: Of a file that a restrained unpickler refuses.
 PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
+#: Last level of the key under which a module keeps what is no tensor.
+_EXTRA_STATE = "_extra_state"
 _NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
 
 
@@ -65,6 +69,12 @@ def build_model(
     if kind == "timm":
         return _from_timm(name)
     return _from_class(kind, name, hyper_parameters or {})
+
+
+def _reason(error: Exception) -> str:
+    """What an error says on one line, with its type where that alone says something."""
+    said = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch may list all its backends
+    return said if isinstance(error, TypeError) and said else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _closest(name: str, names: Sequence[str]) -> str:
@@ -119,10 +129,10 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
         raise CommandError(f"--model {path}:{name}: {path} has no {name!r}{_closest(name, callables)}")
     try:
         built = getattr(module, name)(**hyper_parameters)
-    except TypeError as error:
+    except Exception as error:  # of whatever the user's class does with arguments from a file
         raise CommandError(
-            f"--model {path}:{name} cannot be constructed: {error}. Give its arguments in a YAML file with --config, "
-            f"or call save_hyperparameters() in its constructor"
+            f"--model {path}:{name} cannot be constructed: {_reason(error)}. Give its arguments in a YAML file "
+            f"with --config, or call save_hyperparameters() in its constructor"
         ) from error
     if not isinstance(built, nn.Module):
         raise CommandError(
@@ -138,9 +148,14 @@ def _from_config(config: Path) -> nn.Module:
     if not config.is_file():
         raise CommandError(f"--config {config}: no such file")
     try:
-        content = yaml.safe_load(config.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CommandError(f"--config {config} is not YAML: {str(error).splitlines()[0]}") from error
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except OSError:
+        raise
+    except Exception as error:  # also of values: a date that does not exist, nesting without end
+        raise CommandError(
+            f"--config {config} is not YAML in UTF-8: {_reason(error)}; compare it with what filterdiv fit "
+            f"--print_config prints"
+        ) from error
     # A configuration saved for one sub-command has the model at the top, one for several below its name.
     sections = (
         [content] + [value for value in (content or {}).values() if isinstance(value, dict)]
@@ -149,30 +164,39 @@ def _from_config(config: Path) -> nn.Module:
     )
     section = next((s["model"] for s in sections if s.get("model") is not None), None)
     if section is None:
-        raise CommandError(f"--config {config} has no entry 'model'")
+        raise CommandError(f"--config {config} has no entry 'model'; name the class there, as class_path")
     search_here()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(pl.LightningModule, "model", required=True)
     try:
         instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # renamed in jsonargparse 4.49
-        return cast(nn.Module, instantiate(parser.parse_object({"model": section})).model)
+        built = instantiate(parser.parse_object({"model": section})).model
     except (ArgumentError, TypeError, ValueError) as error:
         # jsonargparse lists every type that did not fit; what the user wrote is among the first lines.
         reason = " ".join(str(error).split())
         raise CommandError(f"--config {config}: its model cannot be built: {reason}") from error
+    except Exception as error:  # of a constructor, or of jsonargparse about a value that no one would write
+        raise CommandError(f"--config {config}: its model cannot be built: {_reason(error)}") from error
+    if not isinstance(built, nn.Module):
+        raise CommandError(f"--config {config}: its model is no LightningModule; name one, as class_path")
+    return built
 
 
 def _other_format(path: Path) -> str | None:
     """What torch calls a file that is no checkpoint and not opened here; ``None``: nothing it knows."""
-    if tarfile.is_tarfile(path):
-        return "a tar archive, as torch.save wrote before 2017, with pickled objects"
-    if zipfile.is_zipfile(path):
+    try:
+        if tarfile.is_tarfile(path):
+            return "a tar archive, as torch.save wrote before 2017, with pickled objects"
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
-        if "constants.pkl" in names:
-            return "a TorchScript archive, which is a program"
-        if "archive_format" in names or "serialized_exported_program.json" in names:
-            return "an exported program"
+    except Exception:  # a damaged archive
+        return None
+    if "constants.pkl" in names:
+        return "a TorchScript archive, which is a program"
+    if "archive_format" in names or "serialized_exported_program.json" in names:
+        return "an exported program"
     return None
 
 
@@ -187,7 +211,7 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
         The checkpoint; a bare state dict comes back as ``{"state_dict": ...}``.
 
     Raises:
-        CommandError: no such file, no checkpoint, or one that only unpickling would open.
+        CommandError: no such file, no checkpoint, one that only unpickling would open, or a damaged one.
     """
     if path.is_dir():
         raise CommandError(f"{path} is a folder; name the .ckpt or .pt file in it")
@@ -207,16 +231,44 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
                 f"{path} is {other}, which was not opened: save the weights, torch.save(model.state_dict(), path)"
             ) from error
         raise CommandError(f"{path} {_NO_CHECKPOINT}") from error
+    if damage := find_damage(path):
+        raise CommandError(f"{path} is damaged: {damage}; copy or save it again")
     if isinstance(content, nn.Module):
         return {"state_dict": content.state_dict()}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        _check_entries(path, content)
         return dict(content)
-    if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
+    if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+        _check_weights(path, content)
         return {"state_dict": dict(content)}
     raise CommandError(
         f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}; "
         f"torch.save(model.state_dict(), path) makes one"
     )
+
+
+def _check_entries(path: Path, checkpoint: Mapping[Any, Any]) -> None:
+    """Raise unless what the commands read of a Lightning checkpoint has the types that Lightning writes."""
+    _check_weights(path, checkpoint["state_dict"])
+    for name in ("callbacks", "hyper_parameters"):
+        entry = checkpoint.get(name)
+        if not (entry is None or (isinstance(entry, Mapping) and all(isinstance(key, str) for key in entry))):
+            raise CommandError(
+                f"{path} is damaged: its entry {name!r} is a {type(entry).__name__}, not a dict with names; save it "
+                f"again"
+            )
+
+
+def _check_weights(path: Path, weights: Mapping[Any, Any]) -> None:
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise CommandError(f"{path}: {name!r} in its state dict is no name; save model.state_dict() again")
+        # A module may keep anything as its extra state.
+        if not isinstance(value, Tensor) and name.rpartition(".")[2] != _EXTRA_STATE:
+            raise CommandError(
+                f"{path}: {name!r} in its state dict is a {type(value).__name__}, not a tensor; save "
+                f"model.state_dict() again"
+            )
 
 
 def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[str, Any]) -> nn.Module:
@@ -235,7 +287,7 @@ def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[st
     return network
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Load ``state_dict`` into ``model``; levels that wrappers add to names (``_orig_mod``, ``module``) do not count.
 
     A checkpoint of a LightningModule also fits the network inside it: one common prefix (``net.``) is taken off.
@@ -250,14 +302,25 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         given = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [n for n, key in own.items() if n in given and tuple(given[n].shape) != shapes[key]]
+    shapes = {name: _shape(value) for name, value in model.state_dict().items()}
+    wrong = [n for n, key in own.items() if n in given and _shape(given[n]) != shapes[key]]
     if missing or unexpected or wrong:
         parts = [f"{len(missing)} missing ({missing[0]!r}, ...)"] if missing else []
         parts += [f"{len(unexpected)} unknown ({unexpected[0]!r}, ...)"] if unexpected else []
-        parts += [f"{n!r} has shape {tuple(given[n].shape)}, the network {shapes[own[n]]}" for n in wrong[:2]]
+        parts += [f"{n!r} has shape {_shape(given[n])}, the network {shapes[own[n]]}" for n in wrong[:2]]
         raise CommandError(
             f"the weights are not those of a {type(model).__name__}: {'; '.join(parts)}. Name the "
             f"network that they were saved from"
         )
-    model.load_state_dict({own[name]: given[name] for name in own})
+    try:
+        model.load_state_dict({own[name]: given[name] for name in own})
+    except Exception as error:  # tensors without values or in another layout, and what a module's extra state raises
+        raise CommandError(
+            f"the weights cannot be loaded into a {type(model).__name__}: {_reason(error)}; save "
+            f"model.state_dict() again, with dense tensors"
+        ) from error
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Of a tensor; extra state has none."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None

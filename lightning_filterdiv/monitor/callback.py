@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
 
 from lightning_filterdiv.files import why_unwritable
@@ -29,6 +30,10 @@ __all__ = ["FilterSimilarityMonitor"]
 _TAG = "filterdiv/figures"
 
 
+def _itself(figure: Figure) -> Figure:
+    return figure
+
+
 class FilterSimilarityMonitor(FilterCallback):
     """Show how alike the filters of each layer are, before training and after every ``every_n_epochs``-th epoch.
 
@@ -36,7 +41,8 @@ class FilterSimilarityMonitor(FilterCallback):
     layers). Figures, ``filterdiv/figures/...``, go to TensorBoard, Weights & Biases and MLflow; where no logger takes
     them, to PNG files in the log directory: similarity heat maps and kernels of some layers, the distribution of
     similarities, and a timeline of all layers with what other callbacks did. It reads weights, changes nothing, and
-    costs nothing on the epochs between. Rank 0 only.
+    costs nothing on the epochs between. Rank 0 only. A figure or number that cannot be drawn or written (a full disk, a
+    logger without its server) does not stop training: the first failure of each is a warning.
 
     Args:
         every_n_epochs: how often to look.
@@ -80,6 +86,7 @@ class FilterSimilarityMonitor(FilterCallback):
         self._snapshots: list[Snapshot] = []
         self._writer: FigureWriter | None = None
         self._trains = True
+        self._failed: set[str] = set()
 
     # ------------------------------------------------------------------ when
 
@@ -93,10 +100,11 @@ class FilterSimilarityMonitor(FilterCallback):
                 )
         # log_dir is agreed on by a collective: every rank must ask, though only rank 0 writes.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._failed = set()
         if self.figures:
             self._open(trainer, folder)
         if trainer.is_global_zero and self.scalars:
-            self._lay_out(trainer)
+            self._attempt("numbers", partial(self._lay_out, trainer))
         self._drawn = [name for name in self._drawn if name in self.layers]
         if not self._snapshots:
             when = "before training" if trainer.global_step == 0 else "at the start"
@@ -168,25 +176,53 @@ class FilterSimilarityMonitor(FilterCallback):
             flat |= {f"{metric}/network": fmean(row[metric] for row in metrics.values()) for metric in METRICS}
             self.log_metrics(flat)
         if self._writer is not None:
-            for tag, figure in self._draw(trainer, when):
-                self._writer.write(f"{_TAG}/{tag}", figure, trainer.global_step)
+            self._attempt("figures", partial(self._write_figures, self._writer, trainer, when))
 
-    def _draw(self, trainer: pl.Trainer, when: str) -> Iterator[tuple[str, Figure]]:
-        """Figures one by one: only one is alive at a time."""
+    def log_metrics(self, numbers: Mapping[str, float]) -> None:
+        """Hand numbers to all loggers; the failure of one is a warning, and the others get them."""
+        if self.trainer.is_global_zero:
+            named = {f"filterdiv/{name}": float(value) for name, value in numbers.items()}
+            for logger in self.trainer.loggers:
+                self._attempt("numbers", partial(logger.log_metrics, named, step=self.trainer.global_step))
+
+    def _attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Call ``write``; warn of the first failure in a fit. Training is worth more than what is written about it."""
+        try:
+            write()
+        except Exception as error:  # disks, servers, loggers and matplotlib have errors of many types
+            if what not in self._failed:
+                self._failed.add(what)
+                said = " ".join(str(error).split())
+                off = "figures" if what == "figures" else "scalars"
+                rank_zero_warn(
+                    f"FilterSimilarityMonitor could not write {what} ({type(error).__name__}: {said}). Training goes "
+                    f"on, and later failures are not reported; {off}=False writes none"
+                )
+
+    def _write_figures(self, writer: FigureWriter, trainer: pl.Trainer, when: str) -> None:
+        for tag, draw in self._draw(trainer, when):
+
+            def write(tag: str = tag, draw: Callable[[], Figure] = draw) -> None:
+                writer.write(f"{_TAG}/{tag}", draw(), trainer.global_step)
+
+            self._attempt("figures", write)
+
+    def _draw(self, trainer: pl.Trainer, when: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
+        """Tags and what draws them: only one figure is alive at a time, and one that fails is one."""
         views = [view_layer(name, self.layers[name]) for name in self.layers_to_draw()]
         for view in views:
-            yield f"similarity/{view.name}", similarity_heat_map(view, when)
-            yield f"kernels/{view.name}", kernel_mosaic(view, when)
-        yield "distribution", cosine_distribution(views, when)
+            yield f"similarity/{view.name}", partial(similarity_heat_map, view, when)
+            yield f"kernels/{view.name}", partial(kernel_mosaic, view, when)
+        yield "distribution", partial(cosine_distribution, views, when)
         del views
         others = self._others(trainer)
         events, deviations = collect_events(others), collect_deviations(others)
-        yield "timeline", redundancy_timeline(self._snapshots, events, deviations)
+        yield "timeline", partial(redundancy_timeline, self._snapshots, events, deviations)
         counts = {name: filter_count(conv) for name, conv in self.layers.items()}
         if (dropped := dropped_filters(events, counts, self.max_figures)) is not None:
-            yield "dropped", dropped
+            yield "dropped", partial(_itself, dropped)
         if (curves := deviation_curves(deviations, self.max_figures)) is not None:
-            yield "deviation", curves
+            yield "deviation", partial(_itself, curves)
 
     def layers_to_draw(self) -> list[str]:
         """Names of the layers drawn at this look, in the order of the network."""

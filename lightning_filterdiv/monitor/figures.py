@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_filterdiv.files import printable
 from lightning_filterdiv.monitor.views import LayerView
 from lightning_filterdiv.similarity import expected_abs_cosine
 from lightning_filterdiv.tensors.randomness import keyed_generator
@@ -67,8 +68,9 @@ def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
 
 
 def shorten(name: str, limit: int = 17) -> str:
-    """A layer name that fits beside an axis: the end tells layers apart."""
-    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+    """A layer name that fits beside an axis: the end tells layers apart. Matplotlib's signs are only signs in it."""
+    name = printable(name)
+    return (name if len(name) <= limit else f"…{name[1 - limit :]}").replace("$", r"\$")
 
 
 def title(figure: Figure, *lines: str) -> None:

@@ -15,10 +15,13 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lightning_filterdiv.files import safe_file_name, write_files
 from lightning_filterdiv.monitor.figures import to_rgb
+from lightning_filterdiv.monitor.page import as_png
 
 __all__ = ["FigureWriter"]
 
+_LEVELS = 3  # of a tag, above the layer
 Pixels = npt.NDArray[np.uint8]
 #: Takes (tag, pixels, global step).
 Sink = Callable[[str, Pixels, int], None]
@@ -61,12 +64,20 @@ class FigureWriter:
             step: global step.
 
         Raises:
-            OSError: the PNG file cannot be written.
+            WriteError: the PNG file cannot be written.
+            Exception: what a logger raises; the other loggers have got the figure.
         """
         pixels = to_rgb(figure)
+        failed: list[Exception] = []
         for sink in self._sinks:
-            sink(tag, pixels, step)
+            try:
+                sink(tag, pixels, step)
+            except Exception as error:  # loggers have errors of their own
+                failed.append(error)
+        if failed:
+            raise failed[0]
         if self.writes_files:
-            path = self.folder / f"{tag}-step{step:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+            # The name of a layer comes last, and may hold anything but dots.
+            parts = [safe_file_name(part) for part in f"{tag}-step{step:06d}.png".split("/", _LEVELS)]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_files(self.folder, {"/".join(parts): as_png(pixels)})

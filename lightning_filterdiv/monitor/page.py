@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lightning_filterdiv.files import printable
 from lightning_filterdiv.monitor.report import COLUMNS, LayerReport, summary
 
-__all__ = ["Picture", "as_html"]
+__all__ = ["Picture", "as_html", "as_png"]
 
 #: (caption, pixels).
 Picture = tuple[str, npt.NDArray[np.uint8]]
@@ -110,12 +111,17 @@ def _cell(row: LayerReport, column: str, scale: float) -> str:
         bar = f'<i style="width:{100 * value / scale:.1f}%"></i>'
         mark = f'<b style="left:{100 * row.random_abs_cosine / scale:.1f}%"></b>'
         return f'<td class="bar" data-value="{value}">{bar}{mark}<span>{value:.3f}</span></td>'
-    shown = f"{value:.3f}" if isinstance(value, float) else escape(str(value))
-    return f'<td{_text_class(column)} data-value="{escape(str(value))}">{shown}</td>'
+    shown = f"{value:.3f}" if isinstance(value, float) else escape(printable(str(value)))
+    return f'<td{_text_class(column)} data-value="{escape(printable(str(value)))}">{shown}</td>'
+
+
+def as_png(pixels: npt.NDArray[np.uint8], *, optimize: bool = False) -> bytes:
+    """Content of a PNG file; a smaller one takes longer."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="png", optimize=optimize)
+    return file.getvalue()
 
 
 def _figure(caption: str, pixels: npt.NDArray[np.uint8]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="png", optimize=True)
-    source = base64.b64encode(file.getvalue()).decode()
-    return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{source}"></figure>'
+    source = base64.b64encode(as_png(pixels, optimize=True)).decode()
+    return f'<figure><img alt="{escape(printable(caption))}" src="data:image/png;base64,{source}"></figure>'

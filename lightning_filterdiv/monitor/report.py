@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_filterdiv.files import printable
 from lightning_filterdiv.filters import Conv, filter_matrix
 from lightning_filterdiv.monitor.functional import redundancy_metrics
 from lightning_filterdiv.monitor.views import mergeable_filters
@@ -103,7 +104,7 @@ def report_layers(layers: Mapping[str, Conv], threshold: float) -> list[LayerRep
 
 def _cells(row: LayerReport) -> list[str]:
     values = [getattr(row, column) for column in COLUMNS]
-    return [f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
+    return [f"{value:.3f}" if isinstance(value, float) else printable(str(value)) for value in values]
 
 
 def as_text(rows: Sequence[LayerReport], heading: str, threshold: float) -> str:
@@ -136,5 +137,7 @@ def as_csv(rows: Sequence[LayerReport]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([getattr(row, column) for column in COLUMNS] for row in rows)
+    for row in rows:
+        values = [getattr(row, column) for column in COLUMNS]
+        writer.writerow([printable(value) if isinstance(value, str) else value for value in values])
     return text.getvalue()

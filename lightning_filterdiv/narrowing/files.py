@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +14,25 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.modules import bare_module, update_attributes
-from lightning_filterdiv.files import why_unwritable
+from lightning_filterdiv.files import find_damage, why_unwritable, write_files
 from lightning_filterdiv.filters import canonical_name, named_modules, named_tensors
 
 __all__ = ["MergedFileError", "load_merged", "save_merged"]
 
 _FORMAT = "lightning_filterdiv merged network"
 _VERSION = 1
+#: Entry -> whether its value is one that :func:`save_merged` writes.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "version": lambda value: isinstance(value, int),
+    "class": lambda value: isinstance(value, str),
+    "tensors": lambda value: (
+        isinstance(value, dict)
+        and all(
+            isinstance(key, str) and isinstance(tensor, Tensor) and not tensor.is_meta for key, tensor in value.items()
+        )
+    ),
+    "maps": lambda value: isinstance(value, list) and all(isinstance(name, str) and name for name in value),
+}
 
 
 class MergedFileError(ValueError):
@@ -33,12 +47,13 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to write; :func:`load_merged` reads it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written. Nothing is left behind then, and an older file stays as it was.
     """
     if reason := why_unwritable(path):
         raise OSError(f"{os.fspath(path)} cannot be written: {reason}")
     model = bare_module(model)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
+    content = io.BytesIO()  # on disk, torch would report a full one as an internal error
     torch.save(
         {
             "format": _FORMAT,
@@ -47,8 +62,10 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "tensors": tensors,
             "maps": [name for name, _ in _maps(model)],
         },
-        path,
+        content,
     )
+    folder, name = os.path.split(os.fspath(path))
+    write_files(folder or ".", {name: content.getbuffer()})
 
 
 def _maps(model: nn.Module) -> list[tuple[str, ChannelMap]]:
@@ -83,12 +100,19 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
             f"{shown} is not a file that save_merged wrote: only unpickling would open it, which can run any code, so "
             f"it was not opened; merge the checkpoint again"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # torch reports a file that is none by many types
         raise MergedFileError(foreign) from error
+    if damage := find_damage(path):
+        raise MergedFileError(f"{shown} is damaged: {damage}; copy it or merge the checkpoint again")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MergedFileError(foreign)
     if missing := [key for key in ("version", "class", "tensors", "maps") if key not in content]:
         raise MergedFileError(f"{shown} lacks its entry {missing[0]!r}: it was edited; merge the checkpoint again")
+    if damaged := [key for key, right in _ENTRIES.items() if not right(content[key])]:
+        raise MergedFileError(
+            f"{shown} has an entry {damaged[0]!r} that save_merged does not write: it was edited; merge the checkpoint "
+            f"again"
+        )
     if content["version"] > _VERSION:
         raise MergedFileError(
             f"{shown} was written by a newer release of lightning_filterdiv (format {content['version']}, this one "
@@ -119,15 +143,26 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
     unknown = [name for name in tensors if name not in own and name not in selections]
     modules = named_modules(model)
     unknown += [name for name in content["maps"] if name not in modules]
-    shapes = [n for n, t in own.items() if n in tensors and n not in selections and t.dim() != tensors[n].dim()]
+    shared = [name for name in own if name in tensors and name not in selections]
+    shapes = [name for name in shared if not _may_be_narrowed(own[name], tensors[name])]
     if missing or unknown or shapes:
         parts = [f"the file lacks {missing[0]!r}"] if missing else []
         parts += [f"the network has no {unknown[0]!r}"] if unknown else []
-        parts += [f"{shapes[0]!r} has another number of dimensions"] if shapes else []
+        parts += (
+            [f"{shapes[0]!r} has shape {tuple(tensors[shapes[0]].shape)}, not a narrower {tuple(own[shapes[0]].shape)}"]
+            if shapes
+            else []
+        )
         raise MergedFileError(
             f"the file holds a merged {content['class']}, which a {type(model).__name__} constructed like this is not: "
             f"{'; '.join(parts)}. Construct the network with the arguments it was trained with"
         )
+
+
+def _may_be_narrowed(own: Tensor, given: Tensor) -> bool:
+    """Whether ``given`` is ``own`` at another number of channels: the rest of a kernel does not change."""
+    kind = (own.dim(), own.shape[2:], own.layout, own.is_floating_point(), own.is_complex())
+    return kind == (given.dim(), given.shape[2:], given.layout, given.is_floating_point(), given.is_complex())
 
 
 def _install_map(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:

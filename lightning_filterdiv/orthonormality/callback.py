@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_filterdiv.filters import Conv, canonical_name, select_filters
-from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty
+from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty, check_squared
 from lightning_filterdiv.orthonormality.targets import FilterBlock, filter_blocks
 from lightning_filterdiv.shared_basis.modules import shared_bases
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
@@ -20,6 +20,8 @@ from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.steps import gradient_scale
 
 __all__ = ["BasisOrthonormality"]
+
+FormOrAuto = Literal["auto", Form]
 
 
 class BasisOrthonormality(FilterCallback):
@@ -35,10 +37,11 @@ class BasisOrthonormality(FilterCallback):
         milestones: epoch (from 0) -> factor: from that epoch on, the weight times the factor. The published decay of
             SRIP is ``{20: 1e-3, 50: 1e-4, 70: 1e-6, 120: 0}``.
         form: ``"basis"`` (a mean over entries), ``"soft"``, ``"double_soft"``, ``"mutual_coherence"``, ``"srip"`` or
-            ``"convolutional"``.
+            ``"convolutional"``. ``"auto"``: ``"basis"`` where shared bases are among the layers, else ``"soft"``.
         decoupled: move the weights after the step, by learning rate times weight times gradient, instead of adding to
-            the gradient.
-        squared: of ``"srip"``: the square of the spectral norm, as in the released code.
+            the gradient. ``"auto"``: with optimizers of the Adam family (a class or base whose name holds "Adam").
+        squared: of ``"srip"`` and ``"convolutional"``: the square of the norm or the norm itself. ``None``: the norm
+            for ``"srip"``, the square for ``"convolutional"``. The released codes have it the other way round.
         unique: compare shared filters also with the unique filters of the layers that use them (CIFAR-10 experiments of
             DSFB); ``"basis"`` only.
         include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none.
@@ -60,9 +63,9 @@ class BasisOrthonormality(FilterCallback):
         *,
         weight: float | None = None,
         milestones: dict[int, float] | None = None,
-        form: Form = "basis",
-        decoupled: bool = False,
-        squared: bool = False,
+        form: FormOrAuto = "auto",
+        decoupled: bool | Literal["auto"] = "auto",
+        squared: bool | None = None,
         unique: bool = False,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -70,28 +73,35 @@ class BasisOrthonormality(FilterCallback):
         check_ranks_every_n_steps: int = 0,
     ) -> None:
         super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
-        self.form = check_choice("form", form, Form)
+        self.form = check_choice("form", form, FormOrAuto)
         self.weight = None if weight is None else check_number("weight", weight, above=0.0)
         self.milestones = _check_milestones(milestones)
-        self.decoupled = check_flag("decoupled", decoupled)
-        self.squared = check_flag("squared", squared)
+        if not isinstance(decoupled, bool) and decoupled != "auto":
+            raise TypeError(f"decoupled must be True, False or 'auto', got {decoupled!r}")
+        self.decoupled = decoupled
+        self.squared = None if squared is None else check_flag("squared", squared)
         self.unique = check_flag("unique", unique)
-        if self.squared and self.form != "srip":
-            raise ValueError(
-                f"squared=True belongs to form='srip', got form={form!r}; leave squared out, or change form"
-            )
-        if self.unique and self.form != "basis":
+        check_squared(self.form, self.squared)
+        if self.unique and self.form not in ("basis", "auto"):
             raise ValueError(
                 f"unique=True belongs to form='basis', got form={form!r}; leave unique out, or change form"
             )
         self.seed = check_integer("seed", seed, low=0)
         self._penalties: dict[int, OrthonormalityPenalty] = {}
         self._looked = -1
+        self._on_bases = self.unique
+
+    @property
+    def resolved_form(self) -> Form:
+        """``form``; of ``"auto"`` what it means in the running or last fit, before the first one ``"soft"``."""
+        if self.form != "auto":
+            return self.form
+        return "basis" if self._on_bases else "soft"
 
     @property
     def base_weight(self) -> float:
         """``weight``, or the form's own."""
-        return DEFAULT_WEIGHTS[self.form] if self.weight is None else self.weight
+        return DEFAULT_WEIGHTS[self.resolved_form] if self.weight is None else self.weight
 
     def weight_at(self, epoch: int, step: int) -> float:
         """Weight of the penalty at a step; override it for a schedule.
@@ -129,6 +139,9 @@ class BasisOrthonormality(FilterCallback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build one :class:`OrthonormalityPenalty` per optimizer that owns chosen layers."""
+        self._on_bases = self.unique or any(
+            canonical_name(name) in self.layers for name, _, _ in shared_bases(pl_module)
+        )
         try:
             blocks = filter_blocks(pl_module, self.layers, unique=self.unique)
             for index, optimizer in enumerate(trainer.optimizers):
@@ -139,8 +152,19 @@ class BasisOrthonormality(FilterCallback):
         except ValueError as error:
             raise MisconfigurationException(f"BasisOrthonormality: {error}") from error
         self._check_finite("at the start")
+        self._announce()
+
+    def _announce(self) -> None:
+        """Log what is used and why."""
+        why = " (auto: shared bases)" if self._on_bases else " (auto: no shared bases)"
+        form = f"form {self.resolved_form!r}{why if self.form == 'auto' else ''}"
         source = "the form's own" if self.weight is None else "given"
-        rank_zero_info(f"BasisOrthonormality: form {self.form!r}, weight {self.base_weight:g} ({source})")
+        parts = [form, f"weight {self.base_weight:g} ({source})"]
+        kinds = {type(penalty.optimizer).__name__: penalty.decoupled for penalty in self._penalties.values()}
+        for name, decoupled in kinds.items():
+            words = "decoupled from the gradient" if decoupled else "added to the gradient"
+            parts.append(f"{words} (auto: {name})" if self.decoupled == "auto" else words)
+        rank_zero_info(f"BasisOrthonormality: {', '.join(dict.fromkeys(parts))}")
 
     def _check_finite(self, when: str) -> None:
         broken = {name: reason for penalty in self._penalties.values() for name, reason in penalty.broken().items()}
@@ -155,9 +179,9 @@ class BasisOrthonormality(FilterCallback):
         return OrthonormalityPenalty(
             blocks,
             optimizer,
-            form=self.form,
+            form=self.resolved_form,
             squared=self.squared,
-            decoupled=self.decoupled,
+            decoupled=_is_adam(optimizer) if self.decoupled == "auto" else self.decoupled,
             seed=self.seed,
             stream=f"{self.state_key}/{index}",
         )
@@ -174,7 +198,7 @@ class BasisOrthonormality(FilterCallback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector; 0: never
         if every and step % every == 0 and step != self._looked:
             self._log(weight)
-        scale = None if self.decoupled else gradient_scale(trainer, penalty.optimizer)
+        scale = None if penalty.decoupled else gradient_scale(trainer, penalty.optimizer)
         penalty.before_step(weight=weight, step=step, gradient_scale=scale)
 
     def after_step(self, index: int) -> None:
@@ -210,6 +234,11 @@ class BasisOrthonormality(FilterCallback):
         if not isinstance(logged, list) or len(logged) != 1 or not isinstance(logged[0], int):
             raise TypeError(f"logged must be a list of one step, got {logged!r}")
         self._looked = logged[0]
+
+
+def _is_adam(optimizer: Optimizer) -> bool:
+    """Whether the optimizer divides by second moments as Adam does, by the name of its class or a base."""
+    return any("adam" in cls.__name__.lower() for cls in type(optimizer).__mro__)
 
 
 def _check_milestones(milestones: object) -> dict[int, float] | None:

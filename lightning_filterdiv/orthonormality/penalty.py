@@ -33,6 +33,15 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
 }
 
 
+def check_squared(form: str, squared: bool | None) -> None:
+    """Raise ValueError if ``squared`` says something about a form for which it means nothing."""
+    if squared is not None and form not in ("srip", "convolutional"):
+        raise ValueError(
+            f"squared={squared} belongs to form='srip' or 'convolutional', got form={form!r}; leave squared out, or "
+            f"change form"
+        )
+
+
 def check_form(form: Form, blocks: Sequence[FilterBlock]) -> None:
     """Raise if ``form`` is not defined for one of the blocks.
 
@@ -73,7 +82,8 @@ class OrthonormalityPenalty:
             parameter of ``optimizer`` are ignored.
         optimizer: the optimizer that makes the steps.
         form: which penalty.
-        squared: of ``"srip"``.
+        squared: of ``"srip"`` and ``"convolutional"``: the value with or without its square; ``None``: as the form is
+            defined here, without for ``"srip"``, with for ``"convolutional"``.
         decoupled: see above.
         seed: of the starting vectors of ``"srip"``, a function of (seed, stream, step).
         stream: tells objects with equal seeds apart.
@@ -90,14 +100,13 @@ class OrthonormalityPenalty:
         optimizer: Optimizer,
         *,
         form: Form = "basis",
-        squared: bool = False,
+        squared: bool | None = None,
         decoupled: bool = False,
         seed: int = 0,
         stream: str = "",
     ) -> None:
         check_form(form, blocks)
-        if squared and form != "srip":
-            raise ValueError(f"squared=True belongs to form='srip', got form={form!r}")
+        check_squared(form, squared)
         if isinstance(optimizer, LBFGS):
             if decoupled:
                 raise ValueError(
@@ -108,7 +117,8 @@ class OrthonormalityPenalty:
                     "LBFGS with a line search compares losses that lack the penalty; use line_search_fn=None or add "
                     "the penalty to your loss"
                 )
-        self.form, self.squared, self.decoupled = form, squared, decoupled
+        self.form, self.decoupled = form, decoupled
+        self.squared = form == "convolutional" if squared is None else squared
         self.seed, self.stream, self.optimizer = seed, stream, optimizer
         # Parameter that may be moved -> its group, which knows the learning rate.
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
@@ -248,8 +258,19 @@ class OrthonormalityPenalty:
     def _differentiate(self, batch: Batch, starts: Mapping[int, Tensor]) -> None:
         """Put the gradient of what is loaded into the buffer."""
         stride = batch.blocks[0].stride
-        if self.form == "convolutional" and any(functional.self_padding(batch.kernels().shape[3:], stride)):
-            batch.store(gradients.convolutional_gradient(batch.kernels(), stride))
+        overlap = self.form == "convolutional" and any(functional.self_padding(batch.kernels().shape[3:], stride))
+        if overlap or (self.form == "convolutional" and not self.squared):
+            kernels = batch.kernels()
+            found = (
+                gradients.convolutional_gradient(kernels, stride)
+                if overlap
+                else gradients.soft_gradient(batch.rows(), batch.identity).view_as(kernels)
+            )
+            if not self.squared:
+                norms = _convolutional_norms(batch).clamp_min(functional.EPSILON)
+                per_matrix = (2 * norms).repeat_interleave(batch.blocks[0].groups)
+                found = found / per_matrix.view(-1, *[1] * (found.dim() - 1))
+            batch.store(found)
             return
         rows, out = batch.rows(), batch.out
         if batch.twice is not None:
@@ -290,8 +311,14 @@ class OrthonormalityPenalty:
             bank.load()
             for batch in bank.batches:
                 with torch.autocast(self._device.type, enabled=False):
-                    per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
-                sums = per_matrix.view(-1, batch.blocks[0].groups).sum(1).unbind()
+                    if self.form == "convolutional" and not self.squared:
+                        per_block = _convolutional_norms(batch) - math.sqrt(
+                            batch.blocks[0].groups * _unreachable(batch)
+                        )
+                    else:
+                        per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
+                        per_block = per_matrix.view(-1, batch.blocks[0].groups).sum(1)
+                sums = per_block.unbind()
                 penalties |= {block.name: value for block, value in zip(batch.blocks, sums, strict=True)}
         if self.form == "basis":
             penalties = {block.name: penalties[block.name] / block.entries for block in self.blocks}
@@ -303,12 +330,23 @@ class OrthonormalityPenalty:
         return torch.stack([value.double() * shares[name] for name, value in values.items()]).sum()
 
 
+def _unreachable(batch: Batch) -> int:
+    """Squared distance from orthonormal rows that more filters than numbers in a filter cannot fall below."""
+    n, d = batch.blocks[0].shape
+    return max(0, n - d)
+
+
+def _convolutional_norms(batch: Batch) -> Tensor:
+    """The norm without square of each block, over its groups together, ``(len(blocks),)``."""
+    squares = functional.convolutional_orthogonality(batch.kernels(), batch.blocks[0].stride)
+    return squares.view(-1, batch.blocks[0].groups).sum(1).sqrt()
+
+
 def _values(batch: Batch, form: Form, start: Tensor | None, squared: bool) -> Tensor:
     """What each matrix of a batch is above the reachable minimum, ``(B,)``; ``"basis"`` as a sum over entries."""
     rows = batch.rows()
     if form == "convolutional":
-        unreachable = max(0, rows.shape[1] - rows.shape[2])
-        return functional.convolutional_orthogonality(batch.kernels(), batch.blocks[0].stride) - unreachable
+        return functional.convolutional_orthogonality(batch.kernels(), batch.blocks[0].stride) - _unreachable(batch)
     if form == "mutual_coherence":
         return functional.mutual_coherence_penalty(rows)
     if form == "srip":

@@ -95,3 +95,12 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
     assert message in caught.err
     assert caught.err.startswith("filterdiv entropy: ")
     assert len(caught.err.splitlines()) == 1
+
+
+def test_a_damaged_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    assert main(["entropy", "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'b.png'} is not an image that can be read" in error
+    assert error.count("\n") == 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,7 +20,7 @@ from lightning_filterdiv import BasisOrthonormality, WeightAsynchronousUpdate
 from lightning_filterdiv.orthonormality import DEFAULT_WEIGHTS
 from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
 from tests.suites.test_resume import KINDS
-from tests.support.training import STEPS_PER_EPOCH, Classifier, ManualClassifier, batches, differing, fit
+from tests.support.training import STEPS_PER_EPOCH, Classifier, ManualClassifier, batches, differing, fit, same
 
 
 def sharing_classifier(**options: Any) -> Classifier:
@@ -66,6 +68,58 @@ def test_weight_at_follows_the_milestones() -> None:
     found = [callback.weight_at(epoch, 0) for epoch in (0, 4, 5, 19, 20, 119, 120, 500)]
     assert found == pytest.approx([0.5, 0.5, 0.05, 0.05, 5e-4, 5e-4, 0, 0])
     assert {form: BasisOrthonormality(form=form).weight_at(0, 0) for form in DEFAULT_WEIGHTS} == dict(DEFAULT_WEIGHTS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_auto_is_what_it_says(shared: bool, optimizer: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Equal to the explicit choice bit by bit, and the log names it with the reason."""
+    torch.manual_seed(0)
+
+    def model() -> Any:
+        made = sharing_classifier() if shared else Classifier()
+        if optimizer == "adam":
+            made.configure_optimizers = lambda: torch.optim.AdamW(made.parameters(), lr=1e-3)
+        return made
+
+    explicit: dict[str, Any] = {"form": "basis" if shared else "soft", "decoupled": optimizer == "adam"}
+    auto = BasisOrthonormality()
+    with caplog.at_level(logging.INFO):
+        first = fit([auto], model=model(), max_epochs=1)
+    second = fit([BasisOrthonormality(**explicit)], model=model(), max_epochs=1)
+    assert same(first.model.state_dict(), second.model.state_dict())
+    assert auto.resolved_form == explicit["form"]
+    assert auto.base_weight == DEFAULT_WEIGHTS[auto.resolved_form]
+    line = next(text for text in caplog.messages if "BasisOrthonormality: form" in text)
+    form = (
+        "form 'basis' (auto: shared bases), weight 10" if shared else "form 'soft' (auto: no shared bases), weight 0.01"
+    )
+    way = "decoupled from the gradient (auto: AdamW)" if optimizer == "adam" else "added to the gradient (auto: SGD)"
+    assert line == f"BasisOrthonormality: {form} (the form's own), {way}"
+
+
+def test_auto_with_ordinary_layers_of_a_network_with_shared_bases() -> None:
+    callback = BasisOrthonormality(include=["net.conv", "net.stage3.0.*"])
+    fit([callback], model=sharing_classifier(), max_epochs=1)
+    assert callback.resolved_form == "soft"
+    assert BasisOrthonormality(unique=True).resolved_form == "basis"
+
+
+@pytest.mark.parametrize("written", ["auto", "true", "false"])
+def test_yaml_takes_both_kinds_of_decoupled(written: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(BasisOrthonormality, "callback")
+    given = parser.parse_string(f"callback: {{form: auto, decoupled: {written}, squared: null}}").callback
+    assert given.decoupled == {"auto": "auto", "true": True, "false": False}[written]
+    assert BasisOrthonormality(**given.as_dict()).decoupled == given.decoupled
+
+
+def test_the_defaults_of_0_1_resume_with_a_warning() -> None:
+    state = BasisOrthonormality().state_dict()
+    state["arguments"] |= {"form": "basis", "decoupled": False, "squared": False}
+    expected = r"form: 'basis' -> 'auto', decoupled: False -> 'auto', squared: False -> None"
+    with pytest.warns(UserWarning, match=expected):
+        BasisOrthonormality().load_state_dict(state)
 
 
 class _Ramp(BasisOrthonormality):

@@ -340,6 +340,32 @@ def test_kernels_follow_stages_not_layers(unique: bool) -> None:
     assert 0 < counts[0].total() <= 40
 
 
+def test_convolutional_without_the_square_against_autograd() -> None:
+    """The norm of each layer, of all its groups together; layers where no shifts overlap included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 3, stride=2, groups=2), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 12, 1)
+    ).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    blocks = filter_blocks(model, select_filters(model))
+    penalty = OrthonormalityPenalty(blocks, optimizer, form="convolutional", squared=False)
+    norms: dict[str, torch.Tensor] = {}
+    for name, conv in model.named_children():
+        assert isinstance(conv, nn.Conv2d)
+        kernels = conv.weight.view(conv.groups, -1, *conv.weight.shape[1:])
+        norms[name] = convolutional_orthogonality(kernels, conv.stride).sum().sqrt()
+        unreachable = conv.groups * max(0, kernels.shape[1] - kernels[0, 0].numel())
+        assert torch.allclose(penalty.values()[name], norms[name].detach() - unreachable**0.5)
+    expected = torch.autograd.grad(torch.stack(list(norms.values())).sum(), [block.parameters[0] for block in blocks])
+    for block in blocks:
+        block.parameters[0].grad = torch.zeros_like(block.parameters[0])
+    penalty.before_step(weight=0.5, step=0)
+    for block, gradient in zip(blocks, expected, strict=True):
+        torch.testing.assert_close(block.parameters[0].grad, 0.5 * gradient, rtol=1e-6, atol=1e-8)
+    squared = OrthonormalityPenalty(blocks, optimizer, form="convolutional").values()
+    assert torch.allclose(squared["0"], norms["0"].detach().square()), "the default keeps the square"
+
+
 def test_refusals() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3))
     blocks = filter_blocks(model, select_filters(model, ["*"]))
@@ -348,7 +374,7 @@ def test_refusals() -> None:
         OrthonormalityPenalty(blocks, optimizer, form="convolutional")
     with pytest.raises(ValueError, match="form must be one of"):
         OrthonormalityPenalty(blocks, optimizer, form="hard")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="squared=True belongs to form='srip'"):
+    with pytest.raises(ValueError, match="squared=True belongs to form='srip' or 'convolutional'"):
         OrthonormalityPenalty(blocks, optimizer, form="soft", squared=True)
     with pytest.raises(ValueError, match="none of the layers has a trainable weight in this optimizer"):
         OrthonormalityPenalty(blocks, torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))

@@ -124,6 +124,20 @@ CHECKPOINT: list[Row] = [
         "merge the checkpoint again",
     ),
     Row(
+        "a merged network with a text among its tensors",
+        lambda: load_merged(net(), merged(tensors={"0.weight": "text"})),
+        MergedFileError,
+        "'tensors'",
+        "merge the checkpoint again",
+    ),
+    Row(
+        "a merged network with a map of nothing",
+        lambda: load_merged(net(), merged(maps=[""])),
+        MergedFileError,
+        "'maps'",
+        "merge the checkpoint again",
+    ),
+    Row(
         "a merged network into a missing folder",
         lambda: save_merged(net(), "none/narrow.pt"),
         OSError,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests.suites.wrong_uses.row import Row
 from tests.suites.wrong_uses.support import (
     MODEL,
     CommandError,
     checkpoint,
+    clusters,
     command,
     fit_from_yaml,
+    flipped,
     text_file,
     truncated,
     weights,
@@ -100,6 +104,41 @@ COMMAND_LINE: list[Row] = [
         CommandError,
         "half.pt",
         "copy or save it again",
+    ),
+    Row(
+        "inspect a file with a flipped bit",
+        lambda: command("inspect", flipped()),
+        CommandError,
+        "flipped.ckpt is damaged",
+        "copy or save it again",
+    ),
+    Row(
+        "inspect a state dict with a number",
+        lambda: command("inspect", checkpoint(state_dict={"conv.weight": 3})),
+        CommandError,
+        "'conv.weight'",
+        "save model.state_dict() again",
+    ),
+    Row(
+        "inspect complex weights",
+        lambda: command("inspect", checkpoint(state_dict={"conv.weight": torch.ones(2, 1, 3, 3) * 1j})),
+        CommandError,
+        "'conv' has complex weights",
+        "inspect another network",
+    ),
+    Row(
+        "merge a state without its arguments",
+        lambda: command("merge", clusters(arguments=None), "--out", "narrow.pt", *MODEL),
+        CommandError,
+        "'arguments'",
+        "merge another checkpoint",
+    ),
+    Row(
+        "merge a state of a newer release",
+        lambda: command("merge", clusters(version=9), "--out", "narrow.pt", *MODEL),
+        CommandError,
+        "state version 9",
+        "update the package",
     ),
     Row(
         "inspect weights of nobody",

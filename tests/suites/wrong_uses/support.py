@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_filterdiv import WeightAsynchronousUpdate
+from lightning_filterdiv import CentripetalSGD, WeightAsynchronousUpdate
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.command_line.main import main
 from lightning_filterdiv.demo import SmallConvNet
@@ -97,6 +97,21 @@ def weights() -> str:
 def checkpoint(**entries: Any) -> str:
     torch.save({"state_dict": SmallConvNet().state_dict(), "epoch": 1, **entries}, "plain.ckpt")
     return "plain.ckpt"
+
+
+def flipped() -> str:
+    """One bit of a weight is another one."""
+    content = bytearray(Path(checkpoint()).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("flipped.ckpt").write_bytes(content)
+    return "flipped.ckpt"
+
+
+def clusters(**changes: Any) -> str:
+    """A checkpoint with a state of CentripetalSGD, damaged by ``changes``."""
+    state = CentripetalSGD().state_dict()
+    state["extra"] |= {"clusters": {"net.conv1": torch.zeros(32, dtype=torch.int64)}, "strength": 1.0}
+    return checkpoint(callbacks={"CentripetalSGD": state | changes})
 
 
 def truncated() -> str:
