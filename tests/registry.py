@@ -186,7 +186,7 @@ CASES: tuple[Case, ...] = (
         arguments={"full_epochs": 1, "sub_epochs": 1, "cycles": 1, "include": ["net.*"]},
         wrong=(
             ({"full_epochs": 0}, ValueError, ">= 1"),
-            ({"sub_epochs": 0}, ValueError, ">= 1"),
+            ({"sub_epochs": 1.5}, ValueError, "a fraction of max_epochs"),
             ({"cycles": 1.5}, TypeError, ">= 1"),
             ({"prune_fraction": 0}, ValueError, "0 < prune_fraction < 1"),
             ({"prune_fraction": 1}, ValueError, "0 < prune_fraction < 1"),

@@ -25,7 +25,7 @@ reveal_type(plan_events(20, 10, 3)[0].epoch)
 reveal_type(report_layers({}, 0.9)[0].mergeable)
 """
 EXPECTED = {
-    5: 'Argument "full_epochs" to "RePr" has incompatible type "str"; expected "int"',
+    5: 'Argument "full_epochs" to "RePr" has incompatible type "str"; expected "int | float"',
     6: 'Unexpected keyword argument "full_epoch" for "RePr"',
     7: 'Too many positional arguments for "RePr"',
     8: 'Argument "form" to "BasisOrthonormality" has incompatible type "Literal[\'sort\']"',

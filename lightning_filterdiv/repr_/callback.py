@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -16,13 +17,16 @@ from lightning_filterdiv.filters import Conv, NoLayersError, filter_count, filte
 from lightning_filterdiv.optimizer_state import RowHold
 from lightning_filterdiv.repr_.functional import Criterion, Scope, overdrawn_layers, rank_filters, select_dropped
 from lightning_filterdiv.repr_.network import DroppedFilters, NextLayer, default_layers, rankable
+from lightning_filterdiv.repr_.progress import Progress, check_state
 from lightning_filterdiv.repr_.schedule import (
     CompletedEvent,
     RePrEvent,
-    events_missed,
+    check_length,
     plan_events,
     plan_table,
     remaining_rate_share,
+    resolve_lengths,
+    ways_to_fit,
 )
 from lightning_filterdiv.similarity import orthogonality_score
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
@@ -35,6 +39,13 @@ __all__ = ["RePr"]
 
 # Below this share of the summed learning rate, filters regrown last were seen to stay untrained.
 _ENOUGH_RATE = 0.15
+# The paper's 20 and 10 of 100 epochs, three times.
+_DEFAULT_LENGTHS = (0.2, 0.1, 3)
+_WAY_OUT = (
+    "callback.restore_now(model) brings their old values back, RePr.restore(model, checkpoint) does so from a file. "
+    "Trained further without RePr they are not held: behind a ReLU no gradient reaches them, and only saved momentum "
+    "may move them"
+)
 
 
 class RePr(FilterCallback):
@@ -44,10 +55,14 @@ class RePr(FilterCallback):
     Filters are ranked in ``on_train_epoch_end`` and dropped or regrown at the first batch after it, so that every
     checkpoint holds the network whose metric it names.
 
+    An exception or Ctrl-C leaves model and state in agreement: a later fit goes on from there, or
+    :meth:`restore_now` brings the filters back.
+
     Args:
-        full_epochs: S1, epochs with all filters before each drop.
-        sub_epochs: S2, epochs of the sub-network.
-        cycles: N, how often.
+        full_epochs: S1, epochs with all filters before each drop: an integer, or a fraction of the fit's epochs (a
+            float below 1), which comes to at least one epoch.
+        sub_epochs: S2, epochs of the sub-network, likewise.
+        cycles: N, how often. With a fraction, cycles for which the fit has no room are left out.
         prune_fraction: p, share of the ranked filters that is dropped, in (0, 1).
         criterion: ``"orthogonality"`` (the paper), ``"norm"`` (smallest first) or ``"random"`` (control).
         scope: rank over all layers together (the paper) or within each layer.
@@ -76,8 +91,8 @@ class RePr(FilterCallback):
     def __init__(
         self,
         *,
-        full_epochs: int = 20,
-        sub_epochs: int = 10,
+        full_epochs: int | float = 0.2,
+        sub_epochs: int | float = 0.1,
         cycles: int = 3,
         prune_fraction: float = 0.3,
         criterion: Criterion = "orthogonality",
@@ -94,8 +109,8 @@ class RePr(FilterCallback):
         check_ranks_every_n_steps: int = 0,
     ) -> None:
         super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
-        self.full_epochs = check_integer("full_epochs", full_epochs, low=1)
-        self.sub_epochs = check_integer("sub_epochs", sub_epochs, low=1)
+        self.full_epochs = check_length("full_epochs", full_epochs)
+        self.sub_epochs = check_length("sub_epochs", sub_epochs)
         self.cycles = check_integer("cycles", cycles, low=1)
         self.prune_fraction = check_number("prune_fraction", prune_fraction, above=0.0, below=1.0)
         self.criterion = check_choice("criterion", criterion, Criterion)
@@ -111,12 +126,11 @@ class RePr(FilterCallback):
         self.hold_consumers = check_flag("hold_consumers", hold_consumers)
         self.network = check_network(network)
         self.seed = check_integer("seed", seed, low=0)
-        self._events: list[RePrEvent] = []
-        self._applied = 0
-        self._ranked: tuple[int, dict[str, Tensor]] | None = None
-        self._dropped: DroppedFilters | None = None
-        self._saved_drop: dict[str, Any] | None = None
-        self._history: list[CompletedEvent] = []
+        self._progress = Progress()
+        self._upcoming: list[RePrEvent] = []
+        self._epochs: int | None = None  # of the fit when it started: what fractions refer to
+        self._loaded: dict[str, Any] | None = None  # state of a checkpoint, until the fit that loads it has started
+        self._ranked: tuple[RePrEvent, dict[str, Tensor]] | None = None
         self._inputs: ExampleInputs | None = None
         self._saved_inputs: dict[str, Any] | None = None
         self._unsilenceable: set[str] = set()
@@ -130,17 +144,34 @@ class RePr(FilterCallback):
 
         Returns:
             Drops and regrowths, alternating.
-        """
-        return plan_events(self.full_epochs, self.sub_epochs, self.cycles)
 
-    def plan(self) -> list[dict[str, Any]]:
-        """Return the schedule as rows: cycle, kind, epoch."""
-        return [event._asdict() for event in self.schedule()]
+        Raises:
+            ValueError: a length is a fraction and the number of epochs is unknown.
+        """
+        return plan_events(self.full_epochs, self.sub_epochs, self.cycles, self._epochs)
+
+    def plan(self, max_epochs: int | None = None) -> list[dict[str, Any]]:
+        """Return events as rows: cycle, kind, epoch.
+
+        Args:
+            max_epochs: length of a fit to come; ``None`` for the plan of the present or last fit.
+
+        Raises:
+            ValueError: a length is a fraction, there was no fit yet, and ``max_epochs`` is not given.
+        """
+        if max_epochs is not None:
+            epochs = check_integer("max_epochs", max_epochs, low=1)
+            events = plan_events(self.full_epochs, self.sub_epochs, self.cycles, epochs)
+        else:
+            done = [RePrEvent(event.cycle, event.kind, event.epoch) for event in self._progress.history]
+            events = [*done, *self._upcoming] or self.schedule()
+        return [event._asdict() for event in events]
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """Events carried out so far: kind, cycle, epoch, step, and which filters of which layer."""
-        return [event._asdict() for event in self._history]
+        loaded = None if self._loaded is None else [CompletedEvent(*event) for event in self._loaded["history"]]
+        return [event._asdict() for event in loaded or self._progress.history]
 
     def filterdiv_events(self) -> list[dict[str, Any]]:
         """Return the history, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
@@ -149,7 +180,7 @@ class RePr(FilterCallback):
     @property
     def dropped(self) -> dict[str, Tensor]:
         """Filters that are out at the moment: layer name -> ``(n,)`` indices."""
-        return dict(self._dropped.filters) if self._dropped is not None else {}
+        return dict(self._progress.dropped.filters) if self._progress.dropped is not None else {}
 
     # ------------------------------------------------------------------ choosing layers
 
@@ -168,66 +199,148 @@ class RePr(FilterCallback):
     # ------------------------------------------------------------------ start
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check and print the plan; take up a phase that a checkpoint was saved in."""
+        """Take up what a checkpoint or an earlier fit left, check and print the plan."""
         _check_optimizers(trainer.optimizers)
         for index in range(len(trainer.optimizers)):
             self.follow_steps(index)
-        self._events = self.schedule()
-        self._check_plan(trainer)
+        self._take_up(pl_module)
+        self._plan_fit(trainer)
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
-        if self._saved_drop is not None:
-            self._dropped = DroppedFilters.from_state(pl_module, self._saved_drop)
-            self._saved_drop = None
-        if self._dropped is not None:
-            self._start_holding(trainer)
-        self._waited = False
-        self._skip_missed(trainer)
+        if self._progress.dropped is not None:
+            self._start_holding(trainer, self._progress.dropped)
+        self._ranked, self._waited = None, False
 
-    def _check_plan(self, trainer: pl.Trainer) -> None:
-        """Print the plan with the learning rate that remains after its last event; refuse one that the fit cuts off."""
-        if not self._events:
-            raise MisconfigurationException("RePr.schedule() returned no event: nothing would happen")
-        text = plan_table(self._events)
+    def _take_up(self, pl_module: pl.LightningModule) -> None:
+        """Model and state agree afterwards."""
+        loaded, self._loaded = self._loaded, None
+        dropped = self._progress.dropped
+        if loaded is not None:
+            self._progress = Progress.from_state(pl_module, loaded)
+            self._saved_inputs, self._epochs = loaded["inputs"], loaded.get("epochs")
+        elif dropped is not None and not (dropped.model is pl_module and dropped.silent):
+            rank_zero_warn(
+                f"RePr forgets the {dropped.count} filters that it dropped in an earlier fit ({dropped}): in this "
+                f"model they are not zero. It goes on with the next whole cycle"
+            )
+            self._progress = self._progress.leaving()
+
+    def _plan_fit(self, trainer: pl.Trainer) -> None:
+        """Decide what is still to come in this fit, and print it; refuse a plan that the fit cuts off."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-            rank_zero_info(f"{text}\n  fast_dev_run stops before them")
+            self._upcoming = []
+            rank_zero_info("RePr: fast_dev_run stops before the first event")
             return
         epochs = fit_epochs(trainer)
-        if epochs is None:
-            rank_zero_info(
-                f"{text}\n  the length of the fit is unknown (max_time?), events it does not reach are skipped"
-            )
-            return
-        last = self._events[-1].epoch
-        if last >= epochs:
+        self._epochs = epochs if self._epochs is None else self._epochs
+        events = self.schedule()
+        self._check_schedule(events)
+        try:
+            self._progress, upcoming = self._progress.remaining(events, trainer.current_epoch)
+        except LookupError as error:
             raise MisconfigurationException(
-                f"RePr does not fit into this fit of {epochs} epochs: its last regrowth is due after epoch {last} and "
-                f"needs epochs after it. Use fewer cycles, shorter phases or more epochs. {text}"
-            )
-        rates = forecast_learning_rates(trainer, epochs)
-        if not isinstance(rates, str) and sum(rates) <= 0:
-            rates = "it is 0 at the start and nothing that can be simulated raises it"
-        if isinstance(rates, str):
-            rank_zero_info(f"{text}\n  no forecast of the learning rate: {rates}")
-            return
-        share = remaining_rate_share(rates, last)
-        rank_zero_info(f"{text}\n  {100 * share:.0f} % of the summed learning rate remains after the last regrowth")
-        if share < _ENOUGH_RATE:
+                f"{self._are_out()}, and with the present arguments no regrowth comes after epoch "
+                f"{trainer.current_epoch}. Resume with full_epochs, sub_epochs and cycles as they were, or bring the "
+                f"filters back with RePr.restore(model, checkpoint) and start from those weights"
+            ) from error
+        joins = not self._progress.history and self._progress.dropped is None and trainer.current_epoch > 0
+        if joins and (missed := len(events) - len(upcoming)):
             rank_zero_warn(
-                f"only {100 * share:.0f} % of the summed learning rate remains after RePr's last regrowth at epoch "
-                f"{last} of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter phases, or "
-                f"keep the learning rate up for longer"
+                f"RePr joins the run at epoch {trainer.current_epoch} without a saved state: the first {missed} "
+                f"of {len(events)} events are past and skipped"
+            )
+        if epochs is not None:
+            upcoming = self._fitted(upcoming, epochs)
+        self._upcoming = upcoming
+        self._announce(trainer, epochs)
+
+    @property
+    def _in_fractions(self) -> bool:
+        own = type(self).schedule is not RePr.schedule
+        return not own and (isinstance(self.full_epochs, float) or isinstance(self.sub_epochs, float))
+
+    def _check_schedule(self, events: Sequence[RePrEvent]) -> None:
+        """Refuse a schedule without events, or one that is out of order."""
+        if not events and self._in_fractions and self._epochs is not None:
+            full, sub = resolve_lengths(self.full_epochs, self.sub_epochs, self._epochs)
+            raise MisconfigurationException(
+                f"RePr has no room for a cycle in this fit of {self._epochs} epochs: full_epochs={self.full_epochs:g} "
+                f"comes to {full}, sub_epochs={self.sub_epochs:g} to {sub}, and epochs must follow. Use "
+                f"{ways_to_fit(self.full_epochs, self.sub_epochs, 1, self._epochs)}"
+            )
+        if not events:
+            raise MisconfigurationException("RePr.schedule() returned no event: nothing would happen")
+        kinds = [event.kind for event in events]
+        if kinds != [("drop", "regrow")[i % 2] for i in range(len(kinds))] or any(
+            after.epoch < before.epoch for before, after in pairwise(events)
+        ):
+            raise MisconfigurationException(
+                f"RePr.schedule() must alternate drops and regrowths, from a drop on and in order of epochs. "
+                f"{plan_table((), events)}"
             )
 
-    def _skip_missed(self, trainer: pl.Trainer) -> None:
-        """Added to a run that is past some events, RePr starts with the next whole cycle."""
-        if self._applied > 0 or trainer.current_epoch == 0:
-            return
-        self._applied = events_missed(self._events, trainer.current_epoch)
-        if self._applied:
-            rank_zero_warn(
-                f"RePr joins the run at epoch {trainer.current_epoch} without a saved state: the first {self._applied} "
-                f"of {len(self._events)} events are past and skipped"
+    def _fitted(self, upcoming: list[RePrEvent], epochs: int) -> list[RePrEvent]:
+        """Leave out cycles without room where lengths are fractions; refuse them elsewhere."""
+        if not upcoming or upcoming[-1].epoch < epochs:
+            return upcoming
+        regrowth = self._progress.regrowth
+        if regrowth is not None and regrowth.epoch >= epochs:
+            raise MisconfigurationException(
+                f"{self._are_out()} until epoch {regrowth.epoch} is complete, and this fit ends with {epochs} epochs. "
+                f"Use max_epochs={regrowth.epoch + 1} or more, or bring the filters back with RePr.restore(model, "
+                f"checkpoint) and train those weights without RePr"
             )
+        if self._in_fractions:
+            room = [event.cycle for event in upcoming if event.kind == "regrow" and event.epoch < epochs]
+            return [event for event in upcoming if event.cycle in room]
+        table = plan_table(self._progress.history, upcoming)
+        ways = ways_to_fit(self.full_epochs, self.sub_epochs, self.cycles, epochs)
+        if type(self).schedule is not RePr.schedule:
+            ways = f"events that come earlier in schedule(), or max_epochs={upcoming[-1].epoch + 1}"
+        raise MisconfigurationException(
+            f"RePr does not fit into this fit of {epochs} epochs: its last event is due after epoch "
+            f"{upcoming[-1].epoch} and needs epochs after it. Use {ways}. {table}"
+        )
+
+    def _announce(self, trainer: pl.Trainer, epochs: int | None) -> None:
+        """Print the plan, how it came about, and the learning rate that remains after its last event."""
+        lines = [plan_table(self._progress.history, self._upcoming)]
+        events: list[RePrEvent | CompletedEvent] = [*self._progress.history, *self._upcoming]
+        if self._in_fractions and self._epochs is not None:
+            full, sub = resolve_lengths(self.full_epochs, self.sub_epochs, self._epochs)
+            ended = sum(event.kind == "regrow" for event in events)
+            since = "" if epochs == self._epochs else ", its length when it was first started"
+            left_out = self.cycles - ended
+            lines.append(
+                f"lengths: {full} and {sub} epochs, as fractions of {self._epochs}{since}"
+                + (f"; {left_out} of {self.cycles} cycles left out" if left_out > 0 else "")
+            )
+        if self._progress.dropped is not None:
+            lines.append(f"{self._are_out()}: this phase goes on as it was planned when it began")
+        last = events[-1].epoch if events else 0
+        rates = "the length of the fit is unknown (max_time?), events it does not reach are skipped"
+        if epochs is not None:
+            forecast = forecast_learning_rates(trainer, epochs)
+            if isinstance(forecast, str):
+                rates = f"no forecast of the learning rate: {forecast}"
+            elif sum(forecast) <= 0:
+                rates = (
+                    "no forecast of the learning rate: it is 0 at the start and nothing that can be simulated raises it"
+                )
+            else:
+                share = remaining_rate_share(forecast, last)
+                rates = f"{100 * share:.0f} % of the summed learning rate remains after the last regrowth"
+                if share < _ENOUGH_RATE and (self.full_epochs, self.sub_epochs, self.cycles) != _DEFAULT_LENGTHS:
+                    rank_zero_warn(
+                        f"only {100 * share:.0f} % of the summed learning rate remains after RePr's last regrowth at "
+                        f"epoch {last} of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter "
+                        f"phases, or keep the learning rate up for longer"
+                    )
+        rank_zero_info("\n  ".join([*lines, rates]))
+
+    def _are_out(self) -> str:
+        dropped = self._progress.dropped
+        assert dropped is not None
+        return f"{dropped.count} filters that RePr dropped are out ({dropped})"
 
     # ------------------------------------------------------------------ events
 
@@ -247,20 +360,22 @@ class RePr(FilterCallback):
             # Only in a run that RePr joins: its first forward call is about to come.
             self._waited = True
             return
-        while self._applied < len(self._events) and self._events[self._applied].epoch <= trainer.current_epoch:
-            event = self._events[self._applied]
+        while self._upcoming and self._upcoming[0].epoch <= trainer.current_epoch:
+            event = self._upcoming[0]
             if event.kind == "drop":
                 self._rank_if_due(trainer, pl_module, trainer.current_epoch)
-                self._drop(trainer, pl_module, event)
+                numbers = self._drop(trainer, pl_module, event)
             else:
-                self._regrow(trainer, pl_module, event)
-            self._applied += 1
+                numbers = self._regrow(trainer, event)
+            # The event counts by now: a logger may fail (full disk, network), and the next fit goes on after it.
+            self._upcoming = self._upcoming[1:]
+            self._report(event, numbers)
 
     def _rank_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, completed: int) -> None:
-        if self._applied >= len(self._events) or (self._ranked is not None and self._ranked[0] == self._applied):
+        event = self._upcoming[0] if self._upcoming else None
+        if event is None or event.kind != "drop" or event.epoch > completed:
             return
-        event = self._events[self._applied]
-        if event.kind != "drop" or event.epoch > completed:
+        if self._ranked is not None and self._ranked[0] == event:
             return
         assert self._inputs is not None
         graph = self._inputs.trace()
@@ -292,36 +407,45 @@ class RePr(FilterCallback):
                 f"RePr drops more than half of {', '.join(map(repr, crowded))} in cycle {event.cycle}; "
                 f"max_layer_fraction limits what one layer may lose, dim_correct=True ranks small layers fairly"
             )
-        self._ranked = (self._applied, chosen)
+        self._ranked = (event, chosen)
 
-    def _drop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: RePrEvent) -> None:
+    def _drop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: RePrEvent) -> dict[str, float]:
         assert self._ranked is not None
         assert self._inputs is not None
-        chosen, self._ranked = self._ranked[1], None
-        before = _mean_score(self.layers)
-        self._dropped = DroppedFilters.drop(pl_module, self._inputs.trace(), chosen)
-        self._start_holding(trainer)
-        self._note(trainer, event, {"score_before_drop": before})
+        numbers = {"score_before_drop": _mean_score(self.layers)}
+        dropped = DroppedFilters.collect(pl_module, self._inputs.trace(), self._ranked[1])
+        self._ranked = None
+        # From this assignment on the filters count as out: where an exception leaves some of them, on_exception or
+        # the next start silences the rest.
+        regrowth = self._upcoming[1] if len(self._upcoming) > 1 else None
+        self._progress = self._progress.entering(self._completed(trainer, event, dropped), dropped, regrowth)
+        dropped.silence()
+        self._start_holding(trainer, dropped)
+        return numbers
 
-    def _regrow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: RePrEvent) -> None:
-        if self._dropped is None:
-            raise RuntimeError(f"RePr has nothing to regrow in cycle {event.cycle}: schedule() must alternate")
-        dropped = self._dropped
+    def _regrow(self, trainer: pl.Trainer, event: RePrEvent) -> dict[str, float]:
+        dropped = self._progress.dropped
+        assert dropped is not None
         values, spaces = dropped.new_filters(self.gain, (self.seed, "regrow", event.cycle))
         values = trainer.strategy.broadcast(values)
+        done = self._completed(trainer, event, dropped)
         self._holds = {}
+        # Until the second assignment the filters count as out: an exception silences them again, they are regrown anew.
         dropped.regrow(
             values, trainer.optimizers, next_layer=self.next_layer, key=(self.seed, "next_layer", event.cycle)
         )
+        self._progress = self._progress.leaving(done)
         numbers = {f"null_space/{layer}": float(space) for layer, space in spaces.items()}
-        self._note(trainer, event, numbers | {"score_after_regrowth": _mean_score(self.layers)})
-        self._dropped = None
+        return numbers | {"score_after_regrowth": _mean_score(self.layers)}
 
-    def _note(self, trainer: pl.Trainer, event: RePrEvent, numbers: Mapping[str, float]) -> None:
-        assert self._dropped is not None
-        filters = {layer: rows.tolist() for layer, rows in self._dropped.filters.items()}
-        self._history.append(CompletedEvent(event.kind, event.cycle, event.epoch, trainer.global_step, filters))
-        count = self._dropped.count
+    @staticmethod
+    def _completed(trainer: pl.Trainer, event: RePrEvent, dropped: DroppedFilters) -> CompletedEvent:
+        filters = {layer: rows.tolist() for layer, rows in dropped.filters.items()}
+        return CompletedEvent(event.kind, event.cycle, event.epoch, trainer.global_step, filters)
+
+    def _report(self, event: RePrEvent, numbers: Mapping[str, float]) -> None:
+        filters = self._progress.history[-1].filters
+        count = sum(map(len, filters.values()))
         verb = "dropped" if event.kind == "drop" else "regrew"
         total = sum(filter_count(conv) for conv in self.layers.values())
         rank_zero_info(f"RePr {verb} {count} of {total} filters (cycle {event.cycle}, epoch {event.epoch})")
@@ -330,9 +454,8 @@ class RePr(FilterCallback):
 
     # ------------------------------------------------------------------ holding
 
-    def _start_holding(self, trainer: pl.Trainer) -> None:
-        assert self._dropped is not None
-        self._holds = {index: self._dropped.hold(self.hold_consumers) for index in range(len(trainer.optimizers))}
+    def _start_holding(self, trainer: pl.Trainer, dropped: DroppedFilters) -> None:
+        self._holds = {index: dropped.hold(self.hold_consumers) for index in range(len(trainer.optimizers))}
 
     def before_step(self, index: int) -> None:
         """In a sub-network phase: remember what must not move in this step."""
@@ -348,12 +471,30 @@ class RePr(FilterCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say it, if the fit ends with filters out."""
-        if self._dropped is not None:
+        if (dropped := self._progress.dropped) is not None:
             rank_zero_warn(
-                f"the fit ends inside a sub-network phase of RePr: {self._dropped.count} filters stay dropped, because "
-                f"that network was validated. RePr.restore(model, checkpoint) brings their old values back; trained "
-                f"further without the callback they would stay exactly zero"
+                f"the fit ends inside a sub-network phase of RePr: {dropped.count} filters stay dropped ({dropped}), "
+                f"because that network was validated. {_WAY_OUT}"
             )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave model and state in agreement, and say it, if filters are out."""
+        started, self._loaded = self._inputs is not None, None
+        super().on_exception(trainer, pl_module, exception)
+        dropped = self._progress.dropped
+        if dropped is None or not started:
+            return
+        dropped.silence()  # it may come from half a drop, half a regrowth, or a step that was not concluded
+        rank_zero_warn(
+            f"the fit broke off inside a sub-network phase of RePr: {dropped.count} filters stay dropped ({dropped}). "
+            f"The same trainer, or a resume from a checkpoint, goes on with the phase. {_WAY_OUT}"
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take up the state of a checkpoint that left nothing to train."""
+        if self._loaded is not None:
+            self._take_up(pl_module)
+        super().teardown(trainer, pl_module, stage)
 
     def release(self) -> None:
         """Stop holding and capturing; the dropped filters stay in the state."""
@@ -364,32 +505,53 @@ class RePr(FilterCallback):
             self._inputs = None
 
     def reset(self) -> None:
-        """Forget events and dropped filters of an earlier fit."""
-        self._applied, self._ranked, self._dropped, self._saved_drop = 0, None, None, None
-        self._history, self._unsilenceable, self._saved_inputs = [], set(), None
+        """Forget an earlier fit; filters that it left out of this model come back first."""
+        dropped = self._progress.dropped
+        model = self._trainer.lightning_module if self._trainer is not None else None
+        if dropped is not None and dropped.model is model and dropped.silent:
+            dropped.restore()
+            rank_zero_warn(
+                f"an earlier fit of this model ended inside a sub-network phase of RePr: its {dropped.count} filters "
+                f"({dropped}) start this fit with their values from before the drop"
+            )
+        self._progress, self._epochs, self._loaded, self._ranked = Progress(), None, None, None
+        self._unsilenceable, self._saved_inputs = set(), None
 
     def extra_state(self) -> dict[str, Any]:
-        """Events done, filters that are out with their old values, history."""
-        dropped = self._dropped.state() if self._dropped is not None else self._saved_drop
-        return {
-            "applied": self._applied,
-            "dropped": dropped,
-            "inputs": (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs,
-            "history": [list(event) for event in self._history],
-        }
+        """Events done, filters that are out with their old values, when they come back."""
+        if self._loaded is not None:
+            return self._loaded
+        inputs = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs
+        return {**self._progress.state(), "inputs": inputs, "epochs": self._epochs}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`extra_state`."""
-        applied, dropped, history = state["applied"], state["dropped"], state["history"]
-        if not isinstance(applied, int) or not isinstance(history, list):
-            raise TypeError("applied must be a count and history must be a list")
-        if dropped is not None and not (
-            isinstance(dropped, dict) and {"filters", "private", "old", "statistics"} <= dropped.keys()
-        ):
-            raise TypeError("dropped must be a dict of filters, their tensors and old values")
-        self._applied, self._saved_drop, self._dropped, self._ranked = applied, dropped, None, None
-        self._saved_inputs = state["inputs"]
-        self._history = [CompletedEvent(*event) for event in history]
+        """Keep :meth:`extra_state` for the start of the fit; a fit that fails before leaves this object as it was."""
+        check_state(state)
+        self._loaded = state
+
+    def restore_now(self, model: nn.Module) -> int:
+        """Bring filters back that are out, with their values and norm statistics from before the drop.
+
+        It needs no file: this object remembers them. To go on with the phase instead, fit again.
+
+        Args:
+            model: the network that was trained, or one with its weights.
+
+        Returns:
+            Number of filters brought back; 0 if none was out.
+
+        Raises:
+            RuntimeError: a fit is running.
+            ValueError: it is another network.
+        """
+        if self._trainer is not None:
+            raise RuntimeError("RePr.restore_now would undo a phase of the running fit; call it after the fit")
+        dropped = self._progress.dropped
+        if dropped is None:
+            return 0
+        dropped.moved_to(model).restore()
+        self._progress = self._progress.leaving()
+        return dropped.count
 
     @staticmethod
     def restore(model: nn.Module, checkpoint: Mapping[str, Any]) -> int:

@@ -110,6 +110,12 @@ class Slice:
         return HeldRows(parameter, self.rows.to(parameter.device), self.dim, self.block)
 
 
+def _few(items: Sequence[Any], separator: str = ", ") -> str:
+    """The first six."""
+    more = [f"{len(items) - 6} more"] if len(items) > 6 else []
+    return separator.join([*map(str, items[:6]), *more])
+
+
 def _norm_statistics(private: Mapping[str, list[Slice]], modules: Mapping[str, nn.Module]) -> list[Slice]:
     """Running statistics of the norms among the private tensors, for the same channels."""
     channels: dict[str, list[Tensor]] = {}  # by name of the norm
@@ -128,7 +134,7 @@ class DroppedFilters:
     Their private region (weight rows, bias entries and every per-channel tensor up to the first join or dense
     consumer, from :meth:`ChannelGraph.private`) is zero, so they contribute nothing in training and evaluation.
     :meth:`hold` keeps them and, if asked, the consumers' columns still. Make it with :meth:`drop`, or
-    :meth:`from_state` after a resume.
+    :meth:`from_state` after a resume. :meth:`collect` and :meth:`silence` are the two halves of a drop.
     """
 
     def __init__(
@@ -146,9 +152,16 @@ class DroppedFilters:
         self._statistics = list(statistics)
 
     @classmethod
-    @torch.no_grad()
     def drop(cls, model: nn.Module, graph: ChannelGraph, filters: Mapping[str, Tensor]) -> DroppedFilters:
-        """Silence ``filters`` in place.
+        """Silence ``filters`` in place: :meth:`collect`, then :meth:`silence`."""
+        dropped = cls.collect(model, graph, filters)
+        dropped.silence()
+        return dropped
+
+    @classmethod
+    @torch.no_grad()
+    def collect(cls, model: nn.Module, graph: ChannelGraph, filters: Mapping[str, Tensor]) -> DroppedFilters:
+        """Copy what silencing ``filters`` would overwrite. Nothing is changed yet.
 
         Args:
             model: the network that ``graph`` was traced from.
@@ -156,7 +169,7 @@ class DroppedFilters:
             filters: layer name -> ``(n,)`` int64 filter indices.
 
         Raises:
-            ValueError: a layer's filters cannot be silenced exactly; with the graph's reason. Nothing was changed.
+            ValueError: a layer's filters cannot be silenced exactly; with the graph's reason.
         """
         private: dict[str, list[Slice]] = {}
         consumers: dict[str, list[Slice]] = {}
@@ -175,15 +188,40 @@ class DroppedFilters:
         old = {layer: [part.of(tensors) for part in parts] for layer, parts in private.items()}
         # Not touched here, but silent channels will pull them to mean 0 and variance 0 in training.
         statistics = [(part, part.of(tensors)) for part in _norm_statistics(private, named_modules(model))]
-        for parts in private.values():
-            for part in parts:
-                tensors[part.tensor].detach().index_fill_(part.dim, part.rows.to(tensors[part.tensor].device), 0)
         return cls(model, chosen, private, consumers, old, statistics)
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Set the private regions to zero in place; a second time it changes nothing."""
+        tensors = named_tensors(self.model)
+        for part in (part for parts in self._private.values() for part in parts):
+            tensors[part.tensor].detach().index_fill_(part.dim, part.rows.to(tensors[part.tensor].device), 0)
+
+    @property
+    def silent(self) -> bool:
+        """Whether all parameters of the private regions are zero in the model as it is now."""
+        tensors = named_tensors(self.model)
+        parts = (part for parts in self._private.values() for part in parts)
+        return not any(
+            isinstance(tensors[part.tensor], nn.Parameter) and bool(part.of(tensors).any()) for part in parts
+        )
 
     @property
     def count(self) -> int:
         """Number of dropped filters."""
         return sum(rows.numel() for rows in self.filters.values())
+
+    def __str__(self) -> str:
+        layers = [f"{layer}: {_few(rows.tolist())}" for layer, rows in self.filters.items()]
+        return _few(layers, "; ")
+
+    def moved_to(self, model: nn.Module) -> DroppedFilters:
+        """The same filters of ``model``.
+
+        Raises:
+            ValueError: it is another network.
+        """
+        return DroppedFilters.from_state(model, self.state())
 
     def old_filters(self, layer: str) -> Tensor:
         """Weights of the dropped filters of ``layer`` before the drop, ``(n, d)`` in the order of ``filters``."""

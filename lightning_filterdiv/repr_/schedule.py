@@ -8,7 +8,17 @@ from typing import Literal, NamedTuple
 
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
-__all__ = ["CompletedEvent", "RePrEvent", "events_missed", "plan_events", "plan_table", "remaining_rate_share"]
+__all__ = [
+    "CompletedEvent",
+    "RePrEvent",
+    "check_length",
+    "events_missed",
+    "plan_events",
+    "plan_table",
+    "remaining_rate_share",
+    "resolve_lengths",
+    "ways_to_fit",
+]
 
 
 class RePrEvent(NamedTuple):
@@ -30,31 +40,98 @@ class CompletedEvent(NamedTuple):
         filters: layer name -> filter indices.
     """
 
-    kind: str
+    kind: Literal["drop", "regrow"]
     cycle: int
     epoch: int
     step: int
     filters: dict[str, list[int]]
 
 
-def plan_events(full_epochs: int = 20, sub_epochs: int = 10, cycles: int = 3) -> list[RePrEvent]:
-    """Events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` without the dropped.
+def check_length(name: str, value: object) -> int | float:
+    """Return ``value`` if it is a number of epochs or a fraction of the fit's.
 
     Raises:
-        TypeError, ValueError: an argument is not an integer of at least 1, by name.
+        TypeError, ValueError: it is neither an integer of at least 1 nor a float between 0 and 1.
     """
-    full_epochs = check_integer("full_epochs", full_epochs, low=1)
-    period = full_epochs + check_integer("sub_epochs", sub_epochs, low=1)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        error: type[Exception] = TypeError
+    elif value >= 1 if isinstance(value, int) else 0 < value < 1:
+        return value
+    else:
+        error = ValueError
+    raise error(
+        f"{name} must be an integer >= 1 (epochs) or a fraction of max_epochs with 0 < {name} < 1, got {value!r}"
+    )
+
+
+def resolve_lengths(full_epochs: int | float, sub_epochs: int | float, epochs: int | None) -> tuple[int, int]:
+    """Return both lengths in epochs: a fraction of ``epochs`` is rounded and comes to at least 1.
+
+    Raises:
+        TypeError, ValueError: a length is neither epochs nor a fraction; a fraction of an unknown number of epochs.
+    """
+    lengths = {"full_epochs": full_epochs, "sub_epochs": sub_epochs}
+    resolved: list[int] = []
+    for name, value in lengths.items():
+        length = check_length(name, value)
+        if isinstance(length, float):
+            if epochs is None:
+                raise ValueError(
+                    f"{name}={length:g} is a fraction of the fit's epochs, and their number is unknown. Set max_epochs "
+                    f"in the Trainer, or give {name} as an integer, in epochs"
+                )
+            length = max(1, round(length * epochs))
+        resolved.append(length)
+    return resolved[0], resolved[1]
+
+
+def plan_events(
+    full_epochs: int | float = 0.2, sub_epochs: int | float = 0.1, cycles: int = 3, epochs: int | None = None
+) -> list[RePrEvent]:
+    """Events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` without the dropped.
+
+    Args:
+        full_epochs: epochs, or a fraction of ``epochs``.
+        sub_epochs: epochs, or a fraction of ``epochs``.
+        cycles: number of drops and regrowths.
+        epochs: length of the fit. If a length is a fraction, cycles are left out that do not end before.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; a fraction of an unknown number of epochs.
+    """
+    full, sub = resolve_lengths(full_epochs, sub_epochs, epochs)
+    period, cycles = full + sub, check_integer("cycles", cycles, low=1)
+    if epochs is not None and (isinstance(full_epochs, float) or isinstance(sub_epochs, float)):
+        cycles = min(cycles, max(0, epochs - 1) // period)
     events: list[RePrEvent] = []
-    for cycle in range(check_integer("cycles", cycles, low=1)):
-        events.append(RePrEvent(cycle + 1, "drop", cycle * period + full_epochs))
+    for cycle in range(cycles):
+        events.append(RePrEvent(cycle + 1, "drop", cycle * period + full))
         events.append(RePrEvent(cycle + 1, "regrow", (cycle + 1) * period))
     return events
 
 
-def plan_table(events: Sequence[RePrEvent]) -> str:
-    """Table of ``events`` for people, one line each under a heading."""
-    rows = [f"  {event.cycle:>5}  {event.kind:<6}  {event.epoch:>11}" for event in events]
+def ways_to_fit(full_epochs: int | float, sub_epochs: int | float, cycles: int, epochs: int) -> str:
+    """Arguments close to these whose last regrowth comes before ``epochs``, and a longer fit, as text."""
+    full, sub = resolve_lengths(full_epochs, sub_epochs, epochs)
+    ways: list[str] = []
+    if 1 <= (fewer := (epochs - 1) // (full + sub)) < cycles:
+        ways.append(f"cycles={fewer}")
+    if (most := min(cycles, (epochs - 1) // 2)) >= 1:
+        period = (epochs - 1) // most
+        shorter = min(period - 1, max(1, round(period * sub / (full + sub))))
+        ways.append(f"full_epochs={period - shorter}, sub_epochs={shorter}, cycles={most}")
+    for longer in range(epochs + 1, max(11, cycles * (full + sub) + 2)):
+        events = plan_events(full_epochs, sub_epochs, cycles, longer)
+        if events and events[-1].epoch < longer:
+            ways.append(f"max_epochs={longer}")
+            break
+    return " or ".join(ways)
+
+
+def plan_table(done: Sequence[CompletedEvent], upcoming: Sequence[RePrEvent]) -> str:
+    """Table of the events of a fit for people, one line each under a heading."""
+    rows = [f"  {event.cycle:>5}  {event.kind:<6}  {event.epoch:>11}  done at step {event.step}" for event in done]
+    rows += [f"  {event.cycle:>5}  {event.kind:<6}  {event.epoch:>11}" for event in upcoming]
     return "\n".join(["RePr plan", "  cycle  event   after epoch", *rows])
 
 

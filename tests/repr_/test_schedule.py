@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_filterdiv import RePr
 from lightning_filterdiv.repr_ import RePrEvent
-from lightning_filterdiv.repr_.schedule import plan_events, remaining_rate_share
+from lightning_filterdiv.repr_.schedule import plan_events, remaining_rate_share, ways_to_fit
 from tests.repr_.fits import SHORT
 from tests.support.training import Classifier, fit
 
@@ -29,10 +30,60 @@ def test_the_paper_s_schedule() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["full_epochs", "sub_epochs", "cycles"])
-def test_wrong_schedules(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
-        plan_events(**{name: 0})
+@pytest.mark.parametrize("name", ["full_epochs", "sub_epochs"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (0, ValueError),
+        (1.0, ValueError),
+        (20.0, ValueError),
+        (float("nan"), ValueError),
+        ("2", TypeError),
+        (True, TypeError),
+    ],
+)
+def test_wrong_lengths(name: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"{name} must be an integer >= 1 \(epochs\) or a fraction of max_epochs with 0 <"):
+        plan_events(**{name: value}, epochs=100)
+    with pytest.raises(error, match=f"{name} must be"):
+        RePr(**{name: value})
+
+
+def test_wrong_cycles() -> None:
+    with pytest.raises(ValueError, match="cycles must be an integer >= 1, got 0"):
+        plan_events(20, 10, 0)
+
+
+def test_fractions_fit_any_fit() -> None:
+    """The defaults are the paper's schedule of 100 epochs; from 3 epochs on at least one cycle ends before the fit."""
+    assert plan_events(epochs=100) == plan_events(20, 10, 3)
+    assert [event.epoch for event in plan_events(epochs=3)] == [1, 2]
+    assert [event.epoch for event in plan_events(epochs=15)] == [3, 5, 8, 10]
+    assert [event.epoch for event in plan_events(5, 0.1, 2, epochs=30)] == [5, 8, 13, 16]
+    for epochs in range(3, 400):
+        events = plan_events(epochs=epochs)
+        assert events
+        assert events[-1].epoch < epochs
+    assert plan_events(epochs=2) == plan_events(epochs=1) == []
+    with pytest.raises(
+        ValueError, match=r"full_epochs=0\.2 is a fraction of the fit's epochs, and their number is unknown"
+    ):
+        plan_events()
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 3, 9])
+@pytest.mark.parametrize("lengths", [(20, 10), (1, 1), (2, 9), (0.9, 0.3), (0.2, 0.1), (7, 0.5)])
+def test_what_a_refusal_proposes_fits(lengths: tuple[Any, Any], cycles: int) -> None:
+    for epochs in range(1, 100):
+        ways = ways_to_fit(*lengths, cycles, epochs)
+        assert ways or epochs < 3, "whatever the lengths, something is proposed"
+        for way in filter(None, ways.split(" or ")):
+            asked = dict(zip(("full_epochs", "sub_epochs"), lengths, strict=True)) | {"cycles": cycles}
+            asked |= {name: int(value) for name, value in (part.split("=") for part in way.split(", "))}
+            length = asked.pop("max_epochs", epochs)
+            events = plan_events(**asked, epochs=length)
+            assert events, (way, epochs)
+            assert events[-1].epoch < length, (way, epochs)
 
 
 def test_the_share_of_the_learning_rate_that_is_left() -> None:
@@ -75,24 +126,89 @@ def test_the_forecast_does_not_touch_the_schedule() -> None:
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.01)
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_cycles_that_do_not_fit(epochs: int) -> None:
+@pytest.mark.parametrize(("epochs", "way"), [(1, "max_epochs=3"), (2, "max_epochs=3")])
+def test_cycles_that_do_not_fit(epochs: int, way: str) -> None:
     with pytest.raises(MisconfigurationException, match="does not fit into this fit of") as caught:
         fit([RePr(**SHORT)], max_epochs=epochs)
-    assert "last regrowth is due after epoch 2" in str(caught.value)
-    assert "Use fewer cycles" in str(caught.value)
+    assert "last event is due after epoch 2" in str(caught.value)
+    assert f"Use {way}" in str(caught.value)
     assert re.search(r"1 +regrow +2", str(caught.value))
 
 
-def test_the_defaults_do_not_fit_a_short_fit_and_say_so() -> None:
-    with pytest.raises(MisconfigurationException, match="RePr does not fit into this fit of 3 epochs"):
-        fit([RePr()])
+def test_lengths_that_fit_are_proposed() -> None:
+    with pytest.raises(
+        MisconfigurationException, match="fit of 60 epochs: its last event is due after epoch 90"
+    ) as caught:
+        fit([RePr(full_epochs=20, sub_epochs=10, cycles=3)], max_epochs=60)
+    assert "Use cycles=1 or full_epochs=13, sub_epochs=6, cycles=3 or max_epochs=91." in str(caught.value)
+
+
+def test_the_defaults_fit_a_short_fit(caplog: pytest.LogCaptureFixture) -> None:
+    callback = RePr()
+    with pytest.raises(ValueError, match="their number is unknown"):
+        callback.plan()
+    assert [row["epoch"] for row in callback.plan(max_epochs=100)] == [20, 30, 50, 60, 80, 90]
+    with caplog.at_level(logging.INFO), warnings.catch_warnings():
+        warnings.filterwarnings("error", "only .* of the summed learning rate")
+        fit([callback], max_epochs=5)
+    assert [(event["kind"], event["epoch"]) for event in callback.history] == [
+        ("drop", 1),
+        ("regrow", 2),
+        ("drop", 3),
+        ("regrow", 4),
+    ]
+    assert [row["epoch"] for row in callback.plan()] == [1, 2, 3, 4]
+    assert "lengths: 1 and 1 epochs, as fractions of 5; 1 of 3 cycles left out" in caplog.text
+
+
+def test_a_fit_without_room_for_a_cycle() -> None:
+    with pytest.raises(MisconfigurationException, match="no room for a cycle in this fit of 2 epochs") as caught:
+        fit([RePr()], max_epochs=2)
+    assert "full_epochs=0.2 comes to 1" in str(caught.value)
+    assert "Use max_epochs=3" in str(caught.value)
+
+
+def test_fractions_of_an_unknown_length() -> None:
+    with pytest.raises(ValueError, match="Set max_epochs in the Trainer, or give full_epochs as an integer"):
+        fit([RePr()], max_epochs=-1, max_time="00:00:00:05")
+    callback = RePr()
+    fit([callback], max_epochs=-1, max_steps=18)
+    assert [event["epoch"] for event in callback.history] == [1, 2]
 
 
 def test_fast_dev_run_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         fit([RePr()], fast_dev_run=True)
-    assert "fast_dev_run stops before them" in caplog.text
+        fit([RePr(**SHORT)], fast_dev_run=True)
+    assert "fast_dev_run stops before the first event" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [("regrow", 1)],
+        [("drop", 1), ("drop", 2)],
+        [("drop", 2), ("regrow", 1)],
+    ],
+)
+def test_a_schedule_out_of_order_is_refused_at_the_start(events: list[Any]) -> None:
+    class Odd(RePr):
+        def schedule(self) -> list[RePrEvent]:
+            return [RePrEvent(1, kind, epoch) for kind, epoch in events]
+
+    with pytest.raises(MisconfigurationException, match="must alternate drops and regrowths"):
+        fit([Odd()])
+
+
+def test_a_schedule_that_never_regrows() -> None:
+    class Once(RePr):
+        def schedule(self) -> list[RePrEvent]:
+            return [RePrEvent(1, "drop", 1)]
+
+    callback = Once()
+    with pytest.warns(UserWarning, match="7 filters stay dropped"):
+        fit([callback])
+    assert [event["kind"] for event in callback.history] == ["drop"]
 
 
 def test_a_schedule_of_ones_own() -> None:
