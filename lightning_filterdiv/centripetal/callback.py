@@ -297,6 +297,7 @@ class CentripetalSGD(FilterCallback):
     def reset(self) -> None:
         """Forget the clusters of an earlier fit."""
         self.clusters, self._seen, self.resolved_strength, self._saved_inputs = {}, [], None, None
+        self.left_alone = {}
         self._budget, self._clip, self._history, self._began = Budget(), ClipMeter(), DeviationHistory(), []
 
     def touched_tensors(self) -> dict[str, Tensor]:

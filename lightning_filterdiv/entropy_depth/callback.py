@@ -178,6 +178,7 @@ class EntropyDepthBound(FilterCallback):
     def reset(self) -> None:
         """Forget what a previous fit measured."""
         self._measured, self._restored_measurement = None, False
+        self.bound, self.depth = None, None
 
     def extra_state(self) -> dict[str, Any]:
         """Return what was measured, and how many images were asked for."""

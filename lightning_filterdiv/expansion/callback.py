@@ -75,6 +75,9 @@ class ExpandNet(FilterCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Expand before the optimizers are made."""
         super().setup(trainer, pl_module, stage)
+        present = {id(module) for module in pl_module.modules()}
+        if any(id(layer) not in present for layer in self._expanded.values()):
+            self._contract()  # the network of a fit that ended without our on_exception
         if stage != "fit" or self._expanded:
             return
         chosen = choose_layers(pl_module, self.kind, self.include, self.exclude)

@@ -8,9 +8,10 @@ state that a ``weights_only`` load accepts, optimizer hooks that are always remo
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -89,8 +90,10 @@ class FilterCallback(Callback):
         self._trainer: pl.Trainer | None = None
         self._steps: dict[int, StepProtocol] = {}
         self._restored_layers: dict[str, int] | None = None
-        self._restored = False
+        self._restored: Literal["trainer", "hand"] | None = None
         self._loading_for: str | None = None
+        # Whose fit the state belongs to. The state of another fit is never used, whatever ended that fit.
+        self._fit_of: weakref.ref[pl.Trainer] | None = None
         self._trainable: tuple[tuple[int, bool], ...] = ()
 
     # ------------------------------------------------------------------ for subclasses
@@ -102,7 +105,7 @@ class FilterCallback(Callback):
         """Undo what :meth:`prepare` did to the model; called on every way out of training, exceptions included."""
 
     def reset(self) -> None:
-        """Forget what a previous fit left behind; called when a new fit starts from step 0 without a checkpoint."""
+        """Forget what a previous fit left behind, so that the object is as new; called whenever another fit starts."""
 
     def extra_state(self) -> dict[str, Any]:
         """What must survive a resume: tensors, numbers, strings, lists and dicts only."""
@@ -205,7 +208,8 @@ class FilterCallback(Callback):
             ValueError: the state is damaged or was written by a newer version of the package.
         """
         name = type(self).__name__
-        if self._loading_for not in (None, "fit"):
+        loading_for, self._loading_for = self._loading_for, None
+        if loading_for not in (None, "fit"):
             return  # trainer.validate(ckpt_path=...) between two fits must not turn the clock of training back
         try:
             if not isinstance(state_dict, dict):
@@ -223,7 +227,7 @@ class FilterCallback(Callback):
                 f"the checkpoint's state of {name} cannot be used: {reason}. Resume from another checkpoint, or remove "
                 f"checkpoint['callbacks'][{self.state_key!r}] to start {name} afresh from these weights"
             ) from error
-        self._restored_layers, self._restored = dict(layers), True
+        self._restored_layers, self._restored = dict(layers), "hand" if loading_for is None else "trainer"
         changed = {k: (saved[k], v) for k, v in self.arguments().items() if k in saved and saved[k] != v}
         if changed:
             listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
@@ -233,10 +237,10 @@ class FilterCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse to resume when the file holds our state under another key: it would be ignored silently."""
-        self._loading_for = trainer.state.fn
+        saved = checkpoint.get("callbacks") or {}
+        self._loading_for = trainer.state.fn if self.state_key in saved else None
         if trainer.state.fn != "fit":
             return
-        saved = checkpoint.get("callbacks") or {}
         present = {callback.state_key for callback in _callbacks(trainer)}
         ours = [key for key in saved if str(key).startswith(type(self).__qualname__ + "{") and key not in present]
         if self.state_key not in saved and ours:
@@ -245,13 +249,20 @@ class FilterCallback(Callback):
                 f"{', '.join(map(repr, ours))}, while this run has {self.state_key!r}. Resume with the same include, "
                 f"exclude and network, or remove the entry from checkpoint['callbacks'] to start it afresh"
             )
+        if self.state_key not in saved:
+            self._forget_fit()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave the state of an earlier fit out of a checkpoint of a fit that failed before our ``setup``."""
+        if trainer.state.fn == "fit" and not self._belongs_to(trainer):
+            checkpoint.get("callbacks", {}).pop(self.state_key, None)
 
     # ------------------------------------------------------------------ hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that shard parameters, and an order of callbacks that would undo a mask."""
-        if trainer.is_global_zero:
-            warn_once_about_versions()
+        """Refuse strategies that shard parameters and orders of callbacks that undo a mask; forget other fits."""
         strategy = type(trainer.strategy)
         qualified = f"{strategy.__module__}.{strategy.__qualname__}"
         if qualified not in self.trusted_strategies:
@@ -261,6 +272,27 @@ class FilterCallback(Callback):
                 f"every rank holds whole tensors under it, add {qualified!r} to FilterCallback.trusted_strategies"
             )
         self._check_order(_callbacks(trainer))
+        if trainer.is_global_zero:
+            warn_once_about_versions()
+        if stage == "fit":
+            # An earlier fit may have ended without our on_exception, if that of another callback failed before.
+            self._clean_up()
+            goes_on = self._belongs_to(trainer) and trainer.global_step > 0
+            if not goes_on and self._restored != "hand":
+                self._forget_fit()
+            self._fit_of = weakref.ref(trainer)
+
+    def _belongs_to(self, trainer: pl.Trainer) -> bool:
+        return self._fit_of is not None and self._fit_of() is trainer
+
+    def _forget_fit(self) -> None:
+        """Be as a new object."""
+        self.reset()
+        self.layers, self._restored, self._restored_layers, self._loading_for = {}, None, None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but whose fit it was: a weak reference cannot be pickled."""
+        return {**self.__dict__, "_fit_of": None}
 
     def _check_order(self, callbacks: Sequence[object]) -> None:
         if self.gradient_stage is None:
@@ -283,7 +315,7 @@ class FilterCallback(Callback):
         self._resolve(trainer, pl_module)
         if self._restored_layers:
             self._check_restored_layers(self._restored_layers, dict(named_convolutions(pl_module)))
-        self._restored, self._restored_layers = False, None
+        self._restored, self._restored_layers = None, None
         self.prepare(trainer, pl_module)
 
     def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
@@ -373,8 +405,14 @@ class FilterCallback(Callback):
         self._trainer = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow."""
+        """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow.
+
+        The next fit of the same object forgets it in :meth:`setup`.
+        """
         self._clean_up()
+        self._loading_for = None
+        if self._restored == "hand" and trainer.state.fn == "fit":
+            self._restored = "trainer"  # it was for this fit
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave model and optimizers as they would be without the callback."""

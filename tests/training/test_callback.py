@@ -36,6 +36,8 @@ def _set_up(strategy: type) -> None:
     class Trainer:
         """Just what ``setup`` looks at; a real FSDP trainer needs a GPU."""
 
+        is_global_zero, global_step = False, 0
+
     trainer, callback = Trainer(), FilterCallback()
     trainer.strategy, trainer.callbacks = object.__new__(strategy), [callback]
     callback.setup(trainer, Classifier(), "fit")
