@@ -77,6 +77,7 @@ class CentripetalSGD(FilterCallback):
 
     gradient_stage = 20
     log_prefix = "centripetal"
+    lost_in_child_processes = "the clusters that merge() needs"
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class EntropyDepthBound(FilterCallback):
     """
 
     log_prefix = "entropy_depth"
+    lost_in_child_processes = "the attributes bound and depth"
     trainable_only = False
     shares_layers = True
 

@@ -72,6 +72,9 @@ class FilterCallback(Callback):
     trainable_only: ClassVar[bool] = True
     #: Whether two instances of the class may share a layer.
     shares_layers: ClassVar[bool] = False
+    #: What a fit in child processes loses: launchers that spawn or fork (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
+    #: copy only weights back. Empty: nothing, and such launchers are allowed.
+    lost_in_child_processes: ClassVar[str] = ""
     #: Arguments that say *which* layers are meant; they alone make up the state key.
     identity_arguments: ClassVar[tuple[str, ...]] = ("include", "exclude", "network")
 
@@ -271,6 +274,7 @@ class FilterCallback(Callback):
                 f"exact under {strategy.__name__}, which may shard them. Use strategy='ddp' or a single device; if "
                 f"every rank holds whole tensors under it, add {qualified!r} to FilterCallback.trusted_strategies"
             )
+        self._check_launcher(getattr(trainer.strategy, "launcher", None))
         self._check_order(_callbacks(trainer))
         if trainer.is_global_zero:
             warn_once_about_versions()
@@ -293,6 +297,17 @@ class FilterCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but whose fit it was: a weak reference cannot be pickled."""
         return {**self.__dict__, "_fit_of": None}
+
+    def _check_launcher(self, launcher: object) -> None:
+        # By name: each of Lightning's namespaces has a class of its own.
+        starts_children = any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__)
+        if starts_children and self.lost_in_child_processes:
+            method = getattr(launcher, "_start_method", "spawn")
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot be used with a launcher that trains in child processes (start method "
+                f"{method!r}), because only weights come back from them: {self.lost_in_child_processes} would be lost. "
+                f"Use strategy='ddp' in a script, started by itself or with torchrun; in a notebook use devices=1"
+            )
 
     def _check_order(self, callbacks: Sequence[object]) -> None:
         if self.gradient_stage is None:
