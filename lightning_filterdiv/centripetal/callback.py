@@ -76,6 +76,7 @@ class CentripetalSGD(FilterCallback):
     """
 
     gradient_stage = 20
+    waits_for_layers = True
     log_prefix = "centripetal"
     lost_in_child_processes = "the clusters that merge() needs"
 
@@ -225,6 +226,8 @@ class CentripetalSGD(FilterCallback):
     def before_step(self, index: int) -> None:
         """Average gradients inside clusters and add the pull."""
         if not self._tensors:
+            if self._inputs is not None and self._inputs.awaited(self.layers.values()):
+                return  # training_step skipped the batches so far
             self._begin(self.trainer, self.trainer.lightning_module)
         if (update := self._updates.get(index)) is not None:
             update.before_step(gradient_scale(self.trainer, update.optimizer))
@@ -257,6 +260,12 @@ class CentripetalSGD(FilterCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how far the clusters got."""
+        super().on_train_end(trainer, pl_module)
+        if self._inputs is not None and not self._inputs.known:
+            rank_zero_warn(
+                "CentripetalSGD did nothing in this fit: no step had a forward call with gradients before it. Check "
+                "training_step and network, or set example_input_array in the LightningModule"
+            )
         if self._tensors:
             self._history.record(trainer.global_step, self._distances())
             worst = max(self._budget.measured, key=lambda name: _nan_last(self._budget.measured[name]))

@@ -72,6 +72,9 @@ class FilterCallback(Callback):
     trainable_only: ClassVar[bool] = True
     #: Whether two instances of the class may share a layer.
     shares_layers: ClassVar[bool] = False
+    #: Whether a fit may begin while every chosen layer is frozen: :meth:`prepare` is then called when one is unfrozen,
+    #: and all other hooks must bear that it was not called yet.
+    waits_for_layers: ClassVar[bool] = False
     #: What a fit in child processes loses: launchers that spawn or fork (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
     #: copy only weights back. Empty: nothing, and such launchers are allowed.
     lost_in_child_processes: ClassVar[str] = ""
@@ -98,6 +101,7 @@ class FilterCallback(Callback):
         # Whose fit the state belongs to. The state of another fit is never used, whatever ended that fit.
         self._fit_of: weakref.ref[pl.Trainer] | None = None
         self._trainable: tuple[tuple[int, bool], ...] = ()
+        self._waiting = False
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -331,7 +335,8 @@ class FilterCallback(Callback):
         if self._restored_layers:
             self._check_restored_layers(self._restored_layers, dict(named_convolutions(pl_module)))
         self._restored, self._restored_layers = None, None
-        self.prepare(trainer, pl_module)
+        if not self._waiting:
+            self.prepare(trainer, pl_module)
 
     def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
         # All layers of the network count, not only the chosen ones: a layer may be frozen by now.
@@ -353,6 +358,14 @@ class FilterCallback(Callback):
             owned = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
             left_alone = [n for n, c in chosen.items() if not c.weight.requires_grad or id(c.weight) not in owned]
         self.layers = {name: conv for name, conv in chosen.items() if name not in left_alone}
+        self._trainable = self._trainable_signature(trainer)
+        self._waiting = not self.layers and self.waits_for_layers
+        if self._waiting:
+            rank_zero_info(
+                f"{type(self).__name__}: all {len(left_alone)} selected convolutions are frozen or in no optimizer "
+                f"(first: {left_alone[0]!r}). It starts at the epoch in which one is unfrozen"
+            )
+            return
         if not self.layers:
             raise NoLayersError(
                 f"{type(self).__name__}: all {len(left_alone)} selected convolutions are frozen or in no optimizer "
@@ -362,7 +375,6 @@ class FilterCallback(Callback):
         count = sum(filter_count(conv) for conv in self.layers.values())
         note = f" ({len(left_alone)} frozen or unoptimized layers left alone)" if left_alone else ""
         rank_zero_info(f"{type(self).__name__}: {len(self.layers)} layers, {count} filters{note}")
-        self._trainable = self._trainable_signature(trainer)
 
     def _check_overlap(self, callbacks: Sequence[object]) -> None:
         if self.shares_layers:
@@ -392,7 +404,8 @@ class FilterCallback(Callback):
             self._clean_up()
             self._trainer = trainer
             self._resolve(trainer, pl_module)
-            self.prepare(trainer, pl_module)
+            if not self._waiting:
+                self.prepare(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -412,12 +425,20 @@ class FilterCallback(Callback):
         if every and trainer.global_step % every == 0:
             check_ranks_agree(self.touched_tensors(), f"after step {trainer.global_step}")
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if the fit ends without a trainable layer."""
+        if self._waiting:
+            rank_zero_warn(
+                f"{type(self).__name__} did nothing at the end of this fit: all selected convolutions are frozen or in "
+                f"no optimizer. Unfreeze some and hand them to the optimizer, or select others with include"
+            )
+
     def _clean_up(self) -> None:
         for steps in self._steps.values():
             steps.release()
         self._steps = {}
         self.release()
-        self._trainer = None
+        self._trainer, self._waiting = None, False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow.

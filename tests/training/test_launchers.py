@@ -40,7 +40,7 @@ def test_what_would_stay_in_the_child_is_named(case: Case, launcher: type) -> No
         _set_up(case, launcher)
         return
     with pytest.raises(
-        MisconfigurationException, match="only weights come back .* would be lost\. Use strategy='ddp'"
+        MisconfigurationException, match=r"only weights come back .* would be lost\. Use strategy='ddp'"
     ):
         _set_up(case, launcher)
 
