@@ -37,6 +37,7 @@ class ChannelImportance(FilterCallback):
     """
 
     lost_in_child_processes = "the gates and the importance of channels"
+    fixed_on_resume = {"seed": "the gates have the weights of the checkpoint"}
     trainable_only = False  # the gate of a frozen layer trains
 
     def __init__(

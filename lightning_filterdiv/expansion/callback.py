@@ -46,6 +46,7 @@ class ExpandNet(FilterCallback):
             factors.
     """
 
+    fixed_on_resume = dict.fromkeys(("initial", "seed"), "the factors are those of the checkpoint")
     trainable_only = False  # frozen layers are expanded too (they may thaw), and get their own weights back
 
     def __init__(

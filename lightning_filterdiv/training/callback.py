@@ -78,6 +78,9 @@ class FilterCallback(Callback):
     #: What a fit in child processes loses: launchers that spawn or fork (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
     #: copy only weights back. Empty: nothing, and such launchers are allowed.
     lost_in_child_processes: ClassVar[str] = ""
+    #: Arguments that a resume takes from the checkpoint, and why: their new values are not used. See
+    #: :meth:`kept_on_resume`. Every other argument is used with its new value from the first step on.
+    fixed_on_resume: ClassVar[Mapping[str, str]] = {}
     #: Arguments that say *which* layers are meant; they alone make up the state key.
     identity_arguments: ClassVar[tuple[str, ...]] = ("include", "exclude", "network")
 
@@ -98,6 +101,7 @@ class FilterCallback(Callback):
         self._restored_layers: dict[str, int] | None = None
         self._restored: Literal["trainer", "hand"] | None = None
         self._loading_for: str | None = None
+        self._kept_arguments: dict[str, Any] = {}  # as the checkpoint has them
         # Whose fit the state belongs to. The state of another fit is never used, whatever ended that fit.
         self._fit_of: weakref.ref[pl.Trainer] | None = None
         self._trainable: tuple[tuple[int, bool], ...] = ()
@@ -124,6 +128,13 @@ class FilterCallback(Callback):
         Raises:
             KeyError, TypeError, ValueError: the state is damaged; reported with the callback's name.
         """
+
+    def kept_on_resume(self) -> Mapping[str, str]:
+        """Arguments that the state just loaded decides, and why; by default :attr:`fixed_on_resume`."""
+        return self.fixed_on_resume
+
+    def arguments_changed(self, saved: Mapping[str, Any]) -> None:
+        """Drop what was loaded and depends on arguments that have other values now; ``saved`` has the old ones."""
 
     def touched_tensors(self) -> dict[str, Tensor]:
         """Tensors that must stay identical on all ranks; by default weights and biases of the chosen layers."""
@@ -203,13 +214,13 @@ class FilterCallback(Callback):
         """State that loads with ``weights_only=True``."""
         return {
             "version": _STATE_VERSION,
-            "arguments": self.arguments(),
+            "arguments": self.arguments() | self._kept_arguments,
             "layers": {name: filter_count(conv) for name, conv in self.layers.items()} or self._restored_layers or {},
             "extra": self.extra_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state and say which arguments changed since it was saved (the new ones are used).
+        """Restore the state and say which arguments changed since it was saved, and which values are used.
 
         Raises:
             ValueError: the state is damaged or was written by a newer version of the package.
@@ -236,9 +247,17 @@ class FilterCallback(Callback):
             ) from error
         self._restored_layers, self._restored = dict(layers), "hand" if loading_for is None else "trainer"
         changed = {k: (saved[k], v) for k, v in self.arguments().items() if k in saved and saved[k] != v}
-        if changed:
-            listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        kept = {key: reason for key, reason in self.kept_on_resume().items() if key in changed}
+        self._kept_arguments = {key: changed[key][0] for key in kept}
+        if used := {key: values for key, values in changed.items() if key not in kept}:
+            self.arguments_changed({key: old for key, (old, _) in used.items()})
+            listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in used.items())
             rank_zero_warn(f"{name} resumes with changed arguments, the new values are used: {listed}")
+        if kept:
+            listed = "; ".join(
+                f"{key} stays {changed[key][0]!r}, not {changed[key][1]!r}: {why}" for key, why in kept.items()
+            )
+            rank_zero_warn(f"{name} resumes with arguments that the checkpoint decides. {listed}")
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -296,6 +315,7 @@ class FilterCallback(Callback):
     def _forget_fit(self) -> None:
         """Be as a new object."""
         self.reset()
+        self._kept_arguments = {}
         self.layers, self._restored, self._restored_layers, self._loading_for = {}, None, None, None
 
     def __getstate__(self) -> dict[str, Any]:
