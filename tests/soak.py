@@ -15,7 +15,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     # Networks through the channel graph, narrowed, expanded and pruned.
     "soak_graph": ("tests/channel_graph/", "tests/narrowing/", "tests/expansion/", "tests/channel_importance/"),
     # Every configuration of every callback in the suites; what composes; other tasks.
-    "soak_suites": (r"tests/suites/test_(?!resume|kill_and_resume|long_run)",),
+    "soak_suites": (r"tests/suites/test_(?!resume|kill_and_resume|long_run|injection)",),
+    # A fault at every hook and in every call of a logger.
+    "soak_injection": ("tests/suites/test_injection.py::.*(wau|basis|monitor|expand|importance)-",),
+    "soak_injection_traced": ("tests/suites/test_injection.py::.*(repr|csgd|entropy)-",),
     "soak_resume": ("tests/suites/test_resume.py::",),
     # 5,000 steps; figures over 200 epochs.
     "soak_long": ("tests/suites/test_long_run.py::", "tests/monitor/"),
@@ -30,7 +33,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "soak_ddp_bf16": (DDP + r"bf16\]",),
     "soak_ddp_fp16": (DDP + r"fp16\]",),
     # Clusters, sweeps and commands, in processes of their own.
-    "soak_processes": ("tests/benchmarks/", "tests/command_line/(?!test_fuzz)"),
+    "soak_processes": ("tests/benchmarks/", "tests/command_line/(?!test_fuzz)", "tests/training/"),
     # Files of every kind, damaged at random.
     "soak_fuzz": ("tests/command_line/test_fuzz.py::",),
 }

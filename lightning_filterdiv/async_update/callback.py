@@ -42,6 +42,7 @@ class WeightAsynchronousUpdate(FilterCallback):
     """
 
     gradient_stage = 30
+    waits_for_layers = True
 
     def __init__(
         self,

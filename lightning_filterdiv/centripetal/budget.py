@@ -63,9 +63,17 @@ class Budget:
     _paths: list[tuple[list[str], list[float]]] = field(default_factory=list)
 
     def resolve(
-        self, trainer: pl.Trainer, tensors: Sequence[ClusteredTensor], strength: float | str, vector: float | None
+        self,
+        trainer: pl.Trainer,
+        tensors: Sequence[ClusteredTensor],
+        strength: float | str,
+        vector: float | None,
+        reached: float = 0.0,
     ) -> float:
-        """The strength to use: as given, or the smallest that reaches K = 18 for every tensor that it acts on."""
+        """The strength to use: as given, or the smallest that reaches K = 18 for every tensor that it acts on.
+
+        ``reached`` is the K that earlier steps have reached; K = 1 is the least that is aimed at for the rest.
+        """
         if not isinstance(strength, str):
             return strength
         shares = [share for share in _shares(trainer, tensors) if vector is None or not share.vectors]
@@ -76,7 +84,7 @@ class Budget:
         known = [share.settings for share in shares if not isinstance(share.settings, str)]
         if reason is None:
             try:
-                return solve_strength(known, decoupled=decoupled).strength
+                return solve_strength(known, max(TARGET_K - reached, 1.0), decoupled=decoupled).strength
             except ValueError as error:
                 reason = str(error)
         value = min(safe_strength([share.now], decoupled=share.decoupled) for share in shares)
@@ -94,8 +102,12 @@ class Budget:
         strength: float,
         vector: float | None,
         clusters: Mapping[str, Tensor],
+        reached: Mapping[str, float] | None = None,
     ) -> None:
-        """Forecast, print it, and warn if merging will not be lossless, with the strength that would do."""
+        """Forecast, print it, and warn if merging will not be lossless, with the strength that would do.
+
+        ``reached`` has the K of each tensor that earlier steps have reached.
+        """
         before = sum(len(index) for index in clusters.values())
         after = sum(int(index.max()) + 1 for index in clusters.values())
         text = f"CentripetalSGD: {before} channels in {len(clusters)} groups to become {after}, strength {strength:.4g}"
@@ -108,9 +120,9 @@ class Budget:
             factors = deviation_factors(share.settings, eps, decoupled=share.decoupled)
             self._paths.append((share.names, factors))
             k = -math.log(abs(factors[-1])) if factors[-1] else math.inf
-            self.forecast |= dict.fromkeys(share.names, k)
+            self.forecast |= {name: k + (reached or {}).get(name, 0.0) for name in share.names}
             self._known.append((share.settings, eps, share.decoupled))
-            if k < LOSSLESS_K:
+            if min(self.forecast[name] for name in share.names) < LOSSLESS_K:
                 short.append(share)
         lowest = min(self.forecast, key=self.forecast.__getitem__)
         rank_zero_info(f"{text}; forecast K {self.forecast[lowest]:.1f} or more for every tensor (least for {lowest})")

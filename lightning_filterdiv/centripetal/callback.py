@@ -76,7 +76,12 @@ class CentripetalSGD(FilterCallback):
     """
 
     gradient_stage = 20
+    waits_for_layers = True
     log_prefix = "centripetal"
+    fixed_on_resume = dict.fromkeys(
+        ("keep_fraction", "clustering", "seed"), "clusters stay as in the checkpoint; start a new fit to change them"
+    )
+    lost_in_child_processes = "the clusters that merge() needs"
 
     def __init__(
         self,
@@ -110,6 +115,8 @@ class CentripetalSGD(FilterCallback):
         self.resolved_strength: float | None = None
         #: Layer -> why (some of) its channels are left alone.
         self.left_alone: dict[str, str] = {}
+        self._length: list[int | None] = []  # of the fit that "auto" was resolved for: max_epochs, max_steps
+        self._strengths_changed = self._resolves_anew = False
         self._seen: list[str] = []  # groups that a clustering was decided for, also those that keep all channels
         self._budget = Budget()
         self._clip = ClipMeter()
@@ -200,8 +207,19 @@ class CentripetalSGD(FilterCallback):
             )
 
     def _start(self, trainer: pl.Trainer, first: bool) -> None:
-        if self.resolved_strength is None:
-            self.resolved_strength = self._budget.resolve(trainer, self._tensors, self.strength, self.vector_strength)
+        length = [trainer.max_epochs, trainer.max_steps]
+        longer = self.strength == "auto" and bool(self._length) and self._length != length
+        if self.resolved_strength is None or longer or self._strengths_changed:
+            anew = self.resolved_strength is not None and not first
+            distances = self._distances() if anew else {}
+            reached = self._history.reached_k(distances)
+            if self.resolved_strength is None or longer or self._resolves_anew:
+                self.resolved_strength = self._budget.resolve(
+                    trainer, self._tensors, self.strength, self.vector_strength, min(reached.values(), default=0.0)
+                )
+            if anew:
+                self._forecast_again(trainer, distances, reached)
+        self._length, self._strengths_changed, self._resolves_anew = length, False, False
         if first:
             self._budget.announce(trainer, self._tensors, self.resolved_strength, self.vector_strength, self.clusters)
             self._began = [trainer.current_epoch, trainer.global_step]
@@ -219,11 +237,24 @@ class CentripetalSGD(FilterCallback):
                 except ValueError as error:
                     raise MisconfigurationException(f"CentripetalSGD cannot use this optimizer: {error}") from error
 
+    def _forecast_again(
+        self, trainer: pl.Trainer, distances: Mapping[str, float], reached: Mapping[str, float]
+    ) -> None:
+        """Forecast the steps left, with a strength or a length of the fit that is not that of the first forecast."""
+        assert self.resolved_strength is not None
+        self._budget = Budget(measured=self._budget.measured)
+        self._budget.announce(
+            trainer, self._tensors, self.resolved_strength, self.vector_strength, self.clusters, reached
+        )
+        self._history.forecast_again(trainer.global_step, distances, self._budget.paths())
+
     # ------------------------------------------------------------------ steps
 
     def before_step(self, index: int) -> None:
         """Average gradients inside clusters and add the pull."""
         if not self._tensors:
+            if self._inputs is not None and self._inputs.awaited(self.layers.values()):
+                return  # training_step skipped the batches so far
             self._begin(self.trainer, self.trainer.lightning_module)
         if (update := self._updates.get(index)) is not None:
             update.before_step(gradient_scale(self.trainer, update.optimizer))
@@ -256,6 +287,12 @@ class CentripetalSGD(FilterCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how far the clusters got."""
+        super().on_train_end(trainer, pl_module)
+        if self._inputs is not None and not self._inputs.known:
+            rank_zero_warn(
+                "CentripetalSGD did nothing in this fit: no step had a forward call with gradients before it. Check "
+                "training_step and network, or set example_input_array in the LightningModule"
+            )
         if self._tensors:
             self._history.record(trainer.global_step, self._distances())
             worst = max(self._budget.measured, key=lambda name: _nan_last(self._budget.measured[name]))
@@ -297,6 +334,7 @@ class CentripetalSGD(FilterCallback):
     def reset(self) -> None:
         """Forget the clusters of an earlier fit."""
         self.clusters, self._seen, self.resolved_strength, self._saved_inputs = {}, [], None, None
+        self.left_alone, self._length, self._strengths_changed, self._resolves_anew = {}, [], False, False
         self._budget, self._clip, self._history, self._began = Budget(), ClipMeter(), DeviationHistory(), []
 
     def touched_tensors(self) -> dict[str, Tensor]:
@@ -309,6 +347,7 @@ class CentripetalSGD(FilterCallback):
             "clusters": {name: index.clone() for name, index in self.clusters.items()},
             "seen": list(self._seen),
             "strength": self.resolved_strength,
+            "length": list(self._length),
             "forecast": dict(self._budget.forecast),
             "course": self._history.state(),
             "began": list(self._began),
@@ -324,6 +363,8 @@ class CentripetalSGD(FilterCallback):
         if strength is not None and not isinstance(strength, float):
             raise TypeError(f"strength must be a number or None, got {strength!r}")
         self._clip.load(state["clip"])
+        self._length = list(state.get("length", []))
+        self._strengths_changed = self._resolves_anew = False
         self._seen = [str(name) for name in state["seen"]]
         self.clusters, self.resolved_strength = {name: index.clone() for name, index in clusters.items()}, strength
         self._budget = Budget(forecast=dict(state["forecast"]))
@@ -332,6 +373,16 @@ class CentripetalSGD(FilterCallback):
             [int(number) for number in state["began"]],
         )
         self._saved_inputs = state["inputs"]
+
+    def kept_on_resume(self) -> Mapping[str, str]:
+        """What made the clusters, once there are some."""
+        return self.fixed_on_resume if self._seen else {}
+
+    def arguments_changed(self, saved: Mapping[str, Any]) -> None:
+        """Use other strengths from now on."""
+        self._strengths_changed = bool({"strength", "vector_strength"} & saved.keys())
+        # With "auto" the strength of the kernels does not follow from that of the vectors.
+        self._resolves_anew = "strength" in saved
 
     @staticmethod
     def clusters_from(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

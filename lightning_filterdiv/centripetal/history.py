@@ -26,6 +26,7 @@ class DeviationHistory:
     points: dict[str, list[list[float]]] = field(default_factory=dict)
     _start: dict[str, float] = field(default_factory=dict)
     _forecasts: list[tuple[list[str], list[float], list[float]]] = field(default_factory=list)
+    _reached: dict[str, float] = field(default_factory=dict)  # deviation at the forecast, where that is not the start
 
     def begin(
         self, step: int, deviations: Mapping[str, float], paths: Sequence[tuple[Sequence[str], Sequence[float]]]
@@ -37,12 +38,28 @@ class DeviationHistory:
             deviations: tensor name -> ``|w - Gamma w|``.
             paths: tensor names with their forecast factors after 0, 1, ... steps.
         """
-        self.points, self._start, self._forecasts = {}, dict(deviations), []
+        self.points, self._start, self._reached = {}, dict(deviations), {}
+        self._keep(step, paths)
+        self.record(step, deviations)
+
+    def forecast_again(
+        self, step: int, deviations: Mapping[str, float], paths: Sequence[tuple[Sequence[str], Sequence[float]]]
+    ) -> None:
+        """Take new forecasts from ``step`` on; see :meth:`begin`. What was measured stays."""
+        self._reached = {n: value / self._start[n] for n, value in deviations.items() if self._start.get(n, 0.0) > 0}
+        self._keep(step, paths)
+
+    def reached_k(self, deviations: Mapping[str, float]) -> dict[str, float]:
+        """Tensor name -> K reached when its deviation is that of ``deviations``."""
+        ratios = {n: value / self._start[n] for n, value in deviations.items() if self._start.get(n, 0.0) > 0}
+        return {name: -math.log(ratio) for name, ratio in ratios.items() if 0 < ratio < math.inf}
+
+    def _keep(self, step: int, paths: Sequence[tuple[Sequence[str], Sequence[float]]]) -> None:
+        self._forecasts = []
         for names, factors in paths:
             kept = np.unique(np.linspace(0, len(factors) - 1, min(len(factors), _KEPT)).astype(np.int64))
             logs = [math.log(max(abs(factors[i]), 1e-300)) for i in kept.tolist()]
             self._forecasts.append((list(names), (step + kept).astype(float).tolist(), logs))
-        self.record(step, deviations)
 
     def record(self, step: int, deviations: Mapping[str, float]) -> None:
         """Add what was measured at ``step``; tensors that were equal at the start have nothing to shrink."""
@@ -54,7 +71,7 @@ class DeviationHistory:
     def _forecast(self, name: str, step: int) -> float:
         for names, steps, logs in self._forecasts:
             if name in names:
-                return float(math.exp(np.interp(step, steps, logs)))
+                return float(math.exp(np.interp(step, steps, logs)) * self._reached.get(name, 1.0))
         return math.nan
 
     def for_layers(self, layers: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
@@ -68,10 +85,12 @@ class DeviationHistory:
             "points": {name: [list(point) for point in points] for name, points in self.points.items()},
             "start": dict(self._start),
             "forecasts": [list(entry) for entry in self._forecasts],
+            "reached": dict(self._reached),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> DeviationHistory:
         """Inverse of :meth:`state`."""
         points = {name: [list(point) for point in points] for name, points in state["points"].items()}
-        return cls(points, dict(state["start"]), [(names, steps, logs) for names, steps, logs in state["forecasts"]])
+        forecasts = [(names, steps, logs) for names, steps, logs in state["forecasts"]]
+        return cls(points, dict(state["start"]), forecasts, dict(state.get("reached", {})))

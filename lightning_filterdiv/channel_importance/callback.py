@@ -36,6 +36,8 @@ class ChannelImportance(FilterCallback):
         NoLayersError: at ``setup``: no layer is left.
     """
 
+    lost_in_child_processes = "the gates and the importance of channels"
+    fixed_on_resume = {"seed": "the gates have the weights of the checkpoint"}
     trainable_only = False  # the gate of a frozen layer trains
 
     def __init__(

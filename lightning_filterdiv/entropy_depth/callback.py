@@ -60,6 +60,7 @@ class EntropyDepthBound(FilterCallback):
     """
 
     log_prefix = "entropy_depth"
+    lost_in_child_processes = "the attributes bound and depth"
     trainable_only = False
     shares_layers = True
 
@@ -113,8 +114,14 @@ class EntropyDepthBound(FilterCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the first batch its input is known."""
+        """After the first batch that the network saw its input is known."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._inputs is not None and not self._inputs.awaited(self.layers.values()):
+            self._compare(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say it, if the network was never called."""
+        super().on_train_end(trainer, pl_module)
         if self._inputs is not None:
             self._compare(trainer, pl_module)
 
@@ -178,6 +185,7 @@ class EntropyDepthBound(FilterCallback):
     def reset(self) -> None:
         """Forget what a previous fit measured."""
         self._measured, self._restored_measurement = None, False
+        self.bound, self.depth = None, None
 
     def extra_state(self) -> dict[str, Any]:
         """Return what was measured, and how many images were asked for."""

@@ -46,6 +46,7 @@ class ExpandNet(FilterCallback):
             factors.
     """
 
+    fixed_on_resume = dict.fromkeys(("initial", "seed"), "the factors are those of the checkpoint")
     trainable_only = False  # frozen layers are expanded too (they may thaw), and get their own weights back
 
     def __init__(
@@ -75,6 +76,9 @@ class ExpandNet(FilterCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Expand before the optimizers are made."""
         super().setup(trainer, pl_module, stage)
+        present = {id(module) for module in pl_module.modules()}
+        if any(id(layer) not in present for layer in self._expanded.values()):
+            self._contract()  # the network of a fit that ended without our on_exception
         if stage != "fit" or self._expanded:
             return
         chosen = choose_layers(pl_module, self.kind, self.include, self.exclude)

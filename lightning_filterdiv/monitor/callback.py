@@ -259,6 +259,11 @@ class FilterSimilarityMonitor(FilterCallback):
         """The looks so far and the layers that are drawn: timeline and choice go on after a resume."""
         return {"drawn": list(self._drawn), "looks": [list(snapshot) for snapshot in self._snapshots]}
 
+    def arguments_changed(self, saved: Mapping[str, Any]) -> None:
+        """Choose the layers to draw anew, if another number of them is wanted."""
+        if "max_figures" in saved:
+            self._drawn = []
+
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`extra_state`."""
         drawn, looks = state["drawn"], state["looks"]

@@ -56,6 +56,7 @@ class BasisOrthonormality(FilterCallback):
     """
 
     gradient_stage = 10
+    waits_for_layers = True
     log_prefix = "orthonormality"
 
     def __init__(
@@ -208,6 +209,8 @@ class BasisOrthonormality(FilterCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the epoch reached; stop a fit that the penalty has made diverge."""
+        if not self._penalties:
+            return
         self._check_finite("after this epoch")
         self._log(self.weight_at(trainer.current_epoch, trainer.global_step))
 

@@ -87,6 +87,7 @@ class RePr(FilterCallback):
 
     gradient_stage = 30
     log_prefix = "repr"
+    lost_in_child_processes = "the history and the old values of dropped filters"
 
     def __init__(
         self,

@@ -8,14 +8,15 @@ state that a ``weights_only`` load accepts, optimizer hooks that are always remo
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -71,6 +72,15 @@ class FilterCallback(Callback):
     trainable_only: ClassVar[bool] = True
     #: Whether two instances of the class may share a layer.
     shares_layers: ClassVar[bool] = False
+    #: Whether a fit may begin while every chosen layer is frozen: :meth:`prepare` is then called when one is unfrozen,
+    #: and all other hooks must bear that it was not called yet.
+    waits_for_layers: ClassVar[bool] = False
+    #: What a fit in child processes loses: launchers that spawn or fork (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
+    #: copy only weights back. Empty: nothing, and such launchers are allowed.
+    lost_in_child_processes: ClassVar[str] = ""
+    #: Arguments that a resume takes from the checkpoint, and why: their new values are not used. See
+    #: :meth:`kept_on_resume`. Every other argument is used with its new value from the first step on.
+    fixed_on_resume: ClassVar[Mapping[str, str]] = {}
     #: Arguments that say *which* layers are meant; they alone make up the state key.
     identity_arguments: ClassVar[tuple[str, ...]] = ("include", "exclude", "network")
 
@@ -89,9 +99,13 @@ class FilterCallback(Callback):
         self._trainer: pl.Trainer | None = None
         self._steps: dict[int, StepProtocol] = {}
         self._restored_layers: dict[str, int] | None = None
-        self._restored = False
+        self._restored: Literal["trainer", "hand"] | None = None
         self._loading_for: str | None = None
+        self._kept_arguments: dict[str, Any] = {}  # as the checkpoint has them
+        # Whose fit the state belongs to. The state of another fit is never used, whatever ended that fit.
+        self._fit_of: weakref.ref[pl.Trainer] | None = None
         self._trainable: tuple[tuple[int, bool], ...] = ()
+        self._waiting = False
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -102,7 +116,7 @@ class FilterCallback(Callback):
         """Undo what :meth:`prepare` did to the model; called on every way out of training, exceptions included."""
 
     def reset(self) -> None:
-        """Forget what a previous fit left behind; called when a new fit starts from step 0 without a checkpoint."""
+        """Forget what a previous fit left behind, so that the object is as new; called whenever another fit starts."""
 
     def extra_state(self) -> dict[str, Any]:
         """What must survive a resume: tensors, numbers, strings, lists and dicts only."""
@@ -114,6 +128,13 @@ class FilterCallback(Callback):
         Raises:
             KeyError, TypeError, ValueError: the state is damaged; reported with the callback's name.
         """
+
+    def kept_on_resume(self) -> Mapping[str, str]:
+        """Arguments that the state just loaded decides, and why; by default :attr:`fixed_on_resume`."""
+        return self.fixed_on_resume
+
+    def arguments_changed(self, saved: Mapping[str, Any]) -> None:
+        """Drop what was loaded and depends on arguments that have other values now; ``saved`` has the old ones."""
 
     def touched_tensors(self) -> dict[str, Tensor]:
         """Tensors that must stay identical on all ranks; by default weights and biases of the chosen layers."""
@@ -199,19 +220,20 @@ class FilterCallback(Callback):
         """State that loads with ``weights_only=True``."""
         return {
             "version": _STATE_VERSION,
-            "arguments": self.arguments(),
+            "arguments": self.arguments() | self._kept_arguments,
             "layers": {name: filter_count(conv) for name, conv in self.layers.items()} or self._restored_layers or {},
             "extra": self.extra_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state and say which arguments changed since it was saved (the new ones are used).
+        """Restore the state and say which arguments changed since it was saved, and which values are used.
 
         Raises:
             ValueError: the state is damaged or was written by a newer version of the package.
         """
         name = type(self).__name__
-        if self._loading_for not in (None, "fit"):
+        loading_for, self._loading_for = self._loading_for, None
+        if loading_for not in (None, "fit"):
             return  # trainer.validate(ckpt_path=...) between two fits must not turn the clock of training back
         try:
             if not isinstance(state_dict, dict):
@@ -229,20 +251,28 @@ class FilterCallback(Callback):
                 f"the checkpoint's state of {name} cannot be used: {reason}. Resume from another checkpoint, or remove "
                 f"checkpoint['callbacks'][{self.state_key!r}] to start {name} afresh from these weights"
             ) from error
-        self._restored_layers, self._restored = dict(layers), True
+        self._restored_layers, self._restored = dict(layers), "hand" if loading_for is None else "trainer"
         changed = {k: (saved[k], v) for k, v in self.arguments().items() if k in saved and saved[k] != v}
-        if changed:
-            listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        kept = {key: reason for key, reason in self.kept_on_resume().items() if key in changed}
+        self._kept_arguments = {key: changed[key][0] for key in kept}
+        if used := {key: values for key, values in changed.items() if key not in kept}:
+            self.arguments_changed({key: old for key, (old, _) in used.items()})
+            listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in used.items())
             rank_zero_warn(f"{name} resumes with changed arguments, the new values are used: {listed}")
+        if kept:
+            listed = "; ".join(
+                f"{key} stays {changed[key][0]!r}, not {changed[key][1]!r}: {why}" for key, why in kept.items()
+            )
+            rank_zero_warn(f"{name} resumes with arguments that the checkpoint decides. {listed}")
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse to resume when the file holds our state under another key: it would be ignored silently."""
-        self._loading_for = trainer.state.fn
+        saved = checkpoint.get("callbacks") or {}
+        self._loading_for = trainer.state.fn if self.state_key in saved else None
         if trainer.state.fn != "fit":
             return
-        saved = checkpoint.get("callbacks") or {}
         present = {callback.state_key for callback in _callbacks(trainer)}
         ours = [key for key in saved if str(key).startswith(type(self).__qualname__ + "{") and key not in present]
         if self.state_key not in saved and ours:
@@ -251,12 +281,20 @@ class FilterCallback(Callback):
                 f"{', '.join(map(repr, ours))}, while this run has {self.state_key!r}. Resume with the same include, "
                 f"exclude and network, or remove the entry from checkpoint['callbacks'] to start it afresh"
             )
+        if self.state_key not in saved:
+            self._forget_fit()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave the state of an earlier fit out of a checkpoint of a fit that failed before our ``setup``."""
+        if trainer.state.fn == "fit" and not self._belongs_to(trainer):
+            checkpoint.get("callbacks", {}).pop(self.state_key, None)
 
     # ------------------------------------------------------------------ hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that shard parameters, and an order of callbacks that would undo a mask."""
-        rank_zero_only(warn_once_about_versions)()
+        """Refuse strategies that shard parameters and orders of callbacks that undo a mask; forget other fits."""
         strategy = type(trainer.strategy)
         qualified = f"{strategy.__module__}.{strategy.__qualname__}"
         if qualified not in self.trusted_strategies:
@@ -265,7 +303,41 @@ class FilterCallback(Callback):
                 f"exact under {strategy.__name__}, which may shard them. Use strategy='ddp' or a single device; if "
                 f"every rank holds whole tensors under it, add {qualified!r} to FilterCallback.trusted_strategies"
             )
+        self._check_launcher(getattr(trainer.strategy, "launcher", None))
         self._check_order(_callbacks(trainer))
+        if trainer.is_global_zero:
+            warn_once_about_versions()
+        if stage == "fit":
+            # An earlier fit may have ended without our on_exception, if that of another callback failed before.
+            self._clean_up()
+            goes_on = self._belongs_to(trainer) and trainer.global_step > 0
+            if not goes_on and self._restored != "hand":
+                self._forget_fit()
+            self._fit_of = weakref.ref(trainer)
+
+    def _belongs_to(self, trainer: pl.Trainer) -> bool:
+        return self._fit_of is not None and self._fit_of() is trainer
+
+    def _forget_fit(self) -> None:
+        """Be as a new object."""
+        self.reset()
+        self._kept_arguments = {}
+        self.layers, self._restored, self._restored_layers, self._loading_for = {}, None, None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but whose fit it was: a weak reference cannot be pickled."""
+        return {**self.__dict__, "_fit_of": None}
+
+    def _check_launcher(self, launcher: object) -> None:
+        # By name: each of Lightning's namespaces has a class of its own.
+        starts_children = any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__)
+        if starts_children and self.lost_in_child_processes:
+            method = getattr(launcher, "_start_method", "spawn")
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot be used with a launcher that trains in child processes (start method "
+                f"{method!r}), because only weights come back from them: {self.lost_in_child_processes} would be lost. "
+                f"Use strategy='ddp' in a script, started by itself or with torchrun; in a notebook use devices=1"
+            )
 
     def _check_order(self, callbacks: Sequence[object]) -> None:
         if self.gradient_stage is None:
@@ -288,8 +360,9 @@ class FilterCallback(Callback):
         self._resolve(trainer, pl_module)
         if self._restored_layers:
             self._check_restored_layers(self._restored_layers, dict(named_convolutions(pl_module)))
-        self._restored, self._restored_layers = False, None
-        self.prepare(trainer, pl_module)
+        self._restored, self._restored_layers = None, None
+        if not self._waiting:
+            self.prepare(trainer, pl_module)
 
     def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
         # All layers of the network count, not only the chosen ones: a layer may be frozen by now.
@@ -311,6 +384,14 @@ class FilterCallback(Callback):
             owned = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
             left_alone = [n for n, c in chosen.items() if not c.weight.requires_grad or id(c.weight) not in owned]
         self.layers = {name: conv for name, conv in chosen.items() if name not in left_alone}
+        self._trainable = self._trainable_signature(trainer)
+        self._waiting = not self.layers and self.waits_for_layers
+        if self._waiting:
+            rank_zero_info(
+                f"{type(self).__name__}: all {len(left_alone)} selected convolutions are frozen or in no optimizer "
+                f"(first: {left_alone[0]!r}). It starts at the epoch in which one is unfrozen"
+            )
+            return
         if not self.layers:
             raise NoLayersError(
                 f"{type(self).__name__}: all {len(left_alone)} selected convolutions are frozen or in no optimizer "
@@ -320,7 +401,6 @@ class FilterCallback(Callback):
         count = sum(filter_count(conv) for conv in self.layers.values())
         note = f" ({len(left_alone)} frozen or unoptimized layers left alone)" if left_alone else ""
         rank_zero_info(f"{type(self).__name__}: {len(self.layers)} layers, {count} filters{note}")
-        self._trainable = self._trainable_signature(trainer)
 
     def _check_overlap(self, callbacks: Sequence[object]) -> None:
         if self.shares_layers:
@@ -350,7 +430,8 @@ class FilterCallback(Callback):
             self._clean_up()
             self._trainer = trainer
             self._resolve(trainer, pl_module)
-            self.prepare(trainer, pl_module)
+            if not self._waiting:
+                self.prepare(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -370,16 +451,30 @@ class FilterCallback(Callback):
         if every and trainer.global_step % every == 0:
             check_ranks_agree(self.touched_tensors(), f"after step {trainer.global_step}")
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if the fit ends without a trainable layer."""
+        if self._waiting:
+            rank_zero_warn(
+                f"{type(self).__name__} did nothing at the end of this fit: all selected convolutions are frozen or in "
+                f"no optimizer. Unfreeze some and hand them to the optimizer, or select others with include"
+            )
+
     def _clean_up(self) -> None:
         for steps in self._steps.values():
             steps.release()
         self._steps = {}
         self.release()
-        self._trainer = None
+        self._trainer, self._waiting = None, False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow."""
+        """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow.
+
+        The next fit of the same object forgets it in :meth:`setup`.
+        """
         self._clean_up()
+        self._loading_for = None
+        if self._restored == "hand" and trainer.state.fn == "fit":
+            self._restored = "trainer"  # it was for this fit
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave model and optimizers as they would be without the callback."""

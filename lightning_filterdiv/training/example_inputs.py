@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,6 +58,14 @@ class ExampleInputs:
     def known(self) -> bool:
         """Whether :meth:`trace` has inputs."""
         return self._graph is not None or not self._captured or self._called() is not None
+
+    def awaited(self, layers: Iterable[nn.Module]) -> bool:
+        """Whether the first forward call is yet to come: a ``training_step`` may skip batches.
+
+        Args:
+            layers: of the network. Where one of them has a gradient, there was a forward call, and none to wait for.
+        """
+        return not self.known and all(p.grad is None for layer in layers for p in layer.parameters())
 
     def trace(self) -> ChannelGraph:
         """The channel graph; traced once, and again where the structure of the model changed since.

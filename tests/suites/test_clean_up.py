@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_filterdiv import WeightAsynchronousUpdate
-from tests.registry import SLOW_CASES, Case
+from tests.registry import ONE_EACH, SLOW_CASES, Case
 from tests.support.training import Classifier, Run, batches, differing, fit, make_trainer, same
 
 
@@ -81,6 +82,50 @@ def test_reused_instance_starts_afresh(case: Case) -> None:
     callback = case.make()
     first, second = fit([callback]), fit([callback])
     assert not differing(first.tensors(), second.tensors())
+
+
+class _FailsAt(Callback):
+    def __init__(self, hook: str) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise _BoomError
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["by the trainer", "by hand"])
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_a_failed_resume_is_forgotten(case: Case, by_hand: bool, tmp_path: Path) -> None:
+    """State that was restored and never used is not taken up by the next fit of the same object."""
+    path = tmp_path / "step=6.ckpt"
+    fit([case.make(), ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1)])
+    callback = case.make()
+    if by_hand:
+        callback.load_state_dict(torch.load(path, weights_only=True)["callbacks"][callback.state_key])
+    with pytest.raises(_BoomError):
+        fit([callback, _FailsAt("on_fit_start")], ckpt_path=None if by_hand else str(path))
+    again, new = fit([callback], model=Classifier(seed=1)), fit([case.make()], model=Classifier(seed=1))
+    assert not differing(again.tensors(), new.tensors())
+    assert same(again.callbacks[0].state_dict(), new.callbacks[0].state_dict())
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_a_used_object_resumes_without_a_state_like_a_new_one(case: Case, tmp_path: Path) -> None:
+    fit([ModelCheckpoint(dirpath=tmp_path, filename="end")])
+    if case.refuses_without_state is None:
+        used = fit([case.make()]).callbacks
+        runs = [fit(c, ckpt_path=str(tmp_path / "end.ckpt"), max_epochs=6) for c in (used, [case.make()])]
+        assert not differing(runs[0].tensors(), runs[1].tensors())
+        assert same(used[0].state_dict(), runs[1].callbacks[0].state_dict())
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_a_checkpoint_of_a_fit_that_never_began_holds_no_earlier_state(case: Case, tmp_path: Path) -> None:
+    """A callback before ours fails in its setup: what ours still has is that of the fit before."""
+    callback = case.make()
+    fit([callback])
+    with pytest.raises(_BoomError):
+        fit([_FailsAt("setup"), callback, OnExceptionCheckpoint(tmp_path, "failed")])
+    assert callback.state_key not in torch.load(tmp_path / "failed.ckpt", weights_only=True)["callbacks"]
 
 
 @pytest.mark.parametrize("case", SLOW_CASES, ids=lambda case: case.name)

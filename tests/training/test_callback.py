@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import lightning.pytorch.strategies as ours
 import pytest
 import pytorch_lightning.strategies as theirs
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_filterdiv import FilterCallback, WeightAsynchronousUpdate
+from lightning_filterdiv import CentripetalSGD, EntropyDepthBound, FilterCallback, WeightAsynchronousUpdate
 from lightning_filterdiv.filters import NoLayersError
 from lightning_filterdiv.training.callback import optimizer_index
-from tests.support.training import SAFELY, Classifier, batches, fit, make_trainer
+from tests.registry import EDITING, ONE_EACH, Case
+from tests.support.training import SAFELY, Classifier, batches, differing, fit, make_trainer
 
 # --------------------------------------------------------------------------- strategies
 
@@ -35,6 +37,8 @@ REFUSED = [
 def _set_up(strategy: type) -> None:
     class Trainer:
         """Just what ``setup`` looks at; a real FSDP trainer needs a GPU."""
+
+        is_global_zero, global_step = False, 0
 
     trainer, callback = Trainer(), FilterCallback()
     trainer.strategy, trainer.callbacks = object.__new__(strategy), [callback]
@@ -110,6 +114,85 @@ def test_the_overlap_check_is_what_refuses() -> None:
 def test_two_identical_instances_are_refused() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         make_trainer([FilterCallback(), FilterCallback()])
+
+
+class _Backbone(Classifier):
+    """All convolutions before the classifier, as BackboneFinetuning wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = self.net[:-1], self.net[-1]
+        del self.net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(images))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class _UnfreezesLater(BackboneFinetuning):
+    """Unfreezes at epoch 1."""
+
+    def __init__(self) -> None:
+        super().__init__(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.01)
+
+
+WAITING = [case for case in EDITING if case.cls.waits_for_layers]
+
+
+@pytest.mark.parametrize("case", WAITING, ids=lambda case: case.name)
+def test_a_frozen_backbone_is_waited_for(case: Case) -> None:
+    callback, seen = case.make(), []
+
+    class Looks(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(len(callback.layers))
+
+    run = fit([_UnfreezesLater(), callback, Looks()], model=_Backbone())
+    assert seen == [0, 4, 4]
+    assert differing(run.tensors(), fit([_UnfreezesLater()], model=_Backbone()).tensors())
+
+
+@pytest.mark.parametrize("case", WAITING, ids=lambda case: case.name)
+def test_a_fit_without_a_trainable_layer_says_so(case: Case) -> None:
+    model = Classifier()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("net.10" in name)
+    with pytest.warns(UserWarning, match=r"did nothing at the end of this fit.* Unfreeze some"):
+        fit([case.make()], model=model)
+
+
+class _SkipsFirst(Classifier):
+    """The first two batches are bad: the network is not called."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.current_epoch == 0 and batch_idx < 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_batches_that_are_skipped_at_the_start(case: Case) -> None:
+    callback = case.make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = fit([callback], model=_SkipsFirst())
+    assert not [str(warning.message) for warning in caught if "forward call" in str(warning.message)]
+    assert bool(differing(run.tensors(), fit(model=_SkipsFirst()).tensors())) is case.trains_differently
+    if isinstance(callback, CentripetalSGD):
+        assert callback.filterdiv_events()[0]["step"] == 2
+    if isinstance(callback, EntropyDepthBound):
+        assert callback.depth is not None
+
+
+def test_a_network_that_is_never_called_is_said() -> None:
+    class Never(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            return None
+
+    with pytest.warns(UserWarning, match="CentripetalSGD did nothing in this fit: no step had a forward call"):
+        fit([CentripetalSGD()], model=Never(), max_epochs=1)
+    with pytest.warns(UserWarning, match="EntropyDepthBound cannot count the depth of Never: no forward call"):
+        fit([EntropyDepthBound()], model=Never(), max_epochs=1)
 
 
 # --------------------------------------------------------------------------- optimizers
