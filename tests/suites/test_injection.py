@@ -281,7 +281,6 @@ def of_logger() -> list[Point]:
 
 #: Calls of loggers by each callback.
 OURS = {"repr": 2, "csgd": 3, "basis": 7, "monitor": 4, "entropy": 2}
-REPR = "RePr counts its event after logging"
 
 
 #: A trace of the channel graph takes longer than the fits of this suite.
@@ -309,8 +308,6 @@ def rows() -> list[Any]:
         own = [Point("logger", "ours", at) for at in range(OURS.get(case.name, 0))]
         for point in (*of_hooks(), *of_logger(), *own):
             marks = [] if in_default(case, point) else [pytest.mark.soak]
-            if case.name == "repr" and point == ("logger", "ours", 0):
-                marks.append(pytest.mark.xfail(reason=REPR, strict=True))
             made.append(pytest.param(case, point, marks=marks, id=f"{case.name}-{point}"))
     return made
 
