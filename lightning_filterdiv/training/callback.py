@@ -312,7 +312,11 @@ class FilterCallback(Callback):
             self._clean_up()
             goes_on = self._belongs_to(trainer) and trainer.global_step > 0
             if not goes_on and self._restored != "hand":
-                self._forget_fit()
+                self._trainer = trainer  # what an earlier fit left in this model is undone by reset
+                try:
+                    self._forget_fit()
+                finally:
+                    self._trainer = None
             self._fit_of = weakref.ref(trainer)
 
     def _belongs_to(self, trainer: pl.Trainer) -> bool:
