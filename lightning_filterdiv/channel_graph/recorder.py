@@ -365,10 +365,8 @@ def record(
     with without_compilation(model):
         recorder, error = _attempt(model, call, names, prefix, training, real=False)
         if error is not None and has_values:
-            shapes = recorder, error
+            # Where this fails too, its error is the one that the user knows from calling the network.
             recorder, error = _attempt(model, call, names, prefix, training, real=True)
-            if error is not None and not shapes[0].asked_for_values:
-                recorder, error = shapes
         if error is not None:
             raise _explain(model, recorder, error, prefix, has_values) from error
     roots = [*recorder.outputs, *(node for node, _ in recorder.written), *recorder.reads]

@@ -43,6 +43,11 @@ def find_unresizable(graph: ChannelAnswers) -> list[ChannelGroup]:
     """
     if graph.read_values:
         return []
+    bound = frozenset().union(*graph.constrained)
+    groups = [g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound]
+    shapes = _shapes(graph, groups)
+    if shapes == graph.output_shapes or (shapes is None and _shapes(graph, ()) is None):
+        return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
 
     def culprits(part: Sequence[ChannelGroup]) -> list[ChannelGroup]:
         # Two thirds remain: a count that rarely divides what the full one divides.
@@ -52,8 +57,7 @@ def find_unresizable(graph: ChannelAnswers) -> list[ChannelGroup]:
             return list(part)
         return culprits(part[: len(part) // 2]) + culprits(part[len(part) // 2 :])
 
-    bound = frozenset().union(*graph.constrained)
-    return culprits([g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound])
+    return culprits(groups)
 
 
 def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:

@@ -101,21 +101,22 @@ def test_include_chooses_what_counts() -> None:
         fit([EntropyDepthBound(network="nowhere")], loader=_loader())
 
 
-class _DataDependent(nn.Module):
+class _TrainsOnly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x) if float(x.sum()) > -1e9 else self.conv(-x)
-        return self.head(x.mean((2, 3)))
+        if not self.training:
+            raise RuntimeError("made for training")
+        return self.head(self.conv(x).mean((2, 3)))
 
 
 def test_a_network_that_cannot_be_traced() -> None:
     with pytest.warns(UserWarning, match="cannot count the depth of Classifier"):
-        fit([EntropyDepthBound()], model=Classifier(net=_DataDependent()), loader=_loader(), max_epochs=1)
+        fit([EntropyDepthBound()], model=Classifier(net=_TrainsOnly()), loader=_loader(), max_epochs=1)
     with pytest.raises(MisconfigurationException, match="cannot count the depth"):
-        fit([EntropyDepthBound(action="error")], model=Classifier(net=_DataDependent()), loader=_loader())
+        fit([EntropyDepthBound(action="error")], model=Classifier(net=_TrainsOnly()), loader=_loader())
 
 
 # --------------------------------------------------------------------------- measured once

@@ -281,6 +281,8 @@ def of_logger() -> list[Point]:
 
 #: Calls of loggers by each callback.
 OURS = {"repr": 2, "csgd": 3, "basis": 7, "monitor": 4, "entropy": 2}
+#: A log of theirs that fails is a warning; tests/monitor shows that the fit goes on.
+SURVIVES = ("monitor",)
 
 
 #: A trace of the channel graph takes longer than the fits of this suite.
@@ -305,7 +307,8 @@ def rows() -> list[Any]:
     """The full product; what is not in the default selection is marked ``soak``."""
     made = []
     for case in ONE_EACH:
-        own = [Point("logger", "ours", at) for at in range(OURS.get(case.name, 0))]
+        faults = 0 if case.name in SURVIVES else OURS.get(case.name, 0)
+        own = [Point("logger", "ours", at) for at in range(faults)]
         for point in (*of_hooks(), *of_logger(), *own):
             marks = [] if in_default(case, point) else [pytest.mark.soak]
             made.append(pytest.param(case, point, marks=marks, id=f"{case.name}-{point}"))
