@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import ExampleInputsError
 
-__all__ = ["CapturedInputs", "capture_inputs", "example_arguments"]
+__all__ = ["CapturedInputs", "capture_inputs", "example_arguments", "without_targets"]
 
 # Optional arguments of detectors and language models that only add losses, and whose values forward checks first.
 _TARGETS = ("targets", "target", "labels")
@@ -109,7 +109,7 @@ def example_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any,
     if isinstance(example_inputs, CapturedInputs):
         if example_inputs.arguments is None:
             raise ExampleInputsError("no example inputs were captured: the module has not been called yet")
-        example_inputs = _without_targets(model, *example_inputs.arguments)
+        example_inputs = without_targets(model, *example_inputs.arguments)
     reference = next((t for t in model.parameters() if t.is_floating_point()), None)
     devices = {t.device for t in [*model.parameters(), *model.buffers()]}
 
@@ -131,7 +131,8 @@ def example_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any,
     return (example_inputs,), {}
 
 
-def _without_targets(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+def without_targets(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    """The arguments of a call without a detector's targets, which forward does without in eval mode."""
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):

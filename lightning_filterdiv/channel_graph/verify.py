@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,11 @@ def _outputs(network: nn.Module, call: Call) -> list[Tensor]:
     except (RuntimeError, ValueError, IndexError) as error:
         message = (str(error).splitlines() or [type(error).__name__])[0]
         raise NarrowingError(f"the narrowed network does not run: {message}") from error
+
+
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    """Relative change of outputs; infinite where their shapes are others, as the number of a detector's boxes."""
+    return _difference(before, after) if [t.shape for t in before] == [t.shape for t in after] else math.inf
 
 
 def _difference(expected: list[Tensor], obtained: list[Tensor]) -> float:
@@ -273,7 +279,7 @@ def _run(
     change = 0.0
     if original is not None:
         before = find_submodule(_as_type(original, dtype), graph.network)
-        change = max(_difference(_outputs(before, given), outputs) for given, outputs in expected.values())
+        change = max(_change(_outputs(before, given), outputs) for given, outputs in expected.values())
     tolerance = TOLERANCE if narrowest == torch.float64 else torch.finfo(narrowest).eps ** 0.5
     return Proof(difference, tolerance, dtype, tuple(sorted(expected, reverse=True)), change)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_filterdiv.channel_graph import CapturedInputs, ChannelGraph, ExampleInputsError, capture_inputs
+from lightning_filterdiv.channel_graph.inputs import without_targets
+from lightning_filterdiv.channel_graph.modules import bare_module
 from lightning_filterdiv.filters import find_submodule, named_convolutions
 
 __all__ = ["ExampleInputs"]
@@ -100,7 +102,9 @@ class ExampleInputs:
         def shape(leaf: Any) -> Any:
             return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-        args, kwargs = tree_map(shape, called[1].arguments)
+        # Boxes of zeros would be refused, and a trace leaves a detector's targets out.
+        traced = bare_module(find_submodule(self._module, called[0]))
+        args, kwargs = tree_map(shape, without_targets(traced, *called[1].arguments))
         return {"network": called[0], "args": list(args), "kwargs": dict(kwargs)}
 
     def close(self) -> None:
