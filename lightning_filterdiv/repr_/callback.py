@@ -508,8 +508,8 @@ class RePr(FilterCallback):
     def reset(self) -> None:
         """Forget an earlier fit; filters that it left out of this model come back first."""
         dropped = self._progress.dropped
-        model = self._trainer.lightning_module if self._trainer is not None else None
-        if dropped is not None and dropped.model is model and dropped.silent:
+        known = dropped is not None and self._trainer is not None and dropped.model is self._trainer.lightning_module
+        if dropped is not None and known and dropped.silent:
             dropped.restore()
             rank_zero_warn(
                 f"an earlier fit of this model ended inside a sub-network phase of RePr: its {dropped.count} filters "
