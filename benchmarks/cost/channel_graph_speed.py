@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,51 @@ ROOT = Path(__file__).resolve().parents[2]
 NETWORKS = ROOT / "benchmarks" / "models" / "zoo.txt"
 RESULT = ROOT / "benchmarks" / "results" / "channel_graph_speed.json"
 LIMIT = 60
+_PACKAGES = {"smp": "segmentation_models_pytorch"}
 _DETECTORS = ("fasterrcnn", "retinanet", "ssdlite", "fcos", "maskrcnn")
 
 
 def networks() -> list[tuple[str, str, int]]:
-    """(library, name, image size) of the committed list."""
+    """(library, name, image size) of the committed list, as far as the libraries are installed."""
     lines = [line.split() for line in NETWORKS.read_text().splitlines() if line and not line.startswith("#")]
-    return [(library, name, int(size)) for library, name, size in lines]
+    installed = {library: find_spec(_PACKAGES.get(library, library)) is not None for library, _, _ in lines}
+    return [(library, name, int(size)) for library, name, size in lines if installed[library]]
+
+
+def _optional(library: str, name: str, size: int) -> tuple[nn.Module, Any]:
+    """A network of the optional group ``zoo``, and its arguments."""
+    image = torch.rand(1, 3, size, size)
+    if library == "smp":
+        import segmentation_models_pytorch as smp
+
+        architecture, encoder = name.split("-")
+        return getattr(smp, architecture)(encoder, encoder_weights=None), image
+    if library == "ultralytics":
+        from ultralytics.nn.tasks import ClassificationModel, DetectionModel
+
+        kind = ClassificationModel if name.endswith("-cls") else DetectionModel
+        return kind(f"{name}.yaml", verbose=False), image
+    if library == "monai":
+        import monai.networks.nets as nets
+
+        options: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
+        if name == "UNet":
+            options |= {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2}
+        return getattr(nets, name)(**options), torch.rand(1, 1, size, size, size)
+    if library == "diffusers":
+        import diffusers
+
+        blocks: dict[str, Any] = {
+            "block_out_channels": (32, 64),
+            "norm_num_groups": 8,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        }
+        return getattr(diffusers, name)(sample_size=size, **blocks), (image, torch.tensor(10))
+    import transformers
+
+    configuration = getattr(transformers, f"{name}Config")()
+    return getattr(transformers, f"{name}ForImageClassification")(configuration), image
 
 
 def build(library: str, name: str, size: int) -> tuple[nn.Module, Any]:
@@ -52,12 +91,15 @@ def build(library: str, name: str, size: int) -> tuple[nn.Module, Any]:
         import timm
 
         return timm.create_model(name).eval(), image
+    if library != "torchvision":
+        model, inputs = _optional(library, name, size)
+        return model.eval(), inputs
     import torchvision
 
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name.startswith((*_DETECTORS, "deeplab", "fcn", "lraspp")):
         options["weights_backbone"] = None
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **options).eval()
+    model = torchvision.models.get_model(name, weights=None, **options).eval()
     if name.startswith("raft"):
         return model, (2 * image - 1, 1 - 2 * image)
     if name.startswith("r3d"):

@@ -148,15 +148,20 @@ def outputs(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def prune_silently(
-    model: nn.Module, graph: Any, group: Any, inputs: tuple[Tensor, ...], generator: torch.Generator
+    model: nn.Module,
+    graph: Any,
+    group: Any,
+    inputs: tuple[Tensor, ...],
+    generator: torch.Generator,
+    share: float = 0.4,
 ) -> float:
-    """Silence 40 % of the channels of a group, prune them, and return the relative change of the outputs."""
+    """Silence a share of the channels of a group, prune them, and return the relative change of the outputs."""
     module, function = group[0].dep.target.module, group[0].dep.handler
     count = graph.get_out_channels(module)
     parts = max(group_count(dependency.target.module) for dependency, _ in group)
     if count % parts or count // parts < 2:
         return 0.0
-    local = torch.randperm(count // parts, generator=generator)[: max(1, int(0.4 * count / parts))]
+    local = torch.randperm(count // parts, generator=generator)[: max(1, int(share * count / parts))]
     channels = sorted(int(p * (count // parts) + i) for p in range(parts) for i in local)
     chosen = graph.get_pruning_group(module, function, idxs=channels)
     for dependency, index in chosen:
