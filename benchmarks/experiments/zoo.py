@@ -136,17 +136,17 @@ def _run(what: str, network: tuple[str, str, int]) -> dict[str, Any]:
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Means of the shares, the largest deviation, what gave no answer."""
-    shares = {name: row["ours"].get("share", 0.0) for name, row in rows.items()}
+    shares = {name: row.get("ours", {}).get("share", 0.0) for name, row in rows.items()}
     hard = [share for name, share in shares.items() if name.partition("@")[0] in HARD]
-    deviations = [row["ours"]["deviation"] for row in rows.values() if "deviation" in row["ours"]]
+    deviations = [row["ours"]["deviation"] for row in rows.values() if "deviation" in row.get("ours", {})]
     return {
         "networks": len(rows),
         "mean share": statistics.mean(shares.values()),
         "mean share, hard list": statistics.mean(hard) if hard else None,
         "complete": sum(share > 0.98 for share in shares.values()),
-        "largest deviation": max(deviations),
-        "no answer": {name: row["ours"]["error"] for name, row in rows.items() if "error" in row["ours"]},
-        "torch-pruning": dict(Counter(row["theirs"]["verdict"] for row in rows.values())),
+        "largest deviation": max(deviations, default=0.0),
+        "no answer": {name: row["ours"]["error"] for name, row in rows.items() if "error" in row.get("ours", {})},
+        "torch-pruning": dict(Counter(row["theirs"]["verdict"] for row in rows.values() if "theirs" in row)),
     }
 
 

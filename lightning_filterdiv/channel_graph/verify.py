@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..filters import find_submodule
 from .answers import ChannelAnswers
+from .decisions import Decision, FollowDecisions, RecordDecisions, relative_difference
 from .errors import NarrowingError
 from .inputs import example_arguments
 from .modules import bare_module, copy_network, device_of, find_tensors
 from .narrow import merging, narrow, tie
-from .record import is_shape_only
 from .widths import nearest_counts
 
 __all__ = ["TOLERANCE", "Proof", "compare", "prove", "random_clusters", "random_inputs", "randomise", "verify"]
@@ -121,53 +120,28 @@ def compare(first: nn.Module, second: nn.Module, args: tuple[Any, ...], kwargs: 
     Raises:
         NarrowingError: the second network does not run, or its outputs have other shapes.
     """
-    return _difference(list(find_tensors(first(*args, **kwargs))), _outputs(second, (args, dict(kwargs))))
+    return _difference(list(find_tensors(first(*args, **kwargs))), _outputs(second, (args, dict(kwargs)))[0])
 
 
-def _outputs(network: nn.Module, call: Call) -> list[Tensor]:
-    try:
-        return list(find_tensors(network(*call[0], **call[1])))
-    except (RuntimeError, ValueError, IndexError) as error:
-        message = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NarrowingError(f"the narrowed network does not run: {message}") from error
-
-
-def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    """Relative change of outputs; infinite where their shapes are others, as the number of a detector's boxes."""
-    return _difference(before, after) if [t.shape for t in before] == [t.shape for t in after] else math.inf
+def _outputs(network: nn.Module, call: Call, decisions: list[Decision] | None = None) -> tuple[list[Tensor], float]:
+    """(outputs, largest difference of the numbers that the network's decisions rest on); see :mod:`.decisions`."""
+    with FollowDecisions(decisions or []) as follow:
+        try:
+            return list(find_tensors(network(*call[0], **call[1]))), follow.difference
+        except (RuntimeError, ValueError, IndexError) as error:
+            message = (str(error).splitlines() or [type(error).__name__])[0]
+            raise NarrowingError(f"the narrowed network does not run: {message}") from error
 
 
 def _difference(expected: list[Tensor], obtained: list[Tensor]) -> float:
     if [t.shape for t in expected] != [t.shape for t in obtained]:
         raise NarrowingError("the narrowed network has outputs of another shape")
-    worst = 0.0
-    for a, b in zip(expected, obtained, strict=True):
-        a, b = a.double(), b.double()
-        alike = (a == b) | (a.isnan() & b.isnan())
-        if bool(alike.all()):
-            continue
-        finite = a[a.isfinite()]
-        scale = finite.abs().max() if finite.numel() else a.new_ones(())
-        apart = (a - b).abs().masked_fill(alike, 0.0) / scale.clamp_min(torch.finfo(torch.float64).tiny)
-        worst = max(worst, float(apart.nan_to_num(nan=float("inf")).max()))
-    return worst
+    return max(map(relative_difference, expected, obtained), default=0.0)
 
 
-class _Casts(TorchDispatchMode):
-    """Notes the narrowest floating type that forward casts a wider one to."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.narrowest = torch.float64
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point() and not is_shape_only(func):
-            precision = torch.finfo(result.dtype).eps
-            read = (t for t in args if isinstance(t, Tensor) and t.is_floating_point())
-            if precision > torch.finfo(self.narrowest).eps and any(torch.finfo(t.dtype).eps < precision for t in read):
-                self.narrowest = result.dtype
-        return result
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    """Relative change of outputs; infinite where their shapes are others, as the number of a detector's boxes."""
+    return _difference(before, after) if [t.shape for t in before] == [t.shape for t in after] else math.inf
 
 
 def _as_type(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -209,7 +183,9 @@ def prove(
 ) -> Proof:
     """Compare a network with what ``narrowing`` makes of it, in eval mode.
 
-    The comparison runs in float64, on the example inputs and on inputs drawn like them. Where forward casts, it runs in
+    The comparison runs in float64, on the example inputs and on inputs drawn like them. Where forward decides on values
+    (non-maximum suppression, ``argmax``), the narrow network takes over the decisions of the reference, and the numbers
+    that they rest on are compared too. Where forward casts, it runs in
     the network's own type, with the square root of that type's rounding unit as tolerance.
 
     Args:
@@ -261,36 +237,33 @@ def _run(
     casts: bool = False,
 ) -> Proof | None:
     """The comparison in ``dtype``; None if forward does not run, or casts (unless ``casts``)."""
-    expected: dict[str, tuple[Call, list[Tensor]]] = {}
+    expected: dict[str, tuple[Call, list[Tensor], list[Decision]]] = {}
     whole = _as_type(reference, dtype)
     device, narrowest = device_of(whole), dtype
     for name, given in _cases(call, seed):
         arguments = _cast(given, dtype, device)
-        outputs, used, error = _observed(find_submodule(whole, graph.network), arguments)
-        if error is None:
-            expected[name] = arguments, outputs
-            narrowest = max(narrowest, used, key=lambda kind: torch.finfo(kind).eps)
+        with RecordDecisions() as record:
+            try:
+                outputs = list(find_tensors(find_submodule(whole, graph.network)(*arguments[0], **arguments[1])))
+                expected[name] = arguments, outputs, record.decisions
+                narrowest = max(narrowest, record.narrowest, key=lambda kind: torch.finfo(kind).eps)
+            except (RuntimeError, ValueError, IndexError):
+                pass  # not an input of this network: another case may be
         if narrowest != dtype and not casts:
             return None
     if not expected:
         return None
     narrowed = find_submodule(narrowing(whole), graph.network)
-    difference = max(_difference(outputs, _outputs(narrowed, given)) for given, outputs in expected.values())
-    change = 0.0
-    if original is not None:
-        before = find_submodule(_as_type(original, dtype), graph.network)
-        change = max(_change(_outputs(before, given), outputs) for given, outputs in expected.values())
+    before = None if original is None else find_submodule(_as_type(original, dtype), graph.network)
+    difference = change = 0.0
+    for arguments, outputs, decisions in expected.values():
+        obtained, apart = _outputs(narrowed, arguments, decisions)
+        difference = max(difference, apart, _difference(outputs, obtained))
+        if before is not None:
+            earlier, apart = _outputs(before, arguments, decisions)
+            change = max(change, apart, _change(earlier, outputs))
     tolerance = TOLERANCE if narrowest == torch.float64 else torch.finfo(narrowest).eps ** 0.5
     return Proof(difference, tolerance, dtype, tuple(sorted(expected, reverse=True)), change)
-
-
-def _observed(network: nn.Module, call: Call) -> tuple[list[Tensor], torch.dtype, Exception | None]:
-    """(outputs, narrowest floating type that forward casts to, why it does not run)."""
-    with _Casts() as casts:
-        try:
-            return list(find_tensors(network(*call[0], **call[1]))), casts.narrowest, None
-        except (RuntimeError, ValueError, IndexError) as error:
-            return [], casts.narrowest, error
 
 
 def verify(graph: ChannelAnswers, example_inputs: Any = None, *, seed: int = 0) -> Proof:

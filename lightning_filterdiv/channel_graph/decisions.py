@@ -1,0 +1,107 @@
+"""What forward decides on values: recorded in one run, taken over in another.
+
+A sort, an ``argmax``, a threshold or non-maximum suppression turns the last bit of a floating number into another
+choice. Two networks that agree up to rounding may then return other boxes, or another number of them. So that they can
+be compared, the second one takes over the decisions of the first, and the numbers that each decision rests on are
+compared instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .record import is_shape_only
+
+__all__ = ["Decision", "FollowDecisions", "RecordDecisions", "relative_difference"]
+
+
+class Decision(NamedTuple):
+    """One operator that turned floating numbers into whole numbers, truth values or a Python number."""
+
+    operator: str
+    numbers: list[Tensor]
+    result: Any
+
+
+def _numbers(args: Any, kwargs: Any) -> list[Tensor]:
+    return [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _decides(result: Any) -> bool:
+    leaves = tree_leaves(result)
+    return any(
+        not leaf.is_floating_point() if isinstance(leaf, Tensor) else isinstance(leaf, (bool, int, float))
+        for leaf in leaves
+    )
+
+
+def relative_difference(expected: Tensor, obtained: Tensor) -> float:
+    """Largest difference of two tensors of one shape, relative to the largest finite entry of the first.
+
+    NaN and infinities in the same places of both are equal.
+    """
+    a, b = expected.double(), obtained.double()
+    alike = (a == b) | (a.isnan() & b.isnan())
+    if bool(alike.all()):
+        return 0.0
+    finite = a[a.isfinite()]
+    scale = finite.abs().max() if finite.numel() else a.new_ones(())
+    apart = (a - b).abs().masked_fill(alike, 0.0) / scale.clamp_min(torch.finfo(torch.float64).tiny)
+    return float(apart.nan_to_num(nan=float("inf")).max())
+
+
+class RecordDecisions(TorchDispatchMode):
+    """Records the decisions of a forward pass, and the narrowest floating type that it casts a wider one to."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.decisions: list[Decision] = []
+        self.narrowest = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if is_shape_only(func):
+            return result
+        read = _numbers(args, kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            precision = torch.finfo(result.dtype).eps
+            if precision > torch.finfo(self.narrowest).eps and any(torch.finfo(t.dtype).eps < precision for t in read):
+                self.narrowest = result.dtype
+        elif read and _decides(result):
+            self.decisions.append(Decision(str(func), [t.clone() for t in read], result))
+        return result
+
+
+class FollowDecisions(TorchDispatchMode):
+    """Takes over recorded decisions, in order, as long as the same operators decide on tensors of the same shapes.
+
+    Attributes:
+        difference: largest relative difference of the numbers that a decision rests on.
+    """
+
+    def __init__(self, decisions: list[Decision]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.difference = 0.0
+        self._left = iter(decisions)
+        self._follows = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read = [] if is_shape_only(func) or not self._follows else _numbers(args, kwargs)
+        floats = isinstance(result, Tensor) and result.is_floating_point()
+        if not read or floats or not _decides(result):
+            return result
+        decision = next(self._left, None)
+        if decision is None or decision.operator != str(func):
+            self._follows = False  # another way through forward: what comes out is compared as it is
+            return result
+        if [t.shape for t in decision.numbers] != [t.shape for t in read]:
+            return result  # channels that were narrowed
+        for expected, obtained in zip(decision.numbers, read, strict=True):
+            self.difference = max(self.difference, relative_difference(expected, obtained))
+        return decision.result
