@@ -153,6 +153,11 @@ def concatenate(state: Propagation, node: Node) -> Value:
     return LabelTensor(compress(_join_along(parts, dim)))
 
 
+# Nobody has a layer that reads more features than this: it would have millions of weights per output. Predictions of a
+# dense detector are as many, and following each of their positions takes minutes.
+_MOST_POSITIONS = 2**20
+
+
 def reshape(state: Propagation, node: Node) -> Value:
     """view, reshape, flatten: row-major order is kept."""
     value = _value(state, node.args[0])
@@ -163,6 +168,9 @@ def reshape(state: Propagation, node: Node) -> Value:
     _note_spread(state, node, labels, result)
     small = core(result)
     if small.numel() > core(labels).numel():
+        if small.numel() > _MOST_POSITIONS:
+            state.pin(value, f"input of {state.where(node)}, which makes {small.numel():,} features of them")
+            return state.fixed(node)
         result = _number_slots(state, small).expand(shape)
     return LabelTensor(result, is_parameter=value.is_parameter)
 
