@@ -411,7 +411,11 @@ def unknown(state: Propagation, node: Node) -> Value:
     if is_shape_only(node.target):  # randn_like and the like
         return state.fixed(node)
     name = operator_name(node)
-    why = "which mixes channels" if name in _MIXERS else "an operator the channel graph has no rule for"
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+        why = "which reads its values"
+    else:
+        why = "which mixes channels" if name in _MIXERS else "an operator the channel graph has no rule for"
     for leaf in node.inputs:
         state.pin(leaf, f"input of {state.where(node)}, {why}")
         if (tensor := state.root_parameter(leaf)) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +60,11 @@ _IN_PLACE = {
 
 
 class _PlainOperators(TorchFunctionMode):
-    """Linear layers as one matrix product, whatever the strides of their input; fake quantisation without its state."""
+    """Operators in a form that can be recorded.
+
+    Linear layers are one matrix product, whatever the strides of their input; fake quantisation goes without its state;
+    lists and arrays of a tensor's values are read entry by entry.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,7 +76,19 @@ class _PlainOperators(TorchFunctionMode):
         if func is torch.fused_moving_avg_obs_fake_quant:
             # It updates its observers behind the back of functionalisation; for channels, rounding is what counts.
             return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)
+        if func is torch.Tensor.tolist:
+            return _to_list(args[0])
+        if func in _TO_NUMPY and args[0].dtype != torch.bfloat16:
+            return np.array(_to_list(args[0]), dtype=str(args[0].dtype).removeprefix("torch."))
         return func(*args, **(kwargs or {}))
+
+
+# They read the memory of a tensor, which no mode sees; entry by entry, each read is recorded.
+_TO_NUMPY = (torch.Tensor.numpy, torch.Tensor.__array__)
+
+
+def _to_list(tensor: Tensor) -> Any:
+    return [_to_list(part) for part in tensor.unbind()] if tensor.ndim else tensor.item()
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,50 @@ def test_captured_targets_of_a_detector_are_left_out() -> None:
     graph = ChannelGraph.trace(model, captured)
     backbone = [g for g in graph.groups if g.name.startswith("backbone")]
     assert sum(g.size for g in backbone) > 5000
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda means: means.tolist()[0],
+        lambda means: float(means.numpy()[0]),
+        lambda means: float(means.detach().cpu().numpy()[0]),
+        lambda means: float(np.asarray(means)[0]),
+        lambda means: means[0].item(),
+        lambda means: float(means[0]),
+    ],
+    ids=["tolist", "numpy", "detach", "asarray", "item", "float"],
+)
+def test_every_way_to_read_a_value_is_noticed(read: Callable[[Tensor], float]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x).relu()).relu()
+            return self.c(x) * read(x.mean((0, 2, 3)))
+
+    torch.manual_seed(0)
+    graph, _ = check_exact(Net(), IMAGE)
+    assert [group.name for group in graph.groups] == ["a"]
+    assert "input of item in forward, which reads its values" in graph.pinned["b"]
+
+
+def test_lists_and_arrays_of_constants_are_no_reads() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            height, width = torch.tensor(x.shape[2:]).tolist()
+            grid = torch.from_numpy(np.linspace(0.5, 1.0, height - 2, dtype=np.float32))
+            return self.b(self.a(x) * grid[:, None]) / np.asarray(torch.tensor(width)).item()
+
+    graph, _ = check_exact(Net(), IMAGE)
+    assert graph.read_values == ""
+    assert [(group.name, group.size) for group in graph.groups] == [("a", 8)]
 
 
 def test_wrong_inputs_are_told_from_reads() -> None:
