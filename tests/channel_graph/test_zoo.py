@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+
+from benchmarks.cost.channel_graph_speed import networks
+from benchmarks.experiments import zoo
 
 from .checks import check_exact, mergeable
 
@@ -132,3 +136,27 @@ def test_a_norm_that_mixes_channels_pins_what_it_reads() -> None:
     graph, _ = check_exact(model, image("convnext_tiny"))
     assert mergeable(graph) == 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768)
     assert graph.pinned["features.0.0"] == "input of layer_norm in features.0.1, which mixes channels"
+
+
+ZOO = json.loads(zoo.RESULT.read_text())["rows"]
+#: Of the committed list by default: one per kind of structure, small.
+QUICK = ("regnety_002", "convnext_atto_ols", "skresnet18", "resnet18d")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    "network", [pytest.param(n, marks=() if n[1] in QUICK else pytest.mark.soak, id=n[1]) for n in networks()]
+)
+def test_the_committed_list_merges_as_much_as_committed(network: tuple[str, str, int]) -> None:
+    library, name, size = network
+    committed, row = ZOO[f"{name}@{size}"]["ours"], zoo.ours(library, name, size)
+    assert "error" not in row, row
+    assert row["share"] >= committed["share"] - 1e-3
+    assert row["deviation"] <= 1e-9
+
+
+def test_the_committed_list_is_complete() -> None:
+    keys = {f"{name}@{size}" for _, name, size in networks()}
+    assert keys <= ZOO.keys()
+    names = {key.partition("@")[0] for key in ZOO}
+    assert set(zoo.HARD) <= names
