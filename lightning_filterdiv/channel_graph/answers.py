@@ -27,6 +27,8 @@ __all__ = [
     "TensorRows",
     "layer_of",
     "ranges",
+    "rows_back",
+    "rows_first",
 ]
 
 Kind = Literal["filter", "member", "consumer"]
@@ -50,7 +52,7 @@ class TensorRows:
         dim: the dimension that ``rows`` index.
         rows: (size, k) indices; row ``i`` belongs to channel ``i``, and the k-th entries of all channels correspond.
         groups: above 1 where ``dim`` is 1 and the tensor is the kernel of a grouped convolution. Dimension 1 then holds
-            the channels of one block, and ``rows`` count through all of them: with n entries along dimension 1, row r is
+            the channels of one block, and ``rows`` count through all blocks: with n entries along dimension 1, row r is
             entry ``r % n`` in the ``r // n``-th of ``groups`` equal parts of dimension 0.
     """
 
@@ -59,6 +61,21 @@ class TensorRows:
     dim: int
     rows: Tensor
     groups: int = 1
+
+    def entries(self, tensor: Tensor) -> Tensor:
+        """(size, k, ...) the rows of ``tensor``, as a copy."""
+        first = rows_first(tensor, self.dim, self.groups)
+        return first[self.rows.to(tensor.device)]
+
+
+def rows_first(tensor: Tensor, dim: int, groups: int = 1) -> Tensor:
+    """``tensor`` with what rows number as dimension 0: a view, or with ``groups`` above 1 a copy."""
+    return tensor.movedim(dim, 0) if groups == 1 else tensor.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def rows_back(first: Tensor, dim: int, groups: int = 1) -> Tensor:
+    """Inverse of :func:`rows_first`."""
+    return first.movedim(0, dim) if groups == 1 else first.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +244,7 @@ class ChannelAnswers:
         table: every row of every tensor that some channel owns.
         read_values: where forward read the values of tensors, empty if it did not.
         output_shapes: of the traced outputs.
+        stacked: channels lie along stacked branches somewhere, in an order that forward's numbers decide.
     """
 
     def __init__(
@@ -248,6 +266,7 @@ class ChannelAnswers:
         network: str,
         output_shapes: tuple[torch.Size, ...],
         read_values: str,
+        stacked: bool,
     ) -> None:
         self._model = model
         self._structure = structure(model)
@@ -255,7 +274,7 @@ class ChannelAnswers:
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
         self._operations = operations
         self._body_moves, self.network = body_moves, network
-        self.output_shapes, self.read_values = output_shapes, read_values
+        self.output_shapes, self.read_values, self.stacked = output_shapes, read_values, stacked
         self.map_sites, self.constrained, self.table, self._arguments = map_sites, constrained, table, arguments
 
     def exclude(self, groups: Mapping[str, str]) -> None:
