@@ -210,9 +210,10 @@ def groups_of(
             name if names.count(name) == 1 else f"{name}[{names[:i].count(name)}]",
             layers,
             len(channels),
-            parts,
+            tuple(p for p in parts if p.kind != "counted"),
             channels,
             blocks,
+            tuple(p for p in parts if p.kind == "counted"),
         )
         for i, (name, (layers, parts, channels, blocks)) in enumerate(zip(names, found, strict=True))
     ]
