@@ -36,6 +36,11 @@ def pointwise(state: Propagation, node: Node) -> Value:
     out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
         return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
+    if state.counts and operator_name(node) in _PRODUCTS:
+        weighed = [value for n, value in operands if (known := state.vector(n)) is None or known[0] not in state.counts]
+        if len(weighed) < len(node.inputs) == 2:
+            labels = weighed[0].labels.expand(out)
+            return LabelTensor(state.table.derive(labels, state.key(node)), weighed=True)
     if all(value.uniform for _, value in operands):
         fixed = state.fixed(node)
         assert isinstance(fixed, LabelTensor)
