@@ -66,19 +66,20 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise OSError(f"{os.fspath(path)} cannot be written: {reason}")
     model = bare_module(model)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
+    norms = {
+        name: (type(module).__name__, module.options)
+        for name, module in named_modules(model).items()
+        if isinstance(module, CountedNorm)
+    }
     content = io.BytesIO()  # on disk, torch would report a full one as an internal error
     torch.save(
         {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": _VERSION if norms else 1,  # without norms that weigh, older releases read it, too
             "class": type(model).__name__,
             "tensors": tensors,
             "maps": [name for name, _ in _maps(model)],
-            "norms": {
-                name: (type(module).__name__, module.options)
-                for name, module in named_modules(model).items()
-                if isinstance(module, CountedNorm)
-            },
+            "norms": norms,
         },
         content,
     )
