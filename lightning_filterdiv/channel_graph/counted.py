@@ -39,6 +39,8 @@ class CountedNorm(nn.Module):
     """
 
     counts: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -128,7 +130,8 @@ class CountedGroupNorm(CountedNorm):
         """(N, C, 1) mean of the block of each channel."""
         weighed = (values.mean(2) * self.counts).unflatten(1, (self.groups, -1)).sum(2)
         means = weighed / self.counts.unflatten(0, (self.groups, -1)).sum(1)
-        return means.repeat_interleave(values.shape[1] // self.groups, dim=1).unsqueeze(2)
+        wide: Tensor = means.repeat_interleave(values.shape[1] // self.groups, dim=1)
+        return wide.unsqueeze(2)
 
 
 class CountedResponseNorm(CountedNorm):
@@ -164,7 +167,8 @@ def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[typ
     """
     if isinstance(module, CountedNorm):
         return type(module), module.options
-    if not hasattr(module, "eps") or next(module.children(), None) is not None:
+    numeric = isinstance(getattr(module, "eps", ""), (int, float, type(None)))
+    if not numeric or next(module.children(), None) is not None:
         return None
     generator = torch.Generator().manual_seed(0)
 
@@ -187,7 +191,7 @@ def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[typ
     if not isinstance(expected, Tensor) or expected.shape != input.shape:
         return None
     weight, bias = getattr(replica, "weight", None), getattr(replica, "bias", None)
-    options = {"eps": module.eps, "dim": dim - len(shape) if dim > 1 else dim}
+    options: dict[str, Any] = {"eps": module.eps, "dim": dim - len(shape) if dim > 1 else dim}
     candidates: list[tuple[type[CountedNorm], int]] = [(CountedLayerNorm, 1), (CountedRMSNorm, 1)]
     if len(shape) == 4:
         candidates.append((CountedResponseNorm, 1))

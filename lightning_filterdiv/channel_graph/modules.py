@@ -292,4 +292,4 @@ def set_norm_width(module: nn.Module, width: int) -> None:
             module.num_groups = width
         module.num_channels = width
     elif isinstance(shape := getattr(module, "normalized_shape", None), (tuple, list)) and len(shape) == 1:
-        module.normalized_shape = type(shape)((width,)) if type(shape) in (tuple, list) else torch.Size((width,))  # type: ignore[assignment]
+        vars(module)["normalized_shape"] = [width] if isinstance(shape, list) else (width,)
