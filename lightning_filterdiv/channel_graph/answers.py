@@ -201,6 +201,7 @@ class ChannelAnswers:
         table: every row of every tensor that some channel owns.
         read_values: where forward read the values of tensors, empty if it did not.
         output_shapes: of the traced outputs.
+        recording: the record and its labels, which graph forms are written from.
     """
 
     def __init__(
@@ -222,12 +223,13 @@ class ChannelAnswers:
         network: str,
         output_shapes: tuple[torch.Size, ...],
         read_values: str,
+        recording: Any = None,
     ) -> None:
         self._model = model
         self._structure = structure(model)
         self._groups, self._pinned, self._regions = groups, pinned, regions
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
-        self._operations = operations
+        self._operations, self.recording = operations, recording
         self._body_moves, self.network = body_moves, network
         self.output_shapes, self.read_values = output_shapes, read_values
         self.map_sites, self.constrained, self.table, self._arguments = map_sites, constrained, table, arguments

@@ -25,9 +25,9 @@ __all__ = ["find_unresizable", "pin_unresizable"]
 
 
 def pin_unresizable(graph: ChannelAnswers) -> None:
-    """Pin the groups that no other width of theirs would fit into forward."""
+    """Pin the groups that no other width of theirs would fit into forward, in neither form."""
     tied = unresizable_sets(graph) if graph.constrained else []
-    graph.exclude({group.name: _fixed_by(graph, group) for group in tied})
+    graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
     graph.exclude({group.name: _fixed_by(graph, group) for group in find_unresizable(graph)})
 
 

@@ -24,6 +24,7 @@ from . import layers, moves
 from .answers import ChannelAnswers, Operation, Table, layer_of
 from .channels import channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
 from .errors import ChannelGraphError, TraceError
+from .forms import Recording
 from .inputs import example_arguments
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
@@ -199,6 +200,7 @@ def _collect(
         "arguments": call,
         "network": network,
         "output_shapes": tuple(node.shape for node in records[0].outputs),
+        "recording": Recording(records[0], state),
         "read_values": next((state.where(node) for node in records[0].nodes if node in records[0].reads), ""),
     }
 
