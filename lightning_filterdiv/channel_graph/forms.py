@@ -12,15 +12,26 @@ from torch import nn
 
 from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers
-from .errors import GraphFormError
-from .graph_form import BodyGraph, Mask, write_body
+from .errors import GraphFormError, StaleGraphError
+from .graph_form import BodyGraph, Mask, RaggedError, kept_positions, write_body
 from .labels import Ints, LabelTensor, core
 from .modules import bare_module, tensor_names
 from .propagate import Propagation
 from .record import Node, Record, operator_name
 from .samples import Alignment, other_record, samples_of
 
-__all__ = ["FORMS", "Form", "FormChoice", "Recording", "fixing_bodies", "graph_bodies", "refusal", "take_graph_form"]
+__all__ = [
+    "FORMS",
+    "Form",
+    "FormChoice",
+    "Masks",
+    "Recording",
+    "find_deviation",
+    "fixing_bodies",
+    "graph_bodies",
+    "refusal",
+    "take_graph_form",
+]
 
 Form = Literal["auto", "module", "graph"]
 FORMS: tuple[Form, ...] = ("auto", "module", "graph")
@@ -62,16 +73,24 @@ class Recording:
     other: Record | str | None = None
     aligned: dict[str, Alignment | str] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: object) -> Recording:
+        return self  # it says nothing about the tensors of one copy
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # operators cannot be pickled
+
 
 def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, str]:
     """Path of each forward body that decides by itself where ``channels`` go -> the operator that does."""
+    if graph.recording is None:
+        raise StaleGraphError("a channel graph that was pickled cannot narrow: trace the network again")
     state, wanted = graph.recording.state, np.fromiter(channels, dtype=np.int64)
     mapped = {site.module for site in graph.map_sites}
     found: dict[str, str] = {}
     for move in (*state.moves, *(m for m in state.reshapes if m.module in graph.recording.literal)):
-        if move.module not in mapped and move.module not in found:
-            if np.isin(state.table.roots(move.owners), wanted).any():
-                found[move.module] = move.operator
+        known = move.module in mapped or move.module in found
+        if not known and np.isin(state.table.roots(move.owners), wanted).any():
+            found[move.module] = move.operator
     return found
 
 
@@ -82,7 +101,7 @@ def refusal(graph: ChannelAnswers, path: str) -> str | None:
 
 
 def _aligned(graph: ChannelAnswers, path: str) -> Alignment | str:
-    recording = graph.recording
+    recording: Recording = graph.recording
     if path not in recording.aligned:
         try:
             recording.aligned[path] = _align(graph, path)
@@ -116,7 +135,7 @@ def _align(graph: ChannelAnswers, path: str) -> Alignment:
     return Alignment(samples[0], [*samples[1:], *others])
 
 
-class _Masks:
+class Masks:
     """Which positions of each tensor remain.
 
     Args:
@@ -125,7 +144,9 @@ class _Masks:
         removed: (tensor, dim) -> rows that go.
     """
 
-    def __init__(self, graph: ChannelAnswers, target: Mapping[int, int], removed: Mapping[tuple[str, int], Ints]) -> None:
+    def __init__(
+        self, graph: ChannelAnswers, target: Mapping[int, int], removed: Mapping[tuple[str, int], Ints]
+    ) -> None:
         self._state, self._removed = graph.recording.state, removed
         self._names = graph.recording.record.tensors
         gone = np.asarray([c for c, into in target.items() if c != into], dtype=np.int64)
@@ -134,9 +155,19 @@ class _Masks:
         self._known: dict[Node, Mask] = {}
 
     def __call__(self, node: Node) -> Mask:
+        """What remains of ``node``; dimensions along which that does not change have size one."""
         if node not in self._known:
             self._known[node] = self._find(node)
         return self._known[node]
+
+    def shape(self, node: Node) -> torch.Size:
+        """Of what remains.
+
+        Raises:
+            RaggedError: it has none.
+        """
+        kept = kept_positions(self(node), node.shape)
+        return torch.Size(n if k is None else len(k) for n, k in zip(node.shape, kept, strict=True))
 
     def _find(self, node: Node) -> Mask:
         if not isinstance(node.value, torch.Tensor):
@@ -147,7 +178,8 @@ class _Masks:
         if isinstance(value, LabelTensor):
             labels = core(value.labels).numpy()
             owner = self._state.table.owner[np.maximum(labels, 0)]
-            return (labels <= 0) | self._alive[np.maximum(owner, 0)]
+            alive: Mask = (labels <= 0) | self._alive[np.maximum(owner, 0)]
+            return alive
         if node.op == "call" and len(node.inputs) == 1 and self._state.is_move(node):
             # A parameter that is only moved has no labels of its own.
             source = node.inputs[0]
@@ -173,21 +205,17 @@ class _Masks:
         return mask
 
 
-def graph_bodies(
-    graph: ChannelAnswers, paths: Mapping[str, str], target: Mapping[int, int], removed: Mapping[tuple[str, int], Ints]
-) -> list[BodyGraph]:
+def graph_bodies(graph: ChannelAnswers, paths: Mapping[str, str], masks: Masks) -> list[BodyGraph]:
     """Graphs of the bodies at ``paths`` without the channels that go, inner ones first.
 
     Args:
         graph: channel graph of the network.
         paths: path -> the operator that fixes widths.
-        target: channel -> the one that stands for it, -1 for none; others stay.
-        removed: (tensor, dim) -> rows that go.
+        masks: what remains of each tensor.
 
     Raises:
         GraphFormError: one of them cannot be written; the message names it.
     """
-    masks = _Masks(graph, target, removed)
     names = graph.recording.record.tensors
     written = []
     for path in sorted(paths, key=lambda p: (-p.count("."), p) if p else (1, p)):
@@ -202,7 +230,7 @@ def graph_bodies(
     return written
 
 
-def _check_visits(graph: ChannelAnswers, aligned: Alignment, masks: _Masks) -> None:
+def _check_visits(graph: ChannelAnswers, aligned: Alignment, masks: Masks) -> None:
     """A body that is called several times has one graph: what remains must be the same."""
     labelled = graph.recording.state.values
     for twin in aligned.twins:
@@ -220,3 +248,25 @@ def take_graph_form(model: nn.Module, bodies: Iterable[BodyGraph]) -> nn.Module:
     for body in bodies:
         model = body.install(model)
     return model
+
+
+def find_deviation(record: Record, masks: Masks, nodes: Iterable[Node]) -> Node | None:
+    """The first call of ``record`` that a narrower network does not repeat with what remains of its channels.
+
+    Args:
+        record: of the network.
+        masks: what remains.
+        nodes: recorded with the narrower network, as far as its forward ran.
+    """
+    repeated = {node.name: node for node in nodes}
+    for node in record.calls:
+        other = repeated.get(node.name)
+        if other is None or other.target is not node.target:
+            return node
+        if isinstance(node.value, torch.Tensor):
+            try:
+                if masks.shape(node) != other.shape:
+                    return node
+            except RaggedError:
+                return node
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
@@ -51,7 +51,8 @@ class GraphBody(fx.GraphModule):
 
 
 def _restore(attributes: dict[str, Any], imports: str) -> GraphBody:
-    return GraphBody(_bare(attributes), reduce_graph_module(dict(attributes), imports).graph)
+    plain = cast(fx.GraphModule, reduce_graph_module(dict(attributes), imports))
+    return GraphBody(_bare(attributes), plain.graph)
 
 
 @cache

@@ -27,7 +27,7 @@ from .labels import Ints
 from .record import Node, Opaque, Visit, arguments, operator_name
 from .samples import Alignment, nodes_in
 
-__all__ = ["BodyGraph", "Kept", "write_body"]
+__all__ = ["BodyGraph", "Kept", "Mask", "RaggedError", "kept_positions", "write_body"]
 
 aten = torch.ops.aten
 #: For each dimension of a tensor the positions that remain, None for all.
@@ -54,7 +54,7 @@ _FOLLOWS = frozenset(
 _SPATIAL = ("avg_pool", "max_pool", "adaptive_", "_adaptive_", "upsample_", "_upsample_", "reflection_", "replication_")
 
 
-class _RaggedError(Exception):
+class RaggedError(Exception):
     """What remains of a tensor has no rectangular shape."""
 
 
@@ -187,7 +187,7 @@ class Writer:
             raise GraphFormError(f"forward calls {visit.path!r}, which is no submodule of it")
         if any(isinstance(part, Opaque) for part in _leaves([visit.args, visit.kwargs, visit.output])):
             raise GraphFormError(f"forward hands an object to {visit.path!r}, or gets one from it")
-        others = [s for s in zip(*(o.steps for o in self._aligned.others), strict=True)]
+        others = list(zip(*(o.steps for o in self._aligned.others), strict=True))
         twins = next((t for f, t in zip(self._aligned.first.steps, others, strict=True) if f is visit), ())
         args = self._value(visit.args, [t.args for t in twins])
         kwargs = self._value(visit.kwargs, [t.kwargs for t in twins])
@@ -200,10 +200,10 @@ class Writer:
         """What remains of a tensor.
 
         Raises:
-            _RaggedError: not a rectangle.
+            RaggedError: not a rectangle.
         """
         if node not in self._kept:
-            self._kept[node] = _rectangle(self._mask(node), node.shape)
+            self._kept[node] = kept_positions(self._mask(node), node.shape)
         return self._kept[node]
 
     def _narrowed(self, node: Node) -> bool:
@@ -241,7 +241,7 @@ class Writer:
             for more, other in self._numbers[i:]:
                 if all(v == a * b for v, a, b in zip(wanted, sizes, more, strict=True)):
                     return self.graph.call_function(operator.mul, (make(), other()))
-        raise GraphFormError(f"forward computes the numbers {wanted} in a way that the shapes of its tensors do not show")
+        raise GraphFormError(f"forward computes {wanted} in a way that the shapes of its tensors do not show")
 
     def _tensor(self, node: Node) -> fx.Node:
         node = self._aligned.first.same.get(node, node)
@@ -285,7 +285,7 @@ class Writer:
         try:
             if isinstance(node.value, Tensor):
                 self.kept(node)
-        except _RaggedError:
+        except RaggedError:
             if operator_name(parent, raw=True) not in _MOVES:
                 raise GraphFormError(
                     f"{operator_name(parent)} would act on parts of unequal width; keep equally many channels in each"
@@ -389,7 +389,7 @@ class Writer:
         return first.value.dtype if first is not None and first.value.dtype.is_floating_point else None
 
     def _fitting(self, made: Any, node: Any, result: Node) -> Any:
-        """An operand, without the positions that its partner lost: a constant for every channel has an owner nowhere."""
+        """An operand without the positions that its partner lost: constants for every channel have no owner."""
         if not isinstance(node, Node) or not isinstance(node.value, Tensor):
             return made
         kept, own = self.kept(result), self.kept(node)
@@ -435,7 +435,7 @@ class Writer:
     def _shape(self, node: Node) -> list[Any]:
         """Sizes of the result at the new widths."""
         kept, shape, unknown = self.kept(node), list[Any](), 0
-        for dim, size in enumerate(node.shape):
+        for dim in range(len(node.shape)):
             sizes = self._aligned.sizes(node, dim)
             if kept[dim] is None:
                 try:
@@ -450,7 +450,6 @@ class Writer:
                 raise GraphFormError(f"{_name(node)} has a shape that does not follow from those of other tensors")
             shape.append(-1)
             unknown += 1
-        del size
         return shape
 
     def _sized(self, node: Node) -> fx.Node:
@@ -589,8 +588,12 @@ def _leaves(value: Any) -> list[Any]:
     return _leaves(list(value.values())) if isinstance(value, dict) else [value]
 
 
-def _rectangle(mask: Mask, shape: Sequence[int]) -> Kept:
-    """Positions that remain along each dimension."""
+def kept_positions(mask: Mask, shape: Sequence[int]) -> Kept:
+    """Positions that remain along each dimension.
+
+    Raises:
+        RaggedError: they are no rectangle.
+    """
     kept: Kept = [None] * len(shape)
     if mask.all():
         return kept
@@ -602,9 +605,9 @@ def _rectangle(mask: Mask, shape: Sequence[int]) -> Kept:
                 kept[dim] = np.flatnonzero(along)
             whole = whole & along.reshape([-1 if d == dim else 1 for d in range(mask.ndim)])
     if not mask.any() and all(k is None for k in kept):
-        raise _RaggedError  # one channel, everywhere the same, that goes
+        raise RaggedError  # one channel, everywhere the same, that goes
     if not np.array_equal(whole, mask):
-        raise _RaggedError
+        raise RaggedError
     return kept
 
 
@@ -662,4 +665,3 @@ def _joinable(sources: Sequence[Node], axis: int) -> bool:
 
 def _is_impure(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output", "call_module")
-

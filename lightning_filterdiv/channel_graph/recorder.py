@@ -22,7 +22,7 @@ from .errors import ExampleInputsError, TraceError
 from .modules import find_tensors, quiet, unchanged, without_compilation
 from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like
 
-__all__ = ["record"]
+__all__ = ["record", "record_as_far_as_it_runs"]
 
 _META = torch.device("meta")
 _FOLDED = 1 << 16  # entries of a constant that is computed along
@@ -151,7 +151,7 @@ class _Recorder(TorchDispatchMode):
         """``value`` with nodes in the place of tensors."""
         if isinstance(value, Tensor):
             if torch._is_functional_tensor(value):
-                torch._sync(value)
+                torch._functionalize_sync(value)
                 value = torch._from_functional_tensor(value)
             return self.node_of(value) or self.outside(value)
         if type(value) in (list, tuple):
@@ -407,6 +407,12 @@ def record(
         frozenset(recorder.reads),
         tuple(recorder.visits),
     )
+
+
+def record_as_far_as_it_runs(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> list[Node]:
+    """Everything that forward calls on meta tensors before it fails, if it does."""
+    with without_compilation(model):
+        return _attempt(model, call, names, prefix, False, real=False)[0].nodes
 
 
 def _attempt(

@@ -61,7 +61,7 @@ def samples_of(record: Record, path: str) -> list[Sample]:
     children: dict[int, list[Visit]] = {}
     for visit in record.visits:
         children.setdefault(visit.parent, []).append(visit)
-    buffers = {node: name for node, name in record.written}
+    buffers = dict(record.written)
     return [
         _sample(number, visit, children.get(number, []), buffers)
         for number, visit in enumerate(record.visits)
@@ -196,7 +196,7 @@ def pair(mine: Any, theirs: Any, twin: dict[Node, Node], where: str) -> None:
     """
     if isinstance(mine, Node) and isinstance(theirs, Node):
         outer = mine.op in ("tensor", "constant")
-        if mine.op != theirs.op and outer or twin.setdefault(mine, theirs) is not theirs and not outer:
+        if (mine.op != theirs.op and outer) or (twin.setdefault(mine, theirs) is not theirs and not outer):
             raise GraphFormError(f"{where} is another tensor {_MODES}")
     elif isinstance(mine, (list, tuple)) and type(mine) is type(theirs) and len(mine) == len(theirs):
         for a, b in zip(mine, theirs, strict=True):
@@ -210,4 +210,3 @@ def pair(mine: Any, theirs: Any, twin: dict[Node, Node], where: str) -> None:
         return
     elif type(mine) is not type(theirs) or mine != theirs:
         raise GraphFormError(f"{where} is {theirs!r} instead of {mine!r} {_MODES}")
-

@@ -50,12 +50,14 @@ def nearest_counts(graph: ChannelAnswers, counts: dict[str, int]) -> dict[str, i
     """See :meth:`ChannelAnswers.expressible_counts`.
 
     One trial asks whether forward itself follows these widths, so that every class stays. Otherwise its graph form
-    takes any; forwards that have none are asked in turn.
+    takes any. More trials are made for forwards that have none, and for that of the whole network, whose class is the
+    one that people know.
     """
-    shrinking = []
-    for groups in _tied_groups(graph, graph.constrained):
-        if any(counts[g.name] < g.size for g in groups):
-            shrinking.append((groups, sum(counts[g.name] for g in groups) / sum(g.size for g in groups)))
+    shrinking = [
+        (groups, sum(counts[g.name] for g in groups) / sum(g.size for g in groups))
+        for groups in _tied_groups(graph, graph.constrained)
+        if any(counts[g.name] < g.size for g in groups)
+    ]
     if not shrinking:
         return dict(counts)
     if (together := _together(graph, shrinking, _STEPS[:1])) is not None:
@@ -63,8 +65,11 @@ def nearest_counts(graph: ChannelAnswers, counts: dict[str, int]) -> dict[str, i
     result = dict(counts)
     stuck = frozenset().union(*stuck_sets(graph))
     for groups, ratio in shrinking:
-        if int(groups[0].channels[0]) in stuck:
+        channel = int(groups[0].channels[0])
+        if channel in stuck:
             result.update(_together(graph, [(groups, ratio)], _STEPS) or {g.name: g.size for g in groups})
+        elif graph.network in fixing_bodies(graph, {int(c) for g in groups for c in g.channels}):
+            result.update(_together(graph, [(groups, ratio)], _STEPS) or {})
     return result
 
 
@@ -108,8 +113,9 @@ def _together(
     for groups, ratio in sets:
         for group in groups:
             for layer in group.producers:
-                totals[layer] = totals.get(layer, 0) + group.size
-                removed[layer] = removed.get(layer, 0.0) + (1 - ratio) * group.size
+                rows = group.rows(layer).numel()
+                totals[layer] = totals.get(layer, 0) + rows
+                removed[layer] = removed.get(layer, 0.0) + (1 - ratio) * rows
     tried = set()
     for step in steps:
         widths = {layer: n - round(step * removed[layer]) for layer, n in totals.items()}
@@ -129,7 +135,8 @@ def widths_of(graph: ChannelAnswers, counts: Mapping[str, int]) -> dict[str, int
     for group in graph.groups:
         if counts.get(group.name, group.size) < group.size:
             for layer in group.producers:
-                widths[layer] = widths.get(layer, graph.filter_count(layer)) - group.size + counts[group.name]
+                each = group.rows(layer).numel() // group.size
+                widths[layer] = widths.get(layer, graph.filter_count(layer)) - each * (group.size - counts[group.name])
     return widths
 
 
@@ -194,7 +201,8 @@ def _shapes(module: nn.Module, input: Tensor, width: int | None) -> dict[str, tu
             each = module.out_channels // module.groups
             order, writes = ((reads, each) if module.transposed else (reads * each, 1)), reads * each
         else:
-            return {}
+            groups = module.groups
+            order = (reads, writes // groups) if module.transposed else (writes, reads // groups)
         shapes["weight"] = (*order, *kernel)
         if module.bias is not None:
             shapes["bias"] = (writes,)
@@ -228,6 +236,8 @@ def _match(graph: ChannelAnswers, model: nn.Module, narrow: ChannelAnswers) -> L
         if [kind for (kind, _), _ in before] != [kind for (kind, _), _ in after]:
             return None
         for ((_, name), members), (_, found) in zip(before, after, strict=True):
+            if name:  # a channel may have several filters of a layer
+                members, found = list(dict.fromkeys(members)), list(dict.fromkeys(found))
             size = counts.setdefault(name, len(found)) if name else len(members)
             if len(found) != size or len(found) > len(members):
                 return None

@@ -82,5 +82,10 @@ def _silence(model: nn.Module, groups: Mapping[str, ChannelGroup], keep: Mapping
     for name, kept in keep.items():
         for part in groups[name].parts if name in groups else ():
             if part.kind == "consumer":
-                rows = part.rows[_removed(groups[name], kept)].reshape(-1)
-                tensors[part.tensor].index_fill_(part.dim, rows.to(tensors[part.tensor].device), 0)
+                tensor = tensors[part.tensor]
+                rows = part.rows[_removed(groups[name], kept)].reshape(-1).to(tensor.device)
+                if part.groups > 1:
+                    blocks = tensor.unflatten(0, (part.groups, -1)).transpose(1, 2)
+                    blocks[rows // tensor.shape[1], rows % tensor.shape[1]] = 0
+                else:
+                    tensor.index_fill_(part.dim, rows, 0)
