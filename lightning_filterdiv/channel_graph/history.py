@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from .answers import ChannelAnswers
 from .errors import NarrowingError
 
-__all__ = ["chosen_channels", "example_inputs_of", "history_of", "narrowing_step", "remember"]
+__all__ = ["chosen_channels", "example_inputs_of", "history_of", "narrowing_step", "remember", "set_history"]
 
 _ATTRIBUTE = "_narrowing_steps"
 
 
 def remember(model: nn.Module, step: dict[str, Any], *, of: nn.Module) -> nn.Module:
     """Note on ``model`` that it was made of ``of`` by ``step``; returns it."""
-    model.__dict__[_ATTRIBUTE] = [*history_of(of), step]
+    set_history(model, [*history_of(of), step])
     return model
+
+
+def set_history(model: nn.Module, steps: list[dict[str, Any]]) -> None:
+    """Note the steps that made ``model``, oldest first."""
+    model.__dict__[_ATTRIBUTE] = steps
 
 
 def history_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -27,9 +32,12 @@ def history_of(model: nn.Module) -> list[dict[str, Any]]:
     return list(model.__dict__.get(_ATTRIBUTE, []))
 
 
-def narrowing_step(graph: ChannelAnswers, keep: Mapping[str, Tensor], form: str) -> dict[str, Any]:
+def narrowing_step(
+    graph: ChannelAnswers, keep: Mapping[str, Tensor], sums: Mapping[str, Tensor], form: str
+) -> dict[str, Any]:
     """Plain values and tensors that say what was kept: filters by the tensor that makes them."""
     kept: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
     groups = {group.name: group for group in graph.groups}
     for name, index in keep.items():
         group = groups[name]
@@ -37,16 +45,24 @@ def narrowing_step(graph: ChannelAnswers, keep: Mapping[str, Tensor], form: str)
             part = next(p for p in group.parts if p.kind == "filter")
             rows = part.rows[index.cpu().long().sort().values, 0]
             kept[part.tensor] = torch.cat([kept.get(part.tensor, rows.new_empty(0)), rows])
-    return {"network": graph.network, "inputs": _described(graph.arguments), "form": form, "keep": kept}
+            if name in sums:
+                into = sums[name].cpu().long()
+                pairs = torch.stack([part.rows[:, 0], part.rows[into.clamp_min(0), 0]], dim=1)[into >= 0]
+                added[part.tensor] = torch.cat([added.get(part.tensor, pairs.new_empty(0, 2)), pairs])
+    inputs = _described(graph.arguments)
+    return {"network": graph.network, "inputs": inputs, "form": form, "keep": kept, "sums": added}
 
 
-def chosen_channels(graph: ChannelAnswers, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``keep`` for the groups of ``graph``, of the filters that a step names.
+def chosen_channels(
+    graph: ChannelAnswers, kept: Mapping[str, Tensor], added: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``keep`` and ``sums`` for the groups of ``graph``, of the filters that a step names.
 
     Raises:
         NarrowingError: a tensor makes no filters that may go, or not those.
     """
     keep: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     left = {tensor: set(rows.tolist()) for tensor, rows in kept.items()}
     for group in graph.groups:
         part = next(p for p in group.parts if p.kind == "filter")
@@ -55,10 +71,17 @@ def chosen_channels(graph: ChannelAnswers, kept: Mapping[str, Tensor]) -> dict[s
             if here.any():
                 keep[group.name] = here.nonzero().squeeze(1)
                 left[part.tensor] -= set(part.rows[here, 0].tolist())
+                if part.tensor in added:
+                    place = {row: i for i, row in enumerate(part.rows[:, 0].tolist())}
+                    into = torch.full((group.size,), -1)
+                    for row, onto in added[part.tensor].tolist():
+                        if row in place:
+                            into[place[row]] = place.get(onto, -1)
+                    sums[group.name] = into
     wrong = [tensor for tensor, rows in left.items() if rows]
     if wrong:
         raise NarrowingError(f"{wrong[0]} does not have the filters that were kept")
-    return keep
+    return keep, sums
 
 
 def _described(value: Any) -> Any:

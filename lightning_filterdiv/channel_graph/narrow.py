@@ -356,7 +356,7 @@ class Narrowing:
 
     def step(self) -> dict[str, Any]:
         """What a file needs to do the same to a fresh network: plain values and tensors of integers."""
-        return narrowing_step(self._graph, self._kept, "graph" if self._bodies else "module")
+        return narrowing_step(self._graph, self._kept, self._sums, "graph" if self._bodies else "module")
 
 
 def masks_of(graph: ChannelAnswers, selections: list[_Selection]) -> Masks:

@@ -17,7 +17,7 @@ from .answers import ChannelAnswers
 from .errors import NarrowingError
 from .inputs import example_arguments
 from .modules import bare_module, copy_network, device_of, find_tensors
-from .narrow import merging, narrow, tie
+from .narrow import Narrowing, merging, tie
 from .record import is_shape_only
 from .widths import nearest_counts
 
@@ -310,7 +310,7 @@ def verify(graph: ChannelAnswers, example_inputs: Any = None, *, seed: int = 0) 
     model = copy_network(graph.model)
     randomise(model, generator)
     tie(model, graph, clusters)
-    proof = prove(model, lambda m: narrow(m, graph, keep, sums), graph, arguments, seed=seed)
+    proof = prove(model, Narrowing(graph, keep, sums), graph, arguments, seed=seed)
     if not proof.exact:
         raise NarrowingError(
             f"the narrowed network differs by {proof.difference:.1e} (relative), more than {proof.tolerance:.0e}"
