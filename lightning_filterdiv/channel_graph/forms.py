@@ -12,18 +12,19 @@ from torch import nn
 
 from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers
-from .errors import GraphFormError, StaleGraphError
-from .graph_form import BodyGraph, Mask, RaggedError, kept_positions, write_body
+from .errors import GraphFormError
+from .graph_form import BodyGraph, Mask, RaggedError, is_movement, kept_positions, move, write_body
 from .labels import Ints, LabelTensor, core
 from .modules import bare_module, tensor_names
 from .propagate import Propagation
-from .record import Node, Record, operator_name
+from .record import Node, Record
 from .samples import Alignment, other_record, samples_of
 
 __all__ = [
     "FORMS",
     "Form",
     "FormChoice",
+    "LostRecording",
     "Masks",
     "Recording",
     "find_deviation",
@@ -56,6 +57,13 @@ class FormChoice:
 
 
 @dataclass
+class LostRecording:
+    """What pickle leaves of a :class:`Recording`."""
+
+    literal: dict[str, str]
+
+
+@dataclass
 class Recording:
     """What a trace recorded, kept for graph forms.
 
@@ -76,21 +84,19 @@ class Recording:
     def __deepcopy__(self, memo: object) -> Recording:
         return self  # it says nothing about the tensors of one copy
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # operators cannot be pickled
+    def __reduce__(self) -> tuple[type[LostRecording], tuple[dict[str, str]]]:
+        return LostRecording, (self.literal,)  # operators cannot be pickled
 
 
 def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, str]:
     """Path of each forward body that decides by itself where ``channels`` go -> the operator that does."""
-    if graph.recording is None:
-        raise StaleGraphError("a channel graph that was pickled cannot narrow: trace the network again")
     state, wanted = graph.recording.state, np.fromiter(channels, dtype=np.int64)
-    mapped = {site.module for site in graph.map_sites}
+    mapped = {mapping.module for mapping in graph.map_sites}
     found: dict[str, str] = {}
-    for move in (*state.moves, *(m for m in state.reshapes if m.module in graph.recording.literal)):
-        known = move.module in mapped or move.module in found
-        if not known and np.isin(state.table.roots(move.owners), wanted).any():
-            found[move.module] = move.operator
+    for site in (*state.moves, *(m for m in state.reshapes if m.module in graph.recording.literal)):
+        known = site.module in mapped or site.module in found
+        if not known and np.isin(state.table.roots(site.owners), wanted).any():
+            found[site.module] = site.operator
     return found
 
 
@@ -180,18 +186,11 @@ class Masks:
             owner = self._state.table.owner[np.maximum(labels, 0)]
             alive: Mask = (labels <= 0) | self._alive[np.maximum(owner, 0)]
             return alive
-        if node.op == "call" and len(node.inputs) == 1 and self._state.is_move(node):
-            # A parameter that is only moved has no labels of its own.
-            source = node.inputs[0]
-            whole = torch.from_numpy(np.broadcast_to(self(source), tuple(source.shape)).copy())
-            moved = (
-                whole.reshape(node.shape)
-                if operator_name(node, raw=True) in ("view", "_unsafe_view", "reshape")
-                else node.target(whole, *node.args[1:], **node.kwargs)
-                if operator_name(node, raw=True) != "_to_copy"
-                else whole
-            )
-            return moved.numpy()
+        # A parameter that is only moved has no labels, nor has what only a call without a use reads.
+        call = node.args[0] if node.op == "item" else node
+        if call.op == "call" and is_movement(call):
+            moved = move(call, lambda n: torch.from_numpy(np.broadcast_to(self(n), tuple(n.shape)).copy()))
+            return np.asarray((moved[node.args[1]] if node.op == "item" else moved).numpy())
         return np.ones([1] * len(node.shape), dtype=np.bool_)
 
     def _parameter(self, node: Node) -> Mask:

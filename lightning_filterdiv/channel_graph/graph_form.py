@@ -27,7 +27,7 @@ from .labels import Ints
 from .record import Node, Opaque, Visit, arguments, operator_name
 from .samples import Alignment, nodes_in
 
-__all__ = ["BodyGraph", "Kept", "Mask", "RaggedError", "kept_positions", "write_body"]
+__all__ = ["BodyGraph", "Kept", "Mask", "RaggedError", "is_movement", "kept_positions", "move", "write_body"]
 
 aten = torch.ops.aten
 #: For each dimension of a tensor the positions that remain, None for all.
@@ -45,7 +45,7 @@ _MOVES = _SHAPED | _ALONG | _PARTS | _JOINS | _TURNS
 _SIZED = frozenset({"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "expand"})
 _FOLLOWS = frozenset(
     {
-        *("_to_copy", "to", "contiguous", "lift_fresh", "lift_fresh_copy", "copy", "native_dropout", "mean", "sum"),
+        *("_to_copy", "to", "contiguous", "lift_fresh", "lift_fresh_copy", "native_dropout", "mean", "sum"),
         *("amax", "amin", "max", "min", "var", "std", "var_mean", "softmax", "_softmax", "log_softmax", "mm", "addmm"),
         *("_log_softmax", "logsumexp", "cumsum", "linalg_vector_norm", "norm", "bmm", "native_batch_norm", "prelu"),
         *("_prelu_kernel", "zeros_like", "ones_like", "full_like", "pad"),
@@ -352,6 +352,8 @@ class Writer:
             return self.graph.call_function(aten.squeeze.dims, (self._tensor(node.args[0]), dims))
         if name == "constant_pad_nd":
             return self._pad(node)
+        if name == "copy":
+            return self._copy(node)
         if name == "slice_scatter":
             return self._scatter(node)
         if name == "convolution":
@@ -480,17 +482,33 @@ class Writer:
         return call
 
     def _scatter(self, node: Node) -> fx.Node:
+        """What is written, between what is left of the tensor around it."""
         call = arguments(node)
         base, source, dim = call["self"], call["src"], call["dim"] % len(node.shape)
-        kept = self.kept(base)[dim]
-        if kept is None:
+        size, kept = node.shape[dim], self.kept(base)[dim]
+        if kept is None and self.kept(source)[dim] is None:
             return self._same(node)
-        start, end = slice(call["start"], call["end"]).indices(node.shape[dim])[:2]
-        if call["step"] != 1:
+        start, end, step = slice(call["start"], call["end"], call["step"]).indices(size)
+        if step != 1:
             raise GraphFormError("forward writes to every other channel")
-        first, count = int((kept < start).sum()), int(((kept >= start) & (kept < end)).sum())
-        args = (self._tensor(base), self._tensor(source), dim, first, first + count)
-        return self.graph.call_function(node.target, args)
+        place = np.arange(size) if kept is None else kept
+        first, last = int((place < start).sum()), int((place < end).sum())
+        whole, parts = self._tensor(base), [self._tensor(source)]
+        if first > 0:
+            parts.insert(0, self.graph.call_function(aten.slice.Tensor, (whole, dim, 0, first)))
+        if last < len(place):
+            parts.append(self.graph.call_function(aten.slice.Tensor, (whole, dim, last, len(place))))
+        return self.graph.call_function(aten.cat.default, (parts, dim))
+
+    def _copy(self, node: Node) -> fx.Node:
+        """What is written, in the shape of what it is written over."""
+        over, source = node.args[:2]
+        made = self._tensor(source)
+        if source.value.dtype != over.value.dtype:
+            made = self.graph.call_function(aten._to_copy.default, (made,), {"dtype": over.value.dtype})
+        if source.shape != node.shape:
+            made = self.graph.call_function(aten.expand.default, (made, self._shape(node)))
+        return made
 
     def _convolution(self, node: Node) -> fx.Node:
         call, made = arguments(node), self._same(node)
@@ -611,7 +629,12 @@ def kept_positions(mask: Mask, shape: Sequence[int]) -> Kept:
     return kept
 
 
-def _moved(node: Node, of: Callable[[Node], Tensor]) -> Any:
+def is_movement(node: Node) -> bool:
+    """Whether a call moves entries and does no more."""
+    return operator_name(node, raw=True) in _MOVES
+
+
+def move(node: Node, of: Callable[[Node], Tensor]) -> Any:
     """A movement applied to other tensors of the same shapes."""
 
     def put(item: Any) -> Any:
@@ -629,7 +652,7 @@ def _picked(node: Node, source: Node, dim: int) -> tuple[Ints, int | None]:
     shape = [size if d == dim else 1 for d, size in enumerate(source.shape)]
     positions = torch.arange(source.shape[dim]).reshape(shape).expand(source.shape)
     call = node.args[0] if node.op == "item" else node
-    result = _moved(call, lambda _: positions)
+    result = move(call, lambda _: positions)
     result = result[node.args[1]] if node.op == "item" else result
     if result.ndim < len(shape):
         return result.reshape(-1)[:1].numpy(), None
@@ -648,7 +671,7 @@ def _selection(node: Node, chain: list[Node], sources: Sequence[Node], axis: int
     if joined is None or joined.ndim != len(node.shape):
         return None
     for step in sorted(chain, key=lambda n: int(n.name[1:])):
-        values[step] = values[step.args[0]][step.args[1]] if step.op == "item" else _moved(step, values.__getitem__)
+        values[step] = values[step.args[0]][step.args[1]] if step.op == "item" else move(step, values.__getitem__)
     result = values[node]
     first = [slice(None) if d == axis else slice(0, 1) for d in range(result.ndim)]
     order = {int(v): i for i, v in enumerate(joined[tuple(first)].reshape(-1).tolist())}

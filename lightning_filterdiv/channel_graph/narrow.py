@@ -20,7 +20,7 @@ from .forms import Form, FormChoice, Masks, fixing_bodies, graph_bodies, refusal
 from .graph_form import BodyGraph
 from .history import narrowing_step, remember
 from .modules import copy_network, device_of, replace_tensors, update_attributes
-from .widths import Layout, layout_for, stuck_sets, widths_of
+from .widths import Layout, layout_for, record_again, stuck_sets, widths_of
 
 __all__ = [
     "Cut",
@@ -290,6 +290,7 @@ class Narrowing:
         form: Form = "auto",
     ) -> None:
         check_choice("form", form, Form)
+        record_again(graph)
         self._graph = graph
         selections = _selections(graph, keep, sums or {})
         self._kept = {name: torch.as_tensor(kept) for name, kept in keep.items()}
@@ -427,6 +428,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
     places = {group.name: kept.get(group.name, group.channels.tolist()) for group in graph.groups}
     # Channel of the narrow network -> channel of the original.
     source = {new: places[name][i] if name else i for new, (name, i) in layout.channels.items()}
+    layout.graph.rebind(layout.model)
     _follow_layout(graph, layout.graph, source, cuts)
     result = _copy_and_cut(model, cuts)
     layout.graph.rebind(result)

@@ -22,6 +22,7 @@ from .recorder import record
 __all__ = ["Alignment", "Sample", "nodes_in", "other_record", "samples_of"]
 
 _MORE = (64, 32)  # added to height and width: other shapes, which most networks still divide
+_ITEMS = 10  # added to the batch: a number that is no multiple of what sizes grow by
 _MODES = "in training mode, or at another batch or image size"
 
 
@@ -115,7 +116,7 @@ def other_record(model: nn.Module, call: Any, names: Any, network: str) -> Recor
 
 
 def _resized(call: Any, more: tuple[int, int]) -> Any:
-    """Inputs with two more items, and images (and other maps) larger by ``more``."""
+    """Inputs with more items, and images (and other maps) larger by ``more``."""
     tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.ndim > 1]
     batches = {leaf.shape[0] for leaf in tensors}
 
@@ -123,13 +124,13 @@ def _resized(call: Any, more: tuple[int, int]) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim < 2 or len(batches) != 1:
             return leaf
         shape = list(leaf.shape)
-        shape[0] += 2
+        shape[0] += _ITEMS
         if leaf.ndim > 2 and leaf.is_floating_point():
             for dim in range(2, leaf.ndim):
                 shape[dim] += more[dim % 2]
         if leaf.is_floating_point():
             return torch.zeros(shape, dtype=leaf.dtype, device="meta" if leaf.is_meta else leaf.device)
-        return torch.cat([leaf, leaf[:1], leaf[:1]])
+        return torch.cat([leaf, *[leaf[:1]] * _ITEMS])
 
     return tree_map(other, call)
 
@@ -160,6 +161,12 @@ class Alignment:
     def _align(self, other: Sample, twin: dict[Node, Node]) -> None:
         pair(self.first.visit.args, other.visit.args, twin, "its arguments")
         pair(self.first.visit.kwargs, other.visit.kwargs, twin, "its arguments")
+        drawn, again = (next(filter(_is_random, sample.steps), None) for sample in (self.first, other))
+        if drawn is None and again is not None:
+            raise GraphFormError(
+                f"forward itself draws random numbers in training mode ({_words(again)}, as dropout by a function does); "
+                "make it a submodule, such as nn.Dropout"
+            )
         for mine, theirs in zip(self.first.steps, other.steps, strict=False):
             if isinstance(mine, Visit) or isinstance(theirs, Visit):
                 if not (isinstance(mine, Visit) and isinstance(theirs, Visit) and mine.path == theirs.path):
@@ -180,6 +187,10 @@ class Alignment:
             extra = steps[min(len(self.first.steps), len(other.steps))]
             raise GraphFormError(f"forward runs {_words(extra)} only {_MODES}")
         pair(self.first.visit.output, other.visit.output, twin, "its result")
+
+
+def _is_random(step: Node | Visit) -> bool:
+    return isinstance(step, Node) and torch.Tag.nondeterministic_seeded in getattr(step.target, "tags", ())
 
 
 def _words(step: Node | Visit) -> str:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..filters import CONVOLUTIONS, canonical_name, find_submodule
 from .answers import ChannelAnswers, ChannelGroup
 from .errors import ChannelGraphError
-from .forms import fixing_bodies, refusal
+from .forms import LostRecording, fixing_bodies, refusal
 from .modules import copy_network, meta_stand_ins, tensor_names, update_attributes
 from .recorder import record
 from .trace import trace_at
 
-__all__ = ["Layout", "layout_for", "nearest_counts", "stuck_sets", "unresizable_sets", "widths_of"]
+__all__ = ["Layout", "layout_for", "nearest_counts", "record_again", "stuck_sets", "unresizable_sets", "widths_of"]
 
 _STEPS = (1.0, 0.75, 0.5, 0.25)
 
@@ -53,6 +53,7 @@ def nearest_counts(graph: ChannelAnswers, counts: dict[str, int]) -> dict[str, i
     takes any. More trials are made for forwards that have none, and for that of the whole network, whose class is the
     one that people know.
     """
+    record_again(graph)
     shrinking = [
         (groups, sum(counts[g.name] for g in groups) / sum(g.size for g in groups))
         for groups in _tied_groups(graph, graph.constrained)
@@ -71,6 +72,14 @@ def nearest_counts(graph: ChannelAnswers, counts: dict[str, int]) -> dict[str, i
         elif graph.network in fixing_bodies(graph, {int(c) for g in groups for c in g.channels}):
             result.update(_together(graph, [(groups, ratio)], _STEPS) or {})
     return result
+
+
+def record_again(graph: ChannelAnswers) -> None:
+    """Give a graph that was pickled its recording back."""
+    if isinstance(graph.recording, LostRecording):
+        literal = graph.recording.literal
+        graph.recording = trace_at(graph.model, graph.arguments, graph.network, ChannelAnswers).recording
+        graph.recording.literal.update(literal)
 
 
 def stuck_sets(graph: ChannelAnswers) -> list[frozenset[int]]:
