@@ -164,8 +164,8 @@ class Alignment:
         drawn, again = (next(filter(_is_random, sample.steps), None) for sample in (self.first, other))
         if drawn is None and again is not None:
             raise GraphFormError(
-                f"forward itself draws random numbers in training mode ({_words(again)}, as dropout by a function does); "
-                "make it a submodule, such as nn.Dropout"
+                f"forward itself draws random numbers in training mode ({_words(again)}, as dropout by a function "
+                "does); make it a submodule, such as nn.Dropout"
             )
         for mine, theirs in zip(self.first.steps, other.steps, strict=False):
             if isinstance(mine, Visit) or isinstance(theirs, Visit):
