@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .counted import CountedNorm
 from .errors import ChannelGraphError, StaleGraphError
 from .labels import Ints, mix
 from .modules import structure
@@ -22,6 +23,7 @@ __all__ = [
     "ConsumerColumns",
     "FilterRegion",
     "MapSite",
+    "NormSite",
     "Operation",
     "Table",
     "TensorRows",
@@ -31,10 +33,10 @@ __all__ = [
     "rows_first",
 ]
 
-Kind = Literal["filter", "member", "consumer"]
+Kind = Literal["filter", "member", "consumer", "counted"]
 
 
-KINDS: tuple[Kind, ...] = ("filter", "member", "consumer")
+KINDS: tuple[Kind, ...] = ("filter", "member", "consumer", "counted")
 
 
 def layer_of(tensor: str) -> str:
@@ -88,6 +90,8 @@ class ChannelGroup:
         size: number of channels.
         parts: every part of every tensor that lives and dies with these channels.
         channels: (size,) number of each channel in the trace.
+        counted: places of the channels in norms over channels, of a tensor ``counts`` that a norm gets once clusters of
+            unequal sizes are merged.
         blocks: None, or (size,) int64: the block of each channel, 0, 1, ..., all blocks equally large. A grouped
             convolution, or a group norm, reads or writes the channels block by block. Only channels of one block may be
             clustered together, and every block must keep equally many: the number kept is a multiple of
@@ -100,6 +104,7 @@ class ChannelGroup:
     parts: tuple[TensorRows, ...]
     channels: Tensor
     blocks: Tensor | None = None
+    counted: tuple[TensorRows, ...] = ()
 
     @property
     def block_count(self) -> int:
@@ -200,6 +205,13 @@ class MapSite:
     writes: tuple[int, ...]
 
 
+class NormSite(NamedTuple):
+    """A norm over channels: the module that weighs its channels where clusters are unequal."""
+
+    form: tuple[type[CountedNorm], dict[str, Any]]  # class and options, see :func:`counted.counted_form`
+    size: int
+
+
 class ConsumerColumns(NamedTuple):
     """Columns of one tensor that read the filters of a layer.
 
@@ -240,6 +252,7 @@ class ChannelAnswers:
     Attributes:
         network: canonical name of the traced submodule, empty for the whole model.
         map_sites: submodules that move channels, which narrowing wraps.
+        norms: norms over channels, by the name of their module.
         constrained: sets of channels whose counts a forward body ties together.
         table: every row of every tensor that some channel owns.
         read_values: where forward read the values of tensors, empty if it did not.
@@ -260,6 +273,7 @@ class ChannelAnswers:
         row_dims: Mapping[str, int],
         operations: tuple[Operation, ...],
         map_sites: tuple[MapSite, ...],
+        norms: Mapping[str, NormSite],
         constrained: list[frozenset[int]],
         table: Table,
         body_moves: Mapping[int, str],
@@ -274,7 +288,7 @@ class ChannelAnswers:
         self._structure = structure(model)
         self._groups, self._pinned, self._regions = groups, pinned, regions
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
-        self._operations, self.recording = operations, recording
+        self._operations, self.norms, self.recording = operations, norms, recording
         self._body_moves, self.network = body_moves, network
         self.output_shapes, self.read_values, self.stacked = output_shapes, read_values, stacked
         self.map_sites, self.constrained, self.table, self._arguments = map_sites, constrained, table, arguments

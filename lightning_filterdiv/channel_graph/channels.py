@@ -193,9 +193,8 @@ def groups_of(
         by_row = torch.argsort(next(p for p in parts if p.kind == "filter").rows[:, 0])
         runs = [by_row]
         if int(channels[0]) in constrained:
-            filters = torch.cat([p.rows[by_row] for p in parts if p.kind == "filter"], dim=1)
-            breaks = (filters.diff(dim=0) != 1).any(dim=1).nonzero().squeeze(1) + 1
-            runs = list(torch.tensor_split(by_row, breaks))
+            together = torch.stack([_follow(p.rows[by_row]) for p in parts if p.kind == "filter"]).all(dim=0)
+            runs = list(torch.tensor_split(by_row, (~together).nonzero().squeeze(1) + 1))
         for run in runs:
             chosen = tuple(TensorRows(p.tensor, p.kind, p.dim, p.rows[run], p.groups) for p in parts)
             blocks = _blocks_of(chosen, grouped)
@@ -210,13 +209,22 @@ def groups_of(
             name if names.count(name) == 1 else f"{name}[{names[:i].count(name)}]",
             layers,
             len(channels),
-            parts,
+            tuple(p for p in parts if p.kind != "counted"),
             channels,
             blocks,
+            tuple(p for p in parts if p.kind == "counted"),
         )
         for i, (name, (layers, parts, channels, blocks)) in enumerate(zip(names, found, strict=True))
     ]
     return groups, refused
+
+
+def _follow(rows: Tensor) -> Tensor:
+    """(size - 1,) whether the filters of the next channel follow those of a channel: each of them, or all at once."""
+    rows = rows.sort(dim=1).values
+    steps, each = rows.diff(dim=0), rows.shape[1]
+    whole = (rows[1:, -1] - rows[1:, 0] == each - 1) & (rows[:-1, -1] - rows[:-1, 0] == each - 1)
+    return (steps == 1).all(dim=1) | (whole & (steps == each).all(dim=1))
 
 
 def _blocks_of(parts: Sequence[TensorRows], grouped: Mapping[str, Grouped]) -> Tensor | str | None:

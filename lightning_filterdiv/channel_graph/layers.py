@@ -252,6 +252,54 @@ def normalisation(state: Propagation, node: Node) -> Value:
     return [_place(members, 1, node.value[0].shape), *rest[1:]]
 
 
+def layer_norm(state: Propagation, node: Node) -> Value:
+    """Norms over the last dimension. They mix channels in a mean that counts them, and act on each by itself."""
+    call = arguments(node)
+    labels, shape = _input(state, node, call["input"]), call["normalized_shape"]
+    named = [state.parameter_name(call[key]) for key in ("weight", "bias") if call.get(key) is not None]
+    if labels is None or _is_parameter(state, call["input"]):
+        return unknown(state, node)
+    varying = {d for d, n in enumerate(core(labels).shape) if n > 1}
+    if not varying & set(range(labels.ndim - len(shape), labels.ndim)):
+        result = LabelTensor(state.table.derive(labels, state.key(node), shift=state.where(node)))
+        return _with_statistics(state, node, result)
+    if len(shape) > 1 or None in named:
+        return unknown(state, node)
+    vector = state.channels(labels, -1, node)
+    if not state.count(node, vector):
+        return unknown(state, node)
+    return _normalised(state, node, vector, -1, [name for name in named if name is not None])
+
+
+def group_norm(state: Propagation, node: Node) -> Value:
+    """Norms over blocks of channels (dim 1)."""
+    call = arguments(node)
+    labels, groups = _input(state, node, call["input"]), call["group"]
+    named = [state.parameter_name(call[key]) for key in ("weight", "bias") if call.get(key) is not None]
+    if labels is None or _is_parameter(state, call["input"]) or None in named:
+        return unknown(state, node)
+    vector = state.channels(labels, 1, node)
+    if groups < len(vector):
+        if not state.count(node, vector):
+            return unknown(state, node)
+        if groups > 1:
+            state.grouped[f"{node.module}.counts"] = Grouped(groups, (len(vector) // groups,))
+    return _normalised(state, node, vector, 1, [name for name in named if name is not None])
+
+
+def _normalised(state: Propagation, node: Node, vector: Ints, dim: int, names: list[str]) -> Value:
+    silenced = any(name.endswith("weight") for name in names)
+    members = _members(state, node, vector, dict.fromkeys(names, True), silenced=silenced, offset=True)
+    first = node.value if isinstance(node.value, Tensor) else node.value[0]
+    return _with_statistics(state, node, _place(members, dim, first.shape))
+
+
+def _with_statistics(state: Propagation, node: Node, result: LabelTensor) -> Value:
+    """Results of a norm: nothing in forward reads the further ones."""
+    rest = state.fixed(node)
+    return [result, *rest[1:]] if isinstance(rest, list) else result
+
+
 def _norm_of_parameters(state: Propagation, node: Node, call: dict[str, Any]) -> Value:
     """A weight that is standardised filter by filter, with a gain that may be computed."""
     value = state.labels_of(call["input"])
@@ -320,6 +368,8 @@ RULES: dict[str, Rule] = {
         ),
         normalisation,
     ),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
+    "native_group_norm": group_norm,
     "_weight_norm_interface": weight_norm,
     "_prelu_kernel": prelu,
 }

@@ -25,6 +25,7 @@ __all__ = [
     "meta_stand_ins",
     "quiet",
     "replace_tensors",
+    "set_norm_width",
     "structure",
     "tensor_names",
     "unchanged",
@@ -280,3 +281,15 @@ def update_attributes(module: nn.Module) -> None:
             module.num_features = known[0].shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
+    elif isinstance(weight := module._parameters.get("weight"), Tensor) and weight.ndim == 1:
+        set_norm_width(module, weight.numel())
+
+
+def set_norm_width(module: nn.Module, width: int) -> None:
+    """Make the attributes of a norm over channels agree with their number."""
+    if isinstance(module, nn.GroupNorm):
+        if module.num_groups == module.num_channels:
+            module.num_groups = width
+        module.num_channels = width
+    elif isinstance(shape := getattr(module, "normalized_shape", None), (tuple, list)) and len(shape) == 1:
+        vars(module)["normalized_shape"] = [width] if isinstance(shape, list) else (width,)

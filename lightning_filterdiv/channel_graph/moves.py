@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import LabelTensor, compress, core, distinct, mix
-from .propagate import Move, Propagation, Rule, Value, fixed_labels, moved, nullified, pattern
+from .labels import Ints, LabelTensor, compress, core, distinct, mix
+from .propagate import Grouped, Move, Propagation, Rule, Value, fixed_labels, moved, nullified, pattern, unknown
 from .record import Node, arguments, map_nodes, operator_name
 
 __all__ = ["RULES"]
@@ -117,6 +117,14 @@ def keeps_order(state: Propagation, node: Node) -> Value:
     return _movement(state, node)
 
 
+def restride(state: Propagation, node: Node) -> Value:
+    """as_strided with the shape there was: what pooling to one position does to a channels-last activation."""
+    value = state.labels_of(node.args[0])
+    if value is None or value.shape != node.value.shape:
+        return unknown(state, node)
+    return value
+
+
 def overwrite(state: Propagation, node: Node) -> Value:
     """copy: what is written, in the shape of what it is written over."""
     source = _value(state, node.args[1])
@@ -163,14 +171,15 @@ def reshape(state: Propagation, node: Node) -> Value:
     """view, reshape, flatten: row-major order is kept."""
     value = _value(state, node.args[0])
     labels, shape = value.labels, node.value.shape
-    _note_move(state, node, labels, lambda moved: _reshape_is_natural(moved, tuple(shape)))
+    if not value.weighed:  # a norm that counts its channels splits them into blocks, however many there are
+        _note_move(state, node, labels, lambda moved: _reshape_is_natural(moved, tuple(shape)))
     result = _reshaped(labels, tuple(shape))
     result = state.table.derive(result, state.key(node))
     _note_spread(state, node, labels, result)
     small = core(result)
     if small.numel() > core(labels).numel():
         result = _number_slots(state, small).expand(shape)
-    return LabelTensor(result, is_parameter=value.is_parameter)
+    return LabelTensor(result, is_parameter=value.is_parameter, weighed=value.weighed)
 
 
 def _number_slots(state: Propagation, small: Tensor) -> Tensor:
@@ -329,7 +338,11 @@ def reduction(state: Propagation, node: Node) -> Value:
     name = operator_name(node, raw=True)
     mixed = sorted(set(chosen) & _varying(labels))
     if mixed:
-        if not _stay_apart(state.rooted(labels), mixed):
+        if _value(state, node.args[0]).weighed and name == "sum":
+            return _counted(state, node, labels, mixed)
+        if not state.stay_apart(_lines(labels, mixed)):
+            if name in _AVERAGES and len(mixed) == 1 and state.count(node, state.channels(labels, mixed[0], node)):
+                return state.fixed(node)
             state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
             return state.fixed(node)
         labels = _joined(state, node, labels, mixed)
@@ -351,22 +364,21 @@ def reduction(state: Propagation, node: Node) -> Value:
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
 
 
-def _stay_apart(channels: Tensor, dims: Sequence[int]) -> bool:
-    """Whether channels that meet along ``dims`` are branches of several channels, not all channels there are."""
-    small = core(channels)
+def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:
+    """A sum of channels that were multiplied by the counts of a norm."""
+    along = _varying(labels)
+    vector = state.collapse(labels, [d for d in range(labels.ndim) if d not in along], node).reshape(-1).numpy()
+    state.count(node, vector)
+    if (groups := int(np.prod([labels.shape[d] for d in along - set(dims)], initial=1))) > 1:
+        state.grouped[f"{node.module}.counts"] = Grouped(groups, (len(vector) // groups,))
+    return state.fixed(node)
+
+
+def _lines(labels: Tensor, dims: Sequence[int]) -> Ints:
+    """(n, m) labels that lie along ``dims``, one row for each place along the other dimensions."""
+    small = core(labels)
     kept = [d for d in range(small.ndim) if d not in dims]
-    matrix = small.permute(*kept, *dims).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
-    values, place = np.unique(matrix, return_inverse=True)
-    if len(values) == 1:
-        return True
-    place, meeting = place.reshape(matrix.shape), np.arange(len(matrix))
-    while True:  # the smallest row that each is connected to
-        first = np.full(len(values), len(matrix))
-        np.minimum.at(first, place, meeting[:, None])
-        smaller = first[place].min(axis=1)
-        if np.array_equal(smaller, meeting):
-            return bool(meeting.any())
-        meeting = smaller
+    return small.permute(*kept, *dims).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
 
 
 def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Tensor:
@@ -375,10 +387,9 @@ def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int])
     Operators that keep the shape (softmax) make as many values of it as there were, others one.
     """
     table, shape = state.table, labels.shape
-    small = core(labels)
+    small, matrix = core(labels), _lines(labels, dims)
     kept = [d for d in range(small.ndim) if d not in dims]
     size = [small.shape[d] for d in kept]
-    matrix = small.permute(*kept, *dims).reshape(int(np.prod(size, initial=1)), -1).numpy()
     values, owned = np.empty(len(matrix), dtype=np.int64), (matrix > 0).all(axis=1)
     if not owned.all():
         fixed = table.fixed_reasons[-1 - int(matrix.min())]
@@ -435,6 +446,7 @@ def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
 
 
 _LINEAR = ("sum", "mean")
+_AVERAGES = ("mean", "var", "var_mean", "std")
 
 
 def creation(state: Propagation, node: Node) -> Value:
@@ -468,6 +480,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle"), regroup),
     "index": index,
     "copy": overwrite,
+    **dict.fromkeys(("as_strided", "as_strided_"), restride),
     **dict.fromkeys(("cat", "stack"), concatenate),
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape", "flatten", "unflatten"), reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),

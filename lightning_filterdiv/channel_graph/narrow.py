@@ -15,11 +15,12 @@ from ..filters import named_modules, named_tensors
 from ..tensors.arguments import check_choice
 from .answers import ChannelAnswers, ChannelGroup, rows_back, rows_first
 from .channel_map import ChannelMap
+from .counted import CountedNorm, counted
 from .errors import NarrowingError
 from .forms import Form, FormChoice, Masks, fixing_bodies, graph_bodies, refusal, take_graph_form
 from .graph_form import BodyGraph
 from .history import narrowing_step, remember
-from .modules import copy_network, device_of, replace_tensors, update_attributes
+from .modules import copy_network, device_of, replace_tensors, set_norm_width, update_attributes
 from .widths import Layout, layout_for, record_again, stuck_sets, widths_of
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "narrow",
     "representatives",
     "tie",
+    "weigh",
 ]
 
 Clusters = Mapping[str, Tensor]
@@ -220,10 +222,10 @@ def _cuts(selections: list[_Selection]) -> Cuts:
     for selection in selections:
         removed = selection.removed
         summed = removed[selection.sums[removed] >= 0]
-        for part in selection.group.parts:
+        for part in (*selection.group.parts, *selection.group.counted):
             cut = cuts.setdefault(part.tensor, {}).setdefault(part.dim, Cut(groups=part.groups))
             cut.removed.append(part.rows[removed].reshape(-1))
-            if part.kind == "consumer" and len(summed):
+            if part.kind in ("consumer", "counted") and len(summed):
                 cut.added.append((part.rows[summed].reshape(-1), part.rows[selection.sums[summed]].reshape(-1)))
     return cuts
 
@@ -345,7 +347,9 @@ class Narrowing:
         graph, tied = self._graph, {s.group.name for s in self._tied}
         selections = _selections(graph, self._kept, self._sums)
         if self._layout is None:
-            result = _copy_and_cut(model, _cuts(selections))
+            cuts = _cuts(selections)
+            result = _copy_and_cut(model, cuts)
+            _install_counts(result, graph, cuts)
             _install_maps(result, graph, selections, device_of(result))
         else:
             result = _narrow_tied(model, graph, self._tied, self._layout)
@@ -398,7 +402,9 @@ def cut_in_place(
         selections: what remains of which groups.
         device: of the indices of channel maps, by default that of the network.
     """
-    _cut(model, _cuts(selections))
+    cuts = _cuts(selections)
+    _cut(model, cuts)
+    _install_counts(model, graph, cuts)
     _install_maps(model, graph, selections, device or device_of(model))
 
 
@@ -431,6 +437,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
     layout.graph.rebind(layout.model)
     _follow_layout(graph, layout.graph, source, cuts)
     result = _copy_and_cut(model, cuts)
+    _install_counts(result, graph, cuts)
     layout.graph.rebind(result)
     return result
 
@@ -439,7 +446,11 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
     """Put what is kept where the network's forward will look for it."""
     filters = {channel for row in graph.table.filters().values() for channel in row}
     old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
-    old_tensors, new_tensors = named_tensors(graph.model), named_tensors(narrower.model)
+    lengths = {
+        g: {name: tuple(t.shape) for name, t in named_tensors(g.model).items()}
+        | {f"{name}.counts": (site.size,) for name, site in g.norms.items()}
+        for g in (graph, narrower)
+    }
     for (tensor, dim), by_channel in new_rows.items():
         places = {
             row: old
@@ -449,8 +460,8 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         }
         # What no filter owns (columns that read the network input, or padding) stays in order.
         owned = {row for channel, rows in old_rows[tensor, dim].items() if channel in filters for row in rows}
-        rest = [row for row in range(old_tensors[tensor].shape[dim]) if row not in owned]
-        free = [row for row in range(new_tensors[tensor].shape[dim]) if row not in places]
+        rest = [row for row in range(lengths[graph][tensor][dim]) if row not in owned]
+        free = [row for row in range(lengths[narrower][tensor][dim]) if row not in places]
         if len(rest) != len(free):
             raise NarrowingError(f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns")
         places.update(zip(free, rest, strict=True))
@@ -463,6 +474,8 @@ def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
     tensors = named_tensors(model)
     narrower: dict[int, Tensor] = {}
     for name, dims in cuts.items():
+        if name not in tensors:  # counts of a norm that has none yet
+            continue
         old = tensors[name]
         new = _cut_tensor(old, dims)
         narrower[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
@@ -475,7 +488,7 @@ def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
 def _cut(model: nn.Module, cuts: Cuts) -> None:
     """Replace the tensors in ``cuts`` by narrower ones, in place."""
     tensors = named_tensors(model)
-    replaced = {id(tensors[name]): _cut_tensor(tensors[name], dims) for name, dims in cuts.items()}
+    replaced = {id(tensors[name]): _cut_tensor(tensors[name], dims) for name, dims in cuts.items() if name in tensors}
     for module in replace_tensors(model, replaced):
         update_attributes(module)
 
@@ -509,6 +522,41 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
     return value.contiguous()
 
 
+def _install_counts(model: nn.Module, graph: ChannelAnswers, cuts: Cuts) -> None:
+    """Have norms over channels weigh those that stand for unequally many."""
+    counts = {}
+    for name, site in graph.norms.items():
+        if f"{name}.counts" in cuts:
+            counts[name] = _cut_tensor(torch.ones(site.size, dtype=torch.int64), cuts[f"{name}.counts"])
+    weigh(model, graph, counts)
+
+
+def weigh(model: nn.Module, graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> None:
+    """Give norms over channels their counts, in place. Norms whose counts are all equal stay plain.
+
+    Args:
+        model: a network like that of ``graph``, at whatever widths.
+        graph: its channel graph.
+        counts: norm -> (C,) how often it counts each channel. Norms that have counts already keep theirs.
+    """
+    modules = named_modules(model)
+    for name, numbers in counts.items():
+        module = modules[name]
+        if isinstance(module, CountedNorm):
+            continue
+        if bool((numbers == numbers[0]).all()):
+            set_norm_width(module, len(numbers))
+        else:
+            _replace_module(model, module, counted(module, graph.norms[name].form, numbers.to(device_of(model))))
+
+
+def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
 def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Selection], device: torch.device) -> None:
     if not graph.map_sites:
         return
@@ -522,10 +570,7 @@ def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Sel
         expand, keep = (None if t is None else t.to(device) for t in (expand, keep))
         new = inner.narrowed(expand, keep) if isinstance(inner, ChannelMap) else ChannelMap(inner, expand, keep)
         new.train(inner.training)
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is inner and parent is not new:
-                    parent._modules[name] = new
+        _replace_module(model, inner, new)
 
 
 def _targets(selections: Sequence[_Selection]) -> dict[int, int]:

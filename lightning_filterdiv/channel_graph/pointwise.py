@@ -36,6 +36,11 @@ def pointwise(state: Propagation, node: Node) -> Value:
     out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
         return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
+    if state.counts and operator_name(node) in _PRODUCTS:
+        weighed = [value for n, value in operands if (known := state.vector(n)) is None or known[0] not in state.counts]
+        if len(weighed) < len(node.inputs) == 2:
+            labels = weighed[0].labels.expand(out)
+            return LabelTensor(state.table.derive(labels, state.key(node)), weighed=True)
     if all(value.uniform for _, value in operands):
         fixed = state.fixed(node)
         assert isinstance(fixed, LabelTensor)
@@ -52,8 +57,11 @@ def pointwise(state: Propagation, node: Node) -> Value:
     for n, value in operands:
         unowned = bool((core(value.labels) < 0).all()) or (value.is_parameter and not parameters)
         alike = all(value.labels.ndim < -dim or value.shape[dim] == 1 for dim in varying)
-        # The same number for every channel: a scalar, a spatial mask, a gate that broadcasts over channels.
-        if value.uniform or (unowned and alike):
+        # The same number for every channel: a scalar, a spatial mask, a gate that broadcasts over channels, what a norm
+        # that weighs its channels computes for a block of them.
+        if value.uniform or (
+            unowned and (alike or (not value.is_parameter and f"{node.module}.counts" in state.counts))
+        ):
             neutral.append((n, value))
         elif varying and alike and not parameters:
             state.pin(value, f"acts on all channels at once in {state.where(node)}")

@@ -28,9 +28,10 @@ class Event:
     Kinds: ``filter`` (rows that produce a channel), ``member`` (entries of a per-channel tensor), ``private`` (entries
     that silence a channel, listed a second time), ``consumer`` (columns that read a channel). ``silence``: these rows
     are set to zero to silence the channel. Rows along dim 1 of a :class:`Grouped` tensor count through its blocks.
+    ``counted``: places of channels in a norm over them; the tensor is named ``counts`` and need not exist.
     """
 
-    kind: Literal["filter", "member", "private", "consumer"]
+    kind: Literal["filter", "member", "private", "consumer", "counted"]
     tensor: str
     dim: int
     rows: Ints
@@ -86,6 +87,11 @@ class Propagation:
     computed: set[str] = field(default_factory=set)  # tensors that forward computes a kernel of, filter by filter
     computed_layers: dict[str, str] = field(default_factory=dict)  # layer whose kernel is computed -> why it is pinned
     row_owners: dict[str, Ints] = field(default_factory=dict)  # tensor labelled by slices -> owner of each
+    norms: Container[str] = ()  # modules that may turn out to be norms over channels
+    counts: Container[str] = ()  # buffers of norms that weigh channels
+    counted: dict[str, dict[tuple[torch.Size, int], str]] = field(
+        default_factory=dict
+    )  # norm -> (shape of its input, dimension of channels) -> where it mixes them
     grouped: dict[str, Grouped] = field(default_factory=dict)  # kernels of grouped convolutions, norms over blocks
     ranks: Mapping[str, Ints] = field(
         default_factory=dict
@@ -268,6 +274,28 @@ class Propagation:
         ranks = self.ranks.get(tensor)
         return np.full(count, key, dtype=np.int64) if ranks is None else mix(key, ranks)
 
+    def count(self, node: Node, values: Ints) -> bool:
+        """Note that ``values`` are averaged by a norm over channels; False if ``node`` runs in no such module."""
+        if node.module not in self.norms:
+            return False
+        source = node
+        while source.inputs and (source is node or source.module == node.module):
+            labelled = (n for n in source.inputs if self._owned(n) and n not in self._tensors)
+            if (above := next(labelled, None)) is None:
+                break
+            source = above
+        value = self.values.get(source)
+        small = core(self.rooted(value.labels)) if isinstance(value, LabelTensor) else torch.empty(0)
+        dims = [d for d, n in enumerate(small.shape) if n > 1]
+        if len(dims) != 1 or small.shape[dims[0]] != len(values):
+            return False
+        self.counted.setdefault(node.module, {}).setdefault((source.shape, dims[0]), self.where(node))
+        name = f"{node.module}.counts"
+        self.record(Event("counted", name, 0, np.arange(len(values), dtype=np.int64), values))
+        for origin in np.unique(self.table.origin[values[values > 0]]).tolist():
+            self.table.exposed.setdefault(origin, f"input of {self.where(node)}, which mixes channels")
+        return True
+
     def use_as_weight(self, *tensors: str | None) -> None:
         """Note that a layer has these for its weight and bias: they must serve nothing else."""
         for tensor in tensors:
@@ -333,11 +361,38 @@ class Propagation:
             small.permute(*kept, *varying).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
         )
         rows = self.joined(matrix)
+        if (rows == 0).any() and self.stay_apart(matrix):
+            self.link(matrix)
+            rows = self.joined(matrix)
         for i in np.flatnonzero(rows == 0).tolist():
             rows[i] = self._one_value(matrix[i], node, silent)
         shape = [1 if d in varying else small.shape[d] for d in range(small.ndim)]
         target = [1 if d in dims else labels.shape[d] for d in range(labels.ndim)]
         return torch.from_numpy(rows).reshape(shape).expand(target)
+
+    def stay_apart(self, matrix: Ints) -> bool:
+        """Whether several channels are left when all that meet in a row of ``matrix`` (n, m) become one."""
+        rows, columns = np.nonzero(matrix > 0)
+        roots = self.table.roots(self.table.owner[matrix[rows, columns]])
+        values, place = np.unique(roots, return_inverse=True)
+        if len(values) == 1 and len(matrix) > 1:
+            return True  # one channel to begin with
+        first, meeting = np.arange(len(values)), np.full(len(matrix), len(values))
+        while len(values):  # the smallest number of a channel that each is connected to
+            np.minimum.at(meeting, rows, first[place])
+            smaller = first.copy()
+            np.minimum.at(smaller, place, meeting[rows])
+            if np.array_equal(smaller, first):
+                return bool((first > first.min()).any())
+            first = smaller
+        return False
+
+    def link(self, matrix: Ints) -> None:
+        """Make what meets in a row of ``matrix`` (n, m) one channel, where nothing else is among it."""
+        rows = matrix[(matrix > 0).all(axis=1)]
+        if len(rows):
+            owners = self.table.owner[rows]
+            self.table.unite(np.repeat(owners[:, 0], rows.shape[1]), owners.reshape(-1))
 
     def joined(self, matrix: Ints) -> Ints:
         """(n,) values of rows (n, m) that hold one channel in several states; 0 for rows that are not so simple.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
+from lightning_filterdiv.channel_graph.counted import COUNTED, CountedNorm, counted
 from lightning_filterdiv.channel_graph.forms import FORMS
 from lightning_filterdiv.channel_graph.graph_body import CONSTANT, GraphBody
 from lightning_filterdiv.channel_graph.history import chosen_channels, example_inputs_of, history_of, set_history
 from lightning_filterdiv.channel_graph.inputs import without_targets
-from lightning_filterdiv.channel_graph.modules import bare_module, copy_network, update_attributes
+from lightning_filterdiv.channel_graph.modules import bare_module, copy_network, device_of, update_attributes
 from lightning_filterdiv.channel_graph.narrow import Narrowing
 from lightning_filterdiv.files import find_damage, why_unwritable, write_files
 from lightning_filterdiv.filters import canonical_name, named_modules, named_tensors
@@ -39,6 +40,18 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
         )
     ),
     "maps": lambda value: isinstance(value, list) and all(isinstance(name, str) and name for name in value),
+    "norms": lambda value: (
+        isinstance(value, dict)
+        and all(
+            isinstance(name, str)
+            and isinstance(form, tuple)
+            and len(form) == 2
+            and form[0] in COUNTED
+            and isinstance(form[1], dict)
+            and set(form[1]) == {"eps", "dim", "groups"}
+            for name, form in value.items()
+        )
+    ),
     "graphs": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "steps": lambda value: (
         isinstance(value, dict)
@@ -46,7 +59,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
         and all(_is_step(step) for steps in value.values() for step in steps)
     ),
 }
-_ADDED = {"graphs": list[Any], "steps": dict[str, Any]}  # in version 2
+_ADDED = {"norms": dict[str, Any], "graphs": list[Any], "steps": dict[str, Any]}  # since version 1
 
 
 def _is_step(value: Any) -> bool:
@@ -101,14 +114,20 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{graphs[0]!r} is in graph form, and this {type(model).__name__} does not know how it was narrowed: save "
             "the whole network that merge_channels returned, or a module that holds it"
         )
+    norms = {
+        name: (type(module).__name__, module.options)
+        for name, module in named_modules(model).items()
+        if isinstance(module, CountedNorm)
+    }
     content = io.BytesIO()  # on disk, torch would report a full one as an internal error
     torch.save(
         {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": _VERSION if norms or graphs else 1,  # without them, older releases read it, too
             "class": type(model).__name__,
             "tensors": tensors,
             "maps": [name for name, _ in _maps(model)],
+            "norms": norms,
             "graphs": graphs,
             "steps": steps,
         },
@@ -171,8 +190,7 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
         raise MergedFileError(f"{shown} is damaged: {damage}; copy it or merge the checkpoint again")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MergedFileError(foreign)
-    if content.get("version") == 1:
-        content |= {key: kind() for key, kind in _ADDED.items()}
+    content |= {key: kind() for key, kind in _ADDED.items() if key not in content}
     if missing := [key for key in _ENTRIES if key not in content]:
         raise MergedFileError(f"{shown} lacks its entry {missing[0]!r}: it was edited; merge the checkpoint again")
     if damaged := [key for key, right in _ENTRIES.items() if not right(content[key])]:
@@ -191,6 +209,8 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
     rebuilt = _rebuild(model, content) if content["steps"] else None
     for name in content["maps"]:
         _install_map(model, name, tensors)
+    for name, (kind, options) in content["norms"].items():
+        _install_norm(model, name, COUNTED[kind], options, tensors[f"{name}.counts"])
     result = model if rebuilt is None else _take_forms(model, rebuilt)
     _replace(result, tensors)
     return fresh_original if result is model else result
@@ -291,10 +311,11 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
 
     own = {renamed(name): tensor for name, tensor in _tensors(model).items()}
     selections = {f"{name}{part}" for name in inside for part in ("expand", "keep")}
+    selections |= {f"{name}.counts" for name in content["norms"]}
     missing = [name for name in own if name not in tensors and name not in selections]
     unknown = [name for name in tensors if name not in own and name not in selections]
     modules = named_modules(model)
-    unknown += [name for name in content["maps"] if name not in modules]
+    unknown += [name for name in (*content["maps"], *content["norms"]) if name not in modules]
     shared = [name for name in own if name in tensors and name not in selections]
     shapes = [name for name in shared if not _may_be_narrowed(own[name], tensors[name])]
     if missing or unknown or shapes:
@@ -326,6 +347,19 @@ def _install_map(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Non
     new.train(inner.training)
     parent, _, child = name.rpartition(".")
     modules[parent]._modules[child] = new
+
+
+def _install_norm(
+    model: nn.Module, name: str, kind: type[CountedNorm], options: dict[str, Any], counts: Tensor
+) -> None:
+    modules = named_modules(model)
+    module = modules[name]
+    if not isinstance(module, CountedNorm):
+        new = counted(module, (kind, options), counts.to(device_of(model)))
+        for parent in list(model.modules()):
+            for child, inner in parent._modules.items():
+                if inner is module:
+                    parent._modules[child] = new
 
 
 def _replace(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -18,11 +18,14 @@ from .checks import check_exact
 IMAGE = image()
 
 REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
-    "layer norm over channels": (
-        MIXING["layer norm over channels"],
-        r"input of layer_norm in between.norm, which mixes channels",
+    "layer norm in a larger forward": (
+        lambda: lambda x: F.layer_norm(x.movedim(1, -1), (8,)).movedim(-1, 1),
+        r"input of layer_norm in forward, which mixes channels",
     ),
-    "group norm": (MIXING["group norm"], r"input of group_norm in between, which mixes channels"),
+    "layer norm over channels and space": (
+        lambda: nn.LayerNorm([8, 8, 8]),
+        r"input of layer_norm in between, which mixes channels",
+    ),
     "softmax over channels": (
         MIXING["softmax over channels"],
         r"input of softmax in between over channels, which mixes channels",
@@ -39,9 +42,9 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
         r"meets values that no channel owns",
     ),
     "shift of padded channels": (MIXING["shift of padded channels"], r"."),
-    "pixel shuffle": (
+    "pixel shuffle of a number of channels": (
         lambda: lambda x: torch.cat([F.pixel_shuffle(x, 2)] * 4, 1),
-        r"input of pixel_shuffle in forward, which moves channels to positions that conv2d in second reads as one",
+        r"their number is fixed by pixel_shuffle in forward",
     ),
 }
 
@@ -111,14 +114,6 @@ def test_a_weight_that_mixes_its_filters_is_pinned_by_name() -> None:
 
 
 REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
-    "pixel shuffle": (
-        lambda: nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.PixelShuffle(2), nn.Conv2d(16, 3, 3)
-        ),
-        torch.zeros(1, 3, 9, 9),
-        "2",
-        "input of pixel_shuffle in 3, which moves channels to positions that conv2d in 4 reads as one channel",
-    ),
     "linear, view, transposed convolution": (
         lambda: nn.Sequential(
             nn.Linear(8, 128),
@@ -129,7 +124,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
         ),
         torch.zeros(1, 8),
         "0",
-        "input of view in 2, which moves channels to positions that conv_transpose2d in 3 reads as one channel",
+        "their number is fixed by view in 2",
     ),
     "softmax over a stack of branches": (
         lambda: Between(

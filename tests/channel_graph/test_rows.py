@@ -85,6 +85,14 @@ LINKED: dict[str, tuple[Callable[[], nn.Module], str, list[list[int]], int]] = {
     "maxout": (Maxout, "pieces", [[j, j + 6, j + 12] for j in range(6)], 6),
     "depthwise multiplier": (lambda: _multiplier(nn.Conv2d), "1", [[3 * j, 3 * j + 1, 3 * j + 2] for j in range(6)], 6),
     "transposed multiplier": (lambda: _multiplier(nn.ConvTranspose2d), "1", [[j] for j in range(6)], 6),
+    "pixel shuffle": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.PixelShuffle(2), nn.Conv2d(16, 3, 3)
+        ),
+        "2",
+        [[4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3] for j in range(16)],
+        8 + 16,
+    ),
     "added to itself flipped": (
         lambda: Between(lambda x: x + 2 * x.flip(1)),
         "first",

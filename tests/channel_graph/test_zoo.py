@@ -9,6 +9,8 @@ import torch
 import torchvision
 from torch import nn
 
+from lightning_filterdiv.channel_graph.counted import CountedLayerNorm
+
 from .checks import check_exact, mergeable
 
 # Mergeable channels: every filter that is not a network output, channels coupled by a sum or a product counted once.
@@ -129,9 +131,22 @@ def test_the_published_totals() -> None:
 
 
 @pytest.mark.zoo
-def test_a_norm_that_mixes_channels_pins_what_it_reads() -> None:
-    """ConvNeXt: the streams are read by layer norms; the hidden layers of the blocks stay free."""
+def test_convnext() -> None:
+    """Four streams, of which layer norms take means, and the hidden layers of the blocks; depthwise layers follow."""
     model = torchvision.models.convnext_tiny(weights=None)
-    graph, _ = check_exact(model, image("convnext_tiny"))
-    assert mergeable(graph) == 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768)
-    assert graph.pinned["features.0.0"] == "input of layer_norm in features.0.1, which mixes channels"
+    graph, narrowed = check_exact(model, image("convnext_tiny"))
+    assert mergeable(graph) == 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768) + 96 + 192 + 384 + 768
+    assert graph.pinned == {"classifier.2": "network output"}
+    assert sum(isinstance(m, CountedLayerNorm) for m in narrowed.modules()) == 23
+
+
+@pytest.mark.zoo
+def test_regnet() -> None:
+    """Stem and four streams, two inner layers a block, and a quarter of the block's input for its excitation."""
+    graph, _ = check_exact(build("regnet_y_400mf"), image("regnet_y_400mf"))
+    excitation = [32, 48, *[104] * 3, *[208] * 6, *[440] * 5]
+    assert mergeable(graph) == (
+        32 + 48 + 104 + 208 + 440 + 2 * (48 + 3 * 104 + 6 * 208 + 6 * 440) + sum(n // 4 for n in excitation)
+    )
+    assert set(graph.pinned.values()) == {"network output"}
+    assert {g.block_count for g in graph.groups} == {1, 6, 13, 26, 55}
