@@ -354,6 +354,8 @@ class Writer:
             return self._pad(node)
         if name == "copy":
             return self._copy(node)
+        if name == "pixel_shuffle" and self._whole_mosaics(node):
+            return self._same(node)
         if name == "slice_scatter":
             return self._scatter(node)
         if name == "convolution":
@@ -368,6 +370,14 @@ class Writer:
         if follows or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return self._same(node)
         raise GraphFormError(f"{operator_name(node)} may depend on how many channels there are")
+
+    def _whole_mosaics(self, node: Node) -> bool:
+        """Whether a channel that a pixel shuffle makes keeps all the channels that it is laid out of, or none."""
+        before, after = self.kept(node.args[0])[-3], self.kept(node)[-3]
+        each = node.args[1] ** 2
+        if before is None or after is None:
+            return before is after
+        return np.array_equal(before, (after[:, None] * each + np.arange(each)).reshape(-1))
 
     def _other_calls(self, node: Node) -> list[Node]:
         return [twin[node] for twin in self._aligned.twins]

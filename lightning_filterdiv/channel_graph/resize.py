@@ -8,8 +8,8 @@ import torch
 
 from ..filters import find_submodule
 from .answers import ChannelAnswers, ChannelGroup
-from .errors import ChannelGraphError
-from .forms import find_deviation, refusal
+from .errors import ChannelGraphError, GraphFormError
+from .forms import find_deviation, fixing_bodies, graph_bodies, refusal
 from .modules import (
     bare_module,
     meta_stand_ins,
@@ -29,6 +29,8 @@ __all__ = ["find_unresizable", "pin_unresizable"]
 
 def pin_unresizable(graph: ChannelAnswers) -> None:
     """Pin the groups that no other width of theirs would fit into forward, in neither form."""
+    if graph.constrained:
+        _try_graphs(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
     for group in find_unresizable(graph):
@@ -64,6 +66,18 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
         reason = f", and {error}"
     del graph.recording.literal[fixing.module]
     return reason or ""
+
+
+def _try_graphs(graph: ChannelAnswers) -> None:
+    """Note which bodies cannot be written as graphs for fewer channels."""
+    channels = frozenset().union(*graph.constrained)
+    masks = masks_of(graph, leave_out([g for g in graph.groups if int(g.channels[0]) in channels]))
+    for path, operator in fixing_bodies(graph, channels).items():
+        if refusal(graph, path) is None:
+            try:
+                graph_bodies(graph, {path: operator}, masks)
+            except GraphFormError as error:
+                graph.recording.aligned[path] = str(error)
 
 
 def _fixed_by(graph: ChannelAnswers, group: ChannelGroup) -> str:

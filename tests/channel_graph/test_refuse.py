@@ -42,10 +42,6 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
         r"meets values that no channel owns",
     ),
     "shift of padded channels": (MIXING["shift of padded channels"], r"."),
-    "pixel shuffle of a number of channels": (
-        lambda: lambda x: torch.cat([F.pixel_shuffle(x, 2)] * 4, 1),
-        r"their number is fixed by pixel_shuffle in forward",
-    ),
 }
 
 
