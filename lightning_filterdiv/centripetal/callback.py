@@ -23,6 +23,7 @@ from lightning_filterdiv.centripetal.functional import (
 from lightning_filterdiv.centripetal.history import DeviationHistory
 from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
 from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.channel_graph.forms import Form
 from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
 from lightning_filterdiv.narrowing.clusters import (
     ClusteredTensor,
@@ -409,7 +410,9 @@ class CentripetalSGD(FilterCallback):
 
     # ------------------------------------------------------------------ merge
 
-    def merge(self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3) -> Merged:
+    def merge(
+        self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3, form: Form = "auto"
+    ) -> Merged:
         """Merge every cluster into one channel; print what that did.
 
         Args:
@@ -417,6 +420,7 @@ class CentripetalSGD(FilterCallback):
             example_inputs: for the trace; ``None``: ``example_input_array``, else the shapes seen in training.
             tolerance: largest relative change of the outputs by setting members to their mean; ``float("inf")`` to
                 merge whatever it does.
+            form: see :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
         Returns:
             Network and report, see :func:`~lightning_filterdiv.narrowing.merge_channels`.
@@ -432,6 +436,6 @@ class CentripetalSGD(FilterCallback):
             state = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs
             example_inputs, network = inputs_from_state(state, network)
         clusters, network = relative_to(model, self.clusters, network)
-        merged = merge_channels(model, clusters, example_inputs, network=network, tolerance=tolerance)
+        merged = merge_channels(model, clusters, example_inputs, network=network, tolerance=tolerance, form=form)
         rank_zero_info(f"CentripetalSGD merged {type(model).__name__}\n{merged.report}")
         return merged

@@ -258,6 +258,7 @@ class ChannelAnswers:
         read_values: where forward read the values of tensors, empty if it did not.
         output_shapes: of the traced outputs.
         stacked: channels lie along stacked branches somewhere, in an order that forward's numbers decide.
+        recording: the record and its labels, which graph forms are written from.
     """
 
     def __init__(
@@ -281,12 +282,13 @@ class ChannelAnswers:
         output_shapes: tuple[torch.Size, ...],
         read_values: str,
         stacked: bool,
+        recording: Any = None,
     ) -> None:
         self._model = model
         self._structure = structure(model)
         self._groups, self._pinned, self._regions = groups, pinned, regions
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
-        self._operations, self.norms = operations, norms
+        self._operations, self.norms, self.recording = operations, norms, recording
         self._body_moves, self.network = body_moves, network
         self.output_shapes, self.read_values, self.stacked = output_shapes, read_values, stacked
         self.map_sites, self.constrained, self.table, self._arguments = map_sites, constrained, table, arguments

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["ChannelGraphError", "ExampleInputsError", "NarrowingError", "StaleGraphError", "TraceError"]
+__all__ = [
+    "ChannelGraphError",
+    "ExampleInputsError",
+    "GraphFormError",
+    "NarrowingError",
+    "StaleGraphError",
+    "TraceError",
+]
 
 
 class ChannelGraphError(ValueError):
@@ -23,3 +30,7 @@ class StaleGraphError(ChannelGraphError):
 
 class NarrowingError(ChannelGraphError):
     """The requested clusters cannot be turned into a narrower network."""
+
+
+class GraphFormError(NarrowingError):
+    """A forward cannot be written down as a graph. The message is the reason, without the name of the module."""

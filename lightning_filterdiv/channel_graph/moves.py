@@ -107,6 +107,8 @@ def along_dim(state: Propagation, node: Node) -> Value:
     along = {d % labels.ndim for d in dims}
     if along & _varying(labels):
         _note_move(state, node, labels, lambda moved: not along & _varying(moved))
+        if operator_name(node, raw=True).endswith("_scatter") and (written := state.labels_of(node.args[1])):
+            _note_move(state, node, written.labels, lambda moved: not along & _varying(moved))
     return _movement(state, node)
 
 

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from ..filters import named_modules, named_tensors
+from ..tensors.arguments import check_choice
 from .answers import ChannelAnswers, ChannelGroup, rows_back, rows_first
 from .channel_map import ChannelMap
 from .counted import CountedNorm, counted
 from .errors import NarrowingError
+from .forms import Form, FormChoice, Masks, fixing_bodies, graph_bodies, refusal, take_graph_form
+from .graph_form import BodyGraph
+from .history import narrowing_step, remember
 from .modules import copy_network, device_of, replace_tensors, set_norm_width, update_attributes
-from .widths import layout_for, widths_of
+from .widths import Layout, layout_for, record_again, stuck_sets, widths_of
 
-__all__ = ["Cut", "check_blocks", "cut_in_place", "leave_out", "merging", "narrow", "representatives", "tie", "weigh"]
+__all__ = [
+    "Cut",
+    "Narrowing",
+    "check_blocks",
+    "cut_in_place",
+    "leave_out",
+    "masks_of",
+    "merging",
+    "narrow",
+    "representatives",
+    "tie",
+    "weigh",
+]
 
 Clusters = Mapping[str, Tensor]
 
@@ -211,16 +230,21 @@ def _cuts(selections: list[_Selection]) -> Cuts:
     return cuts
 
 
-@torch.no_grad()
 def narrow(
-    model: nn.Module, graph: ChannelAnswers, keep: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    graph: ChannelAnswers,
+    keep: Mapping[str, Tensor],
+    sums: Mapping[str, Tensor] | None = None,
+    *,
+    form: Form = "auto",
 ) -> nn.Module:
     """A copy of ``model`` with fewer channels.
 
     The rows of kept channels stay as they are, in order. With ``sums`` the columns of removed channels are added to
     those of kept ones: exact if the two channels are equal (see :func:`tie`). Without, they are dropped: exact if the
     channels are silent. Modules are narrowed, ``forward`` is not rewritten; submodules that move channels become a
-    :class:`ChannelMap`.
+    :class:`ChannelMap`. Where a forward fixes widths that differ from the new ones, its module, and no other, takes
+    graph form.
 
     Args:
         model: the traced network or a copy of it (for instance in another dtype).
@@ -228,28 +252,143 @@ def narrow(
         keep: group name -> (n,) indices of the channels that remain; other groups stay as they are.
         sums: group name -> (size,) index of the kept channel whose columns take up those of each channel, -1 for none;
             :func:`merging` makes both of clusters.
+        form: see :class:`Narrowing`.
 
     Returns:
-        A module of the same class; dtype, device, ``requires_grad``, mode and memory format are kept.
+        A module of the same class (a ``GraphBody`` where the forward of ``model`` itself takes graph form); dtype,
+        device, ``requires_grad``, mode and memory format are kept.
 
     Raises:
-        NarrowingError: unknown group, indices that do not fit, or a width that the network's forward cannot express.
+        NarrowingError: unknown group, indices that do not fit, or a width that ``form`` cannot express.
     """
-    selections = _selections(graph, keep, sums or {})
-    bound = frozenset().union(*graph.constrained)
-    tied = [s for s in selections if int(s.group.channels[0]) in bound]
-    if not tied:
-        cuts = _cuts(selections)
-        result = _copy_and_cut(model, cuts)
-        _install_counts(result, graph, cuts)
-        _install_maps(result, graph, selections, device_of(result))
-        return result
-    result, narrower = _narrow_tied(model, graph, tied)
-    free = {s.group.name for s in selections} - {s.group.name for s in tied}
-    if free:
-        rest = {n: t for n, t in (sums or {}).items() if n in free}
-        cut_in_place(result, narrower, _selections(narrower, {n: keep[n] for n in free}, rest))
-    return result
+    return Narrowing(graph, keep, sums, form=form)(model)
+
+
+class Narrowing:
+    """What :func:`narrow` does, decided once, for any number of copies of the network.
+
+    Args:
+        graph: channel graph of the network.
+        keep: see :func:`narrow`.
+        sums: likewise.
+        form: ``"module"`` keeps every class and takes only widths that forward follows by itself. ``"graph"`` makes a
+            ``torch.fx.GraphModule`` of every submodule whose forward decides where the chosen channels go. ``"auto"``
+            does so only where module form cannot express the widths.
+
+    Attributes:
+        forms: the form of each submodule whose forward decides where the chosen channels go, and why.
+
+    Raises:
+        ValueError: an unknown form.
+        NarrowingError: see :func:`narrow`.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelAnswers,
+        keep: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor] | None = None,
+        *,
+        form: Form = "auto",
+    ) -> None:
+        check_choice("form", form, Form)
+        record_again(graph)
+        self._graph = graph
+        selections = _selections(graph, keep, sums or {})
+        self._kept = {name: torch.as_tensor(kept) for name, kept in keep.items()}
+        self._sums, self._form = dict(sums or {}), form
+        channels = {int(c) for s in selections for c in s.group.channels}
+        self._fixing = fixing_bodies(graph, channels)
+        bound = frozenset().union(*graph.constrained)
+        tied = [s for s in selections if int(s.group.channels[0]) in bound]
+        self._tied, self._layout, self._bodies = self._choose(selections, tied)
+        by_module = {c for s in self._tied for c in s.group.channels.tolist()}
+        followed = fixing_bodies(graph, by_module)
+        written = {body.path for body in self._bodies}
+        self.forms = tuple(
+            FormChoice(path, "graph" if path in written else "module", f"{operator} fixes widths")
+            for path, operator in self._fixing.items()
+            if path in written or path in followed
+        )
+
+    def _choose(
+        self, selections: list[_Selection], tied: list[_Selection]
+    ) -> tuple[list[_Selection], Layout | None, list[BodyGraph]]:
+        """(selections in module form that forward ties together, the network at their widths, bodies in graph form)."""
+        graph, fixing = self._graph, self._fixing
+        if self._form != "graph" and not graph.recording.literal.keys() & fixing.keys():
+            layout = _layout_of(graph, tied) if tied else None
+            if not tied or layout is not None:
+                return tied, layout, []
+        if self._form == "module":
+            raise _inexpressible(graph, tied, fixing)
+        stuck = frozenset().union(*stuck_sets(graph))
+        first = [s for s in tied if int(s.group.channels[0]) in stuck]
+        layout = _layout_of(graph, first) if first else None
+        if first and layout is None:
+            raise _inexpressible(graph, first, {})
+        done = {s.group.name for s in first}
+        second = [s for s in selections if s.group.name not in done]
+        narrower = graph if layout is None else layout.graph
+        if layout is not None:
+            second = self._remaining(narrower, second)
+        paths = fixing_bodies(narrower, {int(c) for s in second for c in s.group.channels})
+        return first, layout, graph_bodies(narrower, paths, masks_of(narrower, second))
+
+    def _remaining(self, graph: ChannelAnswers, selections: list[_Selection]) -> list[_Selection]:
+        """Selections by the graph of a network that is narrower in other groups."""
+        names = {s.group.name for s in selections}
+        sums = {n: t for n, t in self._sums.items() if n in names}
+        return _selections(graph, {n: self._kept[n] for n in self._kept if n in names}, sums)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> nn.Module:
+        """The narrow copy of ``model``."""
+        graph, tied = self._graph, {s.group.name for s in self._tied}
+        selections = _selections(graph, self._kept, self._sums)
+        if self._layout is None:
+            cuts = _cuts(selections)
+            result = _copy_and_cut(model, cuts)
+            _install_counts(result, graph, cuts)
+            _install_maps(result, graph, selections, device_of(result))
+        else:
+            result = _narrow_tied(model, graph, self._tied, self._layout)
+            rest = [s for s in selections if s.group.name not in tied]
+            if rest:
+                cut_in_place(result, self._layout.graph, self._remaining(self._layout.graph, rest))
+        result = take_graph_form(result, self._bodies)
+        return remember(result, self.step(), of=model)
+
+    def step(self) -> dict[str, Any]:
+        """What a file needs to do the same to a fresh network: plain values and tensors of integers."""
+        return narrowing_step(self._graph, self._kept, self._sums, "graph" if self._bodies else "module")
+
+
+def masks_of(graph: ChannelAnswers, selections: list[_Selection]) -> Masks:
+    """Which positions of each recorded tensor ``selections`` leave."""
+    cuts = [(t, d, cut) for t, dims in _cuts(selections).items() for d, cut in dims.items() if cut.groups == 1]
+    removed = {(tensor, dim): _rows(cut.removed) for tensor, dim, cut in cuts}
+    return Masks(graph, _targets(selections), removed)
+
+
+def _rows(parts: Sequence[Tensor]) -> npt.NDArray[np.int64]:
+    return torch.cat([rows.reshape(-1) for rows in parts]).numpy()
+
+
+def _inexpressible(graph: ChannelAnswers, tied: list[_Selection], fixing: Mapping[str, str]) -> NarrowingError:
+    """The error about widths that no form can express."""
+    wanted = {s.group.name: len(s.kept) for s in tied}
+    reasons = [reason for path in fixing_bodies(graph, graph_channels(tied)) if (reason := refusal(graph, path))]
+    advice = f": {reasons[0]}" if reasons else '; form="auto" writes such a forward as a graph' if fixing else ""
+    return NarrowingError(
+        f"forward splits, shuffles or pads channels itself and cannot express the counts {wanted}{advice}. "
+        "Ask expressible_counts for counts that fit"
+    )
+
+
+def graph_channels(selections: Sequence[_Selection]) -> set[int]:
+    """Channels of the groups of ``selections``."""
+    return {int(c) for s in selections for c in s.group.channels}
 
 
 def cut_in_place(
@@ -280,26 +419,27 @@ def leave_out(groups: Sequence[ChannelGroup], share: int = 3) -> list[_Selection
     return selections
 
 
-def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]) -> tuple[nn.Module, ChannelAnswers]:
-    """Narrow groups whose counts a forward body ties together; returns the network and its graph."""
+def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
+    """The network at the widths of ``tied``, if forward follows them by itself."""
     wanted = {s.group.name: len(s.kept) for s in tied}
     layout = layout_for(graph, widths_of(graph, wanted))
-    if layout is None or any(layout.counts[name] != count for name, count in wanted.items()):
-        offered = "" if layout is None else f"; it would make them { ({name: layout.counts[name] for name in wanted}) }"
-        raise NarrowingError(
-            f"forward splits, shuffles or pads channels itself and cannot express the counts {wanted}{offered}. "
-            "Ask expressible_counts for counts that fit"
-        )
+    fits = layout is not None and all(layout.counts[name] == count for name, count in wanted.items())
+    return layout if fits else None
+
+
+def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> nn.Module:
+    """Narrow groups whose counts a forward body ties together, in module form."""
     cuts = _cuts(tied)
     kept = {s.group.name: s.group.channels[s.kept].tolist() for s in tied}
     places = {group.name: kept.get(group.name, group.channels.tolist()) for group in graph.groups}
     # Channel of the narrow network -> channel of the original.
     source = {new: places[name][i] if name else i for new, (name, i) in layout.channels.items()}
+    layout.graph.rebind(layout.model)
     _follow_layout(graph, layout.graph, source, cuts)
     result = _copy_and_cut(model, cuts)
     _install_counts(result, graph, cuts)
     layout.graph.rebind(result)
-    return result, layout.graph
+    return result
 
 
 def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapping[int, int], cuts: Cuts) -> None:
@@ -420,12 +560,7 @@ def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Selection], device: torch.device) -> None:
     if not graph.map_sites:
         return
-    target: dict[int, int] = {}  # channel -> the one that stands for it, -1: nobody does
-    for selection in selections:
-        channels, sums = selection.group.channels, selection.sums.clone()
-        sums[selection.kept] = selection.kept
-        into = torch.where(sums >= 0, channels[sums], -1)
-        target.update(zip(channels.tolist(), into.tolist(), strict=True))
+    target = _targets(selections)
     modules = named_modules(model)
     for site in graph.map_sites:
         expand, keep = _expand(site.reads, target), _keep(site.writes, target)
@@ -436,6 +571,17 @@ def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Sel
         new = inner.narrowed(expand, keep) if isinstance(inner, ChannelMap) else ChannelMap(inner, expand, keep)
         new.train(inner.training)
         _replace_module(model, inner, new)
+
+
+def _targets(selections: Sequence[_Selection]) -> dict[int, int]:
+    """Channel -> the one that stands for it, -1: nobody does."""
+    target: dict[int, int] = {}
+    for selection in selections:
+        channels, sums = selection.group.channels, selection.sums.clone()
+        sums[selection.kept] = selection.kept
+        into = torch.where(sums >= 0, channels[sums], -1)
+        target.update(zip(channels.tolist(), into.tolist(), strict=True))
+    return target
 
 
 def _kept_positions(channels: tuple[int, ...], target: Mapping[int, int]) -> list[int]:

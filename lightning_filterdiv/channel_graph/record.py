@@ -9,7 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Node", "Record", "arguments", "is_shape_only", "live_nodes", "map_nodes", "meta_like", "operator_name"]
+__all__ = [
+    "Node",
+    "Opaque",
+    "Record",
+    "Visit",
+    "arguments",
+    "is_shape_only",
+    "live_nodes",
+    "map_nodes",
+    "meta_like",
+    "operator_name",
+]
 
 # Names of ATen's inner operators, and what people call them.
 _WORDS = {
@@ -84,6 +95,34 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """What stands in a :class:`Visit` for an argument that is no tensor, container or plain value."""
+
+    kind: str
+
+
+@dataclass(eq=False, slots=True)
+class Visit:
+    """One call of a module.
+
+    Attributes:
+        path: canonical path, from the traced submodule on; inside of a channel map, that of the map's module.
+        parent: number of the call that it was made in, -1 for the first one.
+        start: number of nodes that were recorded before it.
+        args: positional arguments, with nodes in the place of tensors and :class:`Opaque` in that of other objects.
+        kwargs: keyword arguments, likewise.
+        output: the result, likewise; ``Opaque("nothing")`` if the call did not return.
+    """
+
+    path: str
+    parent: int
+    start: int = 0
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = Opaque("nothing")
+
+
+@dataclass(frozen=True)
 class Record:
     """One forward pass.
 
@@ -94,7 +133,7 @@ class Record:
         tensors: node of a parameter, buffer or attribute -> its name in the traced submodule.
         words: node of an argument -> what it is (``network input 'x'``).
         reads: nodes whose values forward read (``.item()``, ``nonzero``), where they depend on more than constants.
-        visits: path and visit of the parent for each module call, by its number.
+        visits: the module calls, by their number.
     """
 
     nodes: tuple[Node, ...]
@@ -103,7 +142,7 @@ class Record:
     tensors: dict[Node, str]
     words: dict[Node, str]
     reads: frozenset[Node]
-    visits: tuple[tuple[str, int], ...]
+    visits: tuple[Visit, ...]
 
     @property
     def calls(self) -> Iterator[Node]:
@@ -114,10 +153,9 @@ class Record:
         """Number of the outermost call of the module at ``path`` that ``node`` belongs to; None: it is not inside."""
         visit, found = node.visit, None
         while visit >= 0:
-            name, parent = self.visits[visit]
-            if name == path:
+            if self.visits[visit].path == path:
                 found = visit
-            visit = parent
+            visit = self.visits[visit].parent
         return found
 
 

@@ -21,9 +21,9 @@ from ..filters import CONVOLUTIONS, canonical_name
 from .channel_map import ChannelMap
 from .errors import ExampleInputsError, TraceError
 from .modules import find_tensors, quiet, unchanged, without_compilation
-from .record import Node, Record, is_shape_only, live_nodes, meta_like
+from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like
 
-__all__ = ["record"]
+__all__ = ["record", "record_as_far_as_it_runs"]
 
 _META = torch.device("meta")
 _FOLDED = 1 << 16  # entries of a constant that is computed along
@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.reads: set[Node] = set()
-        self.visits: list[tuple[str, int]] = []
+        self.visits: list[Visit] = []
         self.written: list[tuple[Node, str]] = []
         self.tensors: dict[Node, str] = {}
         self.words: dict[Node, str] = {}
@@ -127,7 +127,10 @@ class _Recorder(TorchDispatchMode):
     # -- modules -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> _Recorder:
-        self._handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
+        self._handles = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, with_kwargs=True),
+        ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -136,19 +139,44 @@ class _Recorder(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any) -> None:
         path = self._modules.get(id(module))
         if path is not None:
             outer, parent, in_map = self._where
-            visit = len(self.visits)
-            self.visits.append((outer if in_map else path, parent))
+            visit = Visit(outer if in_map else path, parent)
+            visit.args = self._nodes_in(args)  # brings views up to date, which belongs to the caller
+            visit.start = len(self.nodes)
+            self.visits.append(visit)
             self.stack.append((module, *self._where))
-            self._where = (outer if in_map else path, visit, in_map or isinstance(module, ChannelMap))
+            self._where = (visit.path, len(self.visits) - 1, in_map or isinstance(module, ChannelMap))
 
-    def _leave(self, module: nn.Module, _: Any, __: Any) -> None:
-        if self.stack and self.stack[-1][0] is module:
-            _, path, visit, in_map = self.stack.pop()
-            self._where = (path, visit, in_map)
+    def _leave(self, module: nn.Module, _: Any, kwargs: Any, output: Any) -> Any:
+        if not self.stack or self.stack[-1][0] is not module:
+            return None
+        visit = self.visits[self._where[1]]
+        visit.kwargs, visit.output = self._nodes_in(kwargs), self._nodes_in(output)
+        _, path, number, in_map = self.stack.pop()
+        self._where = (path, number, in_map)
+        if isinstance(output, Tensor) and any(visit.output is given for given in visit.args):
+            # Dropout in eval mode, an identity: what it returns is told from what it was given.
+            output = torch.ops.aten.alias.default(output)
+            visit.output = self._nodes_in(output)
+            return output
+        return None
+
+    def _nodes_in(self, value: Any) -> Any:
+        """``value`` with nodes in the place of tensors."""
+        if isinstance(value, Tensor):
+            if torch._is_functional_tensor(value):
+                torch._functionalize_sync(value)
+                value = torch._from_functional_tensor(value)
+            return self.node_of(value) or self.outside(value)
+        if type(value) in (list, tuple):
+            return type(value)(self._nodes_in(item) for item in value)
+        if type(value) is dict:
+            return {key: self._nodes_in(item) for key, item in value.items()}
+        plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+        return value if plain else Opaque(type(value).__name__)
 
     @property
     def place(self) -> str:
@@ -403,6 +431,12 @@ def record(
         frozenset(recorder.reads),
         tuple(recorder.visits),
     )
+
+
+def record_as_far_as_it_runs(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> list[Node]:
+    """Everything that forward calls on meta tensors before it fails, if it does."""
+    with without_compilation(model):
+        return _attempt(model, call, names, prefix, False, real=False)[0].nodes
 
 
 def _attempt(

@@ -8,7 +8,8 @@ import torch
 
 from ..filters import find_submodule
 from .answers import ChannelAnswers, ChannelGroup
-from .errors import ChannelGraphError
+from .errors import ChannelGraphError, GraphFormError
+from .forms import find_deviation, fixing_bodies, graph_bodies, refusal
 from .modules import (
     bare_module,
     meta_stand_ins,
@@ -17,8 +18,9 @@ from .modules import (
     unchanged,
     without_compilation,
 )
-from .narrow import cut_in_place, leave_out
-from .recorder import record
+from .narrow import Narrowing, cut_in_place, leave_out, masks_of
+from .record import operator_name
+from .recorder import record, record_as_far_as_it_runs
 from .trace import trace_at
 from .widths import unresizable_sets
 
@@ -26,10 +28,56 @@ __all__ = ["find_unresizable", "pin_unresizable"]
 
 
 def pin_unresizable(graph: ChannelAnswers) -> None:
-    """Pin the groups that no other width of theirs would fit into forward."""
+    """Pin the groups that no other width of theirs would fit into forward, in neither form."""
+    if graph.constrained:
+        _try_graphs(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
-    graph.exclude({group.name: _fixed_by(graph, group) for group in tied})
-    graph.exclude({group.name: _fixed_by(graph, group) for group in find_unresizable(graph)})
+    graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
+    for group in find_unresizable(graph):
+        if (reason := _why_not_written(graph, group)) is not None:
+            graph.exclude({group.name: f"{_fixed_by(graph, group)}{reason}"})
+
+
+def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
+    """Find the body that holds a number for ``group``; None if its graph form makes the group narrowable."""
+    model, (selection,) = graph.model, leave_out([group])
+    with without_compilation(model), unchanged(model):
+        replace_tensors(model, meta_stand_ins(model))
+        cut_in_place(model, graph, [selection], torch.device("cpu"))
+        traced = bare_module(find_submodule(model, graph.network))
+        nodes = record_as_far_as_it_runs(traced, graph.inputs, tensor_names(model), graph.network)
+    masks = masks_of(graph, [selection])
+    fixing = find_deviation(graph.recording.record, masks, nodes)
+    if fixing is None:
+        return ""
+    if (reason := refusal(graph, fixing.module)) is not None:
+        return f", and {reason}"
+    graph.recording.literal[fixing.module] = operator_name(fixing)
+    try:
+        narrowing = Narrowing(graph, {group.name: selection.kept}, form="graph")
+        with without_compilation(model), unchanged(model):
+            replace_tensors(model, meta_stand_ins(model))
+            narrow = narrowing(model)
+        traced = bare_module(find_submodule(narrow, graph.network))
+        outputs = record(traced, graph.inputs, tensor_names(narrow), graph.network).outputs
+        if tuple(node.shape for node in outputs) == graph.output_shapes:
+            return None
+    except ChannelGraphError as error:
+        reason = f", and {error}"
+    del graph.recording.literal[fixing.module]
+    return reason or ""
+
+
+def _try_graphs(graph: ChannelAnswers) -> None:
+    """Note which bodies cannot be written as graphs for fewer channels."""
+    channels = frozenset().union(*graph.constrained)
+    masks = masks_of(graph, leave_out([g for g in graph.groups if int(g.channels[0]) in channels]))
+    for path, operator in fixing_bodies(graph, channels).items():
+        if refusal(graph, path) is None:
+            try:
+                graph_bodies(graph, {path: operator}, masks)
+            except GraphFormError as error:
+                graph.recording.aligned[path] = str(error)
 
 
 def _fixed_by(graph: ChannelAnswers, group: ChannelGroup) -> str:

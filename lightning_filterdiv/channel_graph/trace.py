@@ -32,6 +32,7 @@ from .channels import (
 )
 from .counted import CountedNorm, counted_form
 from .errors import ChannelGraphError, TraceError
+from .forms import Recording
 from .inputs import example_arguments
 from .labels import Ints
 from .modules import bare_module, tensor_names
@@ -250,6 +251,7 @@ def _collect(
         "arguments": call,
         "network": network,
         "output_shapes": tuple(node.shape for node in records[0].outputs),
+        "recording": Recording(records[0], state),
         "stacked": bool(state.stacked),
         "read_values": next((state.where(node) for node in records[0].nodes if node in records[0].reads), ""),
     }

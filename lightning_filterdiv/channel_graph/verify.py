@@ -17,7 +17,7 @@ from .decisions import Decision, FollowDecisions, RecordDecisions, relative_diff
 from .errors import NarrowingError
 from .inputs import example_arguments
 from .modules import bare_module, copy_network, device_of, find_tensors
-from .narrow import merging, narrow, tie
+from .narrow import Narrowing, merging, tie
 from .widths import nearest_counts
 
 __all__ = [
@@ -299,7 +299,7 @@ def verify(graph: ChannelAnswers, example_inputs: Any = None, *, seed: int = 0) 
     model = copy_network(graph.model)
     randomise(model, generator)
     tie(model, graph, clusters)
-    proof = prove(model, lambda m: narrow(m, graph, keep, sums), graph, arguments, seed=seed)
+    proof = prove(model, Narrowing(graph, keep, sums), graph, arguments, seed=seed)
     if not proof.exact:
         raise NarrowingError(
             f"the narrowed network differs by {proof.difference:.1e} (relative), more than {proof.tolerance:.0e}"

@@ -8,7 +8,7 @@ widths mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from ..filters import CONVOLUTIONS, canonical_name, find_submodule
 from .answers import ChannelAnswers, ChannelGroup
 from .errors import ChannelGraphError
+from .forms import LostRecording, fixing_bodies, refusal
 from .modules import copy_network, meta_stand_ins, tensor_names, update_attributes
 from .recorder import record
 from .trace import trace_at
 
-__all__ = ["Layout", "layout_for", "nearest_counts", "unresizable_sets", "widths_of"]
+__all__ = ["Layout", "layout_for", "nearest_counts", "record_again", "stuck_sets", "unresizable_sets", "widths_of"]
 
 _STEPS = (1.0, 0.75, 0.5, 0.25)
-_MOST_SINGLE_TRIALS = 24
 
 
 @dataclass(frozen=True)
@@ -47,45 +47,68 @@ class Layout:
 
 
 def nearest_counts(graph: ChannelAnswers, counts: dict[str, int]) -> dict[str, int]:
-    """See :meth:`ChannelAnswers.expressible_counts`."""
+    """See :meth:`ChannelAnswers.expressible_counts`.
+
+    One trial asks whether forward itself follows these widths, so that every class stays. Otherwise its graph form
+    takes any. More trials are made for forwards that have none, and for that of the whole network, whose class is the
+    one that people know.
+    """
+    record_again(graph)
+    shrinking = [
+        (groups, sum(counts[g.name] for g in groups) / sum(g.size for g in groups))
+        for groups in _tied_groups(graph, graph.constrained)
+        if any(counts[g.name] < g.size for g in groups)
+    ]
+    if not shrinking:
+        return dict(counts)
+    if (together := _together(graph, shrinking, _STEPS[:1])) is not None:
+        return counts | together
     result = dict(counts)
-    shrinking = []
-    for groups in _tied_groups(graph):
-        result.update({g.name: g.size for g in groups})
-        if any(counts[g.name] < g.size for g in groups):
-            shrinking.append((groups, sum(counts[g.name] for g in groups) / sum(g.size for g in groups)))
-    if (at_once := _all_at_once(graph, shrinking)) is not None:
-        return result | at_once
+    stuck = frozenset().union(*stuck_sets(graph))
     for groups, ratio in shrinking:
-        result.update(_together(graph, [(groups, ratio)]) or _one_by_one(graph, groups, counts))
+        channel = int(groups[0].channels[0])
+        if channel in stuck:
+            result.update(_together(graph, [(groups, ratio)], _STEPS) or {g.name: g.size for g in groups})
+        elif graph.network in fixing_bodies(graph, {int(c) for g in groups for c in g.channels}):
+            result.update(_together(graph, [(groups, ratio)], _STEPS) or {})
     return result
 
 
-def unresizable_sets(graph: ChannelAnswers) -> list[ChannelGroup]:
-    """Groups of :attr:`ChannelAnswers.constrained` that forward does not let anyone narrow."""
-    tied = _tied_groups(graph)
-    if _all_at_once(graph, [(groups, 0.75) for groups in tied]) is not None:
-        return []
-    stuck: list[ChannelGroup] = []
-    for groups in tied:
-        if _together(graph, [(groups, 0.75)]) is None:
-            flexible = _one_by_one(graph, groups, {g.name: (g.size + 1) // 2 for g in groups})
-            stuck += [g for g in groups if g.size > 1 and g.name not in flexible]
-    return stuck
+def record_again(graph: ChannelAnswers) -> None:
+    """Give a graph that was pickled its recording back."""
+    if isinstance(graph.recording, LostRecording):
+        literal = graph.recording.literal
+        graph.recording = trace_at(graph.model, graph.arguments, graph.network, ChannelAnswers).recording
+        graph.recording.literal.update(literal)
 
 
-def _tied_groups(graph: ChannelAnswers) -> list[list[ChannelGroup]]:
-    found = [[g for g in graph.groups if int(g.channels[0]) in channels] for channels in graph.constrained]
+def stuck_sets(graph: ChannelAnswers) -> list[frozenset[int]]:
+    """The sets of :attr:`ChannelAnswers.constrained` of which a forward has no graph form."""
+    return [channels for channels in graph.constrained if why_stuck(graph, channels)]
+
+
+def why_stuck(graph: ChannelAnswers, channels: Iterable[int]) -> str | None:
+    """Why a forward that decides where ``channels`` go has no graph form; None if each has one."""
+    return next((reason for path in fixing_bodies(graph, channels) if (reason := refusal(graph, path))), None)
+
+
+def unresizable_sets(graph: ChannelAnswers) -> list[tuple[ChannelGroup, str]]:
+    """Groups that forward lets nobody narrow, in neither form, and why it has no graph form."""
+    found: list[tuple[ChannelGroup, str]] = []
+    for channels in stuck_sets(graph):
+        for groups in _tied_groups(graph, [channels]):
+            if _together(graph, [(groups, 0.75)], _STEPS) is None:
+                found += [(g, why_stuck(graph, channels) or "") for g in groups if g.size > 1]
+    return found
+
+
+def _tied_groups(graph: ChannelAnswers, sets: Iterable[frozenset[int]]) -> list[list[ChannelGroup]]:
+    found = [[g for g in graph.groups if int(g.channels[0]) in channels] for channels in sets]
     return [groups for groups in found if groups]
 
 
-def _all_at_once(graph: ChannelAnswers, sets: Sequence[tuple[list[ChannelGroup], float]]) -> dict[str, int] | None:
-    """One trace instead of one per set, for networks of many sets that forward lets shrink as wanted (ShuffleNet)."""
-    return _together(graph, sets, _STEPS[:1]) if len(sets) > 1 else None
-
-
 def _together(
-    graph: ChannelAnswers, sets: Sequence[tuple[list[ChannelGroup], float]], steps: Sequence[float] = _STEPS
+    graph: ChannelAnswers, sets: Sequence[tuple[list[ChannelGroup], float]], steps: Sequence[float]
 ) -> dict[str, int] | None:
     """Counts when all layers shrink to about the ratio of their set, or else to less and less; None if a set keeps all.
 
@@ -99,8 +122,9 @@ def _together(
     for groups, ratio in sets:
         for group in groups:
             for layer in group.producers:
-                totals[layer] = totals.get(layer, 0) + group.size
-                removed[layer] = removed.get(layer, 0.0) + (1 - ratio) * group.size
+                rows = group.rows(layer).numel()
+                totals[layer] = totals.get(layer, 0) + rows
+                removed[layer] = removed.get(layer, 0.0) + (1 - ratio) * rows
     tried = set()
     for step in steps:
         widths = {layer: n - round(step * removed[layer]) for layer, n in totals.items()}
@@ -112,20 +136,6 @@ def _together(
             if layout is not None and all(any(layout.counts[g.name] < g.size for g in groups) for groups, _ in sets):
                 return {g.name: layout.counts[g.name] for groups, _ in sets for g in groups}
     return None
-
-
-def _one_by_one(graph: ChannelAnswers, groups: list[ChannelGroup], wanted: Mapping[str, int]) -> dict[str, int]:
-    """Counts of those groups that can be narrowed while the others keep all their channels."""
-    if len(groups) > _MOST_SINGLE_TRIALS:
-        return {}
-
-    def fits(counts: dict[str, int]) -> bool:
-        layout = layout_for(graph, widths_of(graph, counts))
-        return layout is not None and all(layout.counts[g.name] == counts.get(g.name, g.size) for g in groups)
-
-    narrowed = {g.name: wanted[g.name] for g in groups if wanted[g.name] < g.size}
-    alone = {name: count for name, count in narrowed.items() if fits({name: count})}
-    return alone if len(alone) < 2 or fits(alone) else dict([next(iter(alone.items()))])
 
 
 def widths_of(graph: ChannelAnswers, counts: Mapping[str, int]) -> dict[str, int]:

@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
         inputs, network = inputs_from_state(state["extra"]["inputs"], network)
     clusters, network = relative_to(model, clusters, network)
     try:
-        merged, report = merge_channels(model, clusters, inputs, network=network, tolerance=options.tolerance)
+        merged, report = merge_channels(
+            model, clusters, inputs, network=network, tolerance=options.tolerance, form=options.form
+        )
     except NotTiedError as error:
         reason = str(error).replace("tolerance=float('inf')", "--tolerance inf")
         raise CommandError(f"{options.checkpoint}: {reason}") from error

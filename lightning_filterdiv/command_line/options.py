@@ -106,6 +106,13 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--form",
+        choices=("auto", "module", "graph"),
+        default="auto",
+        help="module: keep every class; graph: write forwards that decide where channels go as torch.fx graphs; auto: "
+        "only where the widths need it (default: %(default)s)",
+    )
+    parser.add_argument(
         "--pairs", type=int, default=20, help="timed forward passes per network, 0 for no timing (default: %(default)s)"
     )
 

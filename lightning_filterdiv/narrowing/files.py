@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -12,9 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
 from lightning_filterdiv.channel_graph.counted import COUNTED, CountedNorm, counted
-from lightning_filterdiv.channel_graph.modules import bare_module, device_of, update_attributes
+from lightning_filterdiv.channel_graph.forms import FORMS
+from lightning_filterdiv.channel_graph.graph_body import CONSTANT, GraphBody
+from lightning_filterdiv.channel_graph.history import chosen_channels, example_inputs_of, history_of, set_history
+from lightning_filterdiv.channel_graph.inputs import without_targets
+from lightning_filterdiv.channel_graph.modules import bare_module, copy_network, device_of, update_attributes
+from lightning_filterdiv.channel_graph.narrow import Narrowing
 from lightning_filterdiv.files import find_damage, why_unwritable, write_files
 from lightning_filterdiv.filters import canonical_name, named_modules, named_tensors
 
@@ -45,7 +52,37 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
             for name, form in value.items()
         )
     ),
+    "graphs": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "steps": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(path, str) and isinstance(steps, list) and steps for path, steps in value.items())
+        and all(_is_step(step) for steps in value.values() for step in steps)
+    ),
 }
+_ADDED = {"norms": dict[str, Any], "graphs": list[Any], "steps": dict[str, Any]}  # since version 1
+
+
+def _is_step(value: Any) -> bool:
+    """Whether ``value`` is what a narrowing notes about itself."""
+    if not isinstance(value, dict) or value.keys() != {"network", "inputs", "form", "keep", "sums"}:
+        return False
+    tables = [(value["keep"], 1), (value["sums"], 2)]
+    return (
+        isinstance(value["network"], str)
+        and value["form"] in FORMS
+        and all(
+            isinstance(table, dict)
+            and all(
+                isinstance(name, str)
+                and isinstance(rows, Tensor)
+                and (rows.dtype, rows.layout, rows.dim()) == (torch.int64, torch.strided, dims)
+                and rows.numel() > 0
+                and not rows.is_meta
+                for name, rows in table.items()
+            )
+            for table, dims in tables
+        )
+    )
 
 
 class MergedFileError(ValueError):
@@ -53,7 +90,10 @@ class MergedFileError(ValueError):
 
 
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a merged network: its tensors under canonical names and where its channel maps sit; no pickled objects.
+    """Write a merged network: its tensors under canonical names and how it was narrowed; no pickled objects.
+
+    Submodules in graph form are not written as such: the file says which ones they are, which channels were kept, and
+    the shapes of the example inputs, so that :func:`load_merged` records and narrows a fresh network again.
 
     Args:
         model: a result of :func:`~lightning_filterdiv.narrowing.merge.merge_channels`, trained further or not.
@@ -61,11 +101,19 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: it cannot be written. Nothing is left behind then, and an older file stays as it was.
+        ValueError: ``model`` is a part of a merged network in graph form, and does not know how it was made.
     """
     if reason := why_unwritable(path):
         raise OSError(f"{os.fspath(path)} cannot be written: {reason}")
     model = bare_module(model)
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model).items()}
+    steps = {name: history_of(module) for name, module in named_modules(model).items() if history_of(module)}
+    graphs = [name for name, module in named_modules(model).items() if isinstance(module, GraphBody)]
+    if graphs and not steps:
+        raise ValueError(
+            f"{graphs[0]!r} is in graph form, and this {type(model).__name__} does not know how it was narrowed: save "
+            "the whole network that merge_channels returned, or a module that holds it"
+        )
     norms = {
         name: (type(module).__name__, module.options)
         for name, module in named_modules(model).items()
@@ -75,16 +123,29 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     torch.save(
         {
             "format": _FORMAT,
-            "version": _VERSION if norms else 1,  # without norms that weigh, older releases read it, too
+            "version": _VERSION if norms or graphs else 1,  # without them, older releases read it, too
             "class": type(model).__name__,
             "tensors": tensors,
             "maps": [name for name, _ in _maps(model)],
             "norms": norms,
+            "graphs": graphs,
+            "steps": steps,
         },
         content,
     )
     folder, name = os.path.split(os.fspath(path))
     write_files(folder or ".", {name: content.getbuffer()})
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors but those that a graph is written with."""
+    bodies = {name for name, module in named_modules(model).items() if isinstance(module, GraphBody)}
+
+    def is_constant(name: str) -> bool:
+        path, _, key = name.rpartition(".")
+        return path in bodies and key.startswith(CONSTANT)
+
+    return {name: tensor for name, tensor in named_tensors(model).items() if not is_constant(name)}
 
 
 def _maps(model: nn.Module) -> list[tuple[str, ChannelMap]]:
@@ -94,17 +155,21 @@ def _maps(model: nn.Module) -> list[tuple[str, ChannelMap]]:
 def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Narrow a fresh instance of the original network to the widths in the file and load the values, in place.
 
+    A copy is recorded and narrowed like the network in the file, and its tensors are compared with those of the file,
+    before anything of ``fresh_original`` changes.
+
     Args:
         fresh_original: a network constructed like the one that was merged (its weights do not matter); also one that
             is merged already. Device and ``requires_grad`` stay as they are, dtypes become those of the file.
         path: what :func:`save_merged` wrote. It is read with ``weights_only=True``.
 
     Returns:
-        ``fresh_original``.
+        ``fresh_original``; a ``GraphModule`` in its place where its own forward takes graph form.
 
     Raises:
         FileNotFoundError: there is no such file.
-        MergedFileError: it is no merged network, or its tensors are not those of ``fresh_original``.
+        MergedFileError: it is no merged network, its entries contradict each other, or its tensors are not those of
+            ``fresh_original``. ``fresh_original`` is left as it was.
     """
     shown = os.fspath(path)
     if not os.path.isfile(path):
@@ -125,8 +190,8 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
         raise MergedFileError(f"{shown} is damaged: {damage}; copy it or merge the checkpoint again")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MergedFileError(foreign)
-    content.setdefault("norms", {})  # files of version 1 have none
-    if missing := [key for key in ("version", "class", "tensors", "maps") if key not in content]:
+    content |= {key: kind() for key, kind in _ADDED.items() if key not in content}
+    if missing := [key for key in _ENTRIES if key not in content]:
         raise MergedFileError(f"{shown} lacks its entry {missing[0]!r}: it was edited; merge the checkpoint again")
     if damaged := [key for key, right in _ENTRIES.items() if not right(content[key])]:
         raise MergedFileError(
@@ -141,12 +206,97 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
     model = bare_module(fresh_original)
     tensors: dict[str, Tensor] = content["tensors"]
     _check(model, content)
+    rebuilt = _rebuild(model, content) if content["steps"] else None
     for name in content["maps"]:
         _install_map(model, name, tensors)
     for name, (kind, options) in content["norms"].items():
         _install_norm(model, name, COUNTED[kind], options, tensors[f"{name}.counts"])
-    _replace(model, tensors)
-    return fresh_original
+    result = model if rebuilt is None else _take_forms(model, rebuilt)
+    _replace(result, tensors)
+    return fresh_original if result is model else result
+
+
+def _rebuild(model: nn.Module, content: dict[str, Any]) -> nn.Module:
+    """A copy of ``model`` that is narrowed as the one in the file was, if its tensors then are those of the file."""
+    fresh = f"a {type(model).__name__} constructed like this"
+    result = copy_network(model)
+    for path, steps in content["steps"].items():
+        part = named_modules(result).get(path)
+        done = [] if part is None else history_of(part)
+        if part is None or not _alike(done, steps[: len(done)]):
+            raise MergedFileError(
+                f"the file holds a merged {content['class']}, which {fresh} is not: {path or 'it'!r} was narrowed in "
+                "another way. Construct a fresh network with the arguments it was trained with"
+            )
+        for step in steps[len(done) :]:
+            try:
+                part = _repeat(part, step)
+            except (ChannelGraphError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+                raise MergedFileError(
+                    f"the file holds a merged {content['class']}, and {fresh} cannot be narrowed in the same way: "
+                    f"{error}. Construct the network with the arguments it was trained with, or merge again"
+                ) from error
+        result = _put(result, path, part)
+    tensors, own = content["tensors"], _tensors(result)
+    graphs = [name for name, module in named_modules(result).items() if isinstance(module, GraphBody)]
+    wrong = [
+        f"{name!r} has shape {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in a network with the "
+        "channels that the file says were kept"
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
+    ]
+    if own.keys() ^ tensors.keys():
+        wrong.append(f"{min(own.keys() ^ tensors.keys())!r} is in only one of them")
+    if graphs != content["graphs"]:
+        wrong.append(f"submodules in graph form are {graphs}, the file names {content['graphs']}")
+    if wrong:
+        raise MergedFileError(f"the entries of the file contradict each other: {wrong[0]}; merge the checkpoint again")
+    return result
+
+
+def _repeat(part: nn.Module, step: dict[str, Any]) -> nn.Module:
+    """Narrow as ``step`` says."""
+    args, kwargs = example_inputs_of(step["inputs"])
+    inputs = without_targets(part, args, kwargs)
+    graph = ChannelGraph.trace(part, inputs, network=step["network"] or None)
+    keep, sums = chosen_channels(graph, step["keep"], step["sums"])
+    return Narrowing(graph, keep, sums, form=step["form"])(part)
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two notes are equal, tensors entry by entry."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_alike(value, second[key]) for key, value in first.items())
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(_alike(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second)
+
+
+def _put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """``model`` with ``part`` at ``path``."""
+    if not path:
+        return part
+    parent, _, child = path.rpartition(".")
+    named_modules(model)[parent]._modules[child] = part
+    return model
+
+
+def _take_forms(model: nn.Module, rebuilt: nn.Module) -> nn.Module:
+    """Give submodules of ``model`` the graphs, the new classes and the history that those of ``rebuilt`` have."""
+    result = model
+    for path, new in sorted(named_modules(rebuilt).items(), key=lambda item: -len(item[0])):
+        old = named_modules(result).get(path)
+        if isinstance(new, GraphBody) and old is not None:
+            constants = {name: value for name, value in new.named_buffers(recurse=False) if name.startswith(CONSTANT)}
+            result = _put(result, path, GraphBody(old, copy.deepcopy(new.graph), constants))
+        elif old is not None and type(old) is not type(new) and not isinstance(new, ChannelMap):
+            result = _put(result, path, new.train(old.training))
+    for path, module in named_modules(rebuilt).items():
+        if (steps := history_of(module)) and path in named_modules(result):
+            set_history(named_modules(result)[path], steps)
+    return result
 
 
 def _check(model: nn.Module, content: dict[str, Any]) -> None:
@@ -159,7 +309,7 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
         site = next((site for site in inside if name.startswith(site) and site not in mapped), None)
         return name if site is None else f"{site}inner.{name.removeprefix(site)}"
 
-    own = {renamed(name): tensor for name, tensor in named_tensors(model).items()}
+    own = {renamed(name): tensor for name, tensor in _tensors(model).items()}
     selections = {f"{name}{part}" for name in inside for part in ("expand", "keep")}
     selections |= {f"{name}.counts" for name in content["norms"]}
     missing = [name for name in own if name not in tensors and name not in selections]
@@ -230,6 +380,8 @@ def _replace(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                     made[id(old)] = nn.Parameter(tensors[prefix + key].to(old.device), old.requires_grad)
                 module._parameters[key] = made[id(old)]
         for key in buffers:
+            if isinstance(module, GraphBody) and key.startswith(CONSTANT):
+                continue
             if (buffer := module._buffers[key]) is not None:
                 if id(buffer) not in made:
                     made[id(buffer)] = tensors[prefix + key].to(device)

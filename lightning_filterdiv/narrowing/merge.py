@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
+from lightning_filterdiv.channel_graph.forms import Form, FormChoice
 from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.channel_graph.modules import bare_module, copy_network
-from lightning_filterdiv.channel_graph.narrow import merging, narrow, tie
+from lightning_filterdiv.channel_graph.narrow import Narrowing, merging, tie
 from lightning_filterdiv.channel_graph.verify import prove
 from lightning_filterdiv.filters import find_submodule, named_tensors
 from lightning_filterdiv.narrowing.measure import count_parameters, macs_of_call
@@ -38,6 +39,7 @@ class MergeReport(NamedTuple):
         parameters_after: of the narrow network.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
         macs_after: of the narrow network.
+        forms: the form of every submodule whose forward decides by itself where merged channels go, and why.
     """
 
     channels_before: int
@@ -50,6 +52,7 @@ class MergeReport(NamedTuple):
     parameters_after: int
     macs_before: int
     macs_after: int
+    forms: tuple[FormChoice, ...] = ()
 
     def __str__(self) -> str:
         def share(after: int, before: int) -> str:
@@ -63,8 +66,17 @@ class MergeReport(NamedTuple):
                 f"deviation     {self.deviation:.1e} of the norm, the largest of all tensors ({self.worst})",
                 f"projection    changes the outputs by {self.projection:.1e} (relative)",
                 f"trimming      changes the outputs by {self.trim:.1e} (relative, float64)",
+                *(f"form          {line}" for line in _forms(self.forms)),
             ]
         )
+
+
+def _forms(forms: tuple[FormChoice, ...]) -> list[str]:
+    """One line per form and reason: how many submodules, and their names."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for choice in forms:
+        together.setdefault((choice.form, choice.reason), []).append(choice.submodule or "the whole model")
+    return [f"{form} ({reason}): {', '.join(names)}" for (form, reason), names in together.items()]
 
 
 class Merged(NamedTuple):
@@ -99,6 +111,7 @@ def merge_channels(
     *,
     network: str | None = None,
     tolerance: float = 1e-3,
+    form: Form = "auto",
 ) -> Merged:
     """Make a really narrower network with one channel per cluster.
 
@@ -112,10 +125,14 @@ def merge_channels(
         example_inputs: for the trace; see :meth:`~lightning_filterdiv.channel_graph.ChannelGraph.trace`.
         network: trace only this submodule.
         tolerance: largest relative change of the outputs by the projection; ``float("inf")`` merges whatever it does.
+        form: ``"module"`` keeps every class and takes only widths that each forward follows by itself. ``"graph"``
+            makes a ``torch.fx.GraphModule`` of every submodule whose forward decides where channels go (a split by
+            stored numbers, a slice, a shuffle). ``"auto"`` does so only where module form cannot express the widths.
 
     Returns:
         The network, a module of the same class (dtype, device, ``requires_grad``, modes and memory format kept), and
-        the report of what merging did.
+        the report of what merging did. Its class is a ``GraphModule`` only where the forward of ``model`` itself takes
+        graph form; a LightningModule never does.
 
     Raises:
         NotTiedError: the projection changes the outputs by more than ``tolerance``.
@@ -129,10 +146,10 @@ def merge_channels(
     projected = copy_network(model)
     tie(projected, graph, clusters)
     deviation, worst = _largest_deviation(model, projected)
-    keep, sums = merging(graph, clusters)
-    merged = narrow(projected, graph, keep, sums)
+    narrowing = Narrowing(graph, *merging(graph, clusters), form=form)
+    merged = narrowing(projected)
     arguments = example_arguments(_traced(model, network), example_inputs)
-    proof = prove(projected, lambda tied: narrow(tied, graph, keep, sums), graph, arguments, original=model)
+    proof = prove(projected, narrowing, graph, arguments, original=model)
     projection, trim = proof.change, proof.difference
     if not proof.exact:
         raise NarrowingError(
@@ -157,6 +174,7 @@ def merge_channels(
         parameters_after=count_parameters(merged),
         macs_before=macs_of_call(_traced(model, network), *arguments),
         macs_after=macs_of_call(_traced(merged, network), *arguments),
+        forms=narrowing.forms,
     )
     return Merged(merged, report)
 

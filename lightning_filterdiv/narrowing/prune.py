@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, NarrowingError
+from lightning_filterdiv.channel_graph.forms import Form
 from lightning_filterdiv.channel_graph.modules import copy_network
-from lightning_filterdiv.channel_graph.narrow import narrow, weigh
+from lightning_filterdiv.channel_graph.narrow import Narrowing, weigh
 from lightning_filterdiv.channel_graph.verify import as_type, dtype_of, prove
 from lightning_filterdiv.filters import canonical_name, named_tensors
 
@@ -17,7 +18,9 @@ __all__ = ["prune_channels"]
 
 
 @torch.no_grad()
-def prune_channels(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> nn.Module:
+def prune_channels(
+    model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *, form: Form = "auto"
+) -> nn.Module:
     """A copy of ``model`` without the other channels: their filters, norms and the columns that read them are gone.
 
     The result is compared with ``model`` whose consumers ignore those channels, on random inputs in float64.
@@ -27,6 +30,7 @@ def prune_channels(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Ten
         graph: its channel graph.
         keep: group name -> ``(n,)`` indices of channels to keep, of
             :func:`~lightning_filterdiv.channel_importance.select_channels`; other groups stay whole.
+        form: see :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
     Returns:
         A narrower module of the same class, trainable, in the order of the kept channels.
@@ -43,9 +47,10 @@ def prune_channels(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Ten
     keep = {name: _checked(name, groups.get(name), kept) for name, kept in keep.items()}
     silent = copy_network(model)
     _silence(silent, graph, groups, keep)
-    result = narrow(model, graph, keep)
+    narrowing = Narrowing(graph, keep, form=form)
+    result = narrowing(model)
     # Not made of the silent network: there, norms over channels do not count the channels that go.
-    proof = prove(silent, lambda whole: narrow(as_type(model, dtype_of(whole)), graph, keep), graph)
+    proof = prove(silent, lambda whole: narrowing(as_type(model, dtype_of(whole))), graph)
     if not proof.exact:
         raise NarrowingError(
             f"the pruned network is not one that ignores the channels: {proof}; nothing was pruned. Please report the "

@@ -12,7 +12,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError, widths
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
-from lightning_filterdiv.channel_graph.narrow import tie
+from lightning_filterdiv.channel_graph.narrow import merging, narrow, tie
 from lightning_filterdiv.channel_graph.verify import random_clusters
 
 from .checks import check_exact, merge, mergeable, parameter_count
@@ -30,7 +30,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     # Option A: a stage keeps the channels of the one before and adds those that were padded: 32 in all.
     "option A module": (lambda: models.CifarResNet("module"), IMAGE, 32 + 2 * (8 + 16 + 32)),
     # ... of which forward lets only the first 8 be narrowed when its pad widths are numbers.
-    "option A literal": (lambda: models.CifarResNet("literal"), IMAGE, 8 + 2 * (8 + 16 + 32)),
+    "option A literal": (lambda: models.CifarResNet("literal"), IMAGE, 2 * (8 + 16 + 32) + 32),
     "option A relative": (lambda: models.CifarResNet("relative"), IMAGE, 32 + 2 * (8 + 16 + 32)),
     "pre-activation": (models.PreActivation, IMAGE, 8 + 8 + 12 + 12 + 12),
     "dense": (models.DenseNet, IMAGE, 8 + 3 * 6 + 13),
@@ -113,8 +113,8 @@ def test_widths_that_forward_cannot_express_are_an_error() -> None:
     model = models.ShuffleNet()
     graph = ChannelGraph.trace(model, IMAGE)
     unequal = {"stem[2]": torch.arange(8) % 5}
-    with pytest.raises(NarrowingError, match=r"cannot express the counts .*stem\[2\].*5.*expressible_counts"):
-        merge(model, graph, unequal)
+    with pytest.raises(NarrowingError, match=r"cannot express the counts .*stem\[2\].*5.*auto.*expressible_counts"):
+        narrow(model, graph, *merging(graph, unequal), form="module")
     counts = graph.expressible_counts({g.name: 3 * g.size // 4 for g in graph.groups})
     assert counts == {
         "stem[0]": 3,
@@ -159,8 +159,8 @@ class _Halves(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_all_that_forward_ties_is_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One trace tells that nothing is rigid, and one gives the counts; sets that must be tried alone give the same."""
+def test_one_trial_asks_whether_classes_can_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace makes none: what forward does not follow by itself can be written as a graph."""
     traces = []
     original = widths.layout_for
 
@@ -171,14 +171,10 @@ def test_all_that_forward_ties_is_tried_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(widths, "layout_for", counted)
     graph = ChannelGraph.trace(_Halves(), IMAGE)
     assert len(graph.constrained) == 3
-    assert len(traces) == 1
+    assert len(traces) == 0
     wanted = {g.name: g.size // 2 for g in graph.groups}
-    together = graph.expressible_counts(wanted)
-    assert together == wanted
-    assert len(traces) == 2
-    monkeypatch.setattr(widths, "_all_at_once", lambda graph, sets: None)
-    assert graph.expressible_counts(wanted) == together
-    assert len(traces) == 5
+    assert graph.expressible_counts(wanted) == wanted
+    assert len(traces) == 1
 
 
 class _HalfRigid(nn.Module):
@@ -195,11 +191,10 @@ class _HalfRigid(nn.Module):
         return self.fc(x.view(len(x), 2, 4, *x.shape[2:]).flatten(1, 2).mean((2, 3)))
 
 
-def test_a_rigid_layer_does_not_pin_what_forward_ties_elsewhere() -> None:
-    """Not all sets shrink at once, so that each is tried alone."""
+def test_a_number_in_a_shape_pins_nothing() -> None:
     graph, _ = check_exact(_HalfRigid(), IMAGE)
-    assert graph.pinned == {"fc": "network output", "fixed": "their number is fixed by view in forward"}
-    assert [(g.name, g.size) for g in graph.groups] == [("free[0]", 4), ("free[1]", 4)]
+    assert graph.pinned == {"fc": "network output"}
+    assert [(g.name, g.size) for g in graph.groups] == [("free[0]", 4), ("free[1]", 4), ("fixed", 8)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""A submodule whose forward is a graph of calls instead of the code of its class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+__all__ = ["CONSTANT", "GraphBody"]
+
+#: Names of buffers that hold what a graph reads begin so.
+CONSTANT = "_constant"
+
+
+class GraphBody(fx.GraphModule):
+    """The modules, tensors, attributes and hooks of ``module`` with ``graph`` for a forward.
+
+    Unlike a plain ``GraphModule`` it keeps what the graph does not name, also through ``copy.deepcopy`` and ``pickle``:
+    names in the state dict, children that nothing calls, attributes that other code reads, hooks.
+
+    Args:
+        module: the original submodule, or what is left of one. Its children and tensors are shared, not copied.
+        graph: calls children of ``module`` by their names, and ATen operators.
+        constants: name -> tensor that the graph reads; kept as buffers that are not saved.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor] | None = None) -> None:
+        module = _bare(vars(module))
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        for name in [name for name in module._buffers if name.startswith(CONSTANT) and name not in read]:
+            delattr(module, name)  # of an earlier graph
+        for name, value in (constants or {}).items():
+            module.register_buffer(name, value, persistent=False)
+        super().__init__(module, graph, "GraphBody")
+        for key, value in vars(module).items():
+            if key not in _graph_attributes() and key != "forward":  # one that the original put on itself
+                self.__dict__[key] = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphBody:
+        copied = GraphBody(_bare(copy.deepcopy(_without_graph(vars(self)), memo)), copy.deepcopy(self.graph))
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, arguments = super().__reduce__()
+        return _restore, arguments
+
+
+def _restore(attributes: dict[str, Any], imports: str) -> GraphBody:
+    plain = cast(fx.GraphModule, reduce_graph_module(dict(attributes), imports))
+    return GraphBody(_bare(attributes), plain.graph)
+
+
+@cache
+def _graph_attributes() -> frozenset[str]:
+    """Attributes that a GraphModule has for its graph, and other modules have not."""
+    return frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
+
+
+def _without_graph(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in attributes.items() if key not in _graph_attributes()}
+
+
+def _bare(attributes: Mapping[str, Any]) -> nn.Module:
+    """A module with these attributes and no forward."""
+    holder = nn.Module()
+    for key, value in _without_graph(attributes).items():
+        holder.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
+    return holder

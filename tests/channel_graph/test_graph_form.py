@@ -1,0 +1,343 @@
+"""Forwards that fix widths, written as graphs: exact at any counts, sizes and modes; copied, saved, squeezed again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
+from lightning_filterdiv.channel_graph.narrow import Narrowing, merging, tie
+from lightning_filterdiv.channel_graph.verify import compare, prove, randomise
+from lightning_filterdiv.narrowing import MergedFileError, load_merged, merge_channels, save_merged
+
+from .checks import EXACT
+
+IMAGE = torch.rand(1, 3, 16, 16)
+INF = float("inf")
+FIRST = "body.first.0.weight"
+
+
+def conv(reads: int, writes: int, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(reads, writes, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(writes), nn.ReLU(inplace=True)
+    )
+
+
+class Slices(nn.Module):
+    """The first channels are treated, the others pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(8, 12), conv(5, 5), conv(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.c(torch.cat([self.b(y[:, :5]), y[:, 5:]], 1))
+
+
+class Written(Slices):
+    """The same by writing into the tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).clone()
+        y[:, :5] = self.b(y[:, :5])
+        return self.c(y)
+
+
+class Res2Net(nn.Module):
+    """Branches of stored widths, each added to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.first, self.last = 4, conv(8, 16), conv(16, 8)
+        self.convs = nn.ModuleList(conv(4, 4) for _ in range(3))
+        self.pool = nn.AvgPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.first(x), self.width, 1)
+        found = []
+        for i, branch in enumerate(self.convs):
+            found.append(branch(parts[i] if i == 0 else found[-1] + parts[i]))
+        return x + self.last(torch.cat([*found, self.pool(parts[-1])], 1))
+
+
+class Ghost(nn.Module):
+    """Cheap copies beside the originals, cut to an odd number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.primary, self.cheap, self.after = conv(8, 6), conv(6, 6, groups=6), conv(11, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.primary(x)
+        return self.after(torch.cat([y, self.cheap(y)], 1)[:, :11])
+
+
+class C2f(nn.Module):
+    """YOLOv8's: two halves, and a list that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cv1, self.cv2 = conv(8, 12), conv(24, 8)
+        self.m = nn.ModuleList(conv(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = list(self.cv1(x).split((6, 6), 1))
+        y.extend(m(y[-1]) for m in self.m)
+        return self.cv2(torch.cat(y, 1))
+
+
+class Shuffle(nn.Module):
+    """A channel shuffle of what two branches made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.after = conv(8, 6), conv(8, 6), conv(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.left(x), self.right(x)], 1)
+        n, c, h, w = y.shape
+        return self.after(y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+
+
+class Numbers(nn.Module):
+    """A flatten, with the number of its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool, self.fc, self.back = conv(8, 6), nn.AdaptiveAvgPool2d(2), nn.Linear(24, 5), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.back(F.relu(self.fc(self.pool(self.a(x)).view(-1, 24))))
+        return x * torch.sigmoid(scale.view(-1, 8, 1, 1))
+
+
+class Halves(nn.Module):
+    """One half gates the other, with sizes read off the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.b = conv(8, 12), nn.Dropout(0.5), conv(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        small = F.interpolate(y[:, 6:], size=(y.shape[2] // 2, y.shape[3] // 2))
+        gate = F.interpolate(small, size=y.shape[2:])
+        return self.b(torch.cat([y[:, :6] * gate.sigmoid(), self.drop(y[:, :6])], 1))
+
+
+BODIES = {kind.__name__: kind for kind in (Slices, Written, Res2Net, Ghost, C2f, Shuffle, Numbers, Halves)}
+
+
+class Net(nn.Module):
+    """A stem, a body, a head."""
+
+    def __init__(self, body: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.body, self.pool, self.head = conv(3, 8), body(), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.flatten(self.pool(self.body(self.stem(x))), 1))
+
+
+def unequal_clusters(graph: ChannelGraph, seed: int = 0) -> dict[str, Tensor]:
+    """Another share of every group."""
+    generator = torch.Generator().manual_seed(seed)
+    clusters = {}
+    for i, group in enumerate(graph.groups):
+        kept = max(1, round(group.size * (0.4 + 0.15 * (i % 4))))
+        more = torch.randint(kept, (group.size - kept,), generator=generator)
+        clusters[group.name] = torch.cat([torch.arange(kept), more])[torch.randperm(group.size, generator=generator)]
+    return clusters
+
+
+def tied(name: str) -> tuple[nn.Module, ChannelGraph, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = Net(BODIES[name]).double().eval()
+    randomise(model, torch.Generator().manual_seed(0))
+    graph = ChannelGraph.trace(model, IMAGE)
+    clusters = unequal_clusters(graph)
+    tie(model, graph, clusters)
+    return model, graph, clusters
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_any_counts_are_exact_at_every_size_and_in_both_modes(name: str) -> None:
+    model, graph, clusters = tied(name)
+    assert set(graph.pinned) == {"head"}
+    narrowing = Narrowing(graph, *merging(graph, clusters))
+    assert prove(model, narrowing, graph).difference <= EXACT
+    narrow = narrowing(model)
+    assert type(narrow) is Net
+    assert [(c.submodule, c.form) for c in narrowing.forms] == [("body", "graph")]
+    assert isinstance(narrow.body, fx.GraphModule)
+    assert narrow.state_dict().keys() == model.state_dict().keys()
+    assert sum(p.numel() for p in narrow.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
+    for shape in [(5, 3, 16, 16), (2, 3, 24, 40)]:
+        images = torch.rand(shape, dtype=torch.float64)
+        assert compare(model, narrow, (images,), {}) <= EXACT
+        both = [copy.deepcopy(network).train() for network in (model, narrow)]
+        for network in both:
+            for module in network.modules():
+                module.training = module.training and not isinstance(module, nn.Dropout)
+        assert compare(both[0], both[1], (images,), {}) <= EXACT
+        assert compare(model, narrow, (images,), {}) <= EXACT
+        assert compare(both[0].eval(), both[1].eval(), (images,), {}) <= EXACT, "running statistics differ"
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_it_is_copied_pickled_saved_trained_and_squeezed_again(name: str, tmp_path: Path) -> None:
+    model, _, clusters = tied(name)
+    narrow, report = merge_channels(model, clusters, IMAGE)
+    assert "graph" in str(report)
+    images = torch.rand(3, 3, 16, 24, dtype=torch.float64)
+    for stage in range(2):
+        save_merged(narrow, tmp_path / "narrow.pt")
+        assert torch.load(tmp_path / "narrow.pt", weights_only=True)["graphs"] == ["body"]
+        fresh = Net(BODIES[name]).double().eval()
+        inner = fresh.body
+        loaded = load_merged(fresh, tmp_path / "narrow.pt")
+        assert loaded is fresh
+        assert loaded.body is not inner
+        copies = [copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow)), loaded]
+        for other in copies:
+            assert torch.equal(other(images), narrow(images))
+            assert other.state_dict().keys() == narrow.state_dict().keys()
+        optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+        loaded.train()(images).square().sum().backward()
+        assert all(p.grad is not None for p in loaded.parameters())
+        optimizer.step()
+        if stage == 0:
+            graph = ChannelGraph.trace(loaded.eval(), IMAGE)
+            again = unequal_clusters(graph, seed=1)
+            tie(loaded, graph, again)
+            narrower, second = merge_channels(loaded, again, IMAGE)
+            assert second.trim <= EXACT
+            assert second.parameters_after < report.parameters_after
+            narrow = narrower
+
+
+@pytest.mark.parametrize("name", ["Res2Net", "Shuffle", "Halves"])
+def test_export_with_a_dynamic_batch_and_onnx(name: str) -> None:
+    import onnxruntime
+
+    model, _, clusters = tied(name)
+    narrow = merge_channels(model, clusters, IMAGE).network.float()
+    images = torch.rand(5, 3, 16, 16)
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(narrow, (images[:2],), dynamic_shapes=(batch,))
+    torch.testing.assert_close(exported.module()(images), narrow(images))
+    file = io.BytesIO()
+    torch.onnx.export(narrow, (images[:2],), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    (result,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), narrow(images), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(copy.deepcopy(narrow), backend="eager")
+    torch.testing.assert_close(compiled(images), narrow(images))
+
+
+def test_forms_as_wanted() -> None:
+    model, graph, clusters = tied("Shuffle")
+    even = {g.name: torch.arange(g.size) // 2 for g in graph.groups}
+    for form, expected in (("auto", "module"), ("module", "module"), ("graph", "graph")):
+        narrow, report = merge_channels(model, even, IMAGE, tolerance=INF, form=form)  # type: ignore[arg-type]
+        assert [c.form for c in report.forms] == [expected], form
+        assert isinstance(narrow.body, fx.GraphModule) == (expected == "graph")
+        assert report.trim <= EXACT
+    with pytest.raises(NarrowingError, match=r'cannot express.*form="auto" writes such a forward as a graph'):
+        merge_channels(model, clusters, IMAGE, tolerance=INF, form="module")
+    with pytest.raises(ValueError, match="form"):
+        merge_channels(model, clusters, IMAGE, form="grahp")  # type: ignore[arg-type]
+
+
+class Dropping(Res2Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class Training(Res2Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if self.training else y
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.tail, self.head = conv(3, 8), conv(8, 6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.head(self.tail(torch.cat([y[:, :3].tanh(), y[:, 3:]], 1)))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Net(Dropping), r"body has no graph form: forward itself draws random numbers.*make it a submodule"),
+        (Net(Training), r"body has no graph form: forward runs mul only in training mode"),
+        (
+            Module(),
+            r"Module, a LightningModule, which keeps its class; move those lines into a submodule",
+        ),
+    ],
+    ids=["dropout", "training branch", "LightningModule"],
+)
+def test_what_exists_in_training_only_is_refused_by_name(model: nn.Module, reason: str) -> None:
+    graph = ChannelGraph.trace(model.eval(), IMAGE)
+    with pytest.raises(NarrowingError, match=reason):
+        merge_channels(model, {g.name: torch.arange(g.size) % 2 for g in graph.groups}, IMAGE, tolerance=INF)
+    assert graph.verify() <= EXACT, "what forward follows by itself is there in module form"
+
+
+def test_a_lightning_module_around_a_body_stays_what_it_is() -> None:
+    class Around(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net(Res2Net)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    model = Around().eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    narrow, report = merge_channels(model, unequal_clusters(graph), IMAGE, tolerance=INF)
+    assert isinstance(narrow, Around)
+    assert [c.submodule for c in report.forms] == ["net.body"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda c: c["tensors"].update({FIRST: c["tensors"][FIRST][:, :1]}), "contradict"),
+        (lambda c: c["steps"][""][0]["keep"].update({FIRST: torch.tensor([0])}), "contradict|cannot be"),
+        (lambda c: c["steps"][""][0].update(inputs=3), "cannot be narrowed in the same way"),
+        (lambda c: c["steps"][""][0].update(form="other"), "entry 'steps'"),
+        (lambda c: c.update(graphs=[]), "contradict"),
+        (lambda c: c["steps"].update({"nowhere": c["steps"][""]}), "another way"),
+    ],
+    ids=["in channels", "kept filters", "inputs", "form", "graphs", "place"],
+)  # fmt: skip
+def test_a_file_that_contradicts_itself_is_refused_before_anything_changes(
+    edit: Callable[[dict[str, object]], None], words: str, tmp_path: Path
+) -> None:
+    model, _, clusters = tied("Res2Net")
+    save_merged(merge_channels(model, clusters, IMAGE).network, tmp_path / "narrow.pt")
+    content = torch.load(tmp_path / "narrow.pt", weights_only=True)
+    edit(content)
+    torch.save(content, tmp_path / "edited.pt")
+    fresh = Net(Res2Net).double()
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    with pytest.raises(MergedFileError, match=words):
+        load_merged(fresh, tmp_path / "edited.pt")
+    assert type(fresh.body) is Res2Net
+    assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
