@@ -466,9 +466,10 @@ class Writer:
 
     def _sized(self, node: Node) -> fx.Node:
         name = operator_name(node, raw=True)
+        shape = self._shape(node)  # first: its sizes come before the call
         call = self._same(node)
         place = 1 if name == "expand" or name.startswith("new_") else 0
-        call.args = tuple(self._shape(node) if i == place else a for i, a in enumerate(call.args))
+        call.args = tuple(shape if i == place else a for i, a in enumerate(call.args))
         return call
 
     def _pad(self, node: Node) -> fx.Node:
@@ -598,7 +599,11 @@ def write_body(
         with _disable_current_modes():
             return Writer(path, model, aligned, mask).write(names)
 
-    write()
+    try:
+        write()
+    except (RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GraphFormError(f"it cannot be written down ({first})") from error
     return BodyGraph(path, write)
 
 
