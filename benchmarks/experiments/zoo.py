@@ -9,7 +9,7 @@ stopped at 300 s of CPU time.
 *This package* ties random clusters, half as many as channels in every group, and merges them with ``merge_channels``.
 *Share* is the number of convolution filters that are gone, over half of all convolution filters. *Deviation* is the
 relative difference between the outputs of the narrow network and those of the tied one, in float64. *Form* says whether
-all modules kept their class ("module") or some became a graph.
+all modules kept their class ("module") or how many became a graph.
 
 *torch-pruning* gets the easier task: half of the channels of each of its groups are silenced, that is, every row of a
 producer and of a norm that its own group lists is set to zero, and then pruned. If the group is right, the outputs do
@@ -41,7 +41,7 @@ from benchmarks.cost.channel_graph_speed import build, networks
 from benchmarks.cost.peers import TOLERANCE, prune_silently
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_graph.verify import random_clusters, randomise
-from lightning_filterdiv.narrowing import merge_channels, tie_channels
+from lightning_filterdiv.narrowing import MergeReport, merge_channels, tie_channels
 
 RESULT = RESULTS / "zoo.json"
 LIMIT = 300
@@ -76,13 +76,19 @@ def ours(library: str, name: str, size: int) -> dict[str, Any]:
             merged = merge_channels(model, clusters, arguments, tolerance=float("inf"))
             row["seconds"] = time.process_time() - start
             row["deviation"] = merged.report.trim
-            row["form"] = getattr(merged.report, "form", "module")
+            row["form"] = form_of(merged.report)
             row["share"] = (before - filters_of(merged.network)) / (before / 2)
         else:
             row |= {"share": 0.0, "deviation": 0.0, "form": "-"}
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:300]
     return row
+
+
+def form_of(report: MergeReport) -> str:
+    """``module``: every module kept its class; ``graph (n)``: n submodules became graphs."""
+    written = sum(choice.form == "graph" for choice in report.forms)
+    return f"graph ({written})" if written else "module"
 
 
 def reasons(graph: ChannelGraph) -> dict[str, int]:
