@@ -39,7 +39,7 @@ def test_orthogonal_and_degenerate_layers() -> None:
     rows = redundancy_metrics(
         {"eye": conv_of(torch.eye(4).tolist()), "one": conv_of([[3.0, 4.0]]), "zero": conv_of([[0.0]] * 3)}
     )
-    assert rows["eye"] == pytest.approx(dict(zip(METRICS, (0, 0, 0, 1, 0, 0), strict=True)), abs=1e-6)
+    assert rows["eye"] == pytest.approx(dict(zip(METRICS, (0, 0, 0, 0, 1, 0, 0), strict=True)), abs=1e-6)
     assert rows["one"]["mean_abs_cosine"] == rows["one"]["max_abs_cosine"] == 0
     assert rows["one"]["effective_rank"] == pytest.approx(1)
     assert rows["zero"]["dead_filters"] == 1
