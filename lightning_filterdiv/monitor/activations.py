@@ -37,40 +37,40 @@ _CONSTANT = 1e-7  # a channel with a smaller deviation relative to its mean is c
 
 
 class Moments(NamedTuple):
-    """Moments of ``C`` channels over ``count`` positions, in float64.
+    """Moments of ``C`` channels over some positions, in float64.
 
     Attributes:
-        count: ``()``, number of positions.
+        positions: ``()``, their number.
         mean: ``(C,)``.
         products: ``(C, C)``, sums of products of deviations from the mean.
     """
 
-    count: Tensor
+    positions: Tensor
     mean: Tensor
     products: Tensor
 
     @classmethod
     def none(cls, channels: int, device: torch.device | str = "cpu") -> Moments:
         """Moments over no position."""
-        wide = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros((), **wide), torch.zeros(channels, **wide), torch.zeros(channels, channels, **wide))  # type: ignore[arg-type]
+        start = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(start, start.new_zeros(channels), start.new_zeros(channels, channels))
 
     def joined(self, other: Moments) -> Moments:
         """Moments over the positions of both (Chan, Golub, LeVeque 1979): exact also where means are large."""
-        count = self.count + other.count
-        share = other.count / torch.where(count > 0, count, 1.0)
+        count = self.positions + other.positions
+        share = other.positions / torch.where(count > 0, count, 1.0)
         shift = other.mean - self.mean
-        between = torch.outer(shift, shift) * (self.count * share)
+        between = torch.outer(shift, shift) * (self.positions * share)
         return Moments(count, self.mean + shift * share, self.products + other.products + between)
 
     def selected(self, channels: Tensor) -> Moments:
         """Moments of some of the channels."""
-        return Moments(self.count, self.mean[channels], self.products[channels][:, channels])
+        return Moments(self.positions, self.mean[channels], self.products[channels][:, channels])
 
     def correlation(self) -> Tensor:
         """``(C, C)`` signed correlation in [-1, 1], diagonal 1; a constant channel has 0 with all, itself included."""
         variance = self.products.diagonal()
-        floor = self.count * (_CONSTANT * self.mean).square()
+        floor = self.positions * (_CONSTANT * self.mean).square()
         inverse = torch.where(variance > floor, variance, torch.inf).rsqrt()
         return (self.products * inverse * inverse[:, None]).clamp(-1.0, 1.0)
 

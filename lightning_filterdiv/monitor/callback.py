@@ -36,8 +36,10 @@ from lightning_filterdiv.training.learning_rates import fit_epochs
 
 __all__ = ["FilterSimilarityMonitor"]
 
-#: Tag of the summary, and prefix of the network's numbers: it sorts before everything else of this package.
-_NETWORK = "filterdiv/all_layers"
+#: Group of the summary and of the network's numbers. TensorBoard sorts capitals first: pages open with it.
+_NETWORK = "Filters"
+#: Tag of the summary; it sorts before the numbers.
+_SUMMARY = f"{_NETWORK}/all_layers"
 _LAYERS = "filterdiv_layers"
 _FIGURES = "filterdiv_figures"
 
@@ -49,9 +51,9 @@ def _itself(figure: Figure) -> Figure:
 class FilterSimilarityMonitor(FilterCallback):
     """Show how alike the filters of each layer are, before training and after every ``every_n_epochs``-th epoch.
 
-    Scalars go to every logger: ``filterdiv/all_layers/<metric>``, the mean over layers with at least two filters, and
+    Scalars go to every logger: ``Filters/<metric>``, the mean over layers with at least two filters, and
     ``filterdiv_layers/<metric>/<layer>``. Figures go to TensorBoard, Weights & Biases and MLflow; where no logger takes
-    them, to PNG files in the log directory: ``filterdiv/all_layers`` sums up all layers over the epochs,
+    them, to PNG files in the log directory: ``Filters/all_layers`` sums up all layers over the epochs,
     ``filterdiv_figures/...`` shows some layers filter by filter. Filters that a callback (RePr) has taken out do not
     count while they are out: all numbers are those of the network without them.
 
@@ -346,12 +348,15 @@ class FilterSimilarityMonitor(FilterCallback):
         self._drawn = True
         assert self._writer is not None
         writer = self._writer
-        for tag, draw in self._draw(trainer, when, dropped, correlations):
 
-            def write(tag: str = tag, draw: Callable[[], Figure] = draw) -> None:
-                writer.write(tag, draw(), trainer.global_step)
+        def write_each() -> None:
+            for tag, draw in self._draw(trainer, when, dropped, correlations):
+                self._attempt("figures", partial(write, tag, draw))
 
-            self._attempt("figures", write)
+        def write(tag: str, draw: Callable[[], Figure]) -> None:
+            writer.write(tag, draw(), trainer.global_step)
+
+        self._attempt("figures", write_each)
 
     def _draw(
         self, trainer: pl.Trainer, when: str, dropped: Mapping[str, Dropped], correlations: Mapping[str, Tensor]
@@ -359,7 +364,7 @@ class FilterSimilarityMonitor(FilterCallback):
         """Tags and what draws them: only one figure is alive at a time, and one that fails is one."""
         others = self._others(trainer)
         events, deviations = collect_events(others), collect_deviations(others)
-        yield _NETWORK, partial(network_summary, self._snapshots, events, deviations)
+        yield _SUMMARY, partial(network_summary, self._snapshots, events, deviations)
         views = [view_layer(name, self.layers[name], dropped.get(name)) for name in self.layers_to_draw()]
         for view in views:
             tag = self._tags[view.name]

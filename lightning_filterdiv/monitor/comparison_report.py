@@ -136,10 +136,12 @@ def comparison_page(pairs: Sequence[Both], first: Side, second: Side, threshold:
 
 
 def _cell(pair: Both, column: str, scale: float) -> PageCell:
-    values = [getattr(row, column) if row is not None else None for row in pair[1:]]
-    if column == "over_chance" and None not in values:
+    found = [getattr(row, column) if row is not None else None for row in pair[1:]]
+    values = [float(value) for value in found if value is not None]
+    both = len(values) == len(found)
+    if column == "over_chance" and both:
         return ratio_cell(values, scale)
-    change = values[1] - values[0] if None not in values else 0
+    change = values[1] - values[0] if both else 0.0
     better = (column in _LESS_IS_DIVERSE and change < 0) or (column in _MORE_IS_DIVERSE and change > 0)
     worse = (column in _LESS_IS_DIVERSE and change > 0) or (column in _MORE_IS_DIVERSE and change < 0)
     differs = "→" in _words(pair, column)

@@ -140,7 +140,7 @@ def channel_heat_map(view: LayerView, correlation: Tensor, pairs: Sequence[Pair]
     first = ""
     if pairs:
         one, two = view.numbers[pairs[0].first], view.numbers[pairs[0].second]
-        first = f", e.g. {one} and {two}: {abs(pairs[0].correlation):.2f}, |cos| {abs(pairs[0].cosine):.2f}"
+        first = f", e.g. {one}, {two}: {abs(pairs[0].correlation):.2f}, |cos| {abs(pairs[0].cosine):.2f}"
     return _heat_map(
         torch.nan_to_num(overlap),
         view.order,
@@ -149,7 +149,7 @@ def channel_heat_map(view: LayerView, correlation: Tensor, pairs: Sequence[Pair]
         (
             f"{_heading(view, when)}: its {view.count} channels",
             f"Which are alike on a fixed batch? Mean |correlation| {mean:.3f}",
-            f"{len(pairs)} pairs alike in function, not in weights{first}",
+            f"{len(pairs)} pairs in function only{first}",
         ),
         ("channels, in the order of the filters", "the same channels"),
     )
@@ -272,7 +272,7 @@ def kernel_mosaic(view: LayerView, when: str = "") -> Figure:
     cells = kernel_planes(shown if colour else project_kernels(shown, 1))
     grid = tile_cells(cells)
     if colour:
-        axes.imshow(grid.numpy(), interpolation="nearest")
+        axes.imshow(grid.nan_to_num(1.0).numpy(), interpolation="nearest")
         title(figure, *heading, "in the colours they respond to;  grey is 0")
     else:
         _paint(axes, grid[..., 0].numpy())
@@ -326,16 +326,14 @@ def kernel_planes(kernels: Tensor) -> Tensor:
 
 
 def tile_cells(cells: Tensor) -> Tensor:
-    """``(J, h, w, C) -> (H, W, C)``: a near-square grid with gaps; colours scaled to [0, 1] around grey, else as is."""
+    """``(J, h, w, C) -> (H, W, C)``: a near-square grid, gaps NaN; colours scaled to [0, 1] around grey, else as is."""
     count, height, width, channels = cells.shape
     columns = max(1, round(math.sqrt(count * height / width)))
     rows = math.ceil(count / columns)
-    fill = math.nan
     if channels == 3:
         peak = cells.abs().amax()
         cells = 0.5 + cells / (2 * peak if peak > 0 else 1.0)
-        fill = 1.0
-    grid = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), fill)
+    grid = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), math.nan)
     for index, cell in enumerate(cells):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         grid[top : top + height, left : left + width] = cell

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from lightning_filterdiv.monitor.events import Deviations, FilterEvent
@@ -17,7 +17,9 @@ from lightning_filterdiv.monitor.figures import BLUE, RED, new_figure, shorten, 
 
 __all__ = ["Snapshot", "depth_colour", "deviation_curves", "dropped_filters", "network_summary"]
 
-_LABELLED_ROWS = 40
+_LABELLED_ROWS = 27
+_ROWS = 2.5  # inches, at most, of the rows of a summary
+_LEAST = -3  # log2 of |cos| over chance: a layer of orthogonal filters would stretch the scale without end
 _LEGEND = 12  # names
 _FLOOR = 1e-9  # a deviation of exactly 0 on a log axis
 
@@ -45,7 +47,8 @@ def network_summary(
 ) -> Figure:
     """All layers over the epochs: colour is mean ``|cos|`` over chance, the total above, events as lines.
 
-    The colour scale is logarithmic, so that a layer at 15 times chance does not darken those at 1.5 times.
+    The colour scale is logarithmic, so that a layer at 15 times chance does not drown those at 1.5 times. Chance is in
+    its middle: orange layers are more alike than random filters, purple ones more diverse. Grey: a single filter.
 
     Args:
         looks: at least one, epochs ascending; rows are the layers of the last one.
@@ -57,9 +60,10 @@ def network_summary(
     # A layer without a pair of filters has no ratio.
     paired = np.where((values > 0).any(axis=1))[0]
     totals = values[paired if len(paired) else slice(None)].mean(axis=0)
-    above, rows, below = 0.75, 0.17 * max(5, len(layers)), 1.1 if deviations else 0.0
-    figure = new_figure(min(10.5, 1.6 + above + rows) + below)
-    heights = [above, min(rows, 8.0), *([below] if deviations else [])]
+    # Time Series fits pictures into cards that are wider than high: a tall one would be unreadable there.
+    above, rows, below = 0.6, min(_ROWS, 0.17 * max(5, len(layers))), 0.7 if deviations else 0.0
+    figure = new_figure(1.35 + above + rows + below)
+    heights = [above, rows, *([below] if deviations else [])]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     upper, axes = panels[0], panels[1]
     epochs = np.array([look.epoch for look in looks], dtype=float)
@@ -72,24 +76,25 @@ def network_summary(
     upper.tick_params(labelsize=7)
     upper.spines[["top", "right"]].set_visible(False)
     norm = _ratio_scale(values)
-    colours = colormaps["viridis"].with_extremes(bad="0.8")
-    drawn = np.ma.masked_invalid(np.where(values > 0, values, np.nan))
+    colours = colormaps["PuOr_r"].with_extremes(bad="0.6")
+    drawn = np.ma.masked_invalid(np.log2(np.where(values > 0, values, np.nan)))
     mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), drawn, cmap=colours, norm=norm)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02, ticks=_ratio_ticks(norm))
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, ticks=_ratio_ticks(norm), extend="min")
     bar.ax.minorticks_off()
-    bar.ax.set_yticklabels([f"{tick:g} x" for tick in _ratio_ticks(norm)])
+    bar.ax.set_yticklabels([f"{2.0**tick:g} x" for tick in _ratio_ticks(norm)])
     bar.ax.tick_params(labelsize=7)
     stride = -(-len(layers) // _LABELLED_ROWS)
     axes.set_yticks(np.arange(0, len(layers), stride) + 0.5, [shorten(layer) for layer in layers[::stride]])
     axes.invert_yaxis()
-    axes.tick_params(labelsize=7)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", labelsize=7 if len(layers) <= _ROWS / 0.15 else 5.5)
     axes.set_xlim(edges[0], edges[-1])
     marked = _mark(axes, upper, events)
     change = " → ".join(f"{total:.2f} x" for total in (totals if len(looks) < 2 else totals[[0, -1]]))
     title(
         figure,
         "How alike are the filters of each layer?",
-        "colour: mean |cos| over chance (1 x: as random filters)",
+        "colour: mean |cos| over chance (white, 1 x: random)",
         f"all layers: {change}{f';  {marked}' if marked else ''}",
     )
     last = panels[-1]
@@ -100,17 +105,19 @@ def network_summary(
     return figure
 
 
-def _ratio_scale(values: npt.NDArray[np.float64]) -> LogNorm:
-    known = values[np.isfinite(values) & (values > 0)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
-    return LogNorm(max(1 / 16, min(low, 0.8)), max(high, 2.0))
+def _ratio_scale(values: npt.NDArray[np.float64]) -> TwoSlopeNorm:
+    """Of logarithms to base 2, with chance in the middle: one colour for more alike filters, one for more diverse."""
+    known = np.log2(values[np.isfinite(values) & (values > 0)])
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    return TwoSlopeNorm(0.0, min(-1.0, max(low, _LEAST)), max(high, 1.0))
 
 
-def _ratio_ticks(norm: LogNorm) -> list[float]:
-    """Powers of two within the scale."""
+def _ratio_ticks(norm: TwoSlopeNorm) -> list[float]:
+    """Whole logarithms within the scale, at most six."""
     assert norm.vmin is not None
     assert norm.vmax is not None
-    return [2.0**power for power in range(-4, 12) if norm.vmin <= 2.0**power <= norm.vmax]
+    powers = [float(power) for power in range(_LEAST, 12) if norm.vmin <= power <= norm.vmax]
+    return powers if len(powers) <= 6 else [power for power in powers if power % 2 == 0]
 
 
 def _mark(axes: Axes, upper: Axes, events: Sequence[FilterEvent]) -> str:

@@ -68,7 +68,7 @@ def _cards(charts: dict[str, str], layers: Sequence[str]) -> dict[str, list[Any]
     return {
         text: [
             "Multiline",
-            [f"^filterdiv/all_layers/{metric}$", *(f"^filterdiv_layers/{metric}/{re.escape(tag)}$" for tag in layers)],
+            [f"^Filters/{metric}$", *(f"^filterdiv_layers/{metric}/{re.escape(tag)}$" for tag in layers)],
         ]
         for metric, text in charts.items()
     }

@@ -134,12 +134,12 @@ class ArgumentRecord:
 
 
 def _arguments(callbacks: Iterable[Any]) -> dict[str, Any]:
-    """``callbacks`` -> all with a method ``arguments``, as they would be written; ``settings/...`` -> each value.
+    """``callbacks/<name>`` -> what is not the default, for all with ``arguments``; ``settings/...`` -> each value.
 
     TensorBoard shows the first five names in the order of the alphabet.
     """
     ours = [callback for callback in callbacks if callable(getattr(callback, "arguments", None))]
-    written: list[str] = []
+    written: dict[str, str] = {}
     values: dict[str, Any] = {}
     for callback in ours:
         name, count = type(callback).__name__, 1
@@ -149,9 +149,9 @@ def _arguments(callbacks: Iterable[Any]) -> dict[str, Any]:
         arguments = callback.arguments()
         defaults = {key: p.default for key, p in signature(type(callback)).parameters.items()}
         chosen = [f"{key}={value!r}" for key, value in arguments.items() if defaults.get(key, ...) != value]
-        written.append(f"{name}({', '.join(chosen)})")
+        written[f"callbacks/{name}"] = ", ".join(chosen) or "defaults"
         values[f"settings/{name}"] = arguments
-    return {"callbacks": ", ".join(written), **_flat(values)}
+    return written | _flat(values)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lightning_filterdiv.monitor.views import LayerView
 __all__ = ["Page", "PageCell", "PageRow", "as_html", "cell", "layer_panel", "ratio_cell", "report_page"]
 
 _TWINS = 12  # pairs listed per layer
+_BAR = 62  # per cent of a cell that bars may fill; the numbers stand beside them
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --faint: #5b6675; --line: #d8dee6; --page: #fff; --bar: #8fb3d9;
@@ -45,7 +46,7 @@ button.open { font: inherit; color: inherit; background: none; border: 0; paddin
   overflow: hidden; text-overflow: ellipsis; vertical-align: bottom; }
 button.open::before { content: "\\25B8"; display: inline-block; width: 1.1em; color: var(--faint); }
 button.open[aria-expanded=true]::before { content: "\\25BE"; }
-td.bar { position: relative; min-width: 7.5rem; }
+td.bar { position: relative; min-width: 8.5rem; } td.bar:has(i.second) { min-width: 14rem; }
 td.bar i { position: absolute; left: 0; top: 20%; height: 60%; background: var(--bar); }
 td.bar i.second { top: 55%; height: 25%; } td.bar i.first { height: 30%; opacity: .55; }
 td.bar b { position: absolute; top: 10%; height: 80%; width: 2px; background: var(--mark); }
@@ -200,12 +201,12 @@ def ratio_cell(ratios: Sequence[float], scale: float) -> PageCell:
     """Bars of one ``|cos|`` over chance, or of two of them, with a mark at 1."""
     names = ("first", "second") if len(ratios) > 1 else ("",)
     bars = "".join(
-        f'<i class="{name}" style="width:{100 * min(1.0, ratio / scale):.1f}%"></i>'
+        f'<i class="{name}" style="width:{_BAR * min(1.0, ratio / scale):.1f}%"></i>'
         for name, ratio in zip(names, ratios, strict=True)
         if ratio == ratio
     )
     words = " → ".join(f"{ratio:.2f}" for ratio in ratios)
-    mark = f'<b style="left:{100 / scale:.1f}%"></b>'
+    mark = f'<b style="left:{_BAR / scale:.1f}%"></b>'
     return PageCell(str(ratios[-1]), f"{bars}{mark}<span>{words}</span>", "bar")
 
 

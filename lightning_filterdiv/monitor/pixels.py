@@ -27,7 +27,7 @@ _GREY = 150
 
 
 def as_png(pixels: Pixels, *, optimize: bool = False, palette: Sequence[int] | None = None) -> bytes:
-    """Content of a PNG file of ``(h, w, 3)`` pixels or ``(h, w)`` indices into a palette; a small one takes longer."""
+    """Content of a PNG file of ``(h, w, 3 or 4)`` pixels, or ``(h, w)`` indices into a palette."""
     image = Image.fromarray(pixels)
     if palette is not None:
         image = image.convert("P")
@@ -75,12 +75,15 @@ def _cells(kernels: Tensor) -> tuple[Tensor, Literal["colour", "weights", "direc
 
 
 def _painted(values: Tensor, peak: float) -> Pixels:
-    """Blue negative, red positive, grey for NaN; three channels are colours already."""
+    """``(h, w, 4)``: blue negative, red positive, nothing for NaN; three channels are colours already."""
     if values.shape[-1] == 3:
-        return (values.clamp(0.0, 1.0).nan_to_num(_GREY / 255) * 255).round().numpy().astype(np.uint8)
+        alpha = values[..., :1].isfinite().float()
+        return (torch.cat([values.clamp(0.0, 1.0).nan_to_num(), alpha], -1) * 255).round().numpy().astype(np.uint8)
     scaled = (0.5 + values[..., 0] / (2 * peak or 1.0)).numpy()
-    painted = colormaps["RdBu_r"].with_extremes(bad=[_GREY / 255] * 3)(np.ma.masked_invalid(scaled))
-    return (painted[..., :3] * 255).round().astype(np.uint8)
+    painted: npt.NDArray[np.float64] = colormaps["RdBu_r"].with_extremes(bad=(0.0, 0.0, 0.0, 0.0))(
+        np.ma.masked_invalid(scaled)
+    )
+    return (painted * 255).round().astype(np.uint8)
 
 
 def mosaic_pixels(view: LayerView) -> tuple[bytes, str, int]:

@@ -93,7 +93,6 @@ COLUMNS = {
         ".2f",
     ),
     "mean_abs_cosine": ("mean |cos|", "how alike two filters are on average: 0 unrelated, 1 the same direction", ".3f"),
-    "random_abs_cosine": ("random", "mean |cos| of random filters with as many weights", ".3f"),
     "max_abs_cosine": ("max |cos|", "|cos| of its two most alike filters; 1 means a duplicate or an opposite", ".3f"),
     "twins": ("twins", "filters with another one at |cos| above the threshold, opposite ones too", ""),
     "mergeable": (
