@@ -250,5 +250,5 @@ def measure_channels(
             continue
         out = set((dropped or {}).get(name, Dropped()).filters)
         kept = [index for index in range(len(moments.mean)) if index not in out]
-        correlations[name] = (moments.selected(torch.tensor(kept)) if out else moments).correlation()
+        correlations[name] = (moments.selected(torch.tensor(kept, dtype=torch.int64)) if out else moments).correlation()
     return correlations

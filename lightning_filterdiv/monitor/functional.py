@@ -70,7 +70,7 @@ def _positions(conv: Conv) -> int:
 
 def _kept(count: int, gone: Sequence[int], like: Tensor) -> Tensor:
     out = set(gone)
-    return torch.tensor([index for index in range(count) if index not in out], device=like.device)
+    return torch.tensor([index for index in range(count) if index not in out], dtype=torch.int64, device=like.device)
 
 
 @torch.no_grad()

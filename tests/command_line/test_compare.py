@@ -33,9 +33,9 @@ def test_text_and_csv(two: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["compare", *two, "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "Filter redundancy of a.ckpt (A) and b.pt (B)" in text
-    assert re.search(r"net\.conv2 +32 +288 +1\.0\d → 1\.\d\d .* 0 → 20 +0 → 10 ", text), "net. is no other layer"
+    assert re.search(r"net\.conv2 +32 +288 +0\.\d\d → 1\.\d\d .* 0 → 20 +0 → 10 ", text), "net. is no other layer"
     assert re.search(r"net\.conv1 +32 +9 +(\d\.\d\d) ", text), "what is alike is said once"
-    assert "In B 1 layers are more than a tenth more alike, 0 less. 0 filters of A and 20 of B have a twin." in text
+    assert "In B 1 layer is more than a tenth more alike, 0 less. 0 filters of A and 20 of B have a twin." in text
     assert (tmp_path / "out" / "report.txt").read_text(encoding="utf-8") in text + "\n"
     with (tmp_path / "out" / "report.csv").open(encoding="utf-8") as file:
         rows = {row["layer"]: row for row in csv.DictReader(file)}
@@ -54,7 +54,7 @@ def test_a_layer_that_only_one_has() -> None:
         ("b", True, True),
         ("c", False, True),
     ]
-    assert "1 layers are only in A, 1 only in B." in comparison_summary(pairs)
+    assert "1 layer is only in A, 1 only in B." in comparison_summary(pairs)
     assert "no layer of one name in common" in comparison_summary(pair_layers(first[:1], second[1:]))
 
 
