@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_filterdiv.command_line.entropy import build_data
 from lightning_filterdiv.command_line.errors import CommandError
@@ -145,8 +146,9 @@ def inspect_network(source: str, options: argparse.Namespace) -> Inspected:
 
 
 def _find_network(source: str, options: argparse.Namespace) -> _Network:
+    mixed = options.command == "compare"  # of two networks, an option may belong to the other one
     if ":" in source and not Path(source).exists():
-        if options.model is not None or options.config is not None:
+        if (options.model is not None or options.config is not None) and not mixed:
             raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
         if options.weights is not None:
             network = load_named(source, options.weights, options.trust_pickle)
@@ -158,7 +160,7 @@ def _find_network(source: str, options: argparse.Namespace) -> _Network:
             f"{source}: no such file, and no torchvision:NAME, timm:NAME or pkg.module:Class either"
             f"{f'; did you mean torchvision:{source}?' if source in torchvision.models.list_models() else ''}"
         )
-    if options.weights is not None:
+    if options.weights is not None and not mixed:
         raise CommandError(f"--weights belongs to torchvision:NAME and timm:NAME; {source} is a file with weights")
     checkpoint = read_checkpoint(path, options.trust_pickle)
     if options.model is None and options.config is None:
@@ -240,10 +242,10 @@ def _named_network(source: str, trust_pickle: bool) -> _Network:
 
 def _same_weights(first: nn.Module, second: nn.Module) -> bool:
     """Whether a constructor gives the same convolutions twice: random ones differ."""
-    weights = [dict(named_convolutions(network)) for network in (first, second)]
-    return all(
-        torch.equal(conv.weight, weights[1][name].weight) for name, conv in weights[0].items() if name in weights[1]
-    )
+    ours, theirs = (dict(named_convolutions(network)) for network in (first, second))
+    pairs = [(conv.weight, theirs[name].weight) for name, conv in ours.items() if name in theirs]
+    known = all(not is_lazy(w) and not w.is_meta and w.layout == torch.strided for pair in pairs for w in pair)
+    return known and all(torch.equal(one, two) for one, two in pairs)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

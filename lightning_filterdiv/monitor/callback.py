@@ -125,7 +125,7 @@ class FilterSimilarityMonitor(FilterCallback):
         if stage != "fit":
             return
         self._failed = set()
-        self._batch = FixedBatch(pl_module) if self.activations else None
+        self._batch = FixedBatch(pl_module) if self.activations and trainer.is_global_zero else None
         dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
         if trainer.is_global_zero and not dry:
             self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
@@ -161,19 +161,23 @@ class FilterSimilarityMonitor(FilterCallback):
             self._take_snapshot(trainer, trainer.current_epoch, when)
 
     def _find_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._batch is None or self._batch.known:
+        if not self.activations:
             return
-        if trainer.enable_validation:
-            rank_zero_info(
-                "FilterSimilarityMonitor: activations are measured from the first validation on "
-                "(num_sanity_val_steps=0 or no sanity check)"
-            )
-        elif not self._batch.take_example(pl_module):
+        if not trainer.enable_validation and pl_module.example_input_array is None:
             raise MisconfigurationException(
                 "FilterSimilarityMonitor(activations=True) needs a batch to measure on, and this fit has neither "
                 "validation nor an example_input_array: pass a validation loader, set example_input_array in the "
                 "LightningModule, or use activations=False"
             )
+        if self._batch is None or self._batch.known:
+            return
+        if trainer.enable_validation:
+            rank_zero_info(
+                "FilterSimilarityMonitor: there was no sanity check (num_sanity_val_steps=0), activations are measured "
+                "from the first validation on"
+            )
+        else:
+            self._batch.take_example(pl_module)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

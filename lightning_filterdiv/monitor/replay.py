@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_filterdiv.channel_graph import ExampleInputsError
 from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.filters import Conv, find_submodule, named_convolutions
 from lightning_filterdiv.monitor.activations import measure_channels
@@ -54,14 +53,13 @@ class FixedBatch:
         self._handles = []
         return watched and not self.known
 
-    def take_example(self, module: Any) -> bool:
-        """Use Lightning's ``example_input_array`` of ``module``; whether there is one."""
-        try:
-            args, kwargs = example_arguments(module, None)
-        except ExampleInputsError:
-            return False
-        self._call = module, args, kwargs
-        return True
+    def take_example(self, module: nn.Module) -> None:
+        """Use Lightning's ``example_input_array`` of ``module``.
+
+        Raises:
+            ExampleInputsError: there is none.
+        """
+        self._call = module, *example_arguments(module, None)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Under DDP a step goes through the module's call, with forward replaced: those are the step's arguments.
