@@ -163,19 +163,17 @@ def test_data_show_what_weights_do_not(checkpoint: Path, tmp_path: Path, capsys:
     options = ["--model", "lightning_filterdiv.demo:SmallConvNet", "--max-figures", "0"]
     torch.manual_seed(0)
     torch.save(torch.randn(12, 1, 8, 8), tmp_path / "batch.pt")
-    for data, note in (
-        (str(tmp_path / "batch.pt"), "Shown 10 images of batch.pt."),
-        ("digits", "Shown 10 images of digits"),
-        ("lightning_filterdiv.demo:Digits", "Shown 10 images of lightning_filterdiv.demo:Digits"),
+    for folder, data, note in (
+        ("file", str(tmp_path / "batch.pt"), "Shown 10 images of batch.pt."),
+        ("name", "digits", "Shown 10 images of digits"),
+        ("class", "lightning_filterdiv.demo:Digits", "Shown 10 images of lightning_filterdiv.demo:Digits"),
     ):
-        out = tmp_path / data[-5:]
-        assert (
-            main(["inspect", str(checkpoint), *options, "--data", data, "--max-images", "10", "--out", str(out)]) == 0
-        )
+        shown = ["--data", data, "--max-images", "10", "--out", str(tmp_path / folder)]
+        assert main(["inspect", str(checkpoint), *options, *shown]) == 0
         text = capsys.readouterr().out
         assert note in text
         assert "pairs of channels are alike on the data and not in their weights" in text
-    rows = _rows(tmp_path / "ch.pt")
+    rows = _rows(tmp_path / "file")
     model = restore_model("lightning_filterdiv.demo:SmallConvNet", None, torch.load(checkpoint, weights_only=True))
     layers = {"net.conv2": model.net.conv2}
     images = torch.load(tmp_path / "batch.pt", weights_only=True)[:10]
@@ -183,7 +181,7 @@ def test_data_show_what_weights_do_not(checkpoint: Path, tmp_path: Path, capsys:
     off = correlation.abs().fill_diagonal_(0.0)
     assert float(rows["net.conv2"]["mean_abs_correlation"]) == pytest.approx(float(off.sum()) / (32 * 31), rel=1e-6)
     assert int(rows["net.conv2"]["channel_twins"]) == int((off.amax(dim=1) > 0.9).sum()) >= 20
-    page = (tmp_path / "ch.pt" / "index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "file" / "index.html").read_text(encoding="utf-8")
     assert page.count("Alike in function, not in weights") == 3
 
 
