@@ -120,3 +120,12 @@ def test_a_click_shows_the_layer_of_both(two: list[str], tmp_path: Path) -> None
         assert seen["sides"] == ["A: net.conv2 of a.ckpt", "B: conv2 of b.pt"]
         assert "bad" in seen["colours"]
         assert seen["width"] <= 0
+
+
+def test_a_file_beside_a_name(two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--model`` belongs to the file."""
+    network = "lightning_filterdiv.demo:SmallConvNet"
+    assert main(["compare", two[0], network, "--model", network, "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert f"A: Weights of a.ckpt in {network}." in text
+    assert "B: Random weights" in text
