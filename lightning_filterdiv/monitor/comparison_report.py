@@ -20,7 +20,7 @@ __all__ = ["Both", "Side", "comparison_csv", "comparison_page", "comparison_summ
 # The smaller the better; a larger rank means more directions.
 _LESS_IS_DIVERSE = {"over_chance", "max_abs_cosine", "twins", "mean_abs_correlation", "channel_twins"}
 _MORE_IS_DIVERSE = {"effective_rank", "channel_rank"}
-_COMPARED = ("filters", "fan_in", "over_chance", "max_abs_cosine", "twins", "mergeable", "effective_rank", "dead")
+_COMPARED = ("over_chance", "filters", "fan_in", "max_abs_cosine", "twins", "mergeable", "effective_rank", "dead")
 _ON_DATA = ("mean_abs_correlation", "channel_rank", "channel_twins", "function_only")
 
 

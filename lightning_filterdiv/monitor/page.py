@@ -46,7 +46,7 @@ button.open { font: inherit; color: inherit; background: none; border: 0; paddin
   overflow: hidden; text-overflow: ellipsis; vertical-align: bottom; }
 button.open::before { content: "\\25B8"; display: inline-block; width: 1.1em; color: var(--faint); }
 button.open[aria-expanded=true]::before { content: "\\25BE"; }
-td.bar { position: relative; min-width: 8.5rem; } td.bar:has(i.second) { min-width: 14rem; }
+td.bar { position: relative; min-width: 8.5rem; } td.bar:has(i.second) { min-width: 13rem; }
 td.bar i { position: absolute; left: 0; top: 20%; height: 60%; background: var(--bar); }
 td.bar i.second { top: 55%; height: 25%; } td.bar i.first { height: 30%; opacity: .55; }
 td.bar b { position: absolute; top: 10%; height: 80%; width: 2px; background: var(--mark); }
@@ -59,6 +59,7 @@ tr.detail > td { padding: 0; white-space: normal; text-align: left; }
 .panel img { display: block; max-width: 100%; image-rendering: pixelated; border-radius: 3px; }
 .panel img.map { width: 19rem; height: 19rem; max-height: calc(100vw - 2rem); }
 .panel img.mosaic { width: 19rem; max-height: 24rem; object-fit: contain; object-position: left top; }
+.panel img.scale, .panel .ends { max-width: 19rem; }
 .panel img.scale { width: 100%; height: .6rem; margin-top: .35rem; }
 .panel .ends { display: flex; justify-content: space-between; font-size: .8rem; }
 .panel p { margin: .35rem 0 0; font-size: .83rem; }

@@ -85,13 +85,13 @@ class LayerReport:
 #: Attribute of :class:`LayerReport` -> (heading, what it means, format).
 COLUMNS = {
     "layer": ("layer", "name of the convolution", ""),
-    "filters": ("filters", "J, its number of filters", ""),
-    "fan_in": ("weights", "d, weights per filter", ""),
     "over_chance": (
         "|cos| / chance",
         "mean |cos| of two filters over that of random filters with as many weights: 1 is as diverse as random",
         ".2f",
     ),
+    "filters": ("filters", "J, its number of filters", ""),
+    "fan_in": ("weights", "d, weights per filter", ""),
     "mean_abs_cosine": ("mean |cos|", "how alike two filters are on average: 0 unrelated, 1 the same direction", ".3f"),
     "max_abs_cosine": ("max |cos|", "|cos| of its two most alike filters; 1 means a duplicate or an opposite", ".3f"),
     "twins": ("twins", "filters with another one at |cos| above the threshold, opposite ones too", ""),

@@ -46,7 +46,7 @@ def test_a_checkpoint_with_and_without_its_network(
     arguments = ["--model", "lightning_filterdiv.demo:SmallConvNet", "--out", str(tmp_path / "model")]
     assert main(["inspect", str(checkpoint), *arguments, "--max-figures", "1"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"net\.conv2 +32 +288 +\d.* 20 +10 .* 32 +0\.000  CentripetalSGD to merge 10", text)
+    assert re.search(r"net\.conv2 +1\.\d\d +32 +288 .* 20 +10 .* 32 +0\.000  CentripetalSGD to merge 10", text)
     assert "20 of 96 filters have a twin at |cos| > 0.9; 10 could be merged into one of the same sign" in text
     assert _rows(tmp_path / "plain") == _rows(tmp_path / "model")
     assert (tmp_path / "model" / "report.txt").read_text() in text + "\n"
