@@ -242,6 +242,8 @@ CASES: tuple[Case, ...] = (
             ({"every_n_epochs": 0}, ValueError, ">= 1"),
             ({"scalars": 1}, TypeError, "True or False"),
             ({"figures": "all"}, TypeError, "True or False"),
+            ({"figures_every_n_looks": 0}, ValueError, ">= 1"),
+            ({"activations": "yes"}, TypeError, "True or False"),
             ({"max_figures": 0}, ValueError, ">= 1"),
             ({"figure_layers": "conv1"}, TypeError, "a list of name patterns"),
             ({"figure_layers": []}, ValueError, "use figures=False"),

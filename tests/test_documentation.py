@@ -53,7 +53,7 @@ def _known(line: str) -> bool:
         assert (ROOT / "benchmarks" / "configs" / config).exists(), config
     words = words[2:] if words[:2] == ["uv", "run"] else words
     words = words[2:] if words[0] == "--group" else words
-    if words[0] == "filterdiv" and words[1] in {"demo", "inspect"}:
+    if words[0] == "filterdiv" and words[1] in {"compare", "demo", "inspect"}:
         parse(words[1:])
         return True
     if words[:2] == ["python", "-m"]:

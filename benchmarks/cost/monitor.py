@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,8 @@ from benchmarks.cost.events import large_network
 from benchmarks.cost.measure import measured
 from benchmarks.training.classification import Classifier
 from lightning_filterdiv import FilterSimilarityMonitor
+from lightning_filterdiv.filters import select_filters
+from lightning_filterdiv.monitor.functional import redundancy_metrics
 
 RESULT = RESULTS / "monitor.json"
 
@@ -47,7 +50,7 @@ def measure(network: str, looks: int) -> dict[str, float]:
     net, images = large_network(network)
     model = Classifier(net, images.shape[1:], lr=0.01, momentum=0.0)
     batch = torch.utils.data.TensorDataset(images, torch.tensor([0, 1]))
-    monitor = _Timed()
+    monitor = _Timed(figures_every_n_looks=1)
     monitor.costs.clear()
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -63,6 +66,13 @@ def measure(network: str, looks: int) -> dict[str, float]:
         trainer.fit(model, torch.utils.data.DataLoader(batch, batch_size=2))
         written = sum(file.stat().st_size for file in Path(folder).rglob("events*"))
     result = {key: median(cost[key] for cost in monitor.costs[1:]) for key in monitor.costs[0]}
+    layers = select_filters(net)
+    numbers: list[float] = []
+    for _ in range(looks):
+        started = time.thread_time()
+        redundancy_metrics(layers)
+        numbers.append(time.thread_time() - started)
+    result["CPU seconds of the numbers alone"] = median(numbers)
     result["layers"] = float(len(monitor.layers))
     return result | {"MiB written per look": written / len(monitor.costs) / 2**20}
 

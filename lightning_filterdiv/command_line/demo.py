@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import lightning.pytorch as pl
@@ -41,6 +41,13 @@ DATA: dict[str, Callable[[int], Images]] = {
     "digits": lambda seed: Digits(seed=seed),
     "fashion_mnist": lambda seed: FashionMNIST(train_images=5_000, seed=seed),
 }
+
+
+class _Board(TensorBoardLogger):
+    """Without the card that Lightning adds to every number: which epoch it was."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
 class Outcome(NamedTuple):
@@ -81,7 +88,7 @@ def _train(name: str, callback: FilterCallback | None, options: argparse.Namespa
         accelerator="auto",
         devices=1,
         max_epochs=options.epochs,
-        logger=TensorBoardLogger(options.out, name=name),
+        logger=_Board(options.out, name=name, default_hp_metric=False),
         callbacks=[*([callback] if callback is not None else []), monitor],
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -99,7 +106,7 @@ def _report(outcomes: dict[str, Outcome], options: argparse.Namespace) -> str:
     rows = [("test accuracy", [f"{100 * outcomes[name].accuracy:.1f} %" for name in columns])]
     for layer in outcomes[columns[0]].redundancy:
         for metric, label, pattern in (
-            ("mean_abs_cosine", "mean |cos|", "{:.3f}"),
+            ("cosine_over_chance", "mean |cos| / chance", "{:.2f}"),
             ("effective_rank", "effective rank / full", "{:.3f}"),
         ):
             values = [pattern.format(outcomes[name].redundancy[layer][metric]) for name in columns]

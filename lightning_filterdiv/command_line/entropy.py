@@ -21,7 +21,7 @@ from lightning_filterdiv.entropy_depth.functional import DepthBound
 from lightning_filterdiv.entropy_depth.images import ImageDataError, image_source
 from lightning_filterdiv.filters import named_convolutions
 
-__all__ = ["run"]
+__all__ = ["build_data", "run"]
 
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.max_images is not None and options.max_images < 1:
         raise CommandError(f"--max-images must be at least 1, got {options.max_images}")
-    data = _build_data(options.data, options.root)
+    data = build_data(options.data, options.root)
     try:
         bound = estimate_depth_bound(data, options.unit, options.rounding, options.max_images)
     except ImageDataError as error:
@@ -99,7 +99,12 @@ class _Folder:
             ) from error
 
 
-def _build_data(source: str, root: Path | None) -> Any:
+def build_data(source: str, root: Path | None) -> Any:
+    """What ``--data`` names, for :func:`~lightning_filterdiv.entropy_depth.images.image_source`.
+
+    Raises:
+        CommandError: there is no such data, or it cannot be read.
+    """
     kind, separator, name = source.partition(":")
     known: dict[str, Callable[[], Tensor]] = {
         "digits": _digits,

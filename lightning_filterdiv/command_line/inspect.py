@@ -6,27 +6,64 @@ import argparse
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_filterdiv.command_line.entropy import build_data
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import build_model, read_checkpoint, restore_model
+from lightning_filterdiv.command_line.model_source import build_model, load_named, read_checkpoint, restore_model
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
+from lightning_filterdiv.entropy_depth.images import ImageDataError, image_source
 from lightning_filterdiv.files import printable, safe_file_name, why_unwritable, write_files
-from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
+from lightning_filterdiv.filters import Conv, NoLayersError, named_convolutions, select_filters
+from lightning_filterdiv.monitor.activations import measure_channels
 from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map, to_rgb
-from lightning_filterdiv.monitor.page import Picture, as_html, as_png
+from lightning_filterdiv.monitor.page import report_page
+from lightning_filterdiv.monitor.pixels import as_png
 from lightning_filterdiv.monitor.report import LayerReport, as_csv, as_text, report_layers
-from lightning_filterdiv.monitor.views import view_layer
+from lightning_filterdiv.monitor.views import LayerView, view_layer
 from lightning_filterdiv.selection import quote_names
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
-__all__ = ["run"]
+__all__ = ["Inspected", "check_options", "inspect_network", "run", "write_report"]
 
 _PLAIN: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_REPORT = ("report.txt", "report.csv", "index.html")
+_BATCH = 16  # images at a time
+
+
+class Inspected(NamedTuple):
+    """A network and what was measured of it.
+
+    Attributes:
+        title: what it is called in the report.
+        notes: where its weights come from, and what they were shown, a line each.
+        rows: one per layer.
+        layers: name -> convolution.
+        correlations: between the channels of layers that saw data.
+    """
+
+    title: str
+    notes: list[str]
+    rows: list[LayerReport]
+    layers: dict[str, Conv]
+    correlations: dict[str, Tensor]
+
+    def views(self) -> dict[str, LayerView]:
+        """Snapshots of all layers, in their order."""
+        return {name: view_layer(name, conv) for name, conv in self.layers.items()}
+
+
+class _Network(NamedTuple):
+    network: nn.Module
+    title: str
+    note: str
+    trained: bool = True
+    runs: bool = True
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,64 +72,110 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         CommandError: the network, the file, an option or the folder cannot be used, or a pattern matches no layer.
     """
+    check_options(options)
     try:
-        check_number("--threshold", options.threshold, low=0.0, below=1.0)
         check_integer("--max-figures", options.max_figures, low=0)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    network, title, note = _find_network(options)
+    found = inspect_network(options.source, options)
+    heading = "\n".join([f"Filter redundancy of {found.title}", *found.notes])
+    text = as_text(found.rows, heading, options.threshold)
+    views = found.views()
+    page = report_page(found.rows, found.title, found.notes, options.threshold, views, found.correlations)
+    files = _draw(views, found.rows, options.max_figures)
+    write_report(options.out, text, as_csv(found.rows), page, files)
+    print(f"{text}\n\nwritten to {options.out}: {', '.join(_REPORT)} and {len(files)} figures")
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what cannot be used, before minutes of work.
+
+    Raises:
+        CommandError: a number out of its range; a folder that cannot be written, or that holds a report.
+    """
     try:
-        layers = select_filters(network, options.include, options.exclude)
-    except (NoLayersError, ValueError) as error:
+        check_number("--threshold", options.threshold, low=0.0, below=1.0)
+        check_integer("--max-images", options.max_images, low=1)
+    except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    layers = _with_values(layers, title)
+    if not options.overwrite and (there := [name for name in _REPORT if (options.out / name).exists()]):
+        raise CommandError(
+            f"--out {options.out} holds a report already ({there[0]}); name another folder, or replace it with "
+            f"--overwrite"
+        )
     if reason := why_unwritable(options.out, folder=True):
         raise CommandError(f"--out {options.out} cannot be written ({reason}); name another folder")
-    rows = report_layers(layers, options.threshold)
-    pictures = _draw(layers, rows, options)
-    text = as_text(rows, f"Filter redundancy of {title}\n{note}", options.threshold)
-    files = {f"figures/{safe_file_name(name)}.png": as_png(pixels) for name, pixels in pictures}
-    pages = {
-        "report.txt": text + "\n",
-        "report.csv": as_csv(rows),
-        "index.html": as_html(rows, title, [note], options.threshold, pictures),
-    }
-    write_files(options.out, files | {name: page.encode("utf-8") for name, page in pages.items()})
-    print(f"{text}\n\nwritten to {options.out}: index.html, report.txt, report.csv and {len(pictures)} figures")
 
 
-def _find_network(options: argparse.Namespace) -> tuple[nn.Module, str, str]:
-    """Return the network, its title in the report, and a note on where its weights come from."""
-    source: str = options.source
+def write_report(out: Path, text: str, table: str, page: str, figures: Mapping[str, bytes]) -> None:
+    """Write all files of a report, in UTF-8, or none of them.
+
+    Raises:
+        WriteError: one cannot be written.
+    """
+    contents = dict(zip(_REPORT, (text + "\n", table, page), strict=True))
+    write_files(out, {**figures, **{name: content.encode("utf-8") for name, content in contents.items()}})
+
+
+def inspect_network(source: str, options: argparse.Namespace) -> Inspected:
+    """Find the network that ``source`` names and measure it.
+
+    Args:
+        source: a file, or the name of a network.
+        options: of the command.
+
+    Raises:
+        CommandError: it cannot be found or measured.
+    """
+    found = _find_network(source, options)
+    try:
+        layers = select_filters(found.network, options.include, options.exclude)
+    except (NoLayersError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    layers = _with_values(layers, found.title)
+    notes = [found.note]
+    correlations: dict[str, Tensor] = {}
+    if options.data is not None:
+        correlations, note = _show_images(found, layers, options)
+        notes.append(note)
+    rows = report_layers(layers, options.threshold, correlations, trained=found.trained)
+    return Inspected(found.title, notes, rows, layers, correlations)
+
+
+# -- networks --------------------------------------------------------------------------------------------------------
+
+
+def _find_network(source: str, options: argparse.Namespace) -> _Network:
+    mixed = options.command == "compare"  # of two networks, an option may belong to the other one
     if ":" in source and not Path(source).exists():
-        if options.model is not None or options.config is not None:
+        if (options.model is not None or options.config is not None) and not mixed:
             raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
-        network, note = _with_local_weights(source, options.trust_pickle)
-        return network, printable(source), note
+        if options.weights is not None:
+            network = load_named(source, options.weights, options.trust_pickle)
+            return _Network(network, printable(source), f"Weights {options.weights} of {printable(source)}.")
+        return _named_network(source, options.trust_pickle)
     path = Path(source)
     if not path.exists():
         raise CommandError(
             f"{source}: no such file, and no torchvision:NAME, timm:NAME or pkg.module:Class either"
             f"{f'; did you mean torchvision:{source}?' if source in torchvision.models.list_models() else ''}"
         )
+    if options.weights is not None and not mixed:
+        raise CommandError(f"--weights belongs to torchvision:NAME and timm:NAME; {source} is a file with weights")
     checkpoint = read_checkpoint(path, options.trust_pickle)
     if options.model is None and options.config is None:
-        if "callbacks" not in checkpoint and "epoch" not in checkpoint:
-            raise CommandError(
-                f"{path} is a bare state dict: say which network it belongs to with --model ({MODEL_SOURCES}) or "
-                f"--config"
-            )
         note = (
             f"Weights of {printable(path.name)}, read as they are stored. A transposed convolution looks like an "
             f"ordinary one in a file: name the network with --model or --config if it has some."
         )
-        return _plain_convolutions(checkpoint["state_dict"], path), printable(path.name), note
+        network = _plain_convolutions(checkpoint["state_dict"], path)
+        return _Network(network, printable(path.name), note, runs=False)
     note = printable(f"Weights of {path.name} in {options.model or options.config}.")
-    return restore_model(options.model, options.config, checkpoint), printable(path.name), note
+    return _Network(restore_model(options.model, options.config, checkpoint), printable(path.name), note)
 
 
 def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """A network of bare convolutions that holds every kernel of a Lightning checkpoint."""
+    """A network of bare convolutions that holds every kernel of a checkpoint."""
     network = nn.Module()
     for key, tensor in weights.items():
         name, _, last = key.rpartition(".")
@@ -136,34 +219,132 @@ def _why_incomparable(weight: Tensor) -> str:
     return "has no values (device meta)" if weight.is_meta else ""
 
 
-def _with_local_weights(source: str, trust_pickle: bool) -> tuple[nn.Module, str]:
-    """The network, with torchvision's default weights where they are on disk already; nothing is ever downloaded."""
-    network = build_model(source)
+def _named_network(source: str, trust_pickle: bool) -> _Network:
+    """A network by its name, with torchvision's default weights where they are on disk already; nothing downloads."""
+    network, title = build_model(source), printable(source)
     kind, _, name = source.partition(":")
-    if kind != "torchvision":
-        return network, "Random weights, as the constructor makes them."
-    default = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / default.url.split("/")[-1] if default is not None else None
-    if file is None or not file.is_file():
-        missing = f": {file.name} is not in torch's hub folder, and nothing is downloaded" if file is not None else ""
-        return network, f"Random weights{missing}."
-    if not trust_pickle:
-        read_checkpoint(file)  # torchvision would unpickle whatever lies there
-    return torchvision.models.get_model(name, weights=default), f"Weights of {file.name}, found on this machine."
+    if kind == "torchvision":
+        default = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
+        file = Path(torch.hub.get_dir()) / "checkpoints" / default.url.split("/")[-1] if default is not None else None
+        if file is not None and file.is_file():
+            if not trust_pickle:
+                read_checkpoint(file)  # torchvision would unpickle whatever lies there
+            trained = torchvision.models.get_model(name, weights=default)
+            return _Network(trained, title, f"Weights of {file.name}, found on this machine.")
+    if kind not in ("torchvision", "timm"):
+        if _same_weights(network, build_model(source)):
+            return _Network(network, title, "Weights that the constructor brings: the same ones each time.")
+        fix = f"filterdiv inspect CHECKPOINT --model {title}"
+    else:
+        fix = f"filterdiv inspect {title} --weights DEFAULT"
+    return _Network(network, title, f"Random weights: there is nothing to advise. Trained ones: {fix}", trained=False)
 
 
-def _draw(layers: Mapping[str, Conv], rows: list[LayerReport], options: argparse.Namespace) -> list[Picture]:
-    """Figures of the layers that stand out most."""
+def _same_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether a constructor gives the same convolutions twice: random ones differ."""
+    ours, theirs = (dict(named_convolutions(network)) for network in (first, second))
+    pairs = [(conv.weight, theirs[name].weight) for name, conv in ours.items() if name in theirs]
+    known = all(not is_lazy(w) and not w.is_meta and w.layout == torch.strided for pair in pairs for w in pair)
+    return known and all(torch.equal(one, two) for one, two in pairs)
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def _show_images(
+    found: _Network, layers: dict[str, Conv], options: argparse.Namespace
+) -> tuple[dict[str, Tensor], str]:
+    """Correlations between channels, and a note on what the network was shown."""
+    if not found.runs:
+        raise CommandError(
+            f"--data needs a network that runs, and {found.title} is read as it is stored: name its network with "
+            f"--model ({MODEL_SOURCES}) or --config"
+        )
+    images, note = _images(found.network, options)
+
+    def show() -> None:
+        for part in images.split(_BATCH):
+            found.network(part)
+
+    try:
+        correlations = measure_channels(found.network, layers, show)
+    except Exception as error:  # of the user's network, about images of a size it does not take
+        reason = " ".join(str(error).split())[:300]
+        raise CommandError(
+            f"--data {options.data}: {found.title} does not run on images {tuple(images.shape[1:])} "
+            f"({type(error).__name__}: {reason}); give a .pt file with a batch as the network takes it"
+        ) from error
+    if not correlations:
+        raise CommandError(f"--data {options.data}: a forward pass of {found.title} runs none of the layers")
+    return correlations, note
+
+
+def _images(network: nn.Module, options: argparse.Namespace) -> tuple[Tensor, str]:
+    """``(N, C, H, W)`` float images, and a note on them."""
+    path = Path(options.data)
+    if path.is_file():
+        try:
+            batch = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch reports a file that is none by many types
+            raise CommandError(f"--data {path} is no file that torch.save wrote of a tensor ({error})"[:300]) from error
+        if not isinstance(batch, Tensor) or batch.dim() < 3 or not len(batch):
+            raise CommandError(f"--data {path} holds no batch of images, a tensor (N, C, ...); save one")
+        return batch[
+            : options.max_images
+        ].float(), f"Shown {min(len(batch), options.max_images)} images of {path.name}."
+    try:
+        source = image_source(build_data(options.data, options.root), options.max_images)
+        images: list[Tensor] = []
+        for batch in source.batches:
+            images += list(batch)
+            if len(images) >= options.max_images:
+                break
+    except ImageDataError as error:
+        raise CommandError(f"--data {options.data}: {error}") from error
+    images = images[: options.max_images]
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) != 1:
+        raise CommandError(
+            f"--data {options.data}: its images have {len(shapes)} shapes; a network is shown images of one: give a "
+            f".pt file with a batch"
+        )
+    return _prepared(torch.stack(images), network), (
+        f"Shown {len(images)} images of {printable(options.data)}, as they come if they are floating point, else "
+        f"standardised."
+    )
+
+
+def _prepared(images: Tensor, network: nn.Module) -> Tensor:
+    """In the layout that a network reads: channels first, as many as its first convolution has inputs."""
+    raw = not images.is_floating_point()
+    if images.dim() == 3:
+        images = images.unsqueeze(1)
+    elif images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
+        images = images.movedim(-1, 1)
+    images = images.float()
+    if raw:
+        images = (images - images.mean()) / images.std().clamp_min(1e-6)
+    first = next(conv for _, conv in named_convolutions(network))
+    if images.shape[1] == 1 and first.in_channels > 1:
+        images = images.expand(-1, first.in_channels, *images.shape[2:])
+    return images.contiguous()
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _draw(views: Mapping[str, LayerView], rows: list[LayerReport], count: int) -> dict[str, bytes]:
+    """Figures of the layers that stand out most, as files."""
 
     def interest(row: LayerReport) -> tuple[float, float]:
-        return row.mergeable / row.filters, row.mean_abs_cosine - row.random_abs_cosine
+        return row.twins / row.filters, row.over_chance if row.over_chance == row.over_chance else 0.0
 
-    ranked = sorted(rows, key=interest, reverse=True)[: options.max_figures]
-    views = [view_layer(row.layer, layers[row.layer]) for row in rows if row in ranked]
-    if not views:
-        return []
-    pictures = [("distribution", to_rgb(cosine_distribution(views)))]
-    for view in views:
-        pictures.append((f"similarity-{view.name}", to_rgb(similarity_heat_map(view))))
-        pictures.append((f"kernels-{view.name}", to_rgb(kernel_mosaic(view))))
-    return pictures
+    ranked = sorted(rows, key=interest, reverse=True)[:count]
+    drawn = [views[row.layer] for row in rows if row in ranked]
+    if not drawn:
+        return {}
+    pictures = {"distribution": cosine_distribution(drawn)}
+    for view in drawn:
+        pictures[f"similarity-{view.name}"] = similarity_heat_map(view)
+        pictures[f"kernels-{view.name}"] = kernel_mosaic(view)
+    return {f"figures/{safe_file_name(name)}.png": as_png(to_rgb(figure)) for name, figure in pictures.items()}

@@ -30,6 +30,7 @@ from lightning_filterdiv.filters import canonical_name, find_prefix
 __all__ = [
     "PICKLED",
     "build_model",
+    "load_named",
     "load_weights",
     "read_checkpoint",
     "restore_model",
@@ -69,6 +70,51 @@ def build_model(
     if kind == "timm":
         return _from_timm(name)
     return _from_class(kind, name, hyper_parameters or {})
+
+
+def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Module:
+    """Construct a network of a library with trained weights; the only thing here that downloads.
+
+    Args:
+        source: ``"torchvision:NAME"`` or ``"timm:NAME"``.
+        weights: which ones, by the library's name; ``"DEFAULT"`` for its own choice.
+        trust_pickle: see :func:`read_checkpoint`, which checks a file that is on this machine already.
+
+    Raises:
+        CommandError: no such network or weights, or they cannot be loaded.
+    """
+    kind, _, name = source.partition(":")
+    if kind not in ("torchvision", "timm"):
+        raise CommandError(
+            f"--weights belongs to torchvision:NAME and timm:NAME; {source!r} brings its own, or name a file"
+        )
+    build_model(source)  # its errors name the network
+    try:
+        if kind == "timm":
+            import timm
+
+            tagged = name if weights == "DEFAULT" else f"{name.partition('.')[0]}.{weights}"
+            return timm.create_model(tagged, pretrained=True)
+        import torchvision
+
+        known = torchvision.models.get_model_weights(name)
+        names = ["DEFAULT", *known.__members__] if len(known) else []
+        if weights not in names:
+            raise CommandError(
+                f"torchvision has no weights {weights!r} of {name}; there are {', '.join(names) or 'none'}"
+            )
+        file = Path(torch.hub.get_dir()) / "checkpoints" / known[weights].url.rpartition("/")[2]
+        if file.is_file() and not trust_pickle:
+            read_checkpoint(file)  # torchvision would unpickle whatever lies there
+        built: nn.Module = torchvision.models.get_model(name, weights=weights)
+    except CommandError:
+        raise
+    except Exception as error:  # of networks, servers and caches, by many types
+        raise CommandError(
+            f"--weights {weights} of {source} cannot be loaded: {_reason(error)}. Without a network, name a file with "
+            f"--model {source}"
+        ) from error
+    return built
 
 
 def _reason(error: Exception) -> str:

@@ -77,13 +77,43 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=f"a .ckpt or .pt file, {MODEL_SOURCES}")
     _model(parser)
+    _report(parser, "report")
     parser.add_argument(
-        "--out", type=Path, default=Path("report"), metavar="FOLDER", help="for the report (default: %(default)s)"
+        "--max-figures", type=int, default=8, help="picture files of at most so many layers (default: %(default)s)"
     )
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    for name in ("first", "second"):
+        parser.add_argument(
+            name, metavar={"first": "A", "second": "B"}[name], help=f"a .ckpt or .pt file, {MODEL_SOURCES}"
+        )
+    _model(parser)
+    _report(parser, "comparison")
+
+
+def _report(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add the options of commands that look at networks and write a report."""
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="trained weights of torchvision:NAME or timm:NAME, DEFAULT for the library's choice; downloaded if they "
+        "are not on this machine",
+    )
+    parser.add_argument(
+        "--data", metavar="SOURCE", help=f"also compare channels on images: a .pt file with a batch, {DATA_SOURCES}"
+    )
+    parser.add_argument("--root", type=Path, help="where the files of fashion_mnist or torchvision:NAME are")
+    parser.add_argument(
+        "--max-images", type=int, default=64, metavar="N", help="show the network N images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(folder), metavar="FOLDER", help="for the report (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is in the folder already")
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="|cos| from which filters count as alike (default: %(default)s)"
     )
-    parser.add_argument("--max-figures", type=int, default=8, help="draw at most so many layers (default: %(default)s)")
     parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only layers of these names")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave layers of these names out")
 
@@ -165,4 +195,5 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "merge": ("merge a CentripetalSGD checkpoint into a narrower network", _merge),
     "entropy": ("estimate how deep a network can usefully be for a data set", _entropy),
     "inspect": ("report how redundant the filters of a network are", _inspect),
+    "compare": ("report how the filters of two networks differ", _compare),
 }

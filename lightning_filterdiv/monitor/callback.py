@@ -9,25 +9,39 @@ from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from lightning_filterdiv.files import why_unwritable
 from lightning_filterdiv.filters import NoLayersError, check_patterns, filter_count, filter_matrix, select_filters
-from lightning_filterdiv.monitor.events import collect_deviations, collect_events
-from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map
-from lightning_filterdiv.monitor.functional import METRICS, redundancy_metrics
-from lightning_filterdiv.monitor.history_figures import Snapshot, deviation_curves, dropped_filters, redundancy_timeline
-from lightning_filterdiv.monitor.layout import custom_scalars_layout
-from lightning_filterdiv.monitor.loggers import FigureWriter
+from lightning_filterdiv.monitor.activations import ACTIVATION_METRICS, channel_redundancy, in_function_only
+from lightning_filterdiv.monitor.events import collect_deviations, collect_dropped, collect_events
+from lightning_filterdiv.monitor.figures import (
+    channel_heat_map,
+    cosine_distribution,
+    kernel_mosaic,
+    similarity_heat_map,
+)
+from lightning_filterdiv.monitor.functional import METRICS, Dropped, live_filters, redundancy_metrics
+from lightning_filterdiv.monitor.history_figures import Snapshot, deviation_curves, dropped_filters, network_summary
+from lightning_filterdiv.monitor.layout import custom_scalars_layout, tag_names
+from lightning_filterdiv.monitor.loggers import ArgumentRecord, FigureWriter
+from lightning_filterdiv.monitor.replay import FixedBatch
 from lightning_filterdiv.monitor.views import view_layer
-from lightning_filterdiv.similarity import expected_abs_cosine
+from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
 from lightning_filterdiv.tensors.arguments import check_flag, check_integer
 from lightning_filterdiv.training.callback import FilterCallback
+from lightning_filterdiv.training.learning_rates import fit_epochs
 
 __all__ = ["FilterSimilarityMonitor"]
 
-_TAG = "filterdiv/figures"
+#: Group of the summary and of the network's numbers. TensorBoard sorts capitals first: pages open with it.
+_NETWORK = "Filters"
+#: Tag of the summary; it sorts before the numbers.
+_SUMMARY = f"{_NETWORK}/all_layers"
+_LAYERS = "filterdiv_layers"
+_FIGURES = "filterdiv_figures"
 
 
 def _itself(figure: Figure) -> Figure:
@@ -37,26 +51,33 @@ def _itself(figure: Figure) -> Figure:
 class FilterSimilarityMonitor(FilterCallback):
     """Show how alike the filters of each layer are, before training and after every ``every_n_epochs``-th epoch.
 
-    Scalars go to every logger as ``filterdiv/<metric>/<layer>`` and ``filterdiv/<metric>/network`` (the mean over
-    layers). Figures, ``filterdiv/figures/...``, go to TensorBoard, Weights & Biases and MLflow; where no logger takes
-    them, to PNG files in the log directory: similarity heat maps and kernels of some layers, the distribution of
-    similarities, and a timeline of all layers with what other callbacks did. It reads weights, changes nothing, and
-    costs nothing on the epochs between. Rank 0 only. A figure or number that cannot be drawn or written (a full disk, a
-    logger without its server) does not stop training: the first failure of each is a warning.
+    Scalars go to every logger: ``Filters/<metric>``, the mean over layers with at least two filters, and
+    ``filterdiv_layers/<metric>/<layer>``. Figures go to TensorBoard, Weights & Biases and MLflow; where no logger takes
+    them, to PNG files in the log directory: ``Filters/all_layers`` sums up all layers over the epochs,
+    ``filterdiv_figures/...`` shows some layers filter by filter. Filters that a callback (RePr) has taken out do not
+    count while they are out: all numbers are those of the network without them.
+
+    It reads weights, changes nothing, and costs nothing on the epochs between. Rank 0 only. A figure or number that
+    cannot be measured, drawn or written (a full disk, no permission, a logger without its server) does not stop
+    training: the first failure of each kind is a warning.
 
     Args:
         every_n_epochs: how often to look.
         scalars: log numbers.
         figures: draw.
-        max_figures: heat maps and kernels of at most so many layers. Before training those whose mean |cos| is largest
-            above that of random filters; from the first look after it on those whose mean changed most, the same ones
-            until the end.
+        figures_every_n_looks: draw at the first look, at every so-manieth after it, and at the last one.
+        max_figures: heat maps and kernels of at most so many layers, evenly spaced from the first to the last; the same
+            ones for the whole fit.
         figure_layers: patterns of the layers to draw, at most ``max_figures`` of them, instead of this choice.
+        activations: also measure what the filters compute: the absolute correlation between the channels of each layer
+            on a fixed batch, the first of validation; without validation, ``example_input_array``. One forward pass
+            in evaluation mode per look.
         include: patterns of layers; ``None`` for every ``Conv1d/2d/3d``, frozen ones too.
         exclude: patterns of layers to leave out.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
+        MisconfigurationException: ``activations=True`` with neither validation nor ``example_input_array``.
     """
 
     trainable_only = False
@@ -68,8 +89,10 @@ class FilterSimilarityMonitor(FilterCallback):
         every_n_epochs: int = 1,
         scalars: bool = True,
         figures: bool = True,
+        figures_every_n_looks: int = 10,
         max_figures: int = 8,
         figure_layers: list[str] | None = None,
+        activations: bool = False,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
     ) -> None:
@@ -77,18 +100,38 @@ class FilterSimilarityMonitor(FilterCallback):
         self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, low=1)
         self.scalars = check_flag("scalars", scalars)
         self.figures = check_flag("figures", figures)
+        self.figures_every_n_looks = check_integer("figures_every_n_looks", figures_every_n_looks, low=1)
         self.max_figures = check_integer("max_figures", max_figures, low=1)
         self.figure_layers = check_patterns("figure_layers", figure_layers)
         if self.figure_layers == []:
             raise ValueError("figure_layers=[] selects no layer; use figures=False to draw nothing")
+        self.activations = check_flag("activations", activations)
         self._named: list[str] = []
-        self._drawn: list[str] = []
+        self._tags: dict[str, str] = {}
         self._snapshots: list[Snapshot] = []
+        self._without_scale = False  # snapshots of 0.1 hold mean |cos| itself
+        self._drawn = True  # whether figures of the last look are
         self._writer: FigureWriter | None = None
+        self._record: ArgumentRecord | None = None
+        self._batch: FixedBatch | None = None
         self._trains = True
         self._failed: set[str] = set()
 
     # ------------------------------------------------------------------ when
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hand the callbacks' arguments to the loggers before Lightning hands them the module's."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._failed = set()
+        self._batch = FixedBatch(pl_module) if self.activations and trainer.is_global_zero else None
+        dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
+        if trainer.is_global_zero and not dry:
+            self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
+            shown = [f"{_NETWORK}/{name}" for name in METRICS] if self.scalars else []
+            for logger in trainer.loggers:
+                self._attempt("hyper-parameters", partial(self._record.write, logger, shown))
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the loggers and look before the first step, so that every plot has its starting point."""
@@ -98,17 +141,68 @@ class FilterSimilarityMonitor(FilterCallback):
                 raise NoLayersError(
                     f"figure_layers={self.figure_layers!r} names only layers that include and exclude leave out"
                 )
+        if self._record is not None:
+            self._record.close()
+        self._find_batch(trainer, pl_module)
         # log_dir is agreed on by a collective: every rank must ask, though only rank 0 writes.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        self._failed = set()
-        if self.figures:
-            self._open(trainer, folder)
-        if trainer.is_global_zero and self.scalars:
-            self._attempt("numbers", partial(self._lay_out, trainer))
-        self._drawn = [name for name in self._drawn if name in self.layers]
+        self._tags = tag_names(self.layers)
+        if trainer.is_global_zero:
+            if self.figures:
+                self._attempt("figures", partial(self._open, trainer, folder))
+            if self.scalars:
+                self._attempt("numbers", partial(self._lay_out, trainer))
+        if self._without_scale:
+            chance = {name: expected_abs_cosine(filter_matrix(conv).shape[1]) for name, conv in self.layers.items()}
+            self._snapshots = [look.scaled(chance) for look in self._snapshots]
+            self._without_scale = False
         if not self._snapshots:
             when = "before training" if trainer.global_step == 0 else "at the start"
             self._take_snapshot(trainer, trainer.current_epoch, when)
+
+    def _find_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.activations:
+            return
+        if not trainer.enable_validation and pl_module.example_input_array is None:
+            raise MisconfigurationException(
+                "FilterSimilarityMonitor(activations=True) needs a batch to measure on, and this fit has neither "
+                "validation nor an example_input_array: pass a validation loader, set example_input_array in the "
+                "LightningModule, or use activations=False"
+            )
+        if self._batch is None or self._batch.known:
+            return
+        if trainer.enable_validation:
+            rank_zero_info(
+                "FilterSimilarityMonitor: there was no sanity check (num_sanity_val_steps=0), activations are measured "
+                "from the first validation on"
+            )
+        else:
+            self._batch.take_example(pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the first validation batch: what the network is called with is measured on from now on."""
+        if self._batch is not None and batch_idx == 0 and dataloader_idx == 0:
+            self._batch.watch()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop watching."""
+        if self._batch is not None and self._batch.stop():
+            self._warn(
+                "activations",
+                "saw no forward call in the first validation batch, neither of the LightningModule nor of an only "
+                "child with convolutions: define forward and call it in validation_step",
+            )
+            self._batch = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -128,27 +222,30 @@ class FilterSimilarityMonitor(FilterCallback):
         if self._trains and self.should_log(trainer.current_epoch + 1):
             self._take_snapshot(trainer, trainer.current_epoch + 1, f"after epoch {trainer.current_epoch + 1}")
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the last look, if it was not known to be the last when it was taken (early stopping)."""
+        super().on_train_end(trainer, pl_module)
+        if not self._drawn and self._writer is not None:
+            dropped = collect_dropped(self._others(trainer), self.layers)
+            self._draw_all(trainer, "at the end", dropped, self._correlations(trainer, dropped))
+
     def should_log(self, completed: int) -> bool:
         """The decision, to be overridden: whether to look when ``completed`` epochs are done."""
         return completed % self.every_n_epochs == 0
 
+    def _is_last(self, trainer: pl.Trainer, completed: int) -> bool:
+        epochs = fit_epochs(trainer)
+        planned = epochs is not None and not any(map(self.should_log, range(completed + 1, epochs + 1)))
+        return planned or trainer.should_stop
+
     # ------------------------------------------------------------------ where to
 
     def _open(self, trainer: pl.Trainer, folder: Path) -> None:
-        reason = ""
-        if trainer.is_global_zero:
-            # fast_dev_run has no loggers: everything is drawn, nothing is written.
-            dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
-            self._writer = FigureWriter(trainer.loggers, folder, discard=dry)
-            reason = why_unwritable(folder, folder=True) if self._writer.writes_files else ""
-        # All ranks must fail together, or the others would wait for rank 0 for ever.
-        if reason := trainer.strategy.broadcast(reason):
-            raise OSError(
-                f"FilterSimilarityMonitor cannot write figures to {folder} ({reason}). Set default_root_dir or the "
-                f"logger's save_dir to a folder that can be written, or figures=False"
-            )
-        if self._writer is not None and self._writer.writes_files:
-            rank_zero_info(f"FilterSimilarityMonitor: no logger takes figures, PNG files go to {folder / _TAG}")
+        # fast_dev_run has no loggers: everything is drawn, nothing is written.
+        dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
+        self._writer = FigureWriter(trainer.loggers, folder, discard=dry)
+        if self._writer.writes_files:
+            rank_zero_info(f"FilterSimilarityMonitor: no logger takes figures, PNG files go to {folder / _FIGURES}")
 
     def _lay_out(self, trainer: pl.Trainer) -> None:
         """TensorBoard's Custom Scalars page."""
@@ -156,7 +253,8 @@ class FilterSimilarityMonitor(FilterCallback):
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_custom_scalars"):
-                experiment.add_custom_scalars(custom_scalars_layout(list(self.layers), repr_runs))
+                layout = custom_scalars_layout(list(self._tags.values()), repr_runs, self.activations)
+                experiment.add_custom_scalars(layout)
 
     @staticmethod
     def _others(trainer: pl.Trainer) -> list[Any]:
@@ -168,107 +266,161 @@ class FilterSimilarityMonitor(FilterCallback):
     def _take_snapshot(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
         if not trainer.is_global_zero:
             return
-        metrics = redundancy_metrics(self.layers)
-        means = {name: row["mean_abs_cosine"] for name, row in metrics.items()}
-        self._snapshots.append(Snapshot(epoch, trainer.global_step, means))
+        dropped = collect_dropped(self._others(trainer), self.layers)
+        metrics = redundancy_metrics(self.layers, dropped)
+        ratios = {name: row["cosine_over_chance"] for name, row in metrics.items()}
+        self._snapshots.append(Snapshot(epoch, trainer.global_step, ratios))
+        draws = self._writer is not None and (
+            (len(self._snapshots) - 1) % self.figures_every_n_looks == 0 or self._is_last(trainer, epoch)
+        )
+        correlations = self._correlations(trainer, dropped) if self.scalars or draws else {}
         if self.scalars:
-            flat = {f"{metric}/{name}": row[metric] for name, row in metrics.items() for metric in METRICS}
-            flat |= {f"{metric}/network": fmean(row[metric] for row in metrics.values()) for metric in METRICS}
-            self.log_metrics(flat)
-        if self._writer is not None:
-            self._attempt("figures", partial(self._write_figures, self._writer, trainer, when))
+            self.log_metrics(self._numbers(metrics, dropped) | self._channel_numbers(correlations, dropped))
+        self._drawn = False
+        if draws:
+            self._draw_all(trainer, when, dropped, correlations)
+
+    def _numbers(self, metrics: Mapping[str, Mapping[str, float]], dropped: Mapping[str, Dropped]) -> dict[str, float]:
+        # A layer of one filter has no pair: it says nothing about the network.
+        paired = [row for name, row in metrics.items() if self._live_count(name, dropped) > 1] or list(metrics.values())
+        numbers = {f"{_NETWORK}/{metric}": fmean(row[metric] for row in paired) for metric in METRICS}
+        return numbers | {
+            f"{_LAYERS}/{metric}/{self._tags[name]}": row[metric] for name, row in metrics.items() for metric in METRICS
+        }
+
+    def _live_count(self, name: str, dropped: Mapping[str, Dropped]) -> int:
+        return filter_count(self.layers[name]) - len(dropped.get(name, Dropped()).filters)
+
+    def _correlations(self, trainer: pl.Trainer, dropped: Mapping[str, Dropped]) -> dict[str, Tensor]:
+        """Correlations between channels on the fixed batch; empty without one."""
+        found: dict[str, Tensor] = {}
+        batch = self._batch
+        if batch is not None and batch.known:
+
+            def measure() -> None:
+                with trainer.precision_plugin.forward_context():
+                    found.update(batch.correlations(self.layers, dropped))
+
+            self._attempt("activations", measure)
+        return found
+
+    def _channel_numbers(self, correlations: Mapping[str, Tensor], dropped: Mapping[str, Dropped]) -> dict[str, float]:
+        if not correlations:
+            return {}
+        cosines = {
+            name: cosine_similarity(live_filters(self.layers[name], Dropped(gone.filters) if gone else None))
+            for name in correlations
+            for gone in [dropped.get(name)]
+        }
+        measured = channel_redundancy(correlations, cosines)
+        paired = [row for name, row in measured.items() if len(correlations[name]) > 1] or list(measured.values())
+        numbers = {f"{_NETWORK}/{metric}": fmean(row[metric] for row in paired) for metric in ACTIVATION_METRICS}
+        return numbers | {
+            f"{_LAYERS}/{metric}/{self._tags[name]}": row[metric]
+            for name, row in measured.items()
+            for metric in ACTIVATION_METRICS
+        }
 
     def log_metrics(self, numbers: Mapping[str, float]) -> None:
-        """Hand numbers to all loggers; the failure of one is a warning, and the others get them."""
+        """Hand numbers to all loggers under their own names; the failure of one is a warning, the others get them."""
         if self.trainer.is_global_zero:
-            named = {f"filterdiv/{name}": float(value) for name, value in numbers.items()}
+            values = {name: float(value) for name, value in numbers.items()}
             for logger in self.trainer.loggers:
-                self._attempt("numbers", partial(logger.log_metrics, named, step=self.trainer.global_step))
+                self._attempt("numbers", partial(logger.log_metrics, values, step=self.trainer.global_step))
 
     def _attempt(self, what: str, write: Callable[[], object]) -> None:
         """Call ``write``; warn of the first failure in a fit. Training is worth more than what is written about it."""
         try:
             write()
         except Exception as error:  # disks, servers, loggers and matplotlib have errors of many types
-            if what not in self._failed:
-                self._failed.add(what)
-                said = " ".join(str(error).split())
-                off = "figures" if what == "figures" else "scalars"
-                rank_zero_warn(
-                    f"FilterSimilarityMonitor could not write {what} ({type(error).__name__}: {said}). Training goes "
-                    f"on, and later failures are not reported; {off}=False writes none"
-                )
+            said = " ".join(str(error).split())
+            verb = "measure" if what == "activations" else "write"
+            self._warn(what, f"could not {verb} {what} ({type(error).__name__}: {said})")
 
-    def _write_figures(self, writer: FigureWriter, trainer: pl.Trainer, when: str) -> None:
-        for tag, draw in self._draw(trainer, when):
+    def _warn(self, what: str, said: str) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            off = {"figures": "figures=False", "activations": "activations=False"}.get(what, "scalars=False")
+            rank_zero_warn(
+                f"FilterSimilarityMonitor {said}. Training goes on, and later failures are not reported; "
+                f"{off} does without"
+            )
 
-            def write(tag: str = tag, draw: Callable[[], Figure] = draw) -> None:
-                writer.write(f"{_TAG}/{tag}", draw(), trainer.global_step)
+    def _draw_all(
+        self, trainer: pl.Trainer, when: str, dropped: Mapping[str, Dropped], correlations: Mapping[str, Tensor]
+    ) -> None:
+        self._drawn = True
+        assert self._writer is not None
+        writer = self._writer
 
-            self._attempt("figures", write)
+        def write_each() -> None:
+            for tag, draw in self._draw(trainer, when, dropped, correlations):
+                self._attempt("figures", partial(write, tag, draw))
 
-    def _draw(self, trainer: pl.Trainer, when: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
+        def write(tag: str, draw: Callable[[], Figure]) -> None:
+            writer.write(tag, draw(), trainer.global_step)
+
+        self._attempt("figures", write_each)
+
+    def _draw(
+        self, trainer: pl.Trainer, when: str, dropped: Mapping[str, Dropped], correlations: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Callable[[], Figure]]]:
         """Tags and what draws them: only one figure is alive at a time, and one that fails is one."""
-        views = [view_layer(name, self.layers[name]) for name in self.layers_to_draw()]
-        for view in views:
-            yield f"similarity/{view.name}", partial(similarity_heat_map, view, when)
-            yield f"kernels/{view.name}", partial(kernel_mosaic, view, when)
-        yield "distribution", partial(cosine_distribution, views, when)
-        del views
         others = self._others(trainer)
         events, deviations = collect_events(others), collect_deviations(others)
-        yield "timeline", partial(redundancy_timeline, self._snapshots, events, deviations)
+        yield _SUMMARY, partial(network_summary, self._snapshots, events, deviations)
+        views = [view_layer(name, self.layers[name], dropped.get(name)) for name in self.layers_to_draw()]
+        for view in views:
+            tag = self._tags[view.name]
+            yield f"{_FIGURES}/similarity/{tag}", partial(similarity_heat_map, view, when)
+            yield f"{_FIGURES}/kernels/{tag}", partial(kernel_mosaic, view, when)
+            if view.name in correlations:
+                correlation = correlations[view.name].cpu()
+                pairs = in_function_only(correlation, view.signed)
+                yield f"{_FIGURES}/channels/{tag}", partial(channel_heat_map, view, correlation, pairs, when)
+        yield f"{_FIGURES}/distribution", partial(cosine_distribution, views, when)
+        del views
         counts = {name: filter_count(conv) for name, conv in self.layers.items()}
-        if (dropped := dropped_filters(events, counts, self.max_figures)) is not None:
-            yield "dropped", partial(_itself, dropped)
-        if (curves := deviation_curves(deviations, self.max_figures)) is not None:
-            yield "deviation", partial(_itself, curves)
+        if (figure := dropped_filters(events, counts, self.max_figures)) is not None:
+            yield f"{_FIGURES}/dropped", partial(_itself, figure)
+        if (curves := deviation_curves(deviations, list(self.layers))) is not None:
+            yield f"{_FIGURES}/deviation", partial(_itself, curves)
 
     def layers_to_draw(self) -> list[str]:
-        """Names of the layers drawn at this look, in the order of the network."""
+        """Names of the layers that are drawn, in the order of the network; the same ones for the whole fit."""
         if self._named:
             return self._named[: self.max_figures]
-        if self._drawn:
-            return self._drawn
-        first, last = self._snapshots[0].means, self._snapshots[-1].means
-        trained = len(self._snapshots) > 1
-
-        def interest(name: str) -> float:
-            if trained:
-                return abs(last[name] - first.get(name, last[name]))
-            return last[name] - expected_abs_cosine(filter_matrix(self.layers[name]).shape[1])
-
-        names = sorted(last, key=interest, reverse=True)[: self.max_figures]
-        chosen = [name for name in last if name in names]
-        if trained:
-            # The same ones from now on, or TensorBoard's step slider would jump between layers.
-            self._drawn = chosen
-        return chosen
+        names, count = list(self.layers), min(self.max_figures, len(self.layers))
+        return [names[round(index * (len(names) - 1) / max(1, count - 1))] for index in range(count)]
 
     # ------------------------------------------------------------------ state
 
     def release(self) -> None:
         """Let go of the loggers."""
         self._writer = None
+        if self._record is not None:
+            self._record.close()
+        if self._batch is not None:
+            self._batch.stop()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the batch."""
+        super().teardown(trainer, pl_module, stage)
+        self._batch = None
 
     def reset(self) -> None:
         """Forget the looks of an earlier fit."""
-        self._drawn, self._snapshots = [], []
+        self._snapshots, self._without_scale, self._drawn = [], False, True
 
     def extra_state(self) -> dict[str, Any]:
-        """The looks so far and the layers that are drawn: timeline and choice go on after a resume."""
-        return {"drawn": list(self._drawn), "looks": [list(snapshot) for snapshot in self._snapshots]}
-
-    def arguments_changed(self, saved: Mapping[str, Any]) -> None:
-        """Choose the layers to draw anew, if another number of them is wanted."""
-        if "max_figures" in saved:
-            self._drawn = []
+        """The looks so far: the summary goes on after a resume."""
+        key = "looks" if self._without_scale else "snapshots"
+        return {key: [list(snapshot) for snapshot in self._snapshots]}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`extra_state`."""
-        drawn, looks = state["drawn"], state["looks"]
-        if not isinstance(drawn, list) or not all(isinstance(name, str) for name in drawn):
-            raise TypeError(f"drawn must be a list of names, got {drawn!r}")
+        """Restore :meth:`extra_state`, also that of 0.1."""
+        self._without_scale = "snapshots" not in state and "looks" in state
+        looks = state["looks" if self._without_scale else "snapshots"]
         if not isinstance(looks, list) or not all(len(look) == 3 and isinstance(look[2], dict) for look in looks):
-            raise TypeError("looks must be a list of epoch, step and means by layer")
-        self._drawn, self._snapshots = list(drawn), [Snapshot(*look) for look in looks]
+            raise TypeError("snapshots must be a list of epoch, step and numbers by layer")
+        self._snapshots = [Snapshot(*look) for look in looks]

@@ -7,10 +7,22 @@ the answers are complete histories, so nothing is lost on a resume.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["Deviations", "FilterEvent", "ReportsDeviation", "ReportsEvents", "collect_deviations", "collect_events"]
+from lightning_filterdiv.filters import Conv
+from lightning_filterdiv.monitor.functional import Dropped
+
+__all__ = [
+    "Deviations",
+    "FilterEvent",
+    "ReportsDeviation",
+    "ReportsDropped",
+    "ReportsEvents",
+    "collect_deviations",
+    "collect_dropped",
+    "collect_events",
+]
 
 #: Layer -> (global step, measured deviation, forecast deviation), steps ascending; both relative to the start.
 Deviations = dict[str, list[tuple[int, float, float]]]
@@ -54,6 +66,16 @@ class ReportsDeviation(Protocol):
         ...
 
 
+@runtime_checkable
+class ReportsDropped(Protocol):
+    """A callback that takes filters out of the network for a while."""
+
+    def filterdiv_dropped(self) -> dict[str, list[tuple[str, int, list[int]]]]:
+        """What is out at the moment, as (tensor, dim, indices): under ``silent`` rows of tensors that are zero, under
+        ``unread`` columns of tensors whose inputs are zero. Empty lists if nothing is out."""
+        ...
+
+
 def collect_events(callbacks: Iterable[object]) -> list[FilterEvent]:
     """Events of all callbacks, ordered by step.
 
@@ -80,3 +102,21 @@ def collect_deviations(callbacks: Iterable[object]) -> Deviations:
         if isinstance(callback, ReportsDeviation):
             deviations |= {layer: list(points) for layer, points in callback.filterdiv_deviation().items() if points}
     return deviations
+
+
+def collect_dropped(callbacks: Iterable[object], layers: Mapping[str, Conv]) -> dict[str, Dropped]:
+    """Filters and input channels that callbacks have taken out of ``layers``; layers that lost nothing are left out."""
+    filters: dict[str, set[int]] = {}
+    inputs: dict[str, set[int]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ReportsDropped):
+            report = callback.filterdiv_dropped()
+            for part, gone in (("silent", filters), ("unread", inputs)):
+                for tensor, _, indices in report.get(part, ()):
+                    gone.setdefault(tensor.removesuffix(".weight"), set()).update(indices)
+    dropped = {
+        name: Dropped(sorted(filters.get(name, ())), sorted(inputs.get(name, ())))
+        for name in layers
+        if name in filters or name in inputs
+    }
+    return {name: gone for name, gone in dropped.items() if gone.filters or gone.inputs}

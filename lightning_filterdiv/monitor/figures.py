@@ -21,18 +21,23 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_filterdiv.files import printable
+from lightning_filterdiv.monitor.activations import Pair
 from lightning_filterdiv.monitor.views import LayerView
-from lightning_filterdiv.similarity import expected_abs_cosine
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
     "BLUE",
     "RED",
+    "channel_heat_map",
     "cosine_distribution",
+    "heat_map_top",
     "kernel_mosaic",
+    "kernel_planes",
     "new_figure",
+    "project_kernels",
     "shorten",
     "similarity_heat_map",
+    "tile_cells",
     "title",
     "to_rgb",
 ]
@@ -84,45 +89,115 @@ def _heading(view: LayerView, when: str) -> str:
     return f"{shorten(view.name, 36)}{f', {when}' if when else ''}"
 
 
+def _without_out(view: LayerView) -> str:
+    return f"; {view.out} are out and do not count" if view.out else ""
+
+
 def similarity_heat_map(view: LayerView, when: str = "") -> Figure:
     """Heat map of ``|cos|`` between the filters of one layer; duplicates show as bright blocks on the diagonal.
+
+    The scale follows the data, or wide layers would be black: it ends at the 99th percentile of all pairs, and at twice
+    the mean of random filters at least. Title and colour bar say where that is.
 
     Args:
         view: the layer.
         when: the moment, for the title.
     """
-    figure = new_figure(3.6, layout="none")
-    left = _left_of(view.count)
-    axes = figure.add_axes((left, 0.125, 0.779 - left, 0.657))
-    ordered = view.cosine[view.order][:, view.order]
-    if view.count > _HEAT_MAP_CELLS:
-        # More filters than pixels: average over blocks of pairs, many times faster than matplotlib's resampling.
-        ordered = torch.nn.functional.adaptive_avg_pool2d(ordered[None], _HEAT_MAP_CELLS)[0]
-    extent = (-0.5, view.count - 0.5, view.count - 0.5, -0.5)
-    image = axes.imshow(ordered.numpy(), vmin=0.0, vmax=1.0, cmap="magma", interpolation="nearest", extent=extent)
-    beside = figure.add_axes((0.8115, 0.093, 0.036, 0.721))
-    bar = figure.colorbar(image, cax=beside, ticks=[0, 0.5, 1])
-    bar.ax.tick_params(labelsize=7.5)
-    bar.set_label("|cos|:  0 unrelated,  1 same direction", fontsize=8)
-    pairs = view.count * (view.count - 1)
-    mean = float(view.cosine.sum() - view.cosine.diagonal().sum()) / max(1, pairs)
-    title(
-        figure,
-        _heading(view, when),
-        f"Which of the {view.count} filters (of {view.fan_in} weights) are alike?",
-        f"mean |cos| {mean:.3f}; of random filters {expected_abs_cosine(view.fan_in):.3f}",
+    top = heat_map_top(view)
+    return _heat_map(
+        view.cosine,
+        view.order,
+        top,
+        ("|cos|", view.chance, "random"),
+        (
+            _heading(view, when),
+            f"Which of {view.count} filters (of {view.fan_in} weights) are alike{_without_out(view)}?",
+            f"mean |cos| {view.mean:.3f} = {view.mean / view.chance:.2f} x chance;  "
+            f"brightest: {top:.2f} = {top / view.chance:.1f} x or more",
+        ),
+        ("filters, alike ones side by side", "the same filters"),
     )
-    axes.set_xlabel("filters, alike ones side by side", fontsize=8)
-    axes.set_ylabel("the same filters", fontsize=8)
+
+
+def heat_map_top(view: LayerView) -> float:
+    """``|cos|`` from which on a heat map of the layer is at its brightest."""
+    pairs = view.pairs()
+    return min(1.0, max(2 * view.chance, float(np.quantile(pairs, 0.99)) if pairs.size else 0.0))
+
+
+def channel_heat_map(view: LayerView, correlation: Tensor, pairs: Sequence[Pair], when: str = "") -> Figure:
+    """Heat map of ``|correlation|`` between the channels of one layer, in the order of the filters' own heat map.
+
+    Args:
+        view: the layer.
+        correlation: ``(J, J)``, of the channels that its filters make.
+        pairs: those alike in function but not in weights, the most alike first.
+        when: the moment, for the title.
+    """
+    overlap = correlation.abs().float()
+    above = torch.ones_like(overlap, dtype=torch.bool).triu(diagonal=1)
+    mean = float(overlap[above].mean()) if view.count > 1 else 0.0
+    first = ""
+    if pairs:
+        one, two = view.numbers[pairs[0].first], view.numbers[pairs[0].second]
+        first = f", e.g. {one}, {two}: {abs(pairs[0].correlation):.2f}, |cos| {abs(pairs[0].cosine):.2f}"
+    return _heat_map(
+        torch.nan_to_num(overlap),
+        view.order,
+        1.0,
+        ("|correlation|", mean, "mean"),
+        (
+            f"{_heading(view, when)}: its {view.count} channels",
+            f"Which are alike on a fixed batch? Mean |correlation| {mean:.3f}",
+            f"{len(pairs)} pairs in function only{first}",
+        ),
+        ("channels, in the order of the filters", "the same channels"),
+    )
+
+
+def _heat_map(
+    values: Tensor,
+    order: Sequence[int],
+    top: float,
+    scale: tuple[str, float, str],
+    lines: Sequence[str],
+    labels: tuple[str, str],
+) -> Figure:
+    """Values between pairs, the diagonal in grey, with a mark on the colour bar."""
+    count = len(order)
+    what, mark, meaning = scale
+    figure = new_figure(3.6, layout="none")
+    left = _left_of(count)
+    axes = figure.add_axes((left, 0.125, 0.779 - left, 0.657))
+    ordered = values[list(order)][:, list(order)].clone()
+    if count > _HEAT_MAP_CELLS:
+        # More filters than pixels: average over blocks of pairs, many times faster than matplotlib's resampling.
+        ordered.fill_diagonal_(0.0)
+        ordered = torch.nn.functional.adaptive_avg_pool2d(ordered[None], _HEAT_MAP_CELLS)[0]
+    else:
+        ordered.fill_diagonal_(math.nan)
+    extent = (-0.5, count - 0.5, count - 0.5, -0.5)
+    colours = colormaps["magma"].with_extremes(bad="0.6")
+    image = axes.imshow(ordered.numpy(), vmin=0.0, vmax=top, cmap=colours, interpolation="nearest", extent=extent)
+    beside = figure.add_axes((0.8115, 0.093, 0.036, 0.721))
+    bar = figure.colorbar(image, cax=beside, ticks=[0, top / 2, top])
+    bar.ax.set_yticklabels(["0", f"{top / 2:.2f}", f"{top:.2f}"])
+    bar.ax.tick_params(labelsize=7.5)
+    bar.ax.axhline(min(mark, top), color="white", linewidth=2.4)
+    bar.ax.axhline(min(mark, top), color=RED, linewidth=1.2)
+    bar.set_label(f"{what};  red line: {meaning}", fontsize=8)
+    title(figure, *lines)
+    axes.set_xlabel(labels[0], fontsize=8)
+    axes.set_ylabel(labels[1], fontsize=8)
     axes.tick_params(labelsize=7.5)
     axes.locator_params(integer=True, nbins=_TICKS)
     return figure
 
 
 def cosine_distribution(views: Sequence[LayerView], when: str = "") -> Figure:
-    """How often each ``|cos|`` occurs between two filters, one row per layer, and the mean of random filters as a line.
+    """How often each ``|cos|`` over chance occurs between two filters, one row per layer; 1 is the mean of random ones.
 
-    The line is the exact ``E|cos|`` of random directions, ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``.
+    Chance is the exact ``E|cos|`` of random directions, ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``.
 
     Args:
         views: layers with at least one pair of filters are drawn.
@@ -131,26 +206,26 @@ def cosine_distribution(views: Sequence[LayerView], when: str = "") -> Figure:
     rows = [view for view in views if view.count > 1]
     figure = new_figure(1.2 + 0.48 * max(1, len(rows)))
     axes = figure.add_subplot()
-    edges = np.linspace(0.0, 1.0, 81)
-    for row, view in enumerate(rows):
+    ratios = [view.pairs() / view.chance for view in rows]
+    limit = max([4.0, *(float(np.quantile(ratio, 0.995)) for ratio in ratios)]) * 1.05
+    edges = np.linspace(0.0, limit, 81)
+    for row, (view, ratio) in enumerate(zip(rows, ratios, strict=True)):
         base = len(rows) - 1 - row
-        pairs = view.pairs()
-        counts = np.histogram(pairs, edges)[0].astype(float)
+        counts = np.histogram(ratio.clip(0.0, limit), edges)[0].astype(float)
         heights = base + 0.86 * counts / max(1.0, counts.max())
         axes.stairs(heights, edges, baseline=base, fill=True, color=BLUE, alpha=0.75, linewidth=0)
-        expected, mean = expected_abs_cosine(view.fan_in), float(pairs.mean())
-        axes.plot([expected] * 2, [base, base + 0.93], color=RED, linestyle=(0, (3, 1.5)), linewidth=1.5)
-        axes.plot([mean] * 2, [base, base + 0.93], color="black", linewidth=1.2)
-        axes.text(1.0, base + 0.52, f"mean {mean:.3f}", fontsize=7, ha="right", va="center", transform=axes.transData)
-        axes.text(1.0, base + 0.2, f"random {expected:.3f}", fontsize=7, ha="right", va="center", color=RED)
+        axes.plot([ratio.mean()] * 2, [base, base + 0.93], color="black", linewidth=1.2)
+        text = f"mean {ratio.mean():.2f} x,  max |cos| {view.pairs().max():.2f}"
+        axes.text(limit, base + 0.42, text, fontsize=7, ha="right", va="center")
         axes.axhline(base, color="0.7", linewidth=0.6)
+    axes.axvline(1.0, color=RED, linestyle=(0, (3, 1.5)), linewidth=1.2)
     axes.set_yticks([len(rows) - 1 - row + 0.35 for row in range(len(rows))])
     axes.set_yticklabels([shorten(view.name) for view in rows], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7.5)
-    axes.set(xlim=(0.0, 1.02), ylim=(0.0, max(1, len(rows))))
+    axes.set(xlim=(0.0, limit * 1.02), ylim=(0.0, max(1, len(rows))))
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel("|cos|:  0 unrelated,  1 same direction", fontsize=8)
+    axes.set_xlabel("|cos| of two filters / mean of random ones", fontsize=8)
     title(
         figure,
         f"How alike are two filters of a layer{f' {when}' if when else ''}?",
@@ -177,11 +252,14 @@ def kernel_mosaic(view: LayerView, when: str = "") -> Figure:
     figure = new_figure(3.6, layout="none")
     part = "" if len(shown) == len(kernels) else f"{len(shown)} of "
     size = "x".join(map(str, kernels.shape[2:]))
-    heading = (_heading(view, when), f"{part}{len(kernels)} kernels {size}, alike ones side by side")
+    heading = (
+        _heading(view, when),
+        f"{part}{len(kernels)} kernels {size}, alike ones side by side{_without_out(view)}",
+    )
     if kernels[0, 0].numel() == 1:
         left, bottom = _left_of(len(shown)), 0.114
         axes = figure.add_axes((left, bottom, 1 - _MARGIN - left, _BELOW_TITLE - 0.009 - bottom))
-        coefficients = _project(shown, min(_DIRECTIONS, *kernels.shape[:2])).flatten(2).squeeze(-1)
+        coefficients = project_kernels(shown, min(_DIRECTIONS, *kernels.shape[:2])).flatten(2).squeeze(-1)
         _paint(axes, coefficients.numpy(), aspect="auto")
         title(figure, *heading, "one row per kernel;  red +, blue -")
         axes.set_xlabel("principal input directions, the strongest first", fontsize=8)
@@ -191,10 +269,10 @@ def kernel_mosaic(view: LayerView, when: str = "") -> Figure:
         return figure
     axes = figure.add_axes((_MARGIN, _MARGIN, 1 - 2 * _MARGIN, _BELOW_TITLE - _MARGIN))
     colour = kernels.shape[1] == 3 and kernels.dim() == 4
-    cells = _planes(shown if colour else _project(shown, 1))
-    grid = _tile(cells)
+    cells = kernel_planes(shown if colour else project_kernels(shown, 1))
+    grid = tile_cells(cells)
     if colour:
-        axes.imshow(grid.numpy(), interpolation="nearest")
+        axes.imshow(grid.nan_to_num(1.0).numpy(), interpolation="nearest")
         title(figure, *heading, "in the colours they respond to;  grey is 0")
     else:
         _paint(axes, grid[..., 0].numpy())
@@ -211,7 +289,7 @@ def _paint(axes: Axes, values: npt.NDArray[np.float32], aspect: Literal["equal",
     axes.imshow(values, cmap=colours, vmin=-(limit or 1.0), vmax=limit or 1.0, interpolation="nearest", aspect=aspect)
 
 
-def _project(kernels: Tensor, directions: int) -> Tensor:
+def project_kernels(kernels: Tensor, directions: int) -> Tensor:
     """``(J, C, *k) -> (J, directions, *k)``: coefficients in the leading principal directions of the input channels."""
     if kernels.shape[1] == 1:
         return kernels
@@ -238,7 +316,7 @@ def _leading_directions(columns: Tensor, count: int) -> Tensor:
     return projected if missing <= 0 else torch.nn.functional.pad(projected, (0, missing))
 
 
-def _planes(kernels: Tensor) -> Tensor:
+def kernel_planes(kernels: Tensor) -> Tensor:
     """``(J, C, *k) -> (J, h, w, C)``, the middle slice of 3-D kernels, one row for 1-D kernels."""
     if kernels.dim() == 5:
         kernels = kernels[:, :, kernels.shape[2] // 2]
@@ -247,17 +325,15 @@ def _planes(kernels: Tensor) -> Tensor:
     return kernels.float().permute(0, 2, 3, 1)
 
 
-def _tile(cells: Tensor) -> Tensor:
-    """``(J, h, w, C) -> (H, W, C)``: a near-square grid with gaps; colours scaled to [0, 1] around grey, else as is."""
+def tile_cells(cells: Tensor) -> Tensor:
+    """``(J, h, w, C) -> (H, W, C)``: a near-square grid, gaps NaN; colours scaled to [0, 1] around grey, else as is."""
     count, height, width, channels = cells.shape
     columns = max(1, round(math.sqrt(count * height / width)))
     rows = math.ceil(count / columns)
-    fill = math.nan
     if channels == 3:
         peak = cells.abs().amax()
         cells = 0.5 + cells / (2 * peak if peak > 0 else 1.0)
-        fill = 1.0
-    grid = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), fill)
+    grid = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), math.nan)
     for index, cell in enumerate(cells):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         grid[top : top + height, left : left + width] = cell

@@ -6,16 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from lightning_filterdiv.monitor.events import Deviations, FilterEvent
 from lightning_filterdiv.monitor.figures import BLUE, RED, new_figure, shorten, title
 
-__all__ = ["Snapshot", "deviation_curves", "dropped_filters", "redundancy_timeline"]
+__all__ = ["Snapshot", "depth_colour", "deviation_curves", "dropped_filters", "network_summary"]
 
-_LABELLED_ROWS = 40
+_LABELLED_ROWS = 27
+_ROWS = 2.5  # inches, at most, of the rows of a summary
+_LEAST = -3  # log2 of |cos| over chance: a layer of orthogonal filters would stretch the scale without end
+_LEGEND = 12  # names
 _FLOOR = 1e-9  # a deviation of exactly 0 on a log axis
 
 
@@ -25,67 +30,106 @@ class Snapshot(NamedTuple):
     Attributes:
         epoch: epochs completed.
         step: global step.
-        means: layer name -> mean ``|cos|``.
+        over_chance: layer name -> mean ``|cos|`` of its filters over that of random ones.
     """
 
     epoch: int
     step: int
-    means: dict[str, float]
+    over_chance: dict[str, float]
+
+    def scaled(self, chance: Mapping[str, float]) -> Snapshot:
+        """Divide the numbers of the layers in ``chance`` by it."""
+        return self._replace(over_chance={n: value / chance.get(n, 1.0) for n, value in self.over_chance.items()})
 
 
-def redundancy_timeline(
+def network_summary(
     looks: Sequence[Snapshot], events: Sequence[FilterEvent] = (), deviations: Deviations | None = None
 ) -> Figure:
-    """Mean ``|cos|`` of every layer over the epochs as colour, events as lines, C-SGD's deviation below it.
+    """All layers over the epochs: colour is mean ``|cos|`` over chance, the total above, events as lines.
+
+    The colour scale is logarithmic, so that a layer at 15 times chance does not drown those at 1.5 times. Chance is in
+    its middle: orange layers are more alike than random filters, purple ones more diverse. Grey: a single filter.
 
     Args:
         looks: at least one, epochs ascending; rows are the layers of the last one.
         events: moments to mark.
         deviations: by layer; the largest one and its forecast are drawn on a log axis under the same epochs.
     """
-    layers = list(looks[-1].means)
-    values = np.array([[look.means.get(layer, np.nan) for look in looks] for layer in layers])
-    below = 1.1 if deviations else 0.0
-    figure = new_figure(min(9.5, 1.5 + 0.17 * max(5, len(layers))) + below)
-    if deviations:
-        axes, lower = figure.subplots(2, 1, sharex=True, height_ratios=[max(1.0, 0.2 * len(layers)), below])
-    else:
-        axes, lower = figure.add_subplot(), None
+    layers = list(looks[-1].over_chance)
+    values = np.array([[look.over_chance.get(layer, np.nan) for look in looks] for layer in layers], dtype=float)
+    # A layer without a pair of filters has no ratio.
+    paired = np.where((values > 0).any(axis=1))[0]
+    totals = values[paired if len(paired) else slice(None)].mean(axis=0)
+    # Time Series fits pictures into cards that are wider than high: a tall one would be unreadable there.
+    above, rows, below = 0.6, min(_ROWS, 0.17 * max(5, len(layers))), 0.7 if deviations else 0.0
+    figure = new_figure(1.35 + above + rows + below)
+    heights = [above, rows, *([below] if deviations else [])]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    upper, axes = panels[0], panels[1]
     epochs = np.array([look.epoch for look in looks], dtype=float)
     # A look fills the time since the one before it; what happens after epoch e stands between the looks at e and e + 1.
     edges = np.concatenate([[epochs[0] - 0.5], epochs + 0.5])
-    mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap="viridis", vmin=0.0)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+    upper.plot(epochs, totals, color=BLUE, linewidth=1.6, marker="o", markersize=2.5)
+    upper.axhline(1.0, color=RED, linestyle=(0, (3, 1.5)), linewidth=1.0)
+    upper.margins(y=0.25)
+    upper.set_ylabel("mean of\nall layers", fontsize=7)
+    upper.tick_params(labelsize=7)
+    upper.spines[["top", "right"]].set_visible(False)
+    norm = _ratio_scale(values)
+    colours = colormaps["PuOr_r"].with_extremes(bad="0.6")
+    drawn = np.ma.masked_invalid(np.log2(np.where(values > 0, values, np.nan)))
+    mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), drawn, cmap=colours, norm=norm)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, ticks=_ratio_ticks(norm), extend="min")
+    bar.ax.minorticks_off()
+    bar.ax.set_yticklabels([f"{2.0**tick:g} x" for tick in _ratio_ticks(norm)])
     bar.ax.tick_params(labelsize=7)
-    bar.set_label("mean |cos| of its filters", fontsize=8)
     stride = -(-len(layers) // _LABELLED_ROWS)
     axes.set_yticks(np.arange(0, len(layers), stride) + 0.5, [shorten(layer) for layer in layers[::stride]])
     axes.invert_yaxis()
-    axes.tick_params(labelsize=7)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", labelsize=7 if len(layers) <= _ROWS / 0.15 else 5.5)
     axes.set_xlim(edges[0], edges[-1])
-    marked = _mark(axes, events)
+    marked = _mark(axes, upper, events)
+    change = " → ".join(f"{total:.2f} x" for total in (totals if len(looks) < 2 else totals[[0, -1]]))
     title(
         figure,
-        "How alike are the filters of each layer over the epochs?",
-        f"dark: diverse filters, bright: alike ones{f';  {marked}' if marked else ''}",
+        "How alike are the filters of each layer?",
+        "colour: mean |cos| over chance (white, 1 x: random)",
+        f"all layers: {change}{f';  {marked}' if marked else ''}",
     )
-    last = axes if lower is None else lower
+    last = panels[-1]
     last.set_xlabel("epochs completed (0: before training)", fontsize=8)
     last.xaxis.get_major_locator().set_params(integer=True)
-    if lower is not None and deviations:
-        _draw_largest(lower, deviations, looks)
+    if deviations:
+        _draw_largest(last, deviations, looks)
     return figure
 
 
-def _mark(axes: Axes, events: Sequence[FilterEvent]) -> str:
+def _ratio_scale(values: npt.NDArray[np.float64]) -> TwoSlopeNorm:
+    """Of logarithms to base 2, with chance in the middle: one colour for more alike filters, one for more diverse."""
+    known = np.log2(values[np.isfinite(values) & (values > 0)])
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    return TwoSlopeNorm(0.0, min(-1.0, max(low, _LEAST)), max(high, 1.0))
+
+
+def _ratio_ticks(norm: TwoSlopeNorm) -> list[float]:
+    """Whole logarithms within the scale, at most six."""
+    assert norm.vmin is not None
+    assert norm.vmax is not None
+    powers = [float(power) for power in range(_LEAST, 12) if norm.vmin <= power <= norm.vmax]
+    return powers if len(powers) <= 6 else [power for power in powers if power % 2 == 0]
+
+
+def _mark(axes: Axes, upper: Axes, events: Sequence[FilterEvent]) -> str:
     """Vertical lines with a word above each."""
     for event in events:
         axes.axvline(event.epoch + 0.5, color="white", linewidth=2.4)
-        axes.axvline(event.epoch + 0.5, color=RED, linewidth=1.2)
-        axes.annotate(
+        for panel in (axes, upper):
+            panel.axvline(event.epoch + 0.5, color=RED, linewidth=1.2)
+        upper.annotate(
             event.kind,
             (event.epoch + 0.5, 1.0),
-            xycoords=axes.get_xaxis_transform(),
+            xycoords=upper.get_xaxis_transform(),
             xytext=(0, 3),
             textcoords="offset points",
             rotation=45 if len(events) > 2 else 0,
@@ -167,33 +211,47 @@ def dropped_filters(events: Sequence[FilterEvent], counts: Mapping[str, int], ma
     return figure
 
 
-def deviation_curves(deviations: Deviations, max_layers: int = 8) -> Figure | None:
+def deviation_curves(deviations: Deviations, layers: Sequence[str] = ()) -> Figure | None:
     """Deviation of filters from their cluster's mean by layer on a log axis, against the forecast ``exp(-K)``.
+
+    Colours go by depth, from the first layer (dark) to the last (bright).
 
     Args:
         deviations: layer -> (step, measured, forecast).
-        max_layers: layers drawn, those with the largest deviation at the end.
+        layers: in the order of the network; others come last.
 
     Returns:
         ``None`` when nothing was measured.
     """
     if not deviations:
         return None
-    chosen = sorted(deviations, key=lambda layer: deviations[layer][-1][1], reverse=True)[:max_layers]
-    layers = [layer for layer in deviations if layer in chosen]
-    figure = new_figure(3.2 + 0.16 * len(layers) / 2)
+    order = [layer for layer in layers if layer in deviations]
+    order += [layer for layer in deviations if layer not in order]
+    named = {order[round(i * (len(order) - 1) / (_LEGEND - 1))] for i in range(_LEGEND)} if order[_LEGEND:] else order
+    figure = new_figure(3.2 + 0.16 * min(len(order), _LEGEND) / 2)
     axes = figure.add_subplot()
-    colours = [f"C{index}" for index in range(10)]
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(order):
         steps, measured, forecast = (np.array(column, dtype=float) for column in zip(*deviations[layer], strict=True))
-        colour = colours[index % len(colours)]
-        axes.plot(steps, np.maximum(measured, _FLOOR), color=colour, linewidth=1.6, label=shorten(layer))
-        axes.plot(steps, np.maximum(forecast, _FLOOR), color=colour, linewidth=1.0, linestyle="--")
+        colour = depth_colour(index, len(order))
+        label = shorten(layer) if layer in named else None
+        axes.plot(steps, np.maximum(measured, _FLOOR), color=colour, linewidth=1.4, label=label)
+        axes.plot(steps, np.maximum(forecast, _FLOOR), color=colour, linewidth=0.9, linestyle="--")
     axes.set_yscale("log")
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("distance from the cluster's mean,\nrelative to the start", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(True, color="0.9")
     figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=2)
-    title(figure, "How equal are the filters of a cluster?", "solid: measured;  dashed: forecast exp(-K)")
+    some = f"; {len(named)} of {len(order)} layers are named" if len(named) < len(order) else ""
+    title(
+        figure,
+        "How equal are the filters of a cluster?",
+        "solid: measured;  dashed: forecast exp(-K)",
+        f"colour: depth, from the first layer (dark) to the last{some}",
+    )
     return figure
+
+
+def depth_colour(index: int, count: int) -> tuple[float, float, float, float]:
+    """Colour of layer ``index`` of ``count``."""
+    return colormaps["viridis"](0.92 * index / max(1, count - 1))

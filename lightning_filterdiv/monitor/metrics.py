@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_filterdiv.filters import CONVOLUTIONS, filter_matrix
+from lightning_filterdiv.monitor.activations import ChannelMoments, Moments, channel_redundancy
 from lightning_filterdiv.similarity import cosine_similarity, effective_rank
-from lightning_filterdiv.tensors.arguments import check_choice, check_flag
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer
 
-__all__ = ["EffectiveRank", "FilterCoherence"]
+__all__ = ["ChannelRedundancy", "EffectiveRank", "FilterCoherence"]
 
 Reduction = Literal["mean", "max"]
+ChannelFigure = Literal["mean_abs_correlation", "channel_effective_rank", "channel_twins"]
 
 
 def _filters(layer: Tensor | nn.Module) -> Tensor:
@@ -105,3 +107,65 @@ class EffectiveRank(_MeanOverLayers):
     def _figure(self, batch: Tensor) -> Tensor:
         rank = effective_rank(batch)
         return rank / min(batch.shape[-2:]) if self.normalize else rank
+
+
+class ChannelRedundancy(Metric):
+    """How alike the channels of one layer are in what they compute, over all positions and images seen.
+
+    The absolute correlation between channels is gathered batch by batch in float64; no activation is kept.
+
+    Args:
+        channels: their number, C.
+        figure: ``"mean_abs_correlation"`` between distinct channels; ``"channel_effective_rank"``, of the standardised
+            channels as a fraction of C; or ``"channel_twins"``, the fraction of channels with another one at an
+            absolute correlation above 0.9.
+        kwargs: for :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError, ValueError: no positive integer; another figure.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    positions: Tensor
+    mean: Tensor
+    products: Tensor
+
+    def __init__(self, channels: int, figure: ChannelFigure = "mean_abs_correlation", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.channels = check_integer("channels", channels, low=1)
+        self.figure = check_choice("figure", figure, ChannelFigure)
+        # Ranks are joined in compute: moments of several are no sum of moments.
+        for name, value in Moments.none(self.channels)._asdict().items():
+            self.add_state(name, value, dist_reduce_fx=None)
+
+    def update(self, activations: Tensor) -> None:
+        """Add outputs of the layer.
+
+        Args:
+            activations: ``(N, C, *positions)`` or ``(N, C)``, any floating dtype.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if not isinstance(activations, Tensor) or activations.dim() < 2 or activations.shape[1] != self.channels:
+            given = tuple(activations.shape) if isinstance(activations, Tensor) else type(activations).__name__
+            raise ValueError(f"activations must be (N, {self.channels}, *positions), got {given}")
+        moments = ChannelMoments()
+        moments.moments = Moments(self.positions, self.mean, self.products)
+        moments.update(activations)
+        self.positions, self.mean, self.products = moments.moments
+
+    def compute(self) -> Tensor:
+        """The figure, in float64; NaN before the first :meth:`update`."""
+        parts = [Moments(self.positions, self.mean, self.products)]
+        if self.mean.dim() > 1:  # of several ranks
+            parts = [Moments(*part) for part in zip(self.positions, self.mean, self.products, strict=True)]
+        joined = parts[0]
+        for part in parts[1:]:
+            joined = joined.joined(part)
+        if not joined.positions:
+            return torch.full_like(joined.positions, torch.nan)
+        correlation = joined.correlation()
+        measured = channel_redundancy({"": correlation}, {"": correlation})
+        return torch.tensor(measured[""][self.figure], dtype=torch.float64, device=joined.mean.device)

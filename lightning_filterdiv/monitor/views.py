@@ -11,8 +11,9 @@ from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from lightning_filterdiv.filters import Conv, filter_matrix
-from lightning_filterdiv.similarity import cosine_similarity
+from lightning_filterdiv.filters import Conv, filter_count
+from lightning_filterdiv.monitor.functional import NEAR_DUPLICATE, Dropped, live_filters
+from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
 
 __all__ = ["LayerView", "mergeable_filters", "similarity_order", "view_layer"]
 
@@ -24,14 +25,23 @@ class LayerView:
     Attributes:
         name: of the layer.
         kernels: ``(J, in/groups, *kernel_size)``, float32 or wider; NaN and infinity are shown as 0.
-        cosine: ``(J, J)`` absolute cosine, diagonal 1 (0 for a zero filter).
+        signed: ``(J, J)`` cosine, diagonal 1 (0 for a zero filter).
         order: permutation of the filters that puts alike ones side by side.
+        numbers: index of each filter in the layer; without those that are out, which are not among the J.
+        out: number of filters that are out.
     """
 
     name: str
     kernels: Tensor
-    cosine: Tensor
+    signed: Tensor
     order: list[int]
+    numbers: list[int]
+    out: int = 0
+
+    @property
+    def cosine(self) -> Tensor:
+        """``(J, J)`` absolute cosine."""
+        return self.signed.abs()
 
     @property
     def count(self) -> int:
@@ -43,6 +53,21 @@ class LayerView:
         """d, the number of weights of a filter."""
         return self.kernels[0].numel()
 
+    @property
+    def chance(self) -> float:
+        """Mean ``|cos|`` of random filters with as many weights."""
+        return expected_abs_cosine(max(1, self.fan_in))
+
+    @property
+    def mean(self) -> float:
+        """Mean ``|cos|`` of two distinct filters; 0 for a single one."""
+        return float(self.pairs().mean()) if self.count > 1 else 0.0
+
+    def twins(self, limit: float = NEAR_DUPLICATE) -> list[tuple[int, int, float]]:
+        """Pairs of filters at ``|cos| > limit``, the most alike first: both positions among the J, and the cosine."""
+        found = (self.cosine > limit).triu(diagonal=1).nonzero().tolist()
+        return sorted(((i, j, float(self.signed[i, j])) for i, j in found), key=lambda twin: -abs(twin[2]))
+
     def pairs(self) -> npt.NDArray[np.float32]:
         """Absolute cosines of the ``J (J - 1) / 2`` pairs of distinct filters."""
         above = np.triu(np.ones((self.count, self.count), dtype=bool), k=1)
@@ -51,13 +76,15 @@ class LayerView:
 
 
 @torch.no_grad()
-def view_layer(name: str, conv: Conv) -> LayerView:
-    """Snapshot of a layer; similarities are computed where its weights are."""
-    matrix = filter_matrix(conv)
+def view_layer(name: str, conv: Conv, dropped: Dropped | None = None) -> LayerView:
+    """Snapshot of a layer, without what is ``dropped``; similarities are computed where its weights are."""
+    matrix = live_filters(conv, dropped)
     matrix = torch.nan_to_num(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), posinf=0.0, neginf=0.0)
-    cosine = cosine_similarity(matrix).abs().float().cpu()
+    signed = cosine_similarity(matrix).float().cpu()
     kernels = matrix.cpu().view(matrix.shape[0], -1, *conv.kernel_size)
-    return LayerView(name, kernels, cosine, similarity_order(cosine))
+    out = set(dropped.filters) if dropped is not None else set()
+    numbers = [index for index in range(filter_count(conv)) if index not in out]
+    return LayerView(name, kernels, signed, similarity_order(signed), numbers, len(out))
 
 
 def _distances(cosine: Tensor) -> npt.NDArray[np.float64]:
@@ -87,13 +114,13 @@ def similarity_order(cosine: Tensor) -> list[int]:
 
 
 def mergeable_filters(cosine: Tensor, threshold: float) -> int:
-    """Filters that could go if filters at ``|cos| > threshold`` were merged.
+    """Filters that could go if filters at ``cos > threshold`` were merged.
 
     Groups are formed by complete linkage: within one, *all* pairs are above the threshold. A group of ``n`` filters
-    gives ``n - 1``.
+    gives ``n - 1``. Opposite filters do not count: behind an activation they compute different things.
 
     Args:
-        cosine: ``(J, J)`` cosine similarities.
+        cosine: ``(J, J)`` signed cosine similarities.
         threshold: in [0, 1).
     """
     count = cosine.shape[0]
@@ -101,5 +128,5 @@ def mergeable_filters(cosine: Tensor, threshold: float) -> int:
         return 0
     # Merging happens at distance <= t; the next float below makes "above the threshold" strict.
     limit = float(np.nextafter(1.0 - threshold, 0.0))
-    groups = fcluster(linkage(_distances(cosine), method="complete"), limit, criterion="distance")
+    groups = fcluster(linkage(_distances(cosine.clamp_min(0.0)), method="complete"), limit, criterion="distance")
     return count - int(groups.max())

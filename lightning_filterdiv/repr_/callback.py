@@ -178,6 +178,12 @@ class RePr(FilterCallback):
         """Return the history, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
         return self.history
 
+    def filterdiv_dropped(self) -> dict[str, list[tuple[str, int, list[int]]]]:
+        """Return what is out at the moment, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
+        silent, unread = self._progress.dropped.regions() if self._progress.dropped is not None else ([], [])
+        parts = {"silent": silent, "unread": [part for part in unread if part.block is None]}
+        return {key: [(p.tensor, p.dim, p.rows.tolist()) for p in slices] for key, slices in parts.items()}
+
     @property
     def dropped(self) -> dict[str, Tensor]:
         """Filters that are out at the moment: layer name -> ``(n,)`` indices."""

@@ -211,6 +211,10 @@ class DroppedFilters:
         """Number of dropped filters."""
         return sum(rows.numel() for rows in self.filters.values())
 
+    def regions(self) -> tuple[list[Slice], list[Slice]]:
+        """Rows of tensors that are silent while the filters are out, and columns that read nothing but zeros then."""
+        return [p for parts in self._private.values() for p in parts], [p for c in self._consumers.values() for p in c]
+
     def __str__(self) -> str:
         layers = [f"{layer}: {_few(rows.tolist())}" for layer, rows in self.filters.items()]
         return _few(layers, "; ")

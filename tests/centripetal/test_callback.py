@@ -37,7 +37,7 @@ def test_the_monitor_sees_measured_and_forecast(tmp_path: Path) -> None:
             assert measured == pytest.approx(forecast, rel=1e-6, abs=1e-12)
     assert [event["kind"] for event in callback.filterdiv_events()] == ["cluster"]
     figures = {path.name.split("-step")[0] for path in tmp_path.rglob("*.png")}
-    assert {"deviation", "timeline"} <= figures
+    assert {"deviation", "all_layers"} <= figures
 
 
 def test_what_the_monitor_sees_survives_a_resume(tmp_path: Path) -> None:

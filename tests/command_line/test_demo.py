@@ -19,16 +19,18 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert re.search(r"test accuracy\s+\d+\.\d %\s+\d+\.\d %", text)
     for layer in ("net.conv1", "net.conv2", "net.conv3"):
-        assert re.search(rf"{layer}  mean \|cos\|\s+0\.\d+\s+0\.\d+", text)
+        assert re.search(rf"{layer}  mean \|cos\| / chance\s+\d\.\d\d\s+\d\.\d\d", text)
         assert re.search(rf"{layer}  effective rank / full\s+[01]\.\d+\s+[01]\.\d+", text)
     assert f"tensorboard --logdir {out}" in text
     for run in ("plain", "repr"):
         events = EventAccumulator(str(out / run / "version_0")).Reload()
-        assert "filterdiv/mean_abs_cosine/network" in events.Tags()["scalars"]
-        steps = [event.step for event in events.Scalars("filterdiv/mean_abs_cosine/net.conv1")]
+        scalars = events.Tags()["scalars"]
+        assert "Filters/cosine_over_chance" in scalars
+        assert not {"epoch", "hp_metric"} & set(scalars), "no card that says nothing"
+        steps = [event.step for event in events.Scalars("filterdiv_layers/cosine_over_chance/net.conv1")]
         assert steps[0] == 0, "measured before training too"
         assert len(steps) == 4
-        assert "filterdiv/figures/similarity/net.conv1" in events.Tags()["images"]
+        assert "filterdiv_figures/similarity/net.conv1" in events.Tags()["images"]
 
 
 def test_demo_learns() -> None:

@@ -136,5 +136,5 @@ def test_extra_state_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     weights = build_model("extra:Net").state_dict()
     for scale, status in ((2.0, 0), (3.0, 2)):
         torch.save(weights | {"1._extra_state": {"scale": scale}}, "bare.pt")
-        assert main(["inspect", "bare.pt", "--model", "extra:Net", *INSPECT[2:]]) == status
+        assert main(["inspect", "bare.pt", "--model", "extra:Net", *INSPECT[2:], "--overwrite"]) == status
     assert "the weights cannot be loaded into a Net: AssertionError" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
         torch.save(SmallConvNet().state_dict(), "weights.pt")
         weights = Path("weights.pt").read_bytes()
         narrow = Path(merged()).read_bytes()
-    quiet = ("--max-figures", "0", "--out", "report")
+    quiet = ("--max-figures", "0", "--out", "report", "--overwrite")
     merge = ("--out", "narrow.pt", "--tolerance", "inf", "--pairs", "0")
     return {
         "checkpoint": Kind(checkpoint, lambda path: _command("inspect", path, *quiet)),

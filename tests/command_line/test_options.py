@@ -13,6 +13,16 @@ from lightning_filterdiv.command_line.options import COMMANDS, parse
 from lightning_filterdiv.entropy_depth.functional import Rounding, Unit
 
 _MODEL = {"model": None, "config": None, "trust_pickle": False}
+_REPORT = {
+    "weights": None,
+    "data": None,
+    "root": None,
+    "max_images": 64,
+    "overwrite": False,
+    "threshold": 0.9,
+    "include": None,
+    "exclude": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -24,12 +34,14 @@ _MODEL = {"model": None, "config": None, "trust_pickle": False}
             {
                 "source": "a.ckpt",
                 "out": Path("report"),
-                "threshold": 0.9,
                 "max_figures": 8,
-                "include": None,
-                "exclude": None,
+                **_REPORT,
                 **_MODEL,
             },
+        ),
+        (
+            ["compare", "a.ckpt", "timm:b"],
+            {"first": "a.ckpt", "second": "timm:b", "out": Path("comparison"), **_REPORT, **_MODEL},
         ),
         (
             ["merge", "a.ckpt", "--out", "b.pt", "--input-shape", "1,3,8,8"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -302,13 +303,16 @@ def test_a_bound_that_cannot_be_measured_ends_every_rank() -> None:
     assert "image 0 holds NaN" in message
 
 
-def test_an_unwritable_folder_fails_on_every_rank(tmp_path: Path) -> None:
+def test_an_unwritable_folder_stops_no_rank(tmp_path: Path) -> None:
+    """Rank 0 alone cannot write; nobody waits for it."""
     from lightning_filterdiv import FilterSimilarityMonitor
 
     blocked = shared(tmp_path) / "file"
     blocked.write_text("not a folder")
     dist.barrier()
-    message = raises_on_every_rank(
-        lambda: fit_ddp([FilterSimilarityMonitor()], max_steps=3, default_root_dir=blocked / "logs"), OSError
-    )
-    assert "cannot write figures to" in message
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = fit_ddp([FilterSimilarityMonitor()], max_steps=3, default_root_dir=blocked / "logs")
+    assert run.trainer.global_step == 3
+    said = [str(warning.message) for warning in caught if "could not write figures" in str(warning.message)]
+    assert len(said) == (RANK == 0)

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_filterdiv import FilterSimilarityMonitor
 from lightning_filterdiv.monitor import callback as monitor
-from tests.support.training import fit
+from tests.support.training import batches, fit
 
-LAYERS: dict[str, Any] = {"max_figures": 1, "include": ["net.3"]}
+LAYERS: dict[str, Any] = {"max_figures": 1, "include": ["net.3"], "figures_every_n_looks": 1}
 
 
 class _FillDisk(Callback):
@@ -41,7 +41,7 @@ class _Refusing(CSVLogger):
     refused = 0
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        if any(name.startswith("filterdiv/") for name in metrics):
+        if any(name.startswith("Filters") for name in metrics):
             self.refused += 1
             raise ConnectionError("no server")
         super().log_metrics(metrics, step)
@@ -64,10 +64,10 @@ def _fit(callbacks: list[Callback], **options: Any) -> list[str]:
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     said = _fit([_FillDisk(), FilterSimilarityMonitor(**LAYERS)], default_root_dir=tmp_path)
     (line,) = said
-    assert re.search(r"could not write figures \(WriteError: .*similarity.*step0000\d\d.png cannot be written", line)
+    assert re.search(r"could not write figures \(WriteError: .*all_layers.*step0000\d\d.png cannot be written", line)
     assert "free some space" in line
     assert "Training goes on" in line
-    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    kept = list(tmp_path.rglob("*.png"))
     assert {path.stem.rpartition("-")[2] for path in kept} == {"step000000", "step000006"}
     assert all(path.stat().st_size > 1000 for path in kept), "no half picture"
     assert not list(tmp_path.rglob(".filterdiv-*"))
@@ -82,7 +82,7 @@ def test_a_logger_that_refuses(tmp_path: Path) -> None:
     assert "could not write figures (ConnectionError: no server)" in said[1]
     assert "figures=False" in said[1]
     assert bad.refused == 4 + 4 * 4, "it is asked again at every look"
-    assert "filterdiv/mean_abs_cosine/net.3" in Path(good.log_dir, "metrics.csv").read_text()
+    assert "filterdiv_layers/mean_abs_cosine/net.3" in Path(good.log_dir, "metrics.csv").read_text()
 
 
 def test_a_picture_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_a_picture_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.Monk
     said = _fit([FilterSimilarityMonitor(**LAYERS)], default_root_dir=tmp_path)
     assert len(said) == 1
     drawn = {path.name.rpartition("-")[0] for path in tmp_path.rglob("*.png")}
-    assert drawn == {"net.3", "distribution", "timeline"}, "the other figures are there"
+    assert drawn == {"net.3", "distribution", "all_layers"}, "the other figures are there"
 
 
 def test_a_second_fit_warns_again(tmp_path: Path) -> None:
@@ -102,3 +102,31 @@ def test_a_second_fit_warns_again(tmp_path: Path) -> None:
     for _ in range(2):
         said = _fit([callback], logger=_Refusing(tmp_path))
         assert len(said) == 1
+
+
+def test_a_folder_without_permission_is_a_warning_too(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    (line,) = _fit([FilterSimilarityMonitor(**LAYERS)], default_root_dir=blocked / "logs")
+    assert re.search(r"could not write figures \(.*file/logs", line)
+    assert "Training goes on" in line
+
+
+def test_a_logger_that_takes_no_hyper_parameters(tmp_path: Path) -> None:
+    class NoParameters(CSVLogger):
+        def log_hyperparams(self, *_: Any, **__: Any) -> NoReturn:
+            raise ConnectionError("no server")
+
+    (line,) = _fit([FilterSimilarityMonitor(figures=False)], logger=NoParameters(tmp_path))
+    assert "could not write hyper-parameters (ConnectionError: no server)" in line
+
+
+def test_activations_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(monitor.FixedBatch, "correlations", fail)
+    callback = FilterSimilarityMonitor(activations=True, figures=False)
+    (line,) = _fit([callback], logger=CSVLogger(tmp_path), validation=batches(steps=1), num_sanity_val_steps=1)
+    assert "could not measure activations (RuntimeError: out of memory)" in line
+    assert "activations=False" in line

@@ -12,9 +12,17 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lightning_filterdiv.filters import write_filters
+from lightning_filterdiv.monitor.activations import in_function_only
 from lightning_filterdiv.monitor.events import FilterEvent, collect_deviations, collect_events
-from lightning_filterdiv.monitor.figures import cosine_distribution, kernel_mosaic, similarity_heat_map, to_rgb
-from lightning_filterdiv.monitor.history_figures import Snapshot, deviation_curves, dropped_filters, redundancy_timeline
+from lightning_filterdiv.monitor.figures import (
+    channel_heat_map,
+    cosine_distribution,
+    kernel_mosaic,
+    similarity_heat_map,
+    to_rgb,
+)
+from lightning_filterdiv.monitor.functional import Dropped
+from lightning_filterdiv.monitor.history_figures import Snapshot, deviation_curves, dropped_filters, network_summary
 from lightning_filterdiv.monitor.views import mergeable_filters, similarity_order, view_layer
 from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
 
@@ -56,7 +64,8 @@ def test_mergeable_filters_form_groups_whose_pairs_are_all_alike() -> None:
     assert mergeable_filters(cosine, 0.98) == 2
     assert mergeable_filters(cosine, 0.7) == 4
     assert mergeable_filters(cosine, 0.99) == 0
-    assert mergeable_filters(cosine_similarity(torch.cat([torch.eye(3), -torch.eye(3)])), 0.9) == 3
+    opposite = cosine_similarity(torch.cat([torch.eye(3), -torch.eye(3)]))
+    assert mergeable_filters(opposite, 0.9) == 0, "opposite filters compute different things behind a ReLU"
     assert mergeable_filters(torch.ones(1, 1), 0.5) == 0
 
 
@@ -80,7 +89,8 @@ def test_weights_that_are_not_finite_are_drawn() -> None:
     assert bool(view.cosine.isfinite().all())
     for figure in (similarity_heat_map(view), kernel_mosaic(view), cosine_distribution([view])):
         to_rgb(figure)
-    to_rgb(redundancy_timeline([Snapshot(0, 0, {"a": float("nan")}), Snapshot(1, 5, {"a": float("nan")})]))
+    to_rgb(network_summary([Snapshot(0, 0, {"a": float("nan")}), Snapshot(1, 5, {"a": float("nan")})]))
+    to_rgb(network_summary([Snapshot(0, 0, {"one filter": 0.0})]))
 
 
 # --------------------------------------------------------------------------- layers
@@ -93,24 +103,59 @@ def test_heat_map_says_what_it_shows() -> None:
     axes, bar = figure.axes
     assert "stage.conv, after epoch 3" in texts(figure)
     assert "4 filters (of 9 weights)" in texts(figure)
-    assert "mean |cos| 0.167; of random filters 0.273" in texts(figure)
-    assert axes.images[0].get_clim() == (0.0, 1.0)
+    assert "mean |cos| 0.167 = 0.61 x chance" in texts(figure)
     assert "|cos|" in bar.get_ylabel()
-    shown = np.asarray(axes.images[0].get_array())
+    shown = np.ma.filled(axes.images[0].get_array(), np.nan)
     assert sorted(np.diag(shown, 1)) == [0, 0, 1], "the pair is side by side"
+    assert np.isnan(np.diag(shown)).all(), "a filter is not compared with itself"
 
 
-def test_distribution_marks_the_mean_and_the_exact_expectation() -> None:
+def test_the_scale_of_a_heat_map_follows_the_data_and_is_said() -> None:
+    """64 random filters of 4608 weights: |cos| 0.012 on average, black on a scale from 0 to 1."""
+    torch.manual_seed(0)
+    view = layer(torch.randn(64, 4608))
+    figure = similarity_heat_map(view)
+    low, top = figure.axes[0].images[0].get_clim()
+    assert low == 0
+    assert top == pytest.approx(np.quantile(view.pairs(), 0.99))
+    assert top / view.chance == pytest.approx(3.2, abs=0.4)
+    assert f"brightest: {top:.2f} = {top / view.chance:.1f} x or more" in texts(figure)
+    assert f"{top:.2f}" in [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    pixels = to_rgb(figure)[150:500, 100:450].mean()
+    fixed = similarity_heat_map(view)
+    fixed.axes[0].images[0].set_clim(0.0, 1.0)
+    assert pixels > 2 * to_rgb(fixed)[150:500, 100:450].mean(), "a fixed scale would be black"
+
+
+def test_what_is_out_is_not_drawn() -> None:
+    conv = nn.Conv2d(3, 6, 3)
+    view = view_layer("conv", conv, Dropped([1, 4], [0]))
+    assert (view.count, view.fan_in, view.out, view.numbers) == (4, 18, 2, [0, 2, 3, 5])
+    assert torch.equal(view.kernels, conv.weight.detach()[[0, 2, 3, 5]][:, 1:])
+    assert "2 are out and do not count" in texts(similarity_heat_map(view))
+
+
+def test_channels_alike_in_function_are_named() -> None:
+    view = layer(torch.eye(4, 9))
+    correlation = torch.eye(4, dtype=torch.float64)
+    correlation[0, 2] = correlation[2, 0] = -0.97
+    pairs = in_function_only(correlation, view.signed)
+    figure = channel_heat_map(view, correlation, pairs, "after epoch 3")
+    assert "1 pairs in function only, e.g. 0, 2: 0.97, |cos| 0.00" in texts(figure)
+    assert figure.axes[0].images[0].get_clim() == (0.0, 1.0)
+
+
+def test_distribution_is_drawn_over_chance() -> None:
     torch.manual_seed(0)
     views = [layer(torch.randn(30, 27), "first"), layer(torch.randn(20, 64), "second"), layer(torch.ones(1, 3), "one")]
     figure = cosine_distribution(views, "before training")
     (axes,) = figure.axes
-    vertical = [line for line in axes.lines if len(set(line.get_xdata())) == 1 and line.get_linestyle() != "-"]
-    assert [line.get_xdata()[0] for line in vertical] == [expected_abs_cosine(27), expected_abs_cosine(64)]
+    means = [line.get_xdata()[0] for line in axes.lines if line.get_color() == "black"]
+    assert means == pytest.approx([views[i].pairs().mean() / expected_abs_cosine(d) for i, d in ((0, 27), (1, 64))])
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() != "-"] == [1.0], "random filters"
     assert "first" in texts(figure)
     assert "one" not in [label.get_text() for label in axes.get_yticklabels()], "one filter has no pair"
-    assert f"random {expected_abs_cosine(27):.3f}" in texts(figure)
-    assert f"mean {views[0].pairs().mean():.3f}" in texts(figure)
+    assert f"mean {float(means[0]):.2f} x,  max |cos| {views[0].pairs().max():.2f}" in texts(figure)
 
 
 def test_colour_kernels_are_shown_in_colour_and_in_order() -> None:
@@ -153,30 +198,57 @@ EVENTS = [
     FilterEvent("RePr", "drop", 2, 5, 100, {"a": [2, 3]}),
 ]
 DEVIATIONS = {"a": [(0, 1.0, 1.0), (50, 0.02, 0.01), (100, 0.0, 1e-4)], "b": [(0, 0.5, 0.5), (100, 1e-3, 2e-3)]}
-LOOKS = [Snapshot(epoch, 20 * epoch, {"a": 0.3 - 0.02 * epoch, "b": 0.1}) for epoch in (0, 1, 2, 4, 6)]
+LOOKS = [Snapshot(epoch, 20 * epoch, {"a": 3.0 - 0.2 * epoch, "b": 1.0}) for epoch in (0, 1, 2, 4, 6)]
 
 
-def test_timeline_has_a_row_per_layer_and_a_line_per_event() -> None:
-    figure = redundancy_timeline(LOOKS, EVENTS)
-    axes = figure.axes[0]
+def test_summary_has_a_row_per_layer_the_total_and_a_line_per_event() -> None:
+    figure = network_summary(LOOKS, EVENTS)
+    upper, axes = figure.axes[:2]
     mesh = axes.collections[0]
-    assert np.allclose(np.asarray(mesh.get_array()).reshape(2, 5)[0], [0.3, 0.28, 0.26, 0.22, 0.18])
+    assert np.allclose(np.asarray(mesh.get_array()).reshape(2, 5)[0], np.log2([3.0, 2.8, 2.6, 2.2, 1.8]))
     edges = mesh.get_coordinates()[0, :, 0]
     assert edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 4.5, 6.5]
     assert sorted({float(line.get_xdata()[0]) for line in axes.lines}) == [2.5, 3.5, 5.5]
-    assert [text.get_text() for text in axes.texts] == ["drop", "regrow", "drop"]
-    assert "red: RePr" in texts(figure)
+    assert [text.get_text() for text in upper.texts] == ["drop", "regrow", "drop"]
+    total = upper.lines[0]
+    assert list(total.get_xdata()) == [0, 1, 2, 4, 6]
+    assert list(total.get_ydata()) == pytest.approx([2.0, 1.9, 1.8, 1.6, 1.4])
+    assert "all layers: 2.00 x → 1.40 x;  red: RePr" in texts(figure)
+    assert "colour: mean |cos| over chance" in texts(figure)
     assert {"a", "b"} <= {label.get_text() for label in axes.get_yticklabels()}
 
 
-def test_timeline_shows_the_deviation_below() -> None:
-    figure = redundancy_timeline(LOOKS, (), DEVIATIONS)
-    lower = figure.axes[1]
+def test_summary_tells_layers_far_apart() -> None:
+    """A layer at 15 times chance does not darken one at 2 times beside one at 1 time."""
+    figure = network_summary([Snapshot(0, 0, {"deep": 15.0, "two": 2.0, "one": 1.0, "single": 0.0})])
+    mesh = figure.axes[1].collections[0]
+    colours = mesh.cmap(mesh.norm(np.log2([15.0, 2.0, 1.0])))[:, :3]
+    assert np.abs(colours[1] - colours[2]).max() > 0.15
+    assert "all layers: 6.00 x" in texts(figure), "a layer without a pair does not count"
+
+
+def test_summary_shows_the_deviation_below() -> None:
+    figure = network_summary(LOOKS, (), DEVIATIONS)
+    lower = figure.axes[2]
     measured, forecast = lower.lines
     assert lower.get_yscale() == "log"
     assert list(measured.get_xdata()) == [0, 2.5, 5]
     assert list(measured.get_ydata()) == [1.0, 0.02, 1e-3], "the largest of all layers"
     assert list(forecast.get_ydata()) == [1.0, 0.01, 2e-3]
+
+
+def test_colours_go_by_depth_and_a_legend_names_layers() -> None:
+    names = [f"layer{index}" for index in range(20)]
+    figure = deviation_curves({name: [(0, 1.0, 1.0), (9, 0.1, 0.1)] for name in reversed(names)}, names)
+    assert figure is not None
+    solid = figure.axes[0].lines[::2]
+    assert len(solid) == 20
+    green = [line.get_color()[1] for line in solid]
+    assert green == sorted(green), "dark to bright from the first layer to the last"
+    legend = [text.get_text() for text in figure.legends[0].texts]
+    assert len(legend) == 12
+    assert (legend[0], legend[-1]) == ("layer0", "layer19")
+    assert "12 of 20 layers are named" in texts(figure)
 
 
 def test_dropped_filters_are_cells() -> None:
@@ -227,9 +299,9 @@ def test_events_are_asked_for_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 80, "a.b"])
 def test_names_of_any_length_leave_room_for_the_picture(name: str) -> None:
-    figure = redundancy_timeline([Snapshot(0, 0, {name: 0.1}), Snapshot(1, 9, {name: 0.2})])
+    figure = network_summary([Snapshot(0, 0, {name: 0.1}), Snapshot(1, 9, {name: 0.2})])
     to_rgb(figure)
-    assert figure.axes[0].get_position().width > 0.3
+    assert figure.axes[1].get_position().width > 0.3
 
 
 def test_figures_are_freed() -> None:

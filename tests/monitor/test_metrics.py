@@ -9,8 +9,14 @@ from torchmetrics import Metric
 
 from lightning_filterdiv.filters import filter_matrix, select_filters, write_filters
 from lightning_filterdiv.monitor import EffectiveRank, FilterCoherence
-from lightning_filterdiv.monitor.functional import METRICS, redundancy_metrics
-from lightning_filterdiv.similarity import effective_rank, mutual_coherence
+from lightning_filterdiv.monitor.functional import METRICS, Dropped, live_filters, redundancy_metrics
+from lightning_filterdiv.similarity import (
+    cosine_similarity,
+    effective_rank,
+    expected_abs_cosine,
+    mutual_coherence,
+    orthogonality_score,
+)
 from tests.support.training import Classifier, fit
 
 
@@ -39,7 +45,7 @@ def test_orthogonal_and_degenerate_layers() -> None:
     rows = redundancy_metrics(
         {"eye": conv_of(torch.eye(4).tolist()), "one": conv_of([[3.0, 4.0]]), "zero": conv_of([[0.0]] * 3)}
     )
-    assert rows["eye"] == pytest.approx(dict(zip(METRICS, (0, 0, 0, 1, 0, 0), strict=True)), abs=1e-6)
+    assert rows["eye"] == pytest.approx(dict(zip(METRICS, (0, 0, 0, 0, 1, 0, 0), strict=True)), abs=1e-6)
     assert rows["one"]["mean_abs_cosine"] == rows["one"]["max_abs_cosine"] == 0
     assert rows["one"]["effective_rank"] == pytest.approx(1)
     assert rows["zero"]["dead_filters"] == 1
@@ -52,6 +58,56 @@ def test_batches_of_layers_equal_single_layers() -> None:
     assert list(together) == list(layers)
     for name, conv in layers.items():
         assert redundancy_metrics({name: conv})[name] == pytest.approx(together[name], rel=1e-5)
+
+
+def one_by_one(matrix: torch.Tensor) -> dict[str, float]:
+    """The definitions, each by its own public function, in float64."""
+    wide = matrix.double()
+    count, fan_in = wide.shape
+    overlap = cosine_similarity(wide).abs().fill_diagonal_(0.0)
+    norm = wide.norm(dim=1)
+    mean = float(overlap.sum() / (count * (count - 1)))
+    return {
+        "cosine_over_chance": mean / expected_abs_cosine(fan_in),
+        "mean_abs_cosine": mean,
+        "max_abs_cosine": float(mutual_coherence(wide)),
+        "orthogonality_score": float(orthogonality_score(wide).mean()),
+        "effective_rank": float(effective_rank(wide)) / min(count, fan_in),
+        "near_duplicates": float((overlap.amax(dim=1) > 0.9).double().mean()),
+        "dead_filters": float((norm <= 1e-3 * norm.median()).double().mean()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("filters", "fan_in", "directions"),
+    [(300, 90, 90), (90, 300, 90), (129, 128, 20), (256, 256, 256), (2, 9, 2), (8, 1, 1)],
+)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_numbers_equal_their_definitions(filters: int, fan_in: int, directions: int, scale: float) -> None:
+    """Blocks, Gram matrices of filters or of weights, layers of low rank, twins, dead filters, and hostile scales."""
+    torch.manual_seed(filters)
+    matrix = torch.randn(filters, directions) @ torch.randn(directions, fan_in)
+    matrix[filters // 2] = -3 * matrix[0]
+    matrix[-1] *= 1e-6
+    layers = {name: conv_of((scale * part).tolist()) for name, part in (("one", matrix), ("other", matrix.flip(0)))}
+    measured = redundancy_metrics(layers)
+    for name, conv in layers.items():
+        assert measured[name] == pytest.approx(one_by_one(filter_matrix(conv) / scale), rel=1e-5, abs=1e-6)
+
+
+def test_what_is_dropped_does_not_count() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 9, 3)
+    cut = nn.Conv2d(3, 7, 3)
+    cut.weight.data = conv.weight.data[[0, 1, 2, 4, 5, 7, 8]][:, [0, 2, 4]].clone()
+    measured = redundancy_metrics({"conv": conv}, {"conv": Dropped([3, 6], [1, 3])})["conv"]
+    assert measured == pytest.approx(redundancy_metrics({"conv": cut})["conv"])
+    transposed = nn.ConvTranspose2d(5, 9, 3)
+    smaller = nn.ConvTranspose2d(3, 7, 3)
+    smaller.weight.data = transposed.weight.data[[0, 2, 4]][:, [0, 1, 2, 4, 5, 7, 8]].clone()
+    assert torch.equal(live_filters(transposed, Dropped([3, 6], [1, 3])), filter_matrix(smaller))
+    everything = redundancy_metrics({"conv": conv}, {"conv": Dropped(range(9), [])})["conv"]
+    assert set(everything.values()) == {0.0}
 
 
 def test_a_diverged_layer_is_nan_and_spares_its_neighbours() -> None:

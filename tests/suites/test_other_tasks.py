@@ -89,7 +89,7 @@ def _did_something(callback: FilterCallback) -> None:
         assert callback.depth is not None
         assert callback.depth.total >= 2
     elif isinstance(callback, FilterSimilarityMonitor):
-        assert len(callback.extra_state()["looks"]) == 4
+        assert len(callback.extra_state()["snapshots"]) == 4
 
 
 @pytest.mark.parametrize(("task", "case"), PAIRS)

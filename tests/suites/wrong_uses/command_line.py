@@ -141,8 +141,8 @@ COMMAND_LINE: list[Row] = [
         "update the package",
     ),
     Row(
-        "inspect weights of nobody",
-        lambda: command("inspect", weights()),
+        "show images to weights of nobody",
+        lambda: command("inspect", weights(), "--data", "digits"),
         CommandError,
         "bare.pt",
         "--model",
