@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -68,6 +68,8 @@ class FilterCallback(Callback):
     gradient_stage: ClassVar[int | None] = None
     #: Where the numbers of the callback stand in loggers: ``filterdiv/<log_prefix>/...``.
     log_prefix: ClassVar[str] = ""
+    #: What :meth:`attempt` writes -> the argument that turns it off.
+    silenced_by: ClassVar[Mapping[str, str]] = {}
     #: Whether frozen layers are left alone (a monitor looks at them too).
     trainable_only: ClassVar[bool] = True
     #: Whether two instances of the class may share a layer.
@@ -106,6 +108,7 @@ class FilterCallback(Callback):
         self._fit_of: weakref.ref[pl.Trainer] | None = None
         self._trainable: tuple[tuple[int, bool], ...] = ()
         self._waiting = False
+        self._failed: set[str] = set()  # what could not be written in this fit
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -181,13 +184,36 @@ class FilterCallback(Callback):
         return self._trainer
 
     def log_metrics(self, numbers: Mapping[str, float]) -> None:
-        """Hand numbers to all loggers as ``filterdiv/<log_prefix>/<name>``, on rank 0, at the current step."""
+        """Hand numbers to all loggers as ``filterdiv/<log_prefix>/<name>``, on rank 0, at the current step.
+
+        A logger that fails (full disk, network) does not end the fit, and the others get the numbers.
+        """
         if not self.trainer.is_global_zero:
             return
         prefix = "filterdiv/" + (f"{self.log_prefix}/" if self.log_prefix else "")
         named = {prefix + name: float(value) for name, value in numbers.items()}
         for logger in self.trainer.loggers:
-            logger.log_metrics(named, step=self.trainer.global_step)
+            self.attempt("numbers", partial(logger.log_metrics, named, step=self.trainer.global_step))
+
+    def attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Call ``write``, and turn its failure into a warning: training is worth more than what is written about it.
+
+        Args:
+            what: plural noun of what is written. Each is warned of once in a fit.
+            write: may raise anything. An interrupt passes.
+        """
+        try:
+            write()
+        except Exception as error:  # disks, servers, loggers and matplotlib have errors of many types
+            if what in self._failed:
+                return
+            self._failed.add(what)
+            said = " ".join(str(error).split())
+            way_out = self.silenced_by.get(what)
+            rank_zero_warn(
+                f"{type(self).__name__} could not write {what} ({type(error).__name__}: {said}). Training goes on, and "
+                f"later failures are not reported" + (f"; {way_out} writes none" if way_out else "")
+            )
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """The layers meant by ``include`` and ``exclude``; a method with a default of its own overrides it."""
@@ -358,7 +384,7 @@ class FilterCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the layers, now that wrappers, devices, restored weights and optimizers are final."""
         self._clean_up()
-        self._trainer = trainer
+        self._trainer, self._failed = trainer, set()
         if not self._restored and trainer.global_step == 0:
             self.reset()
         self._resolve(trainer, pl_module)
