@@ -115,6 +115,12 @@ class FilterCallback(Callback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Get ready for training with ``self.layers``: the network, the optimizers and restored state are final."""
 
+    def wait(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called instead of :meth:`prepare` while every chosen layer is frozen, if :attr:`waits_for_layers`.
+
+        Raise where restored state cannot bear that.
+        """
+
     def release(self) -> None:
         """Undo what :meth:`prepare` did to the model; called on every way out of training, exceptions included."""
 
@@ -391,8 +397,7 @@ class FilterCallback(Callback):
         if self._restored_layers:
             self._check_restored_layers(self._restored_layers, dict(named_convolutions(pl_module)))
         self._restored, self._restored_layers = None, None
-        if not self._waiting:
-            self.prepare(trainer, pl_module)
+        (self.wait if self._waiting else self.prepare)(trainer, pl_module)
 
     def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
         # All layers of the network count, not only the chosen ones: a layer may be frozen by now.
@@ -460,8 +465,7 @@ class FilterCallback(Callback):
             self._clean_up()
             self._trainer = trainer
             self._resolve(trainer, pl_module)
-            if not self._waiting:
-                self.prepare(trainer, pl_module)
+            (self.wait if self._waiting else self.prepare)(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
