@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_filterdiv import CentripetalSGD, FilterCallback
-from lightning_filterdiv.centripetal.budget import ClipMeter
+from lightning_filterdiv.centripetal.forecast import ClipMeter
 from lightning_filterdiv.centripetal.functional import CentripetalUpdate, relative_deviations
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance.gates import ChannelGate
