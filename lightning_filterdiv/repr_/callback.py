@@ -74,8 +74,8 @@ class RePr(FilterCallback):
         hold_consumers: keep those columns still while the filters are out; ``False`` lets weight decay shrink them, as
             in the official code.
         network: trace only this submodule, for example ``"backbone"`` of a detector.
-        include: patterns of layers to rank; ``None`` for every ungrouped convolution but the network's first and 1x1
-            shortcuts.
+        include: patterns of layers to rank; ``None`` for every ungrouped convolution but the first trainable one
+            and 1x1 shortcuts.
         exclude: patterns of layers to leave out.
         seed: of random ranking and new directions.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
@@ -191,16 +191,20 @@ class RePr(FilterCallback):
     # ------------------------------------------------------------------ choosing layers
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """Ungrouped convolutions but the first one and 1x1 shortcuts, or what ``include`` names."""
+        """Ungrouped convolutions but the first trainable one and 1x1 shortcuts, or what ``include`` names."""
         chosen = layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
-        if self.include is None:
-            chosen = default_layers(chosen, layers_inside(self.network, select_filters(pl_module)))
-        if not chosen:
-            raise NoLayersError(
-                "RePr has no layer to rank: by default it leaves out the network's first convolution, grouped ones and "
-                "1x1 shortcuts; name layers with include (and check exclude and network)"
+        if self.include is not None:
+            return chosen
+        everything = layers_inside(self.network, select_filters(pl_module))
+        if not (ranked := default_layers(chosen, everything)):
+            first = next(
+                (repr(name) for name, conv in everything.items() if conv.weight.requires_grad), "there is none"
             )
-        return chosen
+            raise NoLayersError(
+                f"RePr has no layer to rank: by default it leaves out the first trainable convolution ({first}), "
+                f"grouped ones and 1x1 shortcuts; name layers with include (and check exclude and network)"
+            )
+        return ranked
 
     # ------------------------------------------------------------------ start
 
@@ -511,7 +515,7 @@ class RePr(FilterCallback):
         if (dropped := self._progress.dropped) is not None:
             rank_zero_warn(
                 f"the fit ends inside a sub-network phase of RePr: {dropped.count} filters stay dropped ({dropped}), "
-                f"because that network was validated. {_WAY_OUT}"
+                f"as in the network that was trained last. {_WAY_OUT}"
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -351,6 +351,30 @@ class FilterCallback(Callback):
                     self._trainer = None
             self._fit_of = weakref.ref(trainer)
 
+    def check_built(self, pl_module: pl.LightningModule, *, values: bool) -> None:
+        """For callbacks that change the network in ``setup``: refuse one that does not exist by then.
+
+        Args:
+            pl_module: the module.
+            values: whether values of parameters are read.
+
+        Raises:
+            MisconfigurationException: there is no layer yet, or parameters have no values. (For parameters on meta
+                Lightning's own clean-up then fails, too; its error has this one as context.)
+        """
+        name = f"{type(self).__name__} changes the network before its optimizers are made"
+        if not any(parameter.dim() > 1 for parameter in pl_module.parameters()):
+            raise MisconfigurationException(
+                f"{name}, and {type(pl_module).__name__} has no layer by then: build the network in __init__, not in "
+                f"setup or configure_model"
+            )
+        empty = [key for key, parameter in pl_module.named_parameters() if parameter.is_meta]
+        if values and empty:
+            raise MisconfigurationException(
+                f"{name}, and {empty[0]!r} of {type(pl_module).__name__} has no values by then (device 'meta'): "
+                f"construct the network on a real device"
+            )
+
     def _belongs_to(self, trainer: pl.Trainer) -> bool:
         return self._fit_of is not None and self._fit_of() is trainer
 
