@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -82,6 +82,7 @@ class FilterSimilarityMonitor(FilterCallback):
 
     trainable_only = False
     shares_layers = True
+    silenced_by = {"numbers": "scalars=False", "figures": "figures=False", "activations": "activations=False"}
 
     def __init__(
         self,
@@ -115,7 +116,6 @@ class FilterSimilarityMonitor(FilterCallback):
         self._record: ArgumentRecord | None = None
         self._batch: FixedBatch | None = None
         self._trains = True
-        self._failed: set[str] = set()
 
     # ------------------------------------------------------------------ when
 
@@ -124,14 +124,13 @@ class FilterSimilarityMonitor(FilterCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._failed = set()
         self._batch = FixedBatch(pl_module) if self.activations and trainer.is_global_zero else None
         dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
         if trainer.is_global_zero and not dry:
             self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
             shown = [f"{_NETWORK}/{name}" for name in METRICS] if self.scalars else []
             for logger in trainer.loggers:
-                self._attempt("hyper-parameters", partial(self._record.write, logger, shown))
+                self.attempt("hyper-parameters", partial(self._record.write, logger, shown))
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the loggers and look before the first step, so that every plot has its starting point."""
@@ -149,9 +148,9 @@ class FilterSimilarityMonitor(FilterCallback):
         self._tags = tag_names(self.layers)
         if trainer.is_global_zero:
             if self.figures:
-                self._attempt("figures", partial(self._open, trainer, folder))
+                self.attempt("figures", partial(self._open, trainer, folder))
             if self.scalars:
-                self._attempt("numbers", partial(self._lay_out, trainer))
+                self.attempt("numbers", partial(self._lay_out, trainer))
         if self._without_scale:
             chance = {name: expected_abs_cosine(filter_matrix(conv).shape[1]) for name, conv in self.layers.items()}
             self._snapshots = [look.scaled(chance) for look in self._snapshots]
@@ -197,7 +196,7 @@ class FilterSimilarityMonitor(FilterCallback):
     ) -> None:
         """Stop watching."""
         if self._batch is not None and self._batch.stop():
-            self._warn(
+            self.warn_once(
                 "activations",
                 "saw no forward call in the first validation batch, neither of the LightningModule nor of an only "
                 "child with convolutions: define forward and call it in validation_step",
@@ -301,7 +300,7 @@ class FilterSimilarityMonitor(FilterCallback):
                 with trainer.precision_plugin.forward_context():
                     found.update(batch.correlations(self.layers, dropped))
 
-            self._attempt("activations", measure)
+            self.attempt("activations", measure)
         return found
 
     def _channel_numbers(self, correlations: Mapping[str, Tensor], dropped: Mapping[str, Dropped]) -> dict[str, float]:
@@ -326,25 +325,7 @@ class FilterSimilarityMonitor(FilterCallback):
         if self.trainer.is_global_zero:
             values = {name: float(value) for name, value in numbers.items()}
             for logger in self.trainer.loggers:
-                self._attempt("numbers", partial(logger.log_metrics, values, step=self.trainer.global_step))
-
-    def _attempt(self, what: str, write: Callable[[], object]) -> None:
-        """Call ``write``; warn of the first failure in a fit. Training is worth more than what is written about it."""
-        try:
-            write()
-        except Exception as error:  # disks, servers, loggers and matplotlib have errors of many types
-            said = " ".join(str(error).split())
-            verb = "measure" if what == "activations" else "write"
-            self._warn(what, f"could not {verb} {what} ({type(error).__name__}: {said})")
-
-    def _warn(self, what: str, said: str) -> None:
-        if what not in self._failed:
-            self._failed.add(what)
-            off = {"figures": "figures=False", "activations": "activations=False"}.get(what, "scalars=False")
-            rank_zero_warn(
-                f"FilterSimilarityMonitor {said}. Training goes on, and later failures are not reported; "
-                f"{off} does without"
-            )
+                self.attempt("numbers", partial(logger.log_metrics, values, step=self.trainer.global_step))
 
     def _draw_all(
         self, trainer: pl.Trainer, when: str, dropped: Mapping[str, Dropped], correlations: Mapping[str, Tensor]
@@ -355,12 +336,12 @@ class FilterSimilarityMonitor(FilterCallback):
 
         def write_each() -> None:
             for tag, draw in self._draw(trainer, when, dropped, correlations):
-                self._attempt("figures", partial(write, tag, draw))
+                self.attempt("figures", partial(write, tag, draw))
 
         def write(tag: str, draw: Callable[[], Figure]) -> None:
             writer.write(tag, draw(), trainer.global_step)
 
-        self._attempt("figures", write_each)
+        self.attempt("figures", write_each)
 
     def _draw(
         self, trainer: pl.Trainer, when: str, dropped: Mapping[str, Dropped], correlations: Mapping[str, Tensor]
