@@ -1,10 +1,10 @@
-"""Plain stacks of convolutions: RePr's "vanilla" networks C3 and C8."""
+"""Plain stacks of convolutions: RePr's "vanilla" networks C3 and C8, and C3 as its released code builds it."""
 
 from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["plain_convolutions"]
+__all__ = ["plain_convolutions", "released_c3"]
 
 
 def plain_convolutions(
@@ -36,4 +36,33 @@ def plain_convolutions(
             net.add_module(f"pool{index}", nn.MaxPool2d(2))
     net.add_module("flatten", nn.Flatten())
     net.add_module("classifier", nn.Linear(width * (image_size // 4) ** 2, classes))
+    return net
+
+
+def released_c3(width: int = 32, channels: int = 3, image_size: int = 32, classes: int = 10) -> nn.Sequential:
+    """Return C3 as the code that RePr's first author released builds it (iamaaditya/repr-ortho, ``model.py``).
+
+    Three 5x5 convolutions with ReLU, a 3x3 max-pool of stride 2 behind each, a linear classifier. Weights are drawn
+    from a normal distribution of deviation .04, cut off at two deviations; biases are zero. That code pads its pools at
+    the bottom and the right only, this network on all sides: both halve the image, rounded up.
+
+    Args:
+        width: filters per layer.
+        channels: of the input.
+        image_size: height and width of the input.
+        classes: outputs.
+    """
+    net = nn.Sequential()
+    size = image_size
+    for index in range(1, 4):
+        net.add_module(f"conv{index}", nn.Conv2d(channels if index == 1 else width, width, 5, padding=2))
+        net.add_module(f"relu{index}", nn.ReLU())
+        net.add_module(f"pool{index}", nn.MaxPool2d(3, 2, padding=1))
+        size = (size + 1) // 2
+    net.add_module("flatten", nn.Flatten())
+    net.add_module("classifier", nn.Linear(width * size**2, classes))
+    for layer in net:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.04, a=-0.08, b=0.08)
+            nn.init.zeros_(layer.bias)
     return net
