@@ -33,6 +33,7 @@ class Grid:
         methods: the baseline first.
         data: data set.
         seeds: of the runs.
+        settings: of all of them that replace the recipe's.
     """
 
     model: str
@@ -40,16 +41,27 @@ class Grid:
     methods: tuple[str, ...]
     data: str = "fashion_mnist"
     seeds: tuple[int, ...] = (1, 2, 3)
+    settings: tuple[str, ...] = ()
 
     def runs(self, folder: Path) -> list[sweep.Run]:
         """Return the runs, seed by seed, with results in ``folder``."""
-        return sweep.plan(self.data, self.model, self.recipe, self.methods, self.seeds, "cpu", folder)
+        overrides = [f"--{setting}" for setting in self.settings]
+        return sweep.plan(self.data, self.model, self.recipe, self.methods, self.seeds, "cpu", folder, overrides)
 
 
 _REPR = ("baseline", "repr_c3", "repr_c3_random", "repr_c3_norm")
+_EXPAND = ("baseline", "expand_ck", "expand_ck_fc")
+#: Learning rates that a further seed tries for each of them.
+RATES = (0.003, 0.01, 0.03, 0.1)
 #: Folder of results -> grid, in the order of work.
 GRIDS: dict[str, Grid] = {
     "repr-c3-noisy": Grid("c3_released", "fm1k_noisy_repr_c3", _REPR),
+    **{
+        f"small-net-rates/{rate}": Grid(
+            "small_net", "fm5k_small_net", _EXPAND, seeds=(11,), settings=(f"model.lr={rate}",)
+        )
+        for rate in RATES
+    },
     "repr-c3": Grid("c3_released", "fm5k_repr_c3", _REPR),
 }
 
