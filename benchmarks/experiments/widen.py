@@ -1,8 +1,8 @@
 """C-SGD's second claim: a network trained 1.6 times as wide and squeezed against the same network trained as it is.
 
 ResNet-20 with projection shortcuts on 5,000 Fashion-MNIST images averaged to 14x14 (a permutation seeded by the run's
-seed), judged on all 10,000 test images; batch 64, SGD with Nesterov momentum 0.9, weight decay 5e-4, learning rate 0.05,
-divided by ten after 60 % and 87 % of each part; no augmentation. Both arms have cost 20 epochs.
+seed), judged on all 10,000 test images; batch 64, SGD with Nesterov momentum 0.9, weight decay 5e-4, learning rate
+0.05, divided by ten after 60 % and 87 % of each part; no augmentation. Every arm has cost 20 epochs.
 
     python -m benchmarks.experiments.widen --seeds 1 2 3    # skips arms whose file exists
     python -m benchmarks.experiments.widen --table
