@@ -67,6 +67,7 @@ def released_c3(width: int = 32, channels: int = 3, image_size: int = 32, classe
     for layer in net:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.04, a=-0.08, b=0.08)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
     return net
 

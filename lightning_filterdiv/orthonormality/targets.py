@@ -61,14 +61,14 @@ class FilterBlock:
         return self.groups * self.shape[0] ** 2 if self.mask is None else int(self.mask.sum())
 
 
-def _parameter(conv: Conv) -> nn.Parameter:
+def _parameter(conv: Conv | nn.Linear) -> nn.Parameter:
     weight: Any = conv.weight  # torch annotates a plain tensor
     return weight  # type: ignore[no-any-return]
 
 
 def _ordinary(name: str, conv: Conv | nn.Linear) -> FilterBlock:
     if isinstance(conv, nn.Linear):
-        return FilterBlock(name, ((conv.weight,),))
+        return FilterBlock(name, ((_parameter(conv),),))
     taps = tuple(tap_stride(s, d) for s, d in zip(conv.stride, conv.dilation, strict=True))
     transposed = isinstance(conv, _TRANSPOSED)
     return FilterBlock(name, ((_parameter(conv),),), groups=conv.groups, transposed=transposed, stride=taps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -201,7 +202,7 @@ class GroupedSharingPlan(SharingPlan):
             norm, last = self._norm(name), self.blocks[name].get_submodule("conv3")
             assert isinstance(last, nn.Conv2d)
             layer = SharedGroupedConv2d(basis, self.unique, self.unique_groups)
-            at = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+            at: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
             new_norm = nn.BatchNorm2d(layer.rank, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **at)
             mixing = nn.Conv2d(layer.rank, last.out_channels, 1, bias=last.bias is not None, **at)
             nn.init.kaiming_normal_(mixing.weight, mode="fan_out", nonlinearity="relu")
