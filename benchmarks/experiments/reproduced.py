@@ -5,8 +5,8 @@
     python -m benchmarks.experiments.reproduced --grids repr   # only those whose name begins so
 
 Every grid is a sweep of ``benchmarks.training.sweep`` with a folder of results of its own; the recipe's file says what
-is the paper's and what is scaled. A run that fails, because its training diverged, is a result: ``failures.json`` of the
-folder keeps the error, and the run is not tried again unless ``--retry`` asks for it.
+is the paper's and what is scaled. A run that fails, because its training diverged, is a result: ``failures.json`` of
+the folder keeps the error, and the run is not tried again unless ``--retry`` asks for it.
 """
 
 from __future__ import annotations
