@@ -101,6 +101,8 @@ def table(folder: Path) -> str:
     Args:
         folder: of the arms' results.
     """
+    if not any(folder.glob("*-seed*.json")):
+        return "Not yet run."
     rows = [
         "| network | seeds | test accuracy % | difference to scratch | p | MACs | parameters |",
         "|---|---|---|---|---|---|---|",

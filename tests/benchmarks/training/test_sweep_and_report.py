@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.experiments import reproduced
 from benchmarks.training import report, sweep
 from benchmarks.training.runs import read_runs
 from benchmarks.training.sweep import Run, SweepError
@@ -198,6 +199,18 @@ def test_committed_results_belong_to_the_committed_configurations(data: str, mod
     runs = sweep.plan(data, model, "fm5k", methods, range(1, 11), "cpu", folder)
     sweep.check_results(runs)
     assert sweep.check_protocol(runs) == (folder / "protocol.json").read_text()
+
+
+@pytest.mark.parametrize("name", reproduced.GRIDS)
+def test_committed_results_of_the_papers_experiments_belong_to_their_configurations(name: str) -> None:
+    folder = sweep.RESULTS / name
+    if not (folder / "protocol.json").exists():
+        pytest.skip("not yet run")
+    runs = reproduced.GRIDS[name].runs(folder)
+    sweep.check_results(runs)
+    assert sweep.check_protocol(runs) == (folder / "protocol.json").read_text()
+    planned = {run.result.stem for run in runs}
+    assert {path.stem for path in folder.glob("*-seed*.json")} | set(reproduced.read_failures(folder)) <= planned
 
 
 def test_slurm_gets_the_missing_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
