@@ -17,6 +17,7 @@ from scipy import stats
 
 from benchmarks.experiments import reproduced
 from benchmarks.training import report, sweep
+from benchmarks.training.record import run_differences
 from benchmarks.training.runs import read_runs
 from benchmarks.training.sweep import Run, SweepError
 
@@ -199,6 +200,14 @@ def test_committed_results_belong_to_the_committed_configurations(data: str, mod
     runs = sweep.plan(data, model, "fm5k", methods, range(1, 11), "cpu", folder)
     sweep.check_results(runs)
     assert sweep.check_protocol(runs) == (folder / "protocol.json").read_text()
+
+
+def test_an_argument_that_came_later_had_its_default() -> None:
+    old = {"callbacks": [{"class": "ExpandNet", "rate": 4}, {"class": "torch.Mine", "rate": 4}]}
+    new = {"callbacks": [{"class": "ExpandNet", "rate": 4, "expand_image": False}, {"class": "torch.Mine", "rate": 4}]}
+    other = {"callbacks": [{"class": "ExpandNet", "rate": 4, "expand_image": True}, {"class": "torch.Mine", "rate": 4}]}
+    assert run_differences(new, old) == []
+    assert len(run_differences(other, old)) == 1
 
 
 @pytest.mark.parametrize("name", reproduced.GRIDS)
