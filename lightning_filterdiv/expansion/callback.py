@@ -231,7 +231,7 @@ class ExpandNet(FilterCallback):
             if own != given:
                 raise ValueError(
                     f"the factors of {name!r} have shapes {list(given.values())} there, {list(own.values())} here: "
-                    f"resume with the same kind, rate and layers"
+                    f"resume with the same kind, rate, expand_image and layers"
                 )
         for name, layer in self._expanded.items():
             with torch.no_grad():
