@@ -12,15 +12,16 @@ import torchvision
 from torch import nn
 
 from benchmarks.models.cifar_resnet import CifarResNet
-from benchmarks.models.plain import plain_convolutions
+from benchmarks.models.plain import SmallNet, plain_convolutions, released_c3
 from benchmarks.models.staged import StagedDenseNet
 from benchmarks.models.wide_resnet import WideResNet
 
 __all__ = ["NetworkName", "build_network", "check_network"]
 
 NetworkName = Literal[
-    "c3", "c8", "resnet20", "resnet32", "resnet56", "resnet110", "resnet20_projection", "resnet56_projection",
-    "densenet40", "wrn28_10", "wrn16_4", "vgg16_bn", "resnet18", "resnet34", "resnet50", "mobilenet_v2",
+    "c3", "c3_released", "c8", "resnet20", "resnet32", "resnet56", "resnet110", "resnet20_projection",
+    "resnet56_projection", "densenet40", "wrn28_10", "wrn16_4", "vgg16_bn", "resnet18", "resnet34", "resnet50",
+    "mobilenet_v2", "small_net",
 ]  # fmt: skip
 #: Images up to this size get the usual changes for small images: stride 1 at the start, no early pooling.
 SMALL = 64
@@ -61,6 +62,14 @@ def _c3(channels: int, size: int, classes: int, width: int = 32) -> nn.Module:
     return plain_convolutions(3, width, channels, size, classes)
 
 
+def _c3_released(channels: int, size: int, classes: int, width: int = 32) -> nn.Module:
+    return released_c3(width, channels, size, classes)
+
+
+def _small_net(channels: int, size: int, classes: int, kernel_size: int = 7) -> nn.Module:
+    return SmallNet(kernel_size, channels, size, classes)
+
+
 def _c8(channels: int, size: int, classes: int, width: int = 32) -> nn.Module:
     return plain_convolutions(8, width, channels, size, classes)
 
@@ -79,7 +88,9 @@ def _wide(depth: int, widening: int) -> Callable[..., nn.Module]:
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
     "c3": _c3,
+    "c3_released": _c3_released,
     "c8": _c8,
+    "small_net": _small_net,
     **{f"resnet{depth}": _cifar(depth, "pad") for depth in (20, 32, 56, 110)},
     **{f"resnet{depth}_projection": _cifar(depth, "projection") for depth in (20, 56)},
     "densenet40": _densenet40,

@@ -28,7 +28,7 @@ from benchmarks.cost import (
 from benchmarks.cost import channel_graph as channel_graph_cost
 from benchmarks.cost import entropy as entropy_speed
 from benchmarks.cost import structure as structure_cost
-from benchmarks.experiments import entropy_depth, shared_basis, squeeze, ucp
+from benchmarks.experiments import entropy_depth, reproduced, shared_basis, squeeze, ucp, widen
 from benchmarks.tables import summary
 from benchmarks.training import report
 from benchmarks.training.runs import read_runs
@@ -131,6 +131,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_anchored": lambda: _compared("fm5k-resnet20-14", "baseline", "anchored", "anchored_regulator"),
     "fm5k_wavelet": lambda: _compared("fm5k-c3", "baseline", "wavelet", "wavelet_edges", "wavelet_maxima"),
     "ucp": lambda: ucp.table(ucp.OUT),
+    "reproduced_repr_noisy": lambda: reproduced.table("repr-c3-noisy"),
+    "reproduced_repr": lambda: reproduced.table("repr-c3"),
+    "reproduced_expand_rates": lambda: "\n\n".join(
+        f"Learning rate {rate}:\n\n{reproduced.table(f'small-net-rates/{rate}')}" for rate in reproduced.RATES
+    ),
+    "reproduced_widen": lambda: widen.table(widen.OUT),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),
     "fm5k_c3": lambda: _quality("wau", "conv_lr_half", "repr", *orthonormality.DEFAULT_WEIGHTS),

@@ -101,7 +101,8 @@ def _hooks(method: str) -> str:
 
 def _changed(name: str) -> str:
     """What a step of the changed ResNet-20 takes beyond that of the plain one."""
-    (cost,) = [c for c in read_result("structure_cost.json")["costs"] if c["change"] == name]
+    costs = read_result("structure_cost.json")["costs"]
+    (cost,) = [c for c in costs if c["change"] == name and c.get("network", "ResNet-20") == "ResNet-20"]
     return f"{100 * (cost['ratio'] - 1):+.0f} %"
 
 

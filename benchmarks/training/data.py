@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from benchmarks.training.loader import SeededBatches, SeededItems, Shares, crop_and_flip
 from lightning_filterdiv import demo
-from lightning_filterdiv.tensors.arguments import check_integer
+from lightning_filterdiv.tensors.arguments import check_integer, check_number
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = ["CIFAR10", "CIFAR100", "Digits", "FashionMNIST", "ImageNet", "ImagesInMemory"]
@@ -45,6 +45,8 @@ class ImagesInMemory(pl.LightningDataModule):
         seed: of subset, order and augmentation.
         root: folder of the data; ``None`` for the usual place.
         download: fetch what is missing, where the data set can be fetched.
+        wrong_labels: share of the training images that get another class than theirs, drawn from ``seed``; ``None``:
+            all labels stay. Test labels always stay.
 
     Attributes:
         image_shape: channels, height, width, behind ``transform``.
@@ -63,11 +65,15 @@ class ImagesInMemory(pl.LightningDataModule):
         root: str | None = None,
         download: bool = False,
         transform: nn.Module | None = None,
+        wrong_labels: float | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = check_integer("batch_size", batch_size, low=1)
         self.train_images = None if train_images is None else check_integer("train_images", train_images, low=1)
         self.seed = check_integer("seed", seed, low=0)
+        self.wrong_labels = (
+            None if wrong_labels is None else check_number("wrong_labels", wrong_labels, low=0.0, high=1.0)
+        )
         self.augment, self.root, self.download, self.transform = augment, root, download, transform
         if transform is not None:
             channels, height, width = self._transformed(torch.zeros(1, *self.image_shape)).shape[1:]
@@ -102,6 +108,8 @@ class ImagesInMemory(pl.LightningDataModule):
                 raise ValueError(f"train_images={self.train_images}, but {type(self).__name__} has {len(train_x)}")
             order = torch.randperm(len(train_x), generator=keyed_generator("subset", self.seed))[: self.train_images]
             train_x, train_y = train_x[order], train_y[order]
+        if self.wrong_labels is not None:
+            train_y = self._mislabelled(train_y)
         channels = [(channel.mean(), channel.std()) for channel in train_x.movedim(1, 0)]
         mean, deviation = (torch.stack(part).view(-1, 1, 1) for part in zip(*channels, strict=True))
         return (
@@ -114,6 +122,16 @@ class ImagesInMemory(pl.LightningDataModule):
         if self.transform is None:
             return images
         return torch.cat([self.transform(part) for part in images.split(1000)])
+
+    def _mislabelled(self, labels: Tensor) -> Tensor:
+        """Copy of ``labels`` in which the share ``wrong_labels`` names one of the other classes, all equally likely."""
+        assert self.wrong_labels is not None
+        generator = keyed_generator("wrong labels", self.seed)
+        chosen = torch.randperm(len(labels), generator=generator)[: round(self.wrong_labels * len(labels))]
+        shift = torch.randint(1, self.classes, (len(chosen),), generator=generator)
+        labels = labels.clone()
+        labels[chosen] = (labels[chosen] + shift) % self.classes
+        return labels
 
     def train_dataloader(self) -> SeededBatches:
         """Seeded batches; the incomplete last one is dropped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+import lightning_filterdiv
 from lightning_filterdiv import RePr
 from lightning_filterdiv.filters import named_convolutions
 from lightning_filterdiv.monitor.functional import redundancy_metrics
@@ -34,9 +36,28 @@ def differences(planned: dict[str, Any], found: dict[str, Any], prefix: str = ""
 
 
 def run_differences(planned: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """The same of the settings of two runs; what says nothing of processes had one."""
+    """The same of the settings of two runs; what says nothing of processes had one.
+
+    An argument of a callback of this package that a record does not name had its default: it came later.
+    """
     one = {"processes": 1}
-    return differences(one | planned, one | found)
+    return differences(one | _with_defaults(planned), one | _with_defaults(found))
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with every argument of the package's callbacks, where there are callbacks."""
+    if "callbacks" not in settings:
+        return settings
+    return settings | {"callbacks": [_default_arguments(entry["class"]) | entry for entry in settings["callbacks"]]}
+
+
+def _default_arguments(name: str) -> dict[str, Any]:
+    """Arguments of a callback of the package that have a default; nothing for any other class."""
+    found = getattr(lightning_filterdiv, name) if name in lightning_filterdiv.__all__ else None
+    if not (isinstance(found, type) and issubclass(found, Callback)):
+        return {}
+    parameters = signature(found).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _redundancy(model: nn.Module) -> dict[str, dict[str, float]]:

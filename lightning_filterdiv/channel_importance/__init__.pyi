@@ -1,8 +1,12 @@
 from .callback import ChannelImportance as ChannelImportance
 from .gates import ChannelGate as ChannelGate
+from .gates import GatedBatchNorm2d as GatedBatchNorm2d
 from .gates import GatedConv2d as GatedConv2d
+from .gates import GateHost as GateHost
+from .gates import InputGatedConv2d as InputGatedConv2d
 from .gates import gated_layers as gated_layers
 from .gates import insert_gates as insert_gates
 from .gates import measure_importance as measure_importance
 from .gates import remove_gates as remove_gates
+from .selection import RELEASED_RULES as RELEASED_RULES
 from .selection import select_channels as select_channels

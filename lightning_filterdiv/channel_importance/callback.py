@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_filterdiv.channel_importance.gates import GatedConv2d, gated_layers, insert_gates
+from lightning_filterdiv.channel_importance.gates import (
+    REDUCTION,
+    ChannelGate,
+    Placement,
+    gated_layers,
+    insert_gates,
+)
 from lightning_filterdiv.filters import Conv
-from lightning_filterdiv.tensors.arguments import check_integer
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer
 from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["ChannelImportance"]
 
 
 class ChannelImportance(FilterCallback):
-    """Train with squeeze-and-excite gates between convolutions and norms, and average what they let through (UCP).
+    """Train with squeeze-and-excite gates beside convolutions, and average what they let through (UCP).
 
     Gates are inserted in ``setup``, before ``configure_optimizers``, and stay in the network: it was trained with
     them. The importance of a channel is the mean of its gate over the images of the last epoch, as they were trained
     on; under DDP over those of all ranks.
 
     Args:
-        include: patterns of layers; ``None``: every ungrouped ``nn.Conv2d``.
+        placement: ``"convolution"`` (ours): behind every convolution, no biases. ``"cifar"``, ``"imagenet"``: one gate
+            per residual block where the released networks for these data have it, and biases where they have them; see
+            :func:`~lightning_filterdiv.channel_importance.insert_gates`.
+        reduction: channels per hidden unit of a gate; smaller numbers keep the gates of narrow layers alive.
+        include: patterns of layers; ``None``: all that ``placement`` measures.
         exclude: patterns of layers to leave out.
         seed: of the gates' weights.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.
@@ -34,6 +45,8 @@ class ChannelImportance(FilterCallback):
     Raises:
         TypeError, ValueError: a bad argument, by name; at ``setup`` a layer in ``include`` that cannot have a gate.
         NoLayersError: at ``setup``: no layer is left.
+        MisconfigurationException: something took gates out of the network before training, such as
+            ``sync_batchnorm=True``, which replaces the norms that hold those of ``placement="imagenet"``.
     """
 
     lost_in_child_processes = "the gates and the importance of channels"
@@ -43,13 +56,19 @@ class ChannelImportance(FilterCallback):
     def __init__(
         self,
         *,
+        placement: Placement = "convolution",
+        reduction: int = REDUCTION,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         seed: int = 0,
         check_ranks_every_n_steps: int = 0,
     ) -> None:
         super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
+        self.placement = check_choice("placement", placement, Placement)
+        self.reduction = check_integer("reduction", reduction, low=1)
         self.seed = check_integer("seed", seed, low=0)
+        self._gates: dict[str, ChannelGate] = {}
+        self._inserted: list[str] = []
         self._widths: dict[str, int] = {}
         self._sums: Tensor | None = None
         self._finished: Tensor | None = None
@@ -77,34 +96,41 @@ class ChannelImportance(FilterCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.check_built(pl_module, values=False)
-            insert_gates(pl_module, self.include, self.exclude, seed=self.seed)
+            insert_gates(
+                pl_module, self.include, self.exclude,
+                placement=self.placement, reduction=self.reduction, seed=self.seed,
+            )  # fmt: skip
+            self._inserted = list(gated_layers(pl_module))
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """The layers with a gate that are meant."""
-        gated = gated_layers(pl_module)
-        return {name: conv for name, conv in super().choose(pl_module).items() if name in gated}
+        hosts = gated_layers(pl_module)
+        if lost := [name for name in self._inserted if name not in hosts]:
+            raise MisconfigurationException(
+                f"the gate of {lost[0]!r} was taken out of the network after ChannelImportance had inserted it; with "
+                f"sync_batchnorm=True, which replaces norms, use placement='cifar' or 'convolution'"
+            )
+        self._gates = {name: host.gate for name, host in hosts.items()}
+        return {name: conv for name, conv in super().choose(pl_module).items() if name in hosts}
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the gates count."""
         widths = {name: conv.out_channels for name, conv in self.layers.items()}
         if widths != self._widths:
             self._widths, self._sums, self._finished = widths, None, None
-        for conv in self._gated():
-            conv.gate.total = torch.zeros(conv.out_channels + 1, device=conv.weight.device)
+        self._gates = {name: self._gates[name] for name in self.layers}
+        for name, conv in self.layers.items():
+            self._gates[name].total = torch.zeros(conv.out_channels + 1, device=conv.weight.device)
         device = next(iter(self.layers.values())).weight.device
         if self._sums is None:
             self._sums = torch.zeros(sum(widths.values()) + len(widths))
         # A sum over an epoch in float32 would forget small changes; MPS has nothing wider.
         self._sums = self._sums.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
-    def _gated(self) -> list[GatedConv2d]:
-        return cast(list[GatedConv2d], list(self.layers.values()))
-
     def release(self) -> None:
         """The gates stop counting; they stay in the network, and what they let through is kept on the CPU."""
-        for conv in self._gated():
-            if isinstance(conv, GatedConv2d):
-                conv.gate.total = None
+        for gate in self._gates.values():
+            gate.total = None
         self._sums = None if self._sums is None else self._sums.cpu()
         self._finished = None if self._finished is None else self._finished.cpu()
 
@@ -129,7 +155,7 @@ class ChannelImportance(FilterCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add what all ranks saw: after every step, so that a checkpoint of rank 0 holds the whole sum."""
-        totals = [cast(Tensor, conv.gate.total) for conv in self._gated()]
+        totals = [gate.total for gate in self._gates.values() if gate.total is not None]
         seen = torch.cat(totals)
         if trainer.world_size > 1:
             dist.all_reduce(seen)

@@ -1,49 +1,63 @@
-"""Squeeze-and-excite gates between a convolution and its norm: what they let through is how much a channel matters.
+"""Squeeze-and-excite gates beside a convolution and its norm: what they let through is how much a channel matters.
 
 Chang, Lu, Xue, Wei, Wei: "UCP: Uniform channel pruning for deep convolutional neural networks compression and
-acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018) without biases.
+acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.filters import NoLayersError, canonical_name, select_filters
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
-    "REDUCTION", "ChannelGate", "GatedConv2d", "gated_layers", "insert_gates", "measure_importance", "remove_gates",
+    "REDUCTION", "ChannelGate", "GateHost", "GatedBatchNorm2d", "GatedConv2d", "InputGatedConv2d", "Placement",
+    "gated_layers", "insert_gates", "measure_importance", "remove_gates",
 ]  # fmt: skip
 
 #: Channels per hidden unit of a gate.
 REDUCTION = 16
+Placement = Literal["convolution", "cifar", "imagenet"]
 
 
 class ChannelGate(nn.Module):
     """``y = x * sigmoid(excite(ReLU(squeeze(mean of x over space))))``, one factor in (0, 1) per image and channel.
 
     Args:
-        channels: ``C``; the hidden layer has ``C / 16`` units, at least one. No biases.
+        channels: ``C``; the hidden layer has ``C / reduction`` units, at least one.
         generator: for the weights, on the CPU; ``None``: torch's global one.
+        reduction: channels per hidden unit. A hidden unit that is never positive leaves a gate at 0.5: more of them
+            keep the gates of narrow layers alive.
+        biases: of both layers. The released code has them where ``C <= 16``.
 
     Attributes:
         total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number;
             images whose factors are not finite (an fp16 overflow) do not count.
     """
 
-    def __init__(self, channels: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        generator: torch.Generator | None = None,
+        *,
+        reduction: int = REDUCTION,
+        biases: bool = False,
+    ) -> None:
         super().__init__()
-        hidden = max(1, channels // REDUCTION)
-        self.squeeze = nn.Linear(channels, hidden, bias=False, device="meta")
-        self.excite = nn.Linear(hidden, channels, bias=False, device="meta")
+        hidden = max(1, channels // reduction)
+        self.squeeze = nn.Linear(channels, hidden, bias=biases, device="meta")
+        self.excite = nn.Linear(hidden, channels, bias=biases, device="meta")
         for linear in (self.squeeze, self.excite):
-            drawn = torch.rand(linear.weight.shape, generator=generator)
-            linear.weight = nn.Parameter((2 * drawn - 1) * linear.in_features**-0.5)
+            for name, parameter in list(linear.named_parameters()):
+                drawn = torch.rand(parameter.shape, generator=generator)
+                setattr(linear, name, nn.Parameter((2 * drawn - 1) * linear.in_features**-0.5))
         # A plain attribute: DDP would overwrite a buffer with rank 0's before every forward.
         self.total: Tensor | None = None
 
@@ -63,13 +77,21 @@ class ChannelGate(nn.Module):
         return x * gates[:, :, None, None]
 
 
-class GatedConv2d(nn.Conv2d):
-    """A convolution whose outputs pass a :class:`ChannelGate`; made by :func:`insert_gates` only."""
+class GateHost(nn.Module):
+    """A layer that holds a :class:`ChannelGate`; its subclasses are made by :func:`insert_gates` only.
+
+    Attributes:
+        gate: the gate.
+        gated_layer: name of the sibling whose channels the gate measures; empty: the layer itself.
+    """
 
     #: Why narrowing refuses the network, read by :mod:`lightning_filterdiv.narrowing`.
     narrowing_obstacle = "still has its gate: prune a fresh network, or call remove_gates first"
+    #: What the layer is without its gate.
+    plain_class: ClassVar[type[nn.Module]]
 
     gate: ChannelGate
+    gated_layer: str
 
     def _load_from_state_dict(
         self,
@@ -84,11 +106,18 @@ class GatedConv2d(nn.Conv2d):
         if strict and f"{prefix}weight" in state_dict and f"{prefix}gate.squeeze.weight" not in state_dict:
             error_msgs.append(
                 f"there is no gate of {prefix[:-1]!r} in what is loaded: it was saved without gates, or with other "
-                f"include and exclude. Use the same, or load its weights before gates are inserted and start a new fit"
+                f"include, exclude or placement. Use the same, or load its weights before gates are inserted and start "
+                f"a new fit"
             )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class GatedConv2d(GateHost, nn.Conv2d):
+    """A convolution whose outputs pass a gate."""
+
+    plain_class = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in, H, W)`` to ``(B, out, H', W')``."""
@@ -96,20 +125,106 @@ class GatedConv2d(nn.Conv2d):
         return y
 
 
-def gated_layers(model: nn.Module) -> dict[str, GatedConv2d]:
-    """Canonical name -> convolution with a gate."""
-    return {canonical_name(n): m for n, m in model.named_modules() if isinstance(m, GatedConv2d)}
+class GatedBatchNorm2d(GateHost, nn.BatchNorm2d):
+    """A norm whose outputs pass a gate."""
+
+    plain_class = nn.BatchNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        y: Tensor = self.gate(super().forward(x))
+        return y
+
+
+class InputGatedConv2d(GateHost, nn.Conv2d):
+    """A convolution whose inputs pass a gate."""
+
+    plain_class = nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in, H, W)`` to ``(B, out, H', W')``."""
+        return super().forward(self.gate(x))
+
+
+def gated_layers(model: nn.Module) -> dict[str, GateHost]:
+    """Canonical name of each convolution whose channels a gate measures -> the layer that holds the gate."""
+    hosts: dict[str, GateHost] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GateHost):
+            parent = name.rpartition(".")[0]
+            layer = module.gated_layer
+            hosts[canonical_name(name if not layer else f"{parent}.{layer}" if parent else layer)] = module
+    return hosts
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield prefix, module and whether it is a bottleneck of every residual block, known by its convolutions' names."""
+    for name, module in model.named_modules():
+        convs = [isinstance(getattr(module, f"conv{index}", None), nn.Conv2d) for index in (1, 2, 3)]
+        if convs[:2] == [True, True]:
+            yield f"{name}." if name else "", module, convs[2]
+
+
+def _released_places(model: nn.Module, placement: Placement) -> dict[str, tuple[nn.Module, type[GateHost]]]:
+    """Canonical name of each measured convolution -> the layer that holds its gate, and how, in the released networks.
+
+    Raises:
+        ValueError: a block that the released networks of ``placement`` do not have; no block at all.
+    """
+    places: dict[str, tuple[nn.Module, type[GateHost]]] = {}
+    for prefix, block, is_bottleneck in _blocks(model):
+        if placement == "cifar":
+            if is_bottleneck:
+                raise ValueError(
+                    f"placement='cifar' is for basic blocks, and {prefix[:-1]!r} is a bottleneck; use 'imagenet'"
+                )
+            places[canonical_name(f"{prefix}conv1")] = (block.get_submodule("conv1"), GatedConv2d)
+        elif is_bottleneck:
+            places[canonical_name(f"{prefix}conv2")] = (block.get_submodule("conv3"), InputGatedConv2d)
+        else:
+            children = list(block.children())
+            behind = children[children.index(block.get_submodule("conv1")) + 1]
+            if not isinstance(behind, nn.BatchNorm2d):
+                raise ValueError(
+                    f"placement='imagenet' puts a gate behind the nn.BatchNorm2d of {prefix}conv1, and a "
+                    f"{type(behind).__name__} is there; use 'cifar', which puts it in front"
+                )
+            places[canonical_name(f"{prefix}conv1")] = (behind, GatedBatchNorm2d)
+    if not places and placement == "imagenet":
+        raise ValueError(
+            f"placement='imagenet' is for residual blocks with conv1 and conv2, and {type(model).__name__} has none; "
+            f"use 'cifar' (a stack: behind every convolution, as in the released VGG) or 'convolution'"
+        )
+    return places
 
 
 def insert_gates(
-    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None, *, seed: int = 0
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    *,
+    placement: Placement = "convolution",
+    reduction: int = REDUCTION,
+    seed: int = 0,
 ) -> nn.Module:
-    """Put a gate behind convolutions, in place; the modules stay the same objects.
+    """Put gates into a network, in place; the modules stay the same objects.
+
+    ===============  ================================================================================================
+    ``placement``    where
+    ===============  ================================================================================================
+    ``convolution``  ours: behind every convolution, in front of its norm; no biases
+    ``cifar``        the released CIFAR networks: one gate per basic block, between ``conv1`` and its norm; in stacks
+                     (VGG) behind every convolution. Gates of at most ``reduction`` channels have biases
+    ``imagenet``     the released ImageNet networks: one gate per block, between the first norm and the ReLU of a basic
+                     block, behind the second ReLU of a bottleneck, whose ``conv2`` it measures. Biases likewise
+    ===============  ================================================================================================
 
     Args:
         model: the network (a ``LightningModule`` works too), before its optimizer is made.
-        include: patterns of layers; ``None``: every ``nn.Conv2d`` that is not grouped.
+        include: patterns of layers whose channels are measured; ``None``: every such ``nn.Conv2d`` that is not grouped.
         exclude: patterns of layers to leave out.
+        placement: see the table.
+        reduction: channels per hidden unit of a gate; smaller numbers keep the gates of narrow layers alive.
         seed: of the gates' weights, which depend on it and on the layer's name alone.
 
     Returns:
@@ -117,14 +232,26 @@ def insert_gates(
 
     Raises:
         NoLayersError: no layer is left.
-        ValueError: a layer that ``include`` names is no ungrouped ``nn.Conv2d``.
+        ValueError: a layer that ``include`` names is no ungrouped ``nn.Conv2d``, or not one that ``placement``
+            measures; the network has other blocks than ``placement`` is for.
     """
-    chosen: dict[str, nn.Conv2d] = {}
+    check_choice("placement", placement, Placement)
+    check_integer("reduction", reduction, low=1)
+    places = _released_places(model, placement) if placement != "convolution" else {}
+    chosen: dict[str, tuple[nn.Module, type[GateHost]]] = {}
     others: dict[str, str] = {}
     derived: list[str] = []  # subclasses, whose own forward a gate would replace
     for name, conv in select_filters(model, include, exclude).items():
-        if type(conv) in (nn.Conv2d, GatedConv2d) and conv.groups == 1:
-            chosen[name] = cast(nn.Conv2d, conv)
+        plain = type(conv) in (nn.Conv2d, GatedConv2d, InputGatedConv2d)
+        if places and name not in places:
+            if include is not None:
+                raise ValueError(
+                    f"layer {name!r} has no gate with placement={placement!r}, which measures "
+                    f"{', '.join(list(places)[:4])}{', ...' * (len(places) > 4)}; leave it out with exclude"
+                )
+            continue
+        if plain and (conv.groups == 1 or places):
+            chosen[name] = places.get(name, (conv, GatedConv2d))
             continue
         kind = f"{type(conv).__module__}.{type(conv).__name__}".replace("torch.nn.modules.conv.", "nn.")
         others[name] = (
@@ -148,12 +275,28 @@ def insert_gates(
             f"and {others[derived[0]]}",
             stacklevel=2,
         )
-    for name, conv in chosen.items():
-        if not isinstance(conv, GatedConv2d):
-            conv.__class__ = GatedConv2d
-            gate = ChannelGate(conv.out_channels, keyed_generator("gate", seed, name))
-            conv.add_module("gate", gate.to(conv.weight.device, conv.weight.dtype).train(conv.training))
+    convolutions = select_filters(model, list(chosen))
+    for name, (host, kind_of_host) in chosen.items():
+        if not isinstance(host, GateHost):
+            _insert(name, convolutions[name].out_channels, host, kind_of_host, placement, reduction, seed)
     return model
+
+
+def _insert(
+    name: str,
+    channels: int,
+    host: nn.Module,
+    kind: type[GateHost],
+    placement: Placement,
+    reduction: int,
+    seed: int,
+) -> None:
+    biases = placement != "convolution" and channels <= reduction
+    gate = ChannelGate(channels, keyed_generator("gate", seed, name), reduction=reduction, biases=biases)
+    weight = cast(Tensor, host.weight)
+    host.__class__ = kind
+    host.add_module("gate", gate.to(weight.device, weight.dtype).train(host.training))
+    host.gated_layer = "" if kind is GatedConv2d else name.rpartition(".")[2]  # type: ignore[assignment]
 
 
 def remove_gates(model: nn.Module) -> nn.Module:
@@ -162,14 +305,15 @@ def remove_gates(model: nn.Module) -> nn.Module:
     Raises:
         NoLayersError: there is none.
     """
-    layers = gated_layers(model)
-    if not layers:
+    hosts = gated_layers(model)
+    if not hosts:
         raise NoLayersError(
             f"{type(model).__name__} has no gate to remove; insert_gates or ChannelImportance adds them"
         )
-    for conv in layers.values():
-        del conv.gate
-        conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+    for host in hosts.values():
+        plain_class = host.plain_class
+        del host.gate, host.gated_layer
+        host.__class__ = plain_class  # type: ignore[assignment]
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,20 @@ from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.filters import NoLayersError, check_patterns, find_prefix
 from lightning_filterdiv.tensors.arguments import check_choice, check_number
 
-__all__ = ["Rule", "select_channels"]
+__all__ = ["RELEASED_RULES", "Rule", "select_channels"]
 
 Rule = Literal["threshold", "uniform"]
+#: Arguments of :func:`select_channels` that choose as the released code does (JingfeiChang/UCP). ``vgg``
+#: (``sevggprune.py``) also leaves a listed few layers alone, by ``exclude``. ``cifar_resnet`` (``seresprune.py``) keeps
+#: as many channels in every block of a stage as its list says, by ``keep_fraction``. ``imagenet_basic`` and
+#: ``imagenet_bottleneck`` (``imagenet_pruned.py``) keep the channels above a threshold, block by block: .99 there, and
+#: .999, 1.01 and 1.1 made the other published networks.
+RELEASED_RULES: Mapping[str, Mapping[str, Any]] = {
+    "vgg": {"rule": "threshold", "threshold": 0.999},
+    "cifar_resnet": {"rule": "uniform", "include": ["*.conv1"]},
+    "imagenet_basic": {"rule": "threshold", "threshold": 0.99, "include": ["*.conv1"]},
+    "imagenet_bottleneck": {"rule": "threshold", "threshold": 0.99, "include": ["*.conv2"]},
+}
 
 
 def select_channels(
@@ -36,13 +47,13 @@ def select_channels(
         importance: layer -> ``(C,)`` mean gates, of
             :class:`~lightning_filterdiv.ChannelImportance` or :func:`measure_importance`. Names may be those of the
             network inside a LightningModule or the other way round.
-        rule: ``"threshold"`` (the paper's for VGG): channels above ``threshold`` times the layer's mean;
-            ``"uniform"`` (for ResNets): the ``keep_fraction`` largest of every layer, so equally many in the layers of
-            a stage.
+        rule: ``"threshold"`` (the released code's for VGG and for ResNets on ImageNet): channels above ``threshold``
+            times the layer's mean; ``"uniform"`` (for ResNets on CIFAR): the ``keep_fraction`` largest of every layer,
+            so equally many in the layers of a stage. :data:`RELEASED_RULES` has all arguments by network.
         keep_fraction: of the channels, rounded up.
         threshold: see ``rule``.
         include: patterns of layers. ``None``: layers that write all their channels alone; those that write into a
-            residual sum keep their width. The paper prunes the 3x3 of bottlenecks: ``["*.conv2"]``.
+            residual sum keep their width. The released code prunes the 3x3 of bottlenecks: ``["*.conv2"]``.
         exclude: patterns of layers to keep whole.
 
     Returns:

@@ -7,19 +7,23 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from lightning_filterdiv.expansion.cost import NetworkMacs, composing_macs
 from lightning_filterdiv.expansion.functional import Kind
 from lightning_filterdiv.expansion.layers import Factors, Layer, factor_product, factors_of, show_compact
-from lightning_filterdiv.expansion.surgery import Initial, Kinds, choose_layers, contract, draw, set_factors
+from lightning_filterdiv.expansion.surgery import Initial, Kinds, choose_layers, contract, draw_all, set_factors
 from lightning_filterdiv.filters import Conv
-from lightning_filterdiv.tensors.arguments import check_choice, check_integer
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer
 from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["ExpandNet"]
+
+#: Share of a step's multiply-adds from which composing is worth a warning.
+_SMALL_SHARE = 0.1
 
 
 class ExpandNet(FilterCallback):
@@ -34,6 +38,8 @@ class ExpandNet(FilterCallback):
             5x5 and more; ``"FC"``: three linear layers for each; ``"CL+FC"``, ``"CK+FC"``: both.
         rate: how many times more channels the factors have.
         initial: ``"keep"``: start from the weights that the network has; ``"fresh"``: draw new ones.
+        expand_image: expand convolutions that read at most 3 channels to ``rate`` times as many, too. By default their
+            first factor keeps that number, and with ``CK`` they start from new weights.
         include: patterns of layers; ``None`` for all that ``kind`` means.
         exclude: patterns of layers to leave as they are.
         seed: of the factors.
@@ -55,6 +61,7 @@ class ExpandNet(FilterCallback):
         kind: Kinds = "CL",
         rate: int = 4,
         initial: Initial = "keep",
+        expand_image: bool = False,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         seed: int = 0,
@@ -64,12 +71,14 @@ class ExpandNet(FilterCallback):
         self.kind = check_choice("kind", kind, Kinds)
         self.rate = check_integer("rate", rate, low=1)
         self.initial = check_choice("initial", initial, Initial)
+        self.expand_image = check_flag("expand_image", expand_image)
         self.seed = check_integer("seed", seed, low=0)
         self._expanded: dict[str, Layer] = {}
         self._hooks: list[RemovableHandle] = []
         self._kept: dict[str, tuple[nn.Module | None, Factors]] = {}
         self._replaced: dict[int, tuple[str, nn.Parameter]] = {}
         self._origin: dict[str, tuple[dict[str, nn.Parameter], Factors]] = {}
+        self._network_macs = NetworkMacs(nn.Identity())
 
     # ------------------------------------------------------------------ expand, contract
 
@@ -84,29 +93,34 @@ class ExpandNet(FilterCallback):
         self.check_built(pl_module, values=True)
         chosen = choose_layers(pl_module, self.kind, self.include, self.exclude)
         before = _numbers(pl_module)
-        for name, (layer, kind) in chosen.items():
-            self._replaced |= {id(p): (name, p) for p in layer.parameters()}
-            self._expand(name, layer, kind)
+        compact = {name: dict(layer.named_parameters()) for name, (layer, _) in chosen.items()}
+        others = {n: (layer, kind) for n, (layer, kind) in chosen.items() if not self._resume(n, layer, kind)}
+        # Weights that training made are never thrown away, nor those of a layer that does not train.
+        trained = [name for name, (layer, _) in others.items() if self._kept.get(name, (None, {}))[0] is layer]
+        drawn = draw_all(others, self.rate, self.initial, self.seed, self.expand_image, trained) if others else {}
+        for name, factors in drawn.items():
+            set_factors(*chosen[name], self.rate, factors)
+            self._expanded[name] = chosen[name][0]
+        for name, layer in self._expanded.items():
+            self._hooks += show_compact(layer)
+            self._replaced |= {id(p): (name, p) for p in compact[name].values()}
+            if not any(p.requires_grad for p in layer.parameters()):
+                self._origin[name] = (compact[name], _copies(layer))
         rank_zero_info(f"ExpandNet: {before:,} parameters become {_numbers(pl_module):,} while training")
 
-    def _expand(self, name: str, layer: Layer, kind: Kind) -> None:
+    def _resume(self, name: str, layer: Layer, kind: Kind) -> bool:
+        """Expand a layer with the factors of an earlier fit of this network, unless its weights were changed since."""
         owner, factors = self._kept.get(name, (None, {}))
-        compact, resumes = dict(layer.named_parameters()), owner is layer
-        if resumes:  # a second fit of this network: go on where the first ended, if nobody changed the weights
-            set_factors(layer, kind, self.rate, factors)
-            if not all(torch.equal(getattr(layer, key), value) for key, value in compact.items()):
-                contract(layer)
-                layer._parameters.update(compact)
-                resumes = False
-        if not resumes:
-            # Weights that training made are never thrown away, nor those of a layer that does not train.
-            keep = owner is layer or not any(p.requires_grad for p in compact.values())
-            factors = draw(name, layer, kind, self.rate, "keep" if keep else self.initial, self.seed)
-            set_factors(layer, kind, self.rate, factors)
-        self._hooks += show_compact(layer)
-        self._expanded[name] = layer
-        if not any(p.requires_grad for p in layer.parameters()):
-            self._origin[name] = (compact, _copies(layer))
+        if owner is not layer:
+            return False
+        compact = dict(layer.named_parameters())
+        set_factors(layer, kind, self.rate, factors)
+        if all(torch.equal(getattr(layer, key), value) for key, value in compact.items()):
+            self._expanded[name] = layer
+            return True
+        contract(layer)
+        layer._parameters.update(compact)
+        return False
 
     def _contract(self) -> None:
         while self._hooks:
@@ -173,6 +187,26 @@ class ExpandNet(FilterCallback):
                             f"before ExpandNet expanded it; make optimizers in configure_optimizers, not earlier"
                         )
 
+        self._network_macs = NetworkMacs(pl_module)
+
+    def release(self) -> None:
+        """Stop counting."""
+        self._network_macs.close()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Warn before the first step where composing is more than a tenth of it."""
+        network, self._network_macs.total = self._network_macs.total, 0
+        self._network_macs.close()
+        if network:
+            composing = composing_macs(self._expanded.values())
+            if composing > _SMALL_SHARE * (network + composing):
+                rank_zero_warn(
+                    f"ExpandNet: composing weights takes {composing / 1e9:.3g} G multiply-adds of every step, the "
+                    f"network itself {network / 1e9:.3g} G for this batch: a step costs about "
+                    f"{1 + composing / network:.1f} times a plain one, and on a CPU often more. A larger batch or "
+                    f"larger images, a smaller rate, or exclude for the widest layers make it cheaper"
+                )
+
     def _check_restored_layers(self, saved: Any, present: Any) -> None:
         super()._check_restored_layers(saved, {**present, **self.layers})  # linear layers too
 
@@ -198,7 +232,7 @@ class ExpandNet(FilterCallback):
             if own != given:
                 raise ValueError(
                     f"the factors of {name!r} have shapes {list(given.values())} there, {list(own.values())} here: "
-                    f"resume with the same kind, rate and layers"
+                    f"resume with the same kind, rate, expand_image and layers"
                 )
         for name, layer in self._expanded.items():
             with torch.no_grad():

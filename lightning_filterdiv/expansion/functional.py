@@ -14,14 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    "IMAGE_CHANNELS", "Kind", "compose", "compose_bias", "compose_biases", "compose_chain", "draw_factors",
-    "factor_shapes",
+    "IMAGE_CHANNELS", "Kind", "UnreachableKernelError", "compose", "compose_bias", "compose_biases", "compose_chain",
+    "draw_factors", "factor_shapes", "reads_image",
 ]  # fmt: skip
 
 Kind = Literal["CL", "CK", "FC"]
 Shape = tuple[int, int, int, int]
 #: A layer that reads no more channels than an image has keeps their number in its first factor (official code).
 IMAGE_CHANNELS = 3
+
+
+class UnreachableKernelError(ValueError):
+    """Factors of the given sizes cannot compose to a kernel."""
 
 
 def compose(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
@@ -99,7 +103,12 @@ def compose_biases(weights: Sequence[Tensor], biases: Sequence[Tensor], groups: 
     return bias
 
 
-def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int) -> list[Shape]:
+def reads_image(shape: Shape, groups: int) -> bool:
+    """Return whether a layer of compact ``shape`` reads no more channels than an image has."""
+    return groups == 1 and shape[1] <= IMAGE_CHANNELS
+
+
+def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int, expand_image: bool = False) -> list[Shape]:
     """Shapes of the factors' weights in order of application.
 
     Args:
@@ -107,10 +116,12 @@ def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int) -> list[Shap
         shape: ``(out, in/groups, k, k)`` of the compact layer.
         groups: of the compact layer and of all factors.
         rate: ``r``; hidden layers have ``r * in`` and ``r * out`` channels.
+        expand_image: a convolution that reads at most 3 channels has ``r * in`` behind its first factor, too, instead
+            of as many as it reads.
     """
     outputs, per_group, height, width = shape
     inputs = per_group * groups
-    narrow = inputs if groups == 1 and inputs <= IMAGE_CHANNELS and kind != "FC" else rate * inputs
+    narrow = inputs if reads_image(shape, groups) and kind != "FC" and not expand_image else rate * inputs
     wide = rate * outputs
     if kind == "CK":
         count = (height - 1) // 2
@@ -135,7 +146,13 @@ def _uniform(shape: Shape, bound: float, generator: torch.Generator) -> Tensor:
 
 
 def draw_factors(
-    kind: Kind, shape: Shape, groups: int, rate: int, generator: torch.Generator, target: Tensor | None = None
+    kind: Kind,
+    shape: Shape,
+    groups: int,
+    rate: int,
+    generator: torch.Generator,
+    target: Tensor | None = None,
+    expand_image: bool = False,
 ) -> list[Tensor]:
     """Random factors whose composition has the variance of torch's default initialisation, or is ``target``.
 
@@ -145,7 +162,7 @@ def draw_factors(
     for ever.) ``CK``: variance-preserving factors; with a target the last one moves to the nearest solution.
 
     Args:
-        kind, shape, groups, rate: see :func:`factor_shapes`.
+        kind, shape, groups, rate, expand_image: see :func:`factor_shapes`.
         generator: on the CPU.
         target: ``shape``, float64, on the CPU.
 
@@ -153,9 +170,10 @@ def draw_factors(
         Factors in float64 on the CPU, in order of application.
 
     Raises:
-        ValueError: ``CK`` factors of these sizes cannot compose to ``target``, or it is not finite.
+        UnreachableKernelError: ``CK`` factors of these sizes cannot compose to ``target``.
+        ValueError: ``target`` is not finite.
     """
-    shapes = factor_shapes(kind, shape, groups, rate)
+    shapes = factor_shapes(kind, shape, groups, rate, expand_image)
     fan_in = shape[1] * shape[2] * shape[3]
     if kind == "CK":
         factors = [
@@ -182,7 +200,7 @@ def draw_factors(
     left = target - compose_chain(factors, groups=groups)[0]
     # What had to be composed is the difference: a target of zeros is reached to the rounding of what was drawn.
     if left.abs().max() > 1e-9 * torch.maximum(target.abs().max(), drawn.abs().max()):
-        raise ValueError(
+        raise UnreachableKernelError(
             f"no 3x3 kernels of these widths compose to the given {shape[2]}x{shape[3]} kernel "
             f"({shapes[-1][1]} hidden channels for {fan_in} numbers of a filter)"
         )

@@ -23,6 +23,7 @@ __all__ = [
     "is_expanded",
     "show_compact",
     "unrolled",
+    "weight_factors",
 ]
 
 Layer = nn.Conv2d | nn.Linear
@@ -129,6 +130,11 @@ def factor_product(layer: nn.Module) -> FactorProduct:
 def is_expanded(layer: nn.Module) -> bool:
     """Whether :func:`~lightning_filterdiv.expansion.expand` made the weight of ``layer`` a product of factors."""
     return is_parametrized(layer, "weight") and isinstance(factor_lists(layer)["weight"][0], FactorProduct)
+
+
+def weight_factors(layer: nn.Module) -> list[Tensor]:
+    """Factors of the weight of an expanded layer, in order of application."""
+    return _originals(factor_lists(layer)["weight"])
 
 
 def factors_of(layer: nn.Module) -> Factors:

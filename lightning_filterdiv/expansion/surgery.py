@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from lightning_filterdiv.expansion.functional import Kind, draw_factors
+from lightning_filterdiv.expansion.functional import Kind, UnreachableKernelError, draw_factors, reads_image
 from lightning_filterdiv.expansion.layers import FactorBias, FactorProduct, Factors, Layer, factor_lists, is_expanded
 from lightning_filterdiv.filters import (
     PACKED,
@@ -21,11 +22,13 @@ from lightning_filterdiv.filters import (
     named_modules,
     quantised_modules,
 )
-from lightning_filterdiv.selection import Obstacle, select_layers
-from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_module
+from lightning_filterdiv.selection import Obstacle, quote_names, select_layers
+from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_module
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
-__all__ = ["ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "draw", "expand", "set_factors"]
+__all__ = [
+    "ExpansionError", "Initial", "Kinds", "choose_layers", "contract", "draw_all", "expand", "set_factors",
+]  # fmt: skip
 
 Kinds = Literal["CL", "CK", "FC", "CL+FC", "CK+FC"]
 Initial = Literal["keep", "fresh"]
@@ -33,6 +36,10 @@ Initial = Literal["keep", "fresh"]
 
 class ExpansionError(ValueError):
     """A layer cannot be expanded as asked. The message names the layer and the fix."""
+
+
+class UnreachableImageKernelError(ExpansionError):
+    """``CK`` factors whose first one keeps the channels of an image cannot compose to the layer's weight."""
 
 
 def _find_obstacle(layer: nn.Module, kind: Kind, shared: Counter[int]) -> Obstacle | None:
@@ -148,10 +155,14 @@ def choose_layers(
     return cast(dict[str, tuple[Layer, Kind]], selected)
 
 
-def draw(name: str, layer: Layer, kind: Kind, rate: int, initial: Initial, seed: int) -> Factors:
+def draw(
+    name: str, layer: Layer, kind: Kind, rate: int, initial: Initial, seed: int, expand_image: bool = False
+) -> Factors:
     """Draw the factors to start from, in the dtype and on the device of the layer called ``name``.
 
     Raises:
+        UnreachableImageKernelError: ``CK`` factors whose first one keeps the channels of an image cannot reproduce the
+            weight, whatever the rate.
         ExpansionError: the weight is not finite, or ``CK`` factors cannot reproduce it.
     """
     generator = keyed_generator("expand", seed, name)
@@ -160,11 +171,17 @@ def draw(name: str, layer: Layer, kind: Kind, rate: int, initial: Initial, seed:
     target = kernel.reshape(shape) if initial == "keep" else None
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     try:
-        weights = draw_factors(kind, shape, groups, rate, generator, target)
-    except ValueError as error:
+        weights = draw_factors(kind, shape, groups, rate, generator, target, expand_image)
+    except UnreachableKernelError as error:
+        if reads_image(shape, groups) and not expand_image:
+            raise UnreachableImageKernelError(
+                f"layer {name!r} cannot keep its weight: {error}. Take kind='CL', initial='fresh' or expand_image=True"
+            ) from error
         raise ExpansionError(
             f"layer {name!r} cannot keep its weight: {error}. Take a larger rate, kind='CL', or initial='fresh'"
         ) from error
+    except ValueError as error:
+        raise ExpansionError(f"layer {name!r} cannot keep its weight: {error}") from error
     biases: list[Tensor] = []
     if layer.bias is not None:
         last = layer.bias.detach()
@@ -180,6 +197,64 @@ def draw(name: str, layer: Layer, kind: Kind, rate: int, initial: Initial, seed:
         for part, tensors in parts
         for index, tensor in enumerate(tensors, start=1)
     }
+
+
+def draw_all(
+    chosen: Mapping[str, tuple[Layer, Kind]],
+    rate: int,
+    initial: Initial,
+    seed: int,
+    expand_image: bool = False,
+    trained: Collection[str] = (),
+) -> dict[str, Factors]:
+    """Draw the factors of all layers before the first of them changes: a refusal leaves the network as it was.
+
+    Args:
+        chosen: from :func:`choose_layers`.
+        rate, initial, seed, expand_image: see :func:`expand`.
+        trained: layers whose weights training made: they are kept whatever ``initial`` says, like those of frozen
+            layers.
+
+    Returns:
+        Name -> factors. Layers that read an image and do not train are missing where they cannot be kept.
+
+    Warns:
+        UserWarning: layers that read an image start from new weights or are left as they are, by name.
+
+    Raises:
+        ExpansionError: see :func:`draw`.
+    """
+    drawn: dict[str, Factors] = {}
+    fresh, left = [], []
+    for name, (layer, kind) in chosen.items():
+        trains = any(p.requires_grad for p in layer.parameters())
+        start = "keep" if name in trained or not trains else initial
+        try:
+            drawn[name] = draw(name, layer, kind, rate, start, seed, expand_image)
+        except UnreachableImageKernelError:
+            if name in trained:
+                raise
+            if trains:
+                fresh.append(name)
+                drawn[name] = draw(name, layer, kind, rate, "fresh", seed)
+            else:
+                left.append(name)
+    reason = "3x3 factors that keep the channels of an image cannot compose to the kernels of"
+    if fresh:
+        warnings.warn(
+            f"{reason} {quote_names(fresh)}: expanded, they start from new weights. To keep the weights, give "
+            f"expand_image=True or kind='CL', or leave the layers out with exclude",
+            stacklevel=3,
+        )
+    if left:
+        warnings.warn(
+            f"{reason} {quote_names(left)}: frozen, they are left as they are. To expand them, give expand_image=True "
+            f"or kind='CL'",
+            stacklevel=3,
+        )
+    if not drawn:
+        raise NoLayersError(f"no layer is left to expand; {quote_names(left)} cannot be. Give expand_image=True")
+    return drawn
 
 
 def set_factors(layer: Layer, kind: Kind, rate: int, factors: Factors) -> None:
@@ -210,6 +285,7 @@ def expand(
     exclude: Sequence[str] | None = None,
     *,
     initial: Initial = "keep",
+    expand_image: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """Over-parameterise layers linearly (ExpandNets, Guo et al., NeurIPS 2020), in place.
@@ -223,8 +299,12 @@ def expand(
     ``FC``  linear layers             three linear layers ``m -> r m -> r n -> n``
     ======  ========================  ==================================================================================
 
-    Nothing is between the factors. A layer that reads at most 3 channels keeps their number in its first factor;
-    grouped layers have grouped factors. Call it before the optimizer is made.
+    Nothing is between the factors; grouped layers have grouped factors. Call it before the optimizer is made.
+
+    A convolution that reads at most 3 channels keeps their number in its first factor, as in the released CIFAR
+    networks. ``CK`` factors of that size cannot compose to the kernel that such a layer has: it starts from new
+    weights, with a warning, or stays as it is where it is frozen. ``expand_image=True`` expands it like the others, as
+    the released MobileNets and ShuffleNet do.
 
     Args:
         model: the network (a ``LightningModule`` works too).
@@ -233,11 +313,15 @@ def expand(
         include: patterns of layers; ``None``: see the table.
         exclude: patterns of layers to leave as they are.
         initial: ``"keep"``: the network computes the same as before; ``"fresh"``: new weights.
+        expand_image: expand layers that read at most 3 channels to ``r m`` channels, too.
         seed: of the factors; they depend on it and on the layer's name alone.
 
     Returns:
         ``model``. Expanded layers are the same objects, with parametrized weight and bias
         (``torch.nn.utils.parametrize``).
+
+    Warns:
+        UserWarning: see :func:`choose_layers`; layers that read an image start from new weights or stay as they are.
 
     Raises:
         NoLayersError, ExpansionError: a layer that is meant cannot be expanded, or none is left. The network is then
@@ -247,12 +331,12 @@ def expand(
     check_choice("kind", kind, Kinds)
     check_integer("rate", rate, low=1)
     check_choice("initial", initial, Initial)
+    check_flag("expand_image", expand_image)
     check_integer("seed", seed, low=0)
     chosen = choose_layers(model, kind, include, exclude)
-    # All are drawn before the first layer changes: a refusal leaves the network as it was.
-    drawn = {name: draw(name, layer, each, rate, initial, seed) for name, (layer, each) in chosen.items()}
-    for name, (layer, each) in chosen.items():
-        set_factors(layer, each, rate, drawn.pop(name))
+    for name, factors in draw_all(chosen, rate, initial, seed, expand_image).items():
+        layer, each = chosen[name]
+        set_factors(layer, each, rate, factors)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,9 +10,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_filterdiv.filters import Conv, canonical_name, select_filters
+from lightning_filterdiv.filters import (
+    Conv,
+    canonical_name,
+    find_weight_obstacle,
+    named_convolutions,
+    named_modules,
+    select_filters,
+)
 from lightning_filterdiv.orthonormality.penalty import DEFAULT_WEIGHTS, Form, OrthonormalityPenalty, check_squared
 from lightning_filterdiv.orthonormality.targets import FilterBlock, filter_blocks
 from lightning_filterdiv.shared_basis.modules import shared_bases
@@ -44,7 +53,10 @@ class BasisOrthonormality(FilterCallback):
             for ``"srip"``, the square for ``"convolutional"``. The released codes have it the other way round.
         unique: compare shared filters also with the unique filters of the layers that use them (CIFAR-10 experiments of
             DSFB); ``"basis"`` only.
-        include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none.
+        linear: ``include`` means linear layers too, ``None`` all of them: the released SRIP script for WRN-28-10
+            penalises the classifier. A linear layer's filters are the rows of its weight.
+        include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none. The
+            released OCNN recipes leave the stem out: ``exclude=["conv1"]``.
         exclude: patterns of layers to leave out.
         seed: of the starting vectors of ``"srip"``, a function of the seed and the step.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
@@ -68,6 +80,7 @@ class BasisOrthonormality(FilterCallback):
         decoupled: bool | Literal["auto"] = "auto",
         squared: bool | None = None,
         unique: bool = False,
+        linear: bool = False,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         seed: int = 0,
@@ -87,6 +100,9 @@ class BasisOrthonormality(FilterCallback):
             raise ValueError(
                 f"unique=True belongs to form='basis', got form={form!r}; leave unique out, or change form"
             )
+        self.linear = check_flag("linear", linear)
+        if self.linear and self.form == "convolutional":
+            raise ValueError("linear=True, but form='convolutional' is about kernels; leave linear out, or change form")
         self.seed = check_integer("seed", seed, low=0)
         self._penalties: dict[int, OrthonormalityPenalty] = {}
         self._looked = -1
@@ -136,7 +152,24 @@ class BasisOrthonormality(FilterCallback):
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """The shared bases where there are any and ``include`` names nothing else."""
         bases = [canonical_name(name) for name, _, _ in shared_bases(pl_module)]
-        return select_filters(pl_module, bases if bases and self.include is None else self.include, self.exclude)
+        include = bases if bases and self.include is None else self.include
+        if not self.linear:
+            return select_filters(pl_module, include, self.exclude)
+        layers = {name: module for name, module in named_modules(pl_module).items() if type(module) is nn.Linear}
+        only_linear = [p for p in [*(include or ()), *(self.exclude or ())] if _only_matches(p, layers, pl_module)]
+        names = None if include is None else [p for p in include if p not in only_linear]
+        out = [p for p in self.exclude or () if p not in only_linear]
+        chosen: dict[str, Any] = {} if names == [] else dict(select_filters(pl_module, names, out))
+        for name, layer in layers.items():
+            taken = self.include is None or any(fnmatch.fnmatchcase(name, p) for p in self.include)
+            if taken and not any(fnmatch.fnmatchcase(name, p) for p in self.exclude or ()):
+                if (obstacle := find_weight_obstacle(layer)) is not None:
+                    raise MisconfigurationException(f"BasisOrthonormality: linear layer {name!r} {obstacle}")
+                chosen[name] = layer
+        return chosen
+
+    def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
+        super()._check_restored_layers(saved, {**present, **self.layers})  # linear layers too
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build one :class:`OrthonormalityPenalty` per optimizer that owns chosen layers."""
@@ -237,6 +270,14 @@ class BasisOrthonormality(FilterCallback):
         if not isinstance(logged, list) or len(logged) != 1 or not isinstance(logged[0], int):
             raise TypeError(f"logged must be a list of one step, got {logged!r}")
         self._looked = logged[0]
+
+
+def _only_matches(pattern: str, layers: Mapping[str, nn.Module], model: nn.Module) -> bool:
+    """Return whether ``pattern`` matches one of ``layers`` and no convolution."""
+    convolutions = [name for name, _ in named_convolutions(model)]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in layers) and not any(
+        fnmatch.fnmatchcase(name, pattern) for name in convolutions
+    )
 
 
 def _is_adam(optimizer: Optimizer) -> bool:

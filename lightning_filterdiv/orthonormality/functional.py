@@ -136,7 +136,8 @@ def spectral_restricted_isometry(filters: Tensor, start: Tensor, *, squared: boo
 
     ``v = A start / |A start|``, ``u = A v / |A v|``, value ``u^T A v`` with ``A = G - I``, the released code's formula.
     Two steps underestimate the true norm badly (0.63 for 1.20 on random filters): do not read it as one. The released
-    code draws ``start`` anew at every call, uniform in [0, 1). Its script for CIFAR uses the smaller side, as here;
+    code draws ``start`` anew at every call, uniform in [0, 1); the callback's starts are normal, a function of (seed,
+    step). The released script for WRN-28-10 on CIFAR uses the smaller side, as here, and penalises the classifier too;
     those for SVHN and ImageNet use the ``d x d`` side, where every missing direction counts 1.
 
     Args:

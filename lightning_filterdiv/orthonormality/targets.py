@@ -61,23 +61,27 @@ class FilterBlock:
         return self.groups * self.shape[0] ** 2 if self.mask is None else int(self.mask.sum())
 
 
-def _parameter(conv: Conv) -> nn.Parameter:
+def _parameter(conv: Conv | nn.Linear) -> nn.Parameter:
     weight: Any = conv.weight  # torch annotates a plain tensor
     return weight  # type: ignore[no-any-return]
 
 
-def _ordinary(name: str, conv: Conv) -> FilterBlock:
+def _ordinary(name: str, conv: Conv | nn.Linear) -> FilterBlock:
+    if isinstance(conv, nn.Linear):
+        return FilterBlock(name, ((_parameter(conv),),))
     taps = tuple(tap_stride(s, d) for s, d in zip(conv.stride, conv.dilation, strict=True))
     transposed = isinstance(conv, _TRANSPOSED)
     return FilterBlock(name, ((_parameter(conv),),), groups=conv.groups, transposed=transposed, stride=taps)
 
 
-def filter_blocks(model: nn.Module, layers: Mapping[str, Conv], *, unique: bool = False) -> list[FilterBlock]:
+def filter_blocks(
+    model: nn.Module, layers: Mapping[str, Conv | nn.Linear], *, unique: bool = False
+) -> list[FilterBlock]:
     """One block per ordinary layer of ``layers`` and per Gram of its shared bases.
 
     Args:
         model: the network that ``layers`` belong to.
-        layers: canonical name -> convolution.
+        layers: canonical name -> convolution or linear layer.
         unique: compare the filters of a basis also with the unique filters of the layers that use it, and those of one
             layer with each other (the paper's CIFAR-10 experiments); every such pair of different kinds counts once.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FilterBasis", "SharedBasisConv2d", "SharedConv2d", "shared_bases"]
+__all__ = ["FilterBasis", "SharedBasisConv2d", "SharedConv2d", "SharedGroupedConv2d", "shared_bases"]
 
 
 class FilterBasis(nn.Conv2d):
@@ -24,6 +24,7 @@ class FilterBasis(nn.Conv2d):
         gram: which bases are to be orthonormal *together*: all with one name. By default each for itself.
         pool: Grams with one name here are averaged over all their entries (see
             :func:`~lightning_filterdiv.orthonormality.basis_penalty`); the means of several pools are added.
+        groups: of the convolution.
 
     Raises:
         ValueError: ``filters`` is below 1.
@@ -40,6 +41,7 @@ class FilterBasis(nn.Conv2d):
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         gram: str = "",
         pool: str = "",
+        groups: int = 1,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -52,6 +54,7 @@ class FilterBasis(nn.Conv2d):
             padding=padding,
             dilation=dilation,
             padding_mode=padding_mode,
+            groups=groups,
             bias=False,
             device=device,
             dtype=dtype,
@@ -111,6 +114,43 @@ class SharedConv2d(BasisUser):
         """``(B, in, H, W)`` to ``(B, S, H, W)``."""
         y: Tensor = self.basis(x)
         return y
+
+
+class SharedGroupedConv2d(BasisUser):
+    """A grouped convolution of which some filters are shared: ``y = cat(unique(x), shared(x))``.
+
+    For ResNeXt, whose next 1x1 convolution combines the filters. The two parts may have different numbers of groups.
+
+    Args:
+        basis: ``S`` shared filters, grouped.
+        unique: ``U`` filters of the layer's own.
+        unique_groups: of those.
+    """
+
+    def __init__(self, basis: FilterBasis, unique: int, unique_groups: int) -> None:
+        super().__init__(basis)
+        self.unique = nn.Conv2d(
+            basis.in_channels,
+            unique,
+            (basis.kernel_size[0], basis.kernel_size[1]),
+            padding=basis.padding if isinstance(basis.padding, str) else (basis.padding[0], basis.padding[1]),
+            dilation=(basis.dilation[0], basis.dilation[1]),
+            groups=unique_groups,
+            padding_mode=basis.padding_mode,
+            bias=False,
+            device=basis.weight.device,
+            dtype=basis.weight.dtype,
+        )
+        nn.init.kaiming_normal_(self.unique.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def rank(self) -> int:
+        """``R = U + S``, channels of the output."""
+        return self.unique.out_channels + self.basis.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in, H, W)`` to ``(B, U + S, H, W)``."""
+        return torch.cat([self.unique(x), self.basis(x)], dim=1)
 
 
 class SharedBasisConv2d(BasisUser):

@@ -9,16 +9,16 @@ from typing import Literal
 from torch import nn
 
 from lightning_filterdiv.filters import canonical_name
-from lightning_filterdiv.shared_basis.modules import BasisUser, SharedBasisConv2d
+from lightning_filterdiv.shared_basis.modules import BasisUser, SharedBasisConv2d, SharedGroupedConv2d
 
 __all__ = ["ROLES", "Stage", "find_stages", "stage_width"]
 
-Kind = Literal["basic", "bottleneck", "inverted"]
+Kind = Literal["basic", "bottleneck", "grouped", "dense", "inverted"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one resolution: the first keeps its layers, the others share.
+    """Blocks of one resolution: the first keeps its layers, the others share; of a dense block all share.
 
     Attributes:
         name: of the container, or ``stage3`` where the network has none.
@@ -33,12 +33,12 @@ class Stage:
     @property
     def can_share(self) -> bool:
         """Whether at least two layers would use a basis."""
-        return len(self.blocks) > (1 if self.kind == "basic" else 2)
+        return len(self.blocks) > (1 if self.kind in ("basic", "dense") else 2)
 
     def sharing(self) -> list[dict[str, nn.Module]]:
         """The layers that may share, one dict per position in the block (conv1, conv2)."""
         positions: list[dict[str, nn.Module]] = []
-        for name, block in list(self.blocks.items())[1:]:
+        for name, block in list(self.blocks.items())[self.kind != "dense" :]:
             for position, layer in enumerate(_positions(self.kind, block)):
                 if position == len(positions):
                     positions.append({})
@@ -51,6 +51,8 @@ def _positions(kind: Kind, block: nn.Module) -> list[str]:
         return ["conv1", "conv2"]
     if kind == "bottleneck":
         return ["conv2", "conv3"]
+    if kind in ("grouped", "dense"):
+        return ["conv2"]
     return ["conv.0.0", "conv.2"]
 
 
@@ -62,10 +64,14 @@ def _kind(block: nn.Module) -> Kind | None:
     """What a block is, by its layers; ``None`` for anything else."""
     layers = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
     convs = [isinstance(layer, nn.Conv2d | BasisUser) for layer in layers]
+    first, second = layers[:2]
     if convs == [True, True, False]:
-        return "basic"
+        narrows = isinstance(first, nn.Conv2d) and first.kernel_size == (1, 1)
+        widens = isinstance(second, BasisUser) or (isinstance(second, nn.Conv2d) and second.kernel_size != (1, 1))
+        return "dense" if narrows and widens else "basic"
     if convs == [True, True, True]:
-        return "bottleneck"
+        is_grouped = isinstance(second, SharedGroupedConv2d) or (isinstance(second, nn.Conv2d) and second.groups > 1)
+        return "grouped" if is_grouped else "bottleneck"
     body = getattr(block, "conv", None)
     if not isinstance(body, nn.Sequential) or len(body) != 4 or not isinstance(body[0], nn.Sequential):
         return None
@@ -73,7 +79,7 @@ def _kind(block: nn.Module) -> Kind | None:
 
 
 def find_stages(model: nn.Module) -> list[Stage]:
-    """Stages in order: containers of basic or bottleneck blocks; runs of inverted residuals of one width."""
+    """Stages in order: containers of basic, bottleneck or dense blocks; runs of inverted residuals of one width."""
     found: list[Stage] = []
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -81,7 +87,11 @@ def find_stages(model: nn.Module) -> list[Stage]:
             continue
         children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
         kinds = {_kind(child) for child in children.values()}
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(kinds) == 1 and (kind := kinds.pop()) is not None:
+        if (
+            isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+            and len(kinds) == 1
+            and (kind := kinds.pop()) is not None
+        ):
             inside.append(name)
             if kind != "inverted":
                 found.append(Stage(canonical_name(name) or "stage", kind, children))

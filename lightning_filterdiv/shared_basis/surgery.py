@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +17,10 @@ from lightning_filterdiv.shared_basis.modules import (
     FilterBasis,
     SharedBasisConv2d,
     SharedConv2d,
+    SharedGroupedConv2d,
     shared_bases,
 )
-from lightning_filterdiv.shared_basis.stages import ROLES, find_stages, stage_width
+from lightning_filterdiv.shared_basis.stages import ROLES, Stage, find_stages, stage_width
 from lightning_filterdiv.tensors.arguments import check_flag, check_integer
 
 __all__ = ["SharingError", "SharingPlan", "check_layers", "choose_stages", "replace_layer", "share_filter_bases"]
@@ -28,7 +30,7 @@ class SharingError(ValueError):
     """A basis cannot be shared as asked. The message names the layer, or the argument, and the fix."""
 
 
-def _find_obstacle(layer: nn.Module) -> Obstacle | None:
+def _find_obstacle(layer: nn.Module, grouped: bool = False) -> Obstacle | None:
     if isinstance(layer, BasisUser):
         return Obstacle("shares its filters already", "call share_filter_bases once, on a fresh network")
     if not isinstance(layer, nn.Conv2d):
@@ -37,7 +39,7 @@ def _find_obstacle(layer: nn.Module) -> Obstacle | None:
         return obstacle
     if is_lazy(layer.weight):
         return Obstacle("is lazy and has no weight yet", "run one forward pass before sharing")
-    if layer.groups != 1:
+    if layer.groups != 1 and not grouped:
         return Obstacle(
             f"is a grouped convolution (groups={layer.groups}), whose filters see different channels and cannot share "
             f"a basis",
@@ -51,21 +53,25 @@ def _find_obstacle(layer: nn.Module) -> Obstacle | None:
     return None
 
 
-def check_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
+def check_layers(layers: Mapping[str, nn.Module], *, grouped: bool = False) -> dict[str, nn.Conv2d]:
     """Return the layers as convolutions that can share filters.
+
+    Args:
+        layers: by name.
+        grouped: grouped convolutions can, too.
 
     Raises:
         SharingError: one cannot, by name.
     """
     checked: dict[str, nn.Conv2d] = {}
     for name, layer in layers.items():
-        if (obstacle := _find_obstacle(layer)) is not None:
+        if (obstacle := _find_obstacle(layer, grouped)) is not None:
             raise SharingError(f"{name!r} {obstacle}")
         assert isinstance(layer, nn.Conv2d)
         checked[name] = layer
     first_name, first = next(iter(checked.items()))
     for name, conv in checked.items():
-        for what in ("in_channels", "out_channels", "kernel_size", "padding", "dilation", "padding_mode"):
+        for what in ("in_channels", "out_channels", "kernel_size", "padding", "dilation", "padding_mode", "groups"):
             mine, expected = getattr(conv, what), getattr(first, what)
             if mine != expected:
                 raise SharingError(
@@ -75,7 +81,7 @@ def check_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Conv2d]:
     return checked
 
 
-def _basis(like: nn.Conv2d, filters: int, gram: str, pool: str = "") -> FilterBasis:
+def _basis(like: nn.Conv2d, filters: int, gram: str, pool: str = "", groups: int = 1) -> FilterBasis:
     return FilterBasis(
         like.in_channels,
         filters,
@@ -85,6 +91,7 @@ def _basis(like: nn.Conv2d, filters: int, gram: str, pool: str = "") -> FilterBa
         padding_mode=like.padding_mode,
         gram=gram,
         pool=pool,
+        groups=groups,
         device=like.weight.device,
         dtype=like.weight.dtype,
     )
@@ -150,6 +157,60 @@ class SharingPlan:
         _orthonormal(bases)
 
 
+@dataclass(frozen=True)
+class GroupedSharingPlan(SharingPlan):
+    """The same of the grouped convolutions of a ResNeXt stage, whose norms and 1x1 convolutions follow in width.
+
+    Attributes:
+        blocks: name of the convolution -> its block.
+        groups: of the basis.
+        unique_groups: of the filters of a layer's own.
+    """
+
+    blocks: Mapping[str, nn.Module] = field(default_factory=dict)
+    groups: int = 1
+    unique_groups: int = 1
+
+    def check_rank(self) -> None:
+        """Raise SharingError where filters and groups do not fit, or a block has no norm behind the convolution."""
+        for name, conv in self.users[0].items():
+            for what, filters, groups in (
+                ("shared", self.filters, self.groups),
+                ("unique", self.unique, self.unique_groups),
+            ):
+                if not groups or filters % groups or conv.in_channels % groups:
+                    raise SharingError(
+                        f"{name!r}: {what}={filters} filters do not fall into groups over {conv.in_channels} channels; "
+                        f"of a ResNeXt, shared and unique must be multiples of the filters per group of its first "
+                        f"stage, and their quotients must divide the channels"
+                    )
+            self._norm(name)
+
+    def _norm(self, name: str) -> nn.BatchNorm2d:
+        """The norm behind the grouped convolution of a block."""
+        children = list(self.blocks[name].children())
+        behind = children[children.index(self.users[0][name]) + 1 :]
+        norm = next((child for child in behind if isinstance(child, nn.BatchNorm2d)), None)
+        if norm is None or norm.num_features != self.users[0][name].out_channels:
+            raise SharingError(f"{name!r} has no BatchNorm2d behind it whose width could follow; leave its stage out")
+        return norm
+
+    def apply(self, model: nn.Module) -> None:
+        """Put the basis, its users, and norms and 1x1 convolutions of the new width into ``model``."""
+        basis = _basis(next(iter(self.users[0].values())), self.filters, self.name, groups=self.groups)
+        for name, conv in self.users[0].items():
+            norm, last = self._norm(name), self.blocks[name].get_submodule("conv3")
+            assert isinstance(last, nn.Conv2d)
+            layer = SharedGroupedConv2d(basis, self.unique, self.unique_groups)
+            at: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+            new_norm = nn.BatchNorm2d(layer.rank, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **at)
+            mixing = nn.Conv2d(layer.rank, last.out_channels, 1, bias=last.bias is not None, **at)
+            nn.init.kaiming_normal_(mixing.weight, mode="fan_out", nonlinearity="relu")
+            for old, new in ((conv, layer), (norm, new_norm), (last, mixing)):
+                replace_layer(model, old, new)
+        _orthonormal([basis])
+
+
 def share_filter_bases(
     model: nn.Module,
     *,
@@ -170,19 +231,24 @@ def share_filter_bases(
     basic (ResNet-18/34,       ``conv1`` and ``conv2`` become :class:`SharedBasisConv2d` over ``shared`` filters per
     CIFAR ResNets)             stage; ``double``: two bases per stage, one for each, drawn as one orthonormal set
     bottleneck (ResNet-50)     the 3x3 convolution; ``double``: also the last 1x1 ("Shared++")
+    grouped bottleneck         the grouped 3x3 becomes ``unique`` own and ``shared`` shared filters; norm and last 1x1
+    (ResNeXt-50)               follow in width
+    dense (DenseNet-121)       the 3x3 of *every* layer of a dense block becomes a :class:`SharedBasisConv2d`;
+                               ``shared`` and ``unique`` do not grow
     inverted residual          the expansion 1x1; ``double``: also the projection ("Shared++")
     (MobileNetV2)
     =========================  ======================================================================================
 
     Stages are found by their blocks, whatever their names: containers of blocks with ``conv1`` and ``conv2`` (and
     ``conv3``), or runs of torchvision's inverted residuals of one width, called ``stage1``, ``stage2``, ... as in the
-    paper. A stage with too few blocks for two layers to share is left as it is.
+    paper. A stage with too few blocks for two layers to share is left as it is. In the released DenseNet-121 the fourth
+    dense block uses the basis of the third, and its own basis nobody; here it uses its own. The parameters are as many.
 
     Args:
         model: the network (a ``LightningModule`` works too).
         shared: ``S``, filters in the basis of the first stage; later stages have as many times more as they are wider.
-            ``None``: 16.
-        unique: ``U``, further filters of each layer's own, growing alike. ``None``: 1.
+            ``None``: 16; of a ResNeXt half of the first stage's width.
+        unique: ``U``, further filters of each layer's own, growing alike. ``None``: 1; of a ResNeXt as ``shared``.
         double: see the table.
         stages: only these; ``None``: all.
         layers: share between exactly these convolutions instead: a list of names or patterns, or a dict name of the
@@ -193,8 +259,9 @@ def share_filter_bases(
         ``model``.
 
     Raises:
-        SharingError: no stage is found, a name does not exist, a layer is strided, grouped, parametrized or unlike the
-            others, or there are more filters than a filter has numbers. The network is then unchanged.
+        SharingError: no stage is found, a name does not exist, a layer is strided, grouped (outside a ResNeXt),
+            parametrized or unlike the others, or there are more filters than a filter has numbers. The network is then
+            unchanged.
         TypeError, ValueError: a bad argument, by name.
     """
     filters = 16 if shared is None else check_integer("shared", shared, low=1)
@@ -205,9 +272,7 @@ def share_filter_bases(
             raise ValueError("layers says which layers share; give neither stages nor double beside it")
         plans = [SharingPlan(name, [check_layers(group)], filters, own) for name, group in _groups(model, layers)]
     else:
-        plans = list(
-            _stage_plans(model, filters, own, double, stages, counted=shared is not None or unique is not None)
-        )
+        plans = list(_stage_plans(model, shared, unique, double, stages))
     taken: dict[nn.Module, str] = {}
     present = {basis.gram for _, basis, _ in shared_bases(model)}
     for plan in plans:
@@ -266,34 +331,66 @@ def choose_stages(names: Sequence[str], patterns: object) -> list[str]:
     return [n for p in wanted for n in match_pattern(p, names, argument="stages", noun=noun, error=SharingError)]
 
 
+#: Kinds of blocks of which ``shared`` and ``unique`` count filters, and those of which there may be two bases.
+_COUNTED = {"basic", "grouped", "dense"}
+_DOUBLE = {"basic", "bottleneck", "inverted"}
+
+
 def _stage_plans(
-    model: nn.Module, shared: int, unique: int, double: bool, chosen: Sequence[str] | None, counted: bool
+    model: nn.Module, shared: int | None, unique: int | None, double: bool, chosen: Sequence[str] | None
 ) -> Iterator[SharingPlan]:
     found = find_stages(model)
     usable = [stage for stage in found if stage.can_share]
     if not usable:
         raise SharingError(
-            f"{type(model).__name__} has no stage in which blocks with conv1 and conv2 (ResNet) or inverted "
+            f"{type(model).__name__} has no stage in which blocks with conv1 and conv2 (ResNet, DenseNet) or inverted "
             f"residuals (MobileNetV2) could share a basis; name the convolutions that are to share in layers=[...]"
         )
     wanted = choose_stages([stage.name for stage in usable], chosen)
     usable = [stage for stage in usable if stage.name in wanted]
-    if counted and {stage.kind for stage in usable} != {"basic"}:
+    kinds: set[str] = {stage.kind for stage in usable}
+    if (shared is not None or unique is not None) and not kinds <= _COUNTED:
         raise ValueError(
-            "shared and unique count filters of basic blocks; bottleneck and inverted residual blocks share their "
-            "whole convolutions, so leave both at None"
+            "shared and unique count filters of basic, grouped and dense blocks; bottleneck and inverted residual "
+            "blocks share their whole convolutions, so leave both at None"
         )
-    first = next((stage for stage in found if stage.kind == "basic"), None)
-    narrow = stage_width(first) if first is not None else 1
+    if double and not kinds <= _DOUBLE:
+        raise ValueError("grouped and dense blocks have one layer that shares and no second basis; leave double out")
+    narrow = next((stage_width(stage) for stage in found if stage.kind == "basic"), 1)
+    grouped = next((stage for stage in found if stage.kind == "grouped"), None)
+    filters, own = 16 if shared is None else shared, 1 if unique is None else unique
     for stage in usable:
         positions = stage.sharing()
-        if stage.kind != "basic":
+        if stage.kind == "grouped":
+            assert grouped is not None
+            yield _grouped_plan(stage, positions[0], grouped, shared, unique)
+        elif stage.kind == "dense":
+            yield SharingPlan(stage.name, [check_layers(positions[0])], filters, own)
+        elif stage.kind == "basic":
+            ratio = stage_width(stage) / narrow
+            together = check_layers({**positions[0], **positions[1]})
+            users = [check_layers(position) for position in positions] if double else [together]
+            yield SharingPlan(stage.name, users, round(filters * ratio), round(own * ratio))
+        else:
             for role, layer in list(zip(ROLES[stage.kind], positions, strict=True))[: 2 if double else 1]:
                 convs = check_layers(layer)
                 width = next(iter(convs.values())).out_channels
                 yield SharingPlan(f"{stage.name}.{role}", [convs], width, 0, pool=role, whole=True)
-            continue
-        ratio = stage_width(stage) / narrow
-        together = check_layers({**positions[0], **positions[1]})
-        users = [check_layers(position) for position in positions] if double else [together]
-        yield SharingPlan(stage.name, users, round(shared * ratio), round(unique * ratio))
+
+
+def _grouped_plan(
+    stage: Stage, layers: Mapping[str, nn.Module], first: Stage, shared: int | None, unique: int | None
+) -> GroupedSharingPlan:
+    """One basis for the grouped convolutions of ``stage``; ``first`` is the first such stage of the network."""
+    start = next(iter(first.blocks.values())).get_submodule("conv2")
+    assert isinstance(start, nn.Conv2d)
+    per_group = start.out_channels // start.groups
+    filters = start.out_channels // 2 if shared is None else shared
+    own = filters if unique is None else unique
+    convs = check_layers(layers, grouped=True)
+    ratio = next(iter(convs.values())).out_channels // start.out_channels
+    blocks = dict(zip(convs, list(stage.blocks.values())[1:], strict=True))
+    return GroupedSharingPlan(
+        stage.name, [convs], filters * ratio, own * ratio, blocks=blocks,
+        groups=filters // per_group, unique_groups=own * ratio // per_group,
+    )  # fmt: skip

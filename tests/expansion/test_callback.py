@@ -78,7 +78,7 @@ def test_a_checkpoint_without_factors_is_refused(tmp_path: Path) -> None:
 
 def test_another_rate_is_refused(tmp_path: Path) -> None:
     fit([ExpandNet(), ModelCheckpoint(dirpath=tmp_path, filename="four")], max_epochs=1)
-    with pytest.raises(ValueError, match="resume with the same kind, rate and layers"):
+    with pytest.raises(ValueError, match="resume with the same kind, rate, expand_image and layers"):
         fit([ExpandNet(rate=2)], ckpt_path=str(tmp_path / "four.ckpt"))
 
 

@@ -268,3 +268,55 @@ def test_a_network_with_shared_bases_resumes_exactly(kind: str, tmp_path: Any) -
     resumed = run(1, ckpt_path=str(tmp_path / f"step={step}.ckpt"))
     assert min(resumed.model.losses) == step
     assert not differing(whole.tensors(), resumed.tensors())
+
+
+def test_linear_layers_are_penalised_where_asked() -> None:
+    """The gradient of SO on a classifier, ``4 (W W^T - I) W``, beside that of the convolutions."""
+    model = Classifier()
+    callback = BasisOrthonormality(form="soft", weight=0.5, linear=True, decoupled=False)
+    gradients: dict[str, torch.Tensor] = {}
+
+    class Before(pl.Callback):
+        gradient_stage = 0
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            gradients.setdefault("before", model.net[-1].weight.grad.clone())
+
+    class After(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            weight = model.net[-1].weight.detach()
+            gram = weight @ weight.T - torch.eye(len(weight))
+            added = 4 * 0.5 * gram @ weight
+            gradients.setdefault("expected", gradients["before"] + added)
+            gradients.setdefault("after", model.net[-1].weight.grad.clone())
+
+    fit([Before(), callback, After()], model=model)
+    torch.testing.assert_close(gradients["after"], gradients["expected"], rtol=1e-5, atol=1e-6)
+    linear = next(name for name, module in model.named_modules() if module is model.net[-1])
+    assert linear in callback.layers
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (None, ["*.{last}"], "convolutions"),
+        (["net.{last}"], None, "linear"),
+        (["net.0", "net.{last}"], None, "both"),
+    ],
+)
+def test_patterns_mean_linear_layers_too(include: Any, exclude: Any, expected: str) -> None:
+    model = Classifier()
+    last = str(len(model.net) - 1)
+    include, exclude = (None if given is None else [p.format(last=last) for p in given] for given in (include, exclude))
+    chosen = BasisOrthonormality(linear=True, include=include, exclude=exclude).choose(model)
+    kinds = {type(layer) for layer in chosen.values()}
+    assert kinds == {
+        "convolutions": {nn.Conv2d}, "linear": {nn.Linear}, "both": {nn.Conv2d, nn.Linear}
+    }[expected]  # fmt: skip
+    ordinary: list[nn.Module] = list(BasisOrthonormality().choose(model).values())
+    assert not any(isinstance(layer, nn.Linear) for layer in ordinary)
+
+
+def test_linear_layers_have_no_kernels() -> None:
+    with pytest.raises(ValueError, match="linear=True, but form='convolutional' is about kernels"):
+        BasisOrthonormality(linear=True, form="convolutional")

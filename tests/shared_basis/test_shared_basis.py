@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 
 from benchmarks.models import CifarResNet
 from lightning_filterdiv.filters import select_filters
@@ -57,6 +58,87 @@ def test_parameter_counts_of_the_paper(
     assert count_parameters(model) == plain
     assert share_filter_bases(model, shared=shared, unique=1, double=double) is model
     assert count_parameters(model) == count
+
+
+def cifar_densenet121() -> nn.Module:
+    """The released CIFAR-100 network: 3x3 stem without norm and pooling; its transitions lack a ReLU."""
+    model = torchvision.models.densenet121(num_classes=100)
+    model.features.conv0 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.features.norm0, model.features.relu0, model.features.pool0 = nn.Identity(), nn.Identity(), nn.Identity()
+    return model
+
+
+def cifar_resnext50() -> nn.Module:
+    model = torchvision.models.resnext50_32x4d(num_classes=100)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+# ssregibility/Net_RL2, models/cifar100/densenet.py and resnext.py: every class instantiated and counted.
+@pytest.mark.parametrize(
+    ("make", "shared", "unique", "plain", "count"),
+    [
+        (cifar_densenet121, 16, 1, 7_048_548, 5_084_504),
+        (cifar_densenet121, 32, 1, 7_048_548, 5_189_784),
+        (cifar_densenet121, 64, 8, 7_048_548, 5_881_860),
+        (cifar_resnext50, 32, 4, 23_177_124, 17_511_940),
+        (cifar_resnext50, 64, 16, 23_177_124, 20_016_420),
+        (cifar_resnext50, None, None, 23_177_124, 22_748_580),  # S64U64
+    ],
+)
+def test_parameter_counts_of_the_released_dense_and_grouped_networks(
+    make: Callable[[], nn.Module], shared: int | None, unique: int | None, plain: int, count: int
+) -> None:
+    model = on_meta(make)
+    assert count_parameters(model) == plain
+    share_filter_bases(model, shared=shared, unique=unique)
+    assert count_parameters(model) == count
+    with torch.device("meta"):
+        assert model.eval()(torch.empty(1, 3, 32, 32)).shape == (1, 100)
+
+
+def test_a_dense_block_shares_in_all_its_layers() -> None:
+    """Against the formula of the released layer, block by block, and the bases one by one."""
+    torch.manual_seed(0)
+    model = torchvision.models.DenseNet(4, (2, 3), 8, bn_size=2, num_classes=5)
+    share_filter_bases(model, shared=6, unique=2)
+    assert [name for name, _, _ in shared_bases(model)] == [
+        "features.denseblock1.denselayer1.conv2.shared", "features.denseblock2.denselayer1.conv2.shared",
+    ]  # fmt: skip
+    layers = [model.get_submodule(f"features.denseblock2.denselayer{i}") for i in (1, 2, 3)]
+    assert len({id(layer.conv2.basis) for layer in layers}) == 1
+    assert all(layer.conv2.rank == 8 for layer in layers)
+    layer, x = layers[1].eval(), torch.randn(2, layers[1].norm1.num_features, 5, 5)
+    inner = layer.conv1(torch.relu(layer.norm1(x)))
+    inner = torch.relu(layer.norm2(inner))
+    conv = layer.conv2
+    filters = torch.cat(
+        [F.conv2d(inner, conv.unique.weight, padding=1), F.conv2d(inner, conv.basis.weight, padding=1)], 1
+    )
+    torch.testing.assert_close(layer(x), conv.coefficients(conv.norm(filters)))
+
+
+def test_a_grouped_stage_shares_behind_its_first_block() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [3, 3, 3, 3], num_classes=5, groups=4, width_per_group=8
+    )
+    share_filter_bases(model, shared=16, unique=8)
+    first, second, third = (model.get_submodule(f"layer2.{i}") for i in range(3))
+    assert isinstance(first.conv2, nn.Conv2d)
+    assert second.conv2.basis is third.conv2.basis
+    basis, unique = second.conv2.basis, second.conv2.unique
+    # layer1 has 32 channels in 4 groups, 8 filters in each: S = 16 is 2 groups, U = 8 is 1; layer2 is twice as wide.
+    assert (basis.in_channels, basis.out_channels, basis.groups) == (64, 32, 2)
+    assert (unique.out_channels, unique.groups) == (16, 2)
+    x = torch.randn(2, 64, 5, 5)
+    expected = [F.conv2d(x, layer.weight, padding=1, groups=layer.groups) for layer in (unique, basis)]
+    torch.testing.assert_close(second.conv2(x), torch.cat(expected, 1))
+    assert (second.bn2.num_features, second.conv3.in_channels) == (48, 48)
+    rows = basis.weight.flatten(1)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(32), atol=1e-5, rtol=0)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -293,6 +375,24 @@ REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         lambda: share_filter_bases(on_meta(torchvision.models.resnet50), shared=32),
         ValueError,
         "leave both at None",
+    ),
+    (
+        "filters that fall into no groups",
+        lambda: share_filter_bases(on_meta(torchvision.models.resnext50_32x4d), shared=30),
+        SharingError,
+        "'layer1.1.conv2': shared=30 filters do not fall into groups over 128 channels",
+    ),
+    (
+        "a second basis of a dense block",
+        lambda: share_filter_bases(on_meta(torchvision.models.densenet121), double=True),
+        ValueError,
+        "grouped and dense blocks have one layer that shares and no second basis; leave double out",
+    ),
+    (
+        "dense twice",
+        lambda: share_filter_bases(share_filter_bases(on_meta(cifar_densenet121))),
+        SharingError,
+        "'features.denseblock1.denselayer1.conv2' shares its filters already",
     ),
     (
         "twice",

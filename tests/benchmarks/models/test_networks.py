@@ -32,6 +32,8 @@ def test_every_network_takes_the_images_of_its_data(name: str) -> None:
         ("wrn28_10", 36_479_194),  # Zagoruyko and Komodakis: 36.5 M
         ("wrn16_4", 2_748_890),  # 2.7 M
         ("densenet40", 1_019_754),  # Huang et al.: 1.0 M
+        ("c3_released", 3 * 32 * 25 + 32 + 2 * (32 * 32 * 25 + 32) + 512 * 10 + 10),  # repr-ortho, model.py
+        ("small_net", 66_186),  # GUOShuxuan/expandnets, cifar_tiny_7.py, Cifar_Tiny counted
     ],
 )
 def test_networks_have_the_published_size(name: str, parameters: int) -> None:
@@ -61,7 +63,7 @@ def test_large_images_keep_the_published_start() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "options", "message"),
     [
-        ("resnet21", (3, 32, 32), {}, "model.network must be one of c3, c8, resnet20"),
+        ("resnet21", (3, 32, 32), {}, "model.network must be one of c3, c3_released, c8"),
         ("c3", (1, 28, 20), {}, "square images, got 28x20"),
         ("c3", (1, 28, 28), {"widht": 3}, "do not fit c3"),
         ("vgg16_bn", (1, 28, 28), {}, "at least 32 pixels, got 28"),
@@ -93,3 +95,26 @@ def test_an_error_of_ones_own_function_is_not_called_a_wrong_option() -> None:
     with pytest.raises(TypeError) as caught:
         build_network(f"{__name__}.broken_network", (1, 28, 28), 10)
     assert "model.options" not in str(caught.value)
+
+
+def test_released_c3_starts_as_the_released_code_does() -> None:
+    """Weights from a normal distribution of deviation .04, cut off at two of them: what is left deviates by .0352."""
+    torch.manual_seed(0)
+    net = build_network("c3_released", (3, 32, 32), 10)
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert float(parameter.detach().abs().max()) <= 0.08
+            assert float(parameter.detach().std()) == pytest.approx(0.0352, abs=0.001)
+    sizes = [image.shape[-1] for image in _outputs(net, torch.zeros(1, 3, 32, 32), torch.nn.MaxPool2d)]
+    assert sizes == [16, 8, 4]
+
+
+def _outputs(net: torch.nn.Sequential, images: torch.Tensor, kind: type[torch.nn.Module]) -> list[torch.Tensor]:
+    found = []
+    for layer in net:
+        images = layer(images)
+        if isinstance(layer, kind):
+            found.append(images)
+    return found

@@ -175,3 +175,18 @@ def test_imagenet_folders_are_read_as_they_lie(tmp_path: Path) -> None:
     assert torch.allclose(images[:, 0], torch.full((2, 224, 224), expected), atol=1e-5)
     with pytest.raises(ValueError, match="holds 2 class folders, classes=1000"):
         ImageNet(root=str(tmp_path), workers=0).val_dataloader()
+
+
+def test_wrong_labels_are_a_share_of_the_training_labels() -> None:
+    """Of another class each, the same for one seed; images and test labels stay."""
+    right, wrong, again = (Digits(seed=3, train_images=500, wrong_labels=share) for share in (None, 0.2, 0.2))
+    other = Digits(seed=4, train_images=500, wrong_labels=0.2)
+    for part in (0, 2, 3):
+        assert torch.equal(right.parts[part], wrong.parts[part])
+    differs = right.parts[1] != wrong.parts[1]
+    assert int(differs.sum()) == 100
+    assert set(wrong.parts[1].tolist()) == set(range(10))
+    assert torch.equal(wrong.parts[1], again.parts[1])
+    assert not torch.equal(differs, Digits(seed=4, train_images=500).parts[1] != other.parts[1])
+    with pytest.raises(ValueError, match="wrong_labels"):
+        Digits(wrong_labels=1.5)

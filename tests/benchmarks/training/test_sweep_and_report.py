@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.experiments import reproduced
 from benchmarks.training import report, sweep
+from benchmarks.training.record import run_differences
 from benchmarks.training.runs import read_runs
 from benchmarks.training.sweep import Run, SweepError
 
@@ -198,6 +200,26 @@ def test_committed_results_belong_to_the_committed_configurations(data: str, mod
     runs = sweep.plan(data, model, "fm5k", methods, range(1, 11), "cpu", folder)
     sweep.check_results(runs)
     assert sweep.check_protocol(runs) == (folder / "protocol.json").read_text()
+
+
+def test_an_argument_that_came_later_had_its_default() -> None:
+    old = {"callbacks": [{"class": "ExpandNet", "rate": 4}, {"class": "torch.Mine", "rate": 4}]}
+    new = {"callbacks": [{"class": "ExpandNet", "rate": 4, "expand_image": False}, {"class": "torch.Mine", "rate": 4}]}
+    other = {"callbacks": [{"class": "ExpandNet", "rate": 4, "expand_image": True}, {"class": "torch.Mine", "rate": 4}]}
+    assert run_differences(new, old) == []
+    assert len(run_differences(other, old)) == 1
+
+
+@pytest.mark.parametrize("name", reproduced.GRIDS)
+def test_committed_results_of_the_papers_experiments_belong_to_their_configurations(name: str) -> None:
+    folder = sweep.RESULTS / name
+    if not (folder / "protocol.json").exists():
+        pytest.skip("not yet run")
+    runs = reproduced.GRIDS[name].runs(folder)
+    sweep.check_results(runs)
+    assert sweep.check_protocol(runs) == (folder / "protocol.json").read_text()
+    planned = {run.result.stem for run in runs}
+    assert {path.stem for path in folder.glob("*-seed*.json")} | set(reproduced.read_failures(folder)) <= planned
 
 
 def test_slurm_gets_the_missing_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,145 @@
+"""The papers' headline claims under the papers' own settings, scaled to hours on one core: grids of runs, one by one.
+
+    python -m benchmarks.experiments.reproduced                # skips what is done; stop and start it as you like
+    python -m benchmarks.experiments.reproduced --list         # what is done, begun, missing
+    python -m benchmarks.experiments.reproduced --grids repr   # only those whose name begins so
+
+Every grid is a sweep of ``benchmarks.training.sweep`` with a folder of results of its own; the recipe's file says what
+is the paper's and what is scaled. A run that fails, because its training diverged, is a result: ``failures.json`` of
+the folder keeps the error, and the run is not tried again unless ``--retry`` asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common.paths import RESULTS
+from benchmarks.training import report, sweep
+from benchmarks.training.runs import LockError, read_runs, write_whole
+
+__all__ = ["GRIDS", "Grid", "read_failures", "table"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Methods x seeds of one recipe.
+
+    Attributes:
+        model: network, by the name of its configuration; likewise ``recipe`` and ``methods``.
+        recipe: epochs, optimizer, data.
+        methods: the baseline first.
+        data: data set.
+        seeds: of the runs.
+        settings: of all of them that replace the recipe's.
+    """
+
+    model: str
+    recipe: str
+    methods: tuple[str, ...]
+    data: str = "fashion_mnist"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    settings: tuple[str, ...] = ()
+
+    def runs(self, folder: Path) -> list[sweep.Run]:
+        """Return the runs, seed by seed, with results in ``folder``."""
+        overrides = [f"--{setting}" for setting in self.settings]
+        return sweep.plan(self.data, self.model, self.recipe, self.methods, self.seeds, "cpu", folder, overrides)
+
+
+_REPR = ("baseline", "repr_c3", "repr_c3_random", "repr_c3_norm", "repr_c3_half_gain")
+_EXPAND = ("baseline", "expand_ck", "expand_ck_fc")
+#: Learning rates that a further seed tries for each of them.
+RATES = (0.003, 0.01, 0.03, 0.1)
+#: Folder of results -> grid, in the order of work.
+GRIDS: dict[str, Grid] = {
+    "repr-c3-noisy": Grid("c3_released", "fm1k_noisy_repr_c3", _REPR),
+    **{
+        f"small-net-rates/{rate}": Grid(
+            "small_net", "fm5k_small_net", _EXPAND, seeds=(11,), settings=(f"model.lr={rate}",)
+        )
+        for rate in RATES
+    },
+    "repr-c3": Grid("c3_released", "fm5k_repr_c3", _REPR),
+}
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """``METHOD-seedN`` -> the error of the run."""
+    path = folder / "failures.json"
+    found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def work_through(runs: Sequence[sweep.Run], retry: bool) -> bool:
+    """Make the runs one after another; return whether all of them are done or have failed before."""
+    folder = runs[0].result.parent
+    complete = True
+    for run in runs:
+        failures = read_failures(folder)
+        if run.result.stem in failures and not retry:
+            continue
+        try:
+            print(
+                f"{folder.name}: {run.method} seed {run.seed}: {sweep.execute(run, threads=1, wait=True)}", flush=True
+            )
+            failures.pop(run.result.stem, None)
+        except sweep.SweepError as error:
+            print(error, file=sys.stderr, flush=True)
+            lines = [line for line in str(error).splitlines() if "Error" in line]
+            if not lines:  # it was stopped from outside
+                return False
+            failures[run.result.stem] = lines[-1]
+        except LockError as error:
+            print(error, file=sys.stderr, flush=True)
+            complete = False
+        if failures or (folder / "failures.json").exists():
+            write_whole(folder / "failures.json", json.dumps(failures, indent=1) + "\n")
+    return complete
+
+
+def table(name: str, folder: Path = RESULTS) -> str:
+    """Markdown of a grid's runs, paired by seed, and which of them failed."""
+    failures = read_failures(folder / name)
+    if not any((folder / name).glob("*-seed*.json")):
+        return "Not yet run."
+    text = report.table(report.summary(read_runs(folder / name, GRIDS[name].methods)))
+    if failures:
+        listed = "; ".join(f"{run.replace('-seed', ', seed ')}: {error}" for run, error in sorted(failures.items()))
+        text += f"\n\nRuns that ended with an error: {listed}"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; status 1 if a run could not be made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grids", nargs="+", default=[""], metavar="START", help="beginnings of their names")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the grids' folders")
+    parser.add_argument("--retry", action="store_true", help="try runs that failed again")
+    parser.add_argument("--list", action="store_true", help="say what is done and stop")
+    options = parser.parse_args(arguments)
+    complete = True
+    for name, grid in GRIDS.items():
+        if not name.startswith(tuple(options.grids)):
+            continue
+        folder = (options.out / name).resolve()
+        runs = grid.runs(folder)
+        if options.list:
+            failures = read_failures(folder)
+            for run in runs:
+                status = "failed" if run.result.stem in failures else run.status()
+                print(f"{name}: {run.method} seed {run.seed}: {status}")
+            continue
+        protocol = sweep.check_protocol(runs)
+        sweep.check_results(runs)
+        write_whole(folder / "protocol.json", protocol)
+        complete &= work_through(runs, options.retry)
+    return int(not complete)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
