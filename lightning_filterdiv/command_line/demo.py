@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
     "repr": Method(lambda: [RePr()], least_epochs=3),
     "wau": Method(lambda: [WeightAsynchronousUpdate(update_fraction=0.5)]),
     "shared": Method(lambda: [BasisOrthonormality()], _share),
-    "expand": Method(lambda: [ExpandNet()]),
+    "expand": Method(lambda: [ExpandNet(exclude=["net.conv1"])]),
     "importance": Method(lambda: [ChannelImportance()]),
     "entropy": Method(lambda: [EntropyDepthBound()]),
 }
