@@ -14,7 +14,13 @@ from lightning_filterdiv.command_line.options import parse
 
 ROOT = Path(__file__).parent.parent
 CARDS = sorted((ROOT / "lightning_filterdiv").rglob("README.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *CARDS]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *CARDS,
+]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(language, text, id=f"{page.relative_to(ROOT)}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
@@ -53,6 +59,7 @@ def _known(line: str) -> bool:
         assert (ROOT / "benchmarks" / "configs" / config).exists(), config
     words = words[2:] if words[:2] == ["uv", "run"] else words
     words = words[2:] if words[0] == "--group" else words
+    words = words[1:] if words[0] == "--no-dev" else words
     if words[0] == "filterdiv" and words[1] in {"compare", "demo", "inspect"}:
         parse(words[1:])
         return True

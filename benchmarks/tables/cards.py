@@ -94,7 +94,9 @@ def _events(*methods: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "methods": summary.table,
+    "methods_worked": lambda: summary.table("worked"),
+    "methods_not_seen": lambda: summary.table("not_seen"),
+    "methods_cost": summary.cost_table,
     "fm5k_wau": lambda: _quality("wau", "conv_lr_half"),
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),

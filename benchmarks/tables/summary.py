@@ -1,4 +1,4 @@
-"""The README's table of methods: each claim with its number, read from the result files."""
+"""Tables of methods: what each is for and what it gained, with numbers read from the result files."""
 
 from __future__ import annotations
 
@@ -10,83 +10,43 @@ from benchmarks.common.device import read_result
 from benchmarks.common.paths import RESULTS
 from benchmarks.training.runs import interval, read_runs
 
-#: Callback or function, its card, what it does, when it helps.
-_METHODS = (
-    (
-        "BasisOrthonormality",
-        "orthonormality",
-        "pushes the filters of a layer towards orthonormality; six published penalties in closed form",
-        "you want filters as diverse as can be",
-    ),
-    (
-        "CentripetalSGD",
-        "centripetal",
-        "makes filters of a cluster equal (C-SGD), then merges them: a narrower network with the same outputs",
-        "you want a smaller network of the same class, without fine-tuning after the cut",
-    ),
-    (
-        "share_filter_bases",
-        "shared_basis",
-        "lets the convolutions of a stage share one orthonormal set of filters (DSFB)",
-        "parameters are what costs you, not time",
-    ),
-    (
-        "RePr",
-        "repr_",
-        "drops the filters that overlap most for some epochs, brings them back orthogonal to all others",
-        "a small network over-fits (published; not seen in our runs)",
-    ),
-    (
-        "WeightAsynchronousUpdate",
-        "async_update",
-        "moves only a random subset of each layer's filters at every step (WAU)",
-        "you study asynchronous updates; halving the learning rate does the same",
-    ),
-    (
-        "EntropyDepthBound",
-        "entropy_depth",
-        "asks before training whether stages are deeper than the images' entropy suggests (a reconstructed rule)",
-        "you choose an architecture and want a second opinion",
-    ),
-    (
-        "ExpandNet",
-        "expansion",
-        "over-parameterises layers while they train and contracts them exactly; checkpoints are compact (ExpandNets)",
-        "a compact network trains badly (published; not seen in our runs)",
-    ),
-    (
-        "ChannelImportance",
-        "channel_importance",
-        "measures channels with gates (UCP), then cuts the least open ones through the channel graph",
-        "you prune by a measured importance rather than by magnitude",
-    ),
-    (
-        "share_anchored_filters",
-        "shared_basis",
-        "lets all convolutions of a stage use one kernel, with regulators (DACNN)",
-        "parameters are what costs you, even more",
-    ),
-    (
-        "WaveletReconstruction",
-        "wavelet",
-        "a fixed front layer, or a transform, that enhances edges",
-        "edges carry your classes (not seen in our runs)",
-    ),
-    (
-        "FilterSimilarityMonitor",
-        "monitor",
-        "shows how alike filters are, as scalars and figures in your logger; `filterdiv inspect` for a checkpoint",
-        "always, and before any of the others",
-    ),
+#: Goal, callback or function, its card, what it does. First what did in our runs what it is for.
+_WORKED = (
+    ("a smaller network with the same outputs", "CentripetalSGD", "centripetal", "makes filters equal and merges them"),
+    ("filters that do not overlap", "BasisOrthonormality", "orthonormality", "six published penalties in closed form"),
+    ("fewer parameters", "share_filter_bases", "shared_basis", "one set of filters for all layers of a stage"),
+    ("far fewer parameters", "share_anchored_filters", "shared_basis", "one kernel for all layers of a stage"),
+    ("see how alike filters are", "FilterSimilarityMonitor", "monitor", "scalars, figures and reports"),
+    ("a second opinion on depth", "EntropyDepthBound", "entropy_depth", "a bound from the entropy of the images"),
+)
+#: Methods whose published gain in accuracy our runs did not show.
+_NOT_SEEN = (
+    ("diverse filters that are trained in turn", "RePr", "repr_", "drops the most alike filters and regrows them"),
+    ("diverse filters by partial updates", "WeightAsynchronousUpdate", "async_update", "moves a random half each step"),
+    ("a compact network that trains better", "ExpandNet", "expansion", "trains a larger one and contracts it exactly"),
+    ("a better choice of what to prune", "ChannelImportance", "channel_importance", "measures channels by gates (UCP)"),
+    ("sharper edges", "WaveletReconstruction", "wavelet", "a fixed layer in front of the network"),
 )
 
 
-def table() -> str:
-    """Markdown: what it does, when it helps, time per step, evidence."""
-    rows = ["| | what it does | it helps when | time per step | measured |", "|---|---|---|---|---|"]
-    for name, room, what, when in _METHODS:
+def table(part: str) -> str:
+    """Markdown: goal, method, what we measured.
+
+    Args:
+        part: ``"worked"`` or ``"not_seen"``.
+    """
+    rows = ["| you want | use | what we measured |", "|---|---|---|"]
+    for goal, name, room, what in _WORKED if part == "worked" else _NOT_SEEN:
         link = f"[`{name}`](lightning_filterdiv/{room}/README.md)"
-        rows.append(f"| {link} | {what} | {when} | {_COST[name]()} | {_EVIDENCE[name]()} |")
+        rows.append(f"| {goal} | {link}: {what} | {_EVIDENCE[name]()} |")
+    return "\n".join(rows)
+
+
+def cost_table() -> str:
+    """Markdown: what each method adds to a training step."""
+    rows = ["| method | time per step of ResNet-20 |", "|---|---|"]
+    for _, name, room, _ in _WORKED + _NOT_SEEN:
+        rows.append(f"| [`{name}`](../lightning_filterdiv/{room}/README.md) | {_COST[name]()} |")
     return "\n".join(rows)
 
 
@@ -131,8 +91,8 @@ def _rank(arm: str) -> str:
 
 def _diverse(arm: str) -> str:
     small, residual = (_difference(folder, arm, "baseline") for folder in ("fm5k-c3", "fm5k-resnet20"))
-    ranks = f"effective rank {_rank('baseline')} to {_rank(arm)}"
-    return f"three convolutions: {ranks}, accuracy {small}; ResNet-20: {residual}"
+    ranks = f"effective rank {_rank('baseline')} -> {_rank(arm)}"
+    return f"{ranks}; accuracy {small} with three convolutions, {residual} with ResNet-20"
 
 
 def _squeezed() -> str:
@@ -140,9 +100,8 @@ def _squeezed() -> str:
     full, narrow = (next(iter(_runs("squeeze", arm).values())) for arm in ("full", "csgd"))
     changed = sum(run["predictions_that_differ"] for run in merged.values())
     return (
-        f"MACs {100 * (narrow['macs'] / full['macs'] - 1):+.0f} %, {changed} of {10_000 * len(merged):,} "
-        f"predictions changed by the merge, accuracy {_difference('squeeze', 'csgd', 'full')} against the full width, "
-        f"{_difference('squeeze', 'csgd', 'prune')} against pruning"
+        f"{100 * (narrow['macs'] / full['macs'] - 1):+.0f} % MACs; merging changed {changed} of "
+        f"{10_000 * len(merged):,} predictions; accuracy {_difference('squeeze', 'csgd', 'full')}"
     )
 
 
@@ -171,14 +130,12 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
     "RePr": lambda: _diverse("repr"),
     "WeightAsynchronousUpdate": lambda: _diverse("wau"),
     "EntropyDepthBound": lambda: (
-        f"6 convolutions per stage against the bound's 3, equal parameters: "
-        f"{_difference('entropy_depth', 'depth6', 'depth3')}"
+        f"accuracy {_difference('entropy_depth', 'depth6', 'depth3')} at twice the bound's depth, equal parameters"
     ),
     "ExpandNet": lambda: f"accuracy {_difference('fm5k-c3', 'expand_third', 'baseline')}",
     "ChannelImportance": lambda: (
-        f"half of the filters, against the narrow network: accuracy {_difference('ucp', 'ucp', 'narrow', 'fm5k-c3')}, "
-        f"{_difference('ucp', 'ucp_kept', 'narrow', 'fm5k-c3')} with weights kept, "
-        f"{_difference('ucp', 'random_kept', 'narrow', 'fm5k-c3')} with kept ones at random"
+        f"accuracy {_difference('ucp', 'ucp_kept', 'narrow', 'fm5k-c3')} against the narrow network; a random choice: "
+        f"{_difference('ucp', 'random_kept', 'narrow', 'fm5k-c3')}"
     ),
     "share_anchored_filters": lambda: _fewer("fm5k-resnet20-14", "anchored", "baseline"),
     "WaveletReconstruction": lambda: f"accuracy {_difference('fm5k-c3', 'wavelet', 'baseline')}",

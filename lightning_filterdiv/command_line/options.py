@@ -57,7 +57,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--method", choices=("repr", "wau"), default="repr", help="callback of the second run (default: %(default)s)"
+        "--method",
+        nargs="+",
+        choices=("csgd", "soft", "repr", "wau", "shared", "expand", "importance", "entropy"),
+        default=["csgd"],
+        metavar="METHOD",
+        help="what to train beside the plain network: %(choices)s (default: csgd)",
     )
     parser.add_argument(
         "--data",
@@ -191,7 +196,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 #: Name of a command -> its line of help and what adds its options. Module ``NAME`` beside this one runs it.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "demo": ("train a small network on real digits, plain and with a callback", _demo),
+    "demo": ("train a small network on real digits, squeeze it and merge it", _demo),
     "merge": ("merge a CentripetalSGD checkpoint into a narrower network", _merge),
     "entropy": ("estimate how deep a network can usefully be for a data set", _entropy),
     "inspect": ("report how redundant the filters of a network are", _inspect),

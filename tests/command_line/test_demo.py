@@ -8,34 +8,54 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_filterdiv.command_line.demo import _train
+from lightning_filterdiv.command_line import demo
 from lightning_filterdiv.command_line.main import main
-from lightning_filterdiv.command_line.options import parse
+from lightning_filterdiv.demo import SmallConvNet
+from lightning_filterdiv.narrowing import count_parameters, load_merged
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _rows(text: str) -> dict[str, list[str]]:
+    """Label -> values of the table."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if re.search(r"\S\s{2,}\S", line)]
+    return {label: values for label, *values in lines}
+
+
+def test_squeezed_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs"
-    assert main(["demo", "--epochs", "3", "--out", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"test accuracy\s+\d+\.\d %\s+\d+\.\d %", text)
-    for layer in ("net.conv1", "net.conv2", "net.conv3"):
-        assert re.search(rf"{layer}  mean \|cos\| / chance\s+\d\.\d\d\s+\d\.\d\d", text)
-        assert re.search(rf"{layer}  effective rank / full\s+[01]\.\d+\s+[01]\.\d+", text)
-    assert f"tensorboard --logdir {out}" in text
-    for run in ("plain", "repr"):
+    assert main(["demo", "--epochs", "5", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    rows = _rows(captured.out)
+    plain, trained, merged = (float(share.removesuffix(" %")) for share in rows["test accuracy"])
+    assert plain > 90, "not a toy: it reads digits"
+    assert trained == merged
+    assert re.search(r"Merging changed 0 of 360 predictions", captured.out)
+    full, same, narrow = (int(number.replace(",", "")) for number in rows["parameters"])
+    assert full == same > 3 * narrow
+    assert f"tensorboard --logdir {out}" in captured.out
+    for noise in ("Warning", "srun", "TPU", "Tip"):
+        assert noise not in captured.out + captured.err
+    network = load_merged(SmallConvNet(image_size=8), out / "csgd" / "narrow.pt")
+    assert count_parameters(network) == narrow
+    for run in ("plain", "csgd"):
         events = EventAccumulator(str(out / run / "version_0")).Reload()
         scalars = events.Tags()["scalars"]
         assert "Filters/cosine_over_chance" in scalars
         assert not {"epoch", "hp_metric"} & set(scalars), "no card that says nothing"
         steps = [event.step for event in events.Scalars("filterdiv_layers/cosine_over_chance/net.conv1")]
         assert steps[0] == 0, "measured before training too"
-        assert len(steps) == 4
         assert "filterdiv_figures/similarity/net.conv1" in events.Tags()["images"]
 
 
-def test_demo_learns() -> None:
-    """Not a toy: the accuracy it prints is that of a network which reads digits."""
-    assert _train("plain", None, parse(["demo", "--epochs", "5"])).accuracy > 0.9
+def test_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method can be chosen, and several at once."""
+    out = tmp_path / "runs"
+    methods = [name for name in demo.METHODS if name != "csgd"]
+    assert main(["demo", "--epochs", "3", "--out", str(out), "--method", *methods]) == 0
+    rows = _rows(capsys.readouterr().out)
+    assert all(len(values) == 1 + len(methods) for label, values in rows.items() if label != "plain")
+    shared = 1 + methods.index("shared")
+    parameters = [int(number.replace(",", "")) for number in rows["parameters"]]
+    assert parameters[shared] < parameters[0]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +63,7 @@ def test_demo_learns() -> None:
     [
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["--epochs", "2"], "--method repr needs at least 3 epochs, got --epochs 2"),
+        (["--method", "repr", "--epochs", "2"], "--method repr needs at least 3 epochs, got --epochs 2"),
         (["--out", "file"], "--out file cannot be written (File exists: file); name another folder"),
     ],
 )

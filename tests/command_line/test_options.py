@@ -28,7 +28,7 @@ _REPORT = {
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["demo"], {"method": "repr", "data": "digits", "epochs": 15, "seed": 0, "out": Path("filterdiv_demo")}),
+        (["demo"], {"method": ["csgd"], "data": "digits", "epochs": 15, "seed": 0, "out": Path("filterdiv_demo")}),
         (
             ["inspect", "a.ckpt"],
             {

@@ -262,7 +262,7 @@ COMMAND_LINE: list[Row] = [
     ),
     Row(
         "demo too short for its method",
-        lambda: command("demo", "--epochs", "2"),
+        lambda: command("demo", "--epochs", "2", "--method", "repr"),
         CommandError,
         "--epochs",
         "at least 3",
