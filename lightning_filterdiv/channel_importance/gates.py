@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.filters import NoLayersError, canonical_name, select_filters
+from lightning_filterdiv.narrowing.importance import gate_means
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
@@ -70,6 +71,11 @@ class GatedConv2d(nn.Conv2d):
     narrowing_obstacle = "still has its gate: prune a fresh network, or call remove_gates first"
 
     gate: ChannelGate
+
+    def remove_gate(self) -> None:
+        """Become an ordinary convolution."""
+        del self.gate
+        self.__class__ = nn.Conv2d  # type: ignore[assignment]
 
     def _load_from_state_dict(
         self,
@@ -168,12 +174,10 @@ def remove_gates(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no gate to remove; insert_gates or ChannelImportance adds them"
         )
     for conv in layers.values():
-        del conv.gate
-        conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+        conv.remove_gate()
     return model
 
 
-@torch.no_grad()
 def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Mean gate of every channel over images, in eval mode.
 
@@ -189,36 +193,6 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
         TypeError: a batch that holds no tensor of images.
         ValueError: no images.
     """
-    layers = gated_layers(model)
-    if not layers:
+    if not gated_layers(model):
         raise NoLayersError(f"{type(model).__name__} has no gates; insert_gates or ChannelImportance adds them")
-    mode = {module: module.training for module in model.modules()}
-    sums: dict[str, Tensor] = {}
-    images = 0
-
-    def watch(name: str) -> Any:
-        def hook(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = cast(ChannelGate, gate).factors(inputs[0]).double().sum(0).cpu()
-            sums[name] = sums[name] + seen if name in sums else seen
-
-        return hook
-
-    handles = [conv.gate.register_forward_pre_hook(watch(name)) for name, conv in layers.items()]
-    try:
-        model.eval()
-        for batch in batches:
-            x = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, list | tuple) and batch else None
-            if not isinstance(x, Tensor):
-                raise TypeError(
-                    f"a batch must be a tensor (B, C, H, W) or a tuple that begins with one, got {type(batch).__name__}"
-                )
-            images += len(x)
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in mode.items():
-            module.training = training
-    if not images:
-        raise ValueError("batches holds no images to measure importance on; give at least one batch")
-    return {name: total / images for name, total in sums.items()}
+    return gate_means(model, batches)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_filterdiv.centripetal.callback import CentripetalSGD
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.narrowing.clusters import kept_count
+from lightning_filterdiv.narrowing.widths import kept_count
 from lightning_filterdiv.tensors.arguments import check_number
 
 __all__ = ["PUBLISHED_STAGES", "squeeze_in_stages"]

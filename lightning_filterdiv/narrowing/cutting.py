@@ -1,0 +1,98 @@
+"""From the channels to keep to the network that has only those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, NarrowingError
+from lightning_filterdiv.channel_graph.modules import copy_network
+from lightning_filterdiv.channel_graph.narrow import narrow as cut
+from lightning_filterdiv.channel_graph.verify import Proof, prove
+from lightning_filterdiv.filters import canonical_name, named_tensors
+
+__all__ = ["check_narrowable", "check_same", "narrow", "removed_mask", "silence"]
+
+
+@torch.no_grad()
+def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``model`` without the other channels: their filters, norms and the columns that read them are gone.
+
+    The result is compared with ``model`` whose consumers ignore those channels, on random inputs in float64.
+
+    Args:
+        model: the traced network, or another with the same tensors. It is left as it was.
+        graph: its channel graph.
+        keep: group name -> ``(n,)`` indices of channels to keep, of
+            :func:`~lightning_filterdiv.channel_importance.select_channels`; other groups stay whole.
+
+    Returns:
+        A narrower module of the same class, trainable, in the order of the kept channels.
+
+    Raises:
+        NarrowingError: an unknown or pinned group (with the reason), widths that forward cannot express, or a result
+            that does not compute the same.
+        ValueError: indices that are out of range, repeated or none; gates that are still in the network.
+    """
+    check_narrowable(model)
+    groups = {group.name: group for group in graph.groups}
+    keep = {name: _checked(name, groups.get(name), kept) for name, kept in keep.items()}
+    silent = copy_network(model)
+    silence(silent, graph, keep)
+    result = cut(silent, graph, keep)
+    check_same(prove(silent, lambda whole: cut(whole, graph, keep), graph))
+    return result
+
+
+def check_narrowable(model: nn.Module) -> None:
+    """Raise ValueError where a module says that the network must not be narrowed as it is."""
+    for name, module in model.named_modules():
+        if obstacle := getattr(module, "narrowing_obstacle", None):
+            raise ValueError(f"{canonical_name(name)!r} {obstacle}")
+
+
+def check_same(proof: Proof) -> None:
+    """Raise NarrowingError where the narrow network is not the one that ignores the channels."""
+    if not proof.exact:
+        raise NarrowingError(
+            f"the pruned network is not one that ignores the channels: {proof}; nothing was pruned. Please report the "
+            f"network: the channel graph is wrong about it"
+        )
+
+
+def _checked(name: str, group: ChannelGroup | None, kept: Tensor) -> Tensor:
+    """The channels to keep, as integers."""
+    if group is None:
+        return kept  # narrow names the groups that there are, and why a layer is pinned
+    try:
+        index = torch.as_tensor(kept).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        index = torch.empty(0)  # refused below, by name
+    fits = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index)
+    if not fits or int(index.min()) < 0 or int(index.max()) >= group.size or len(index.unique()) < len(index):
+        raise ValueError(
+            f"keep[{name!r}] must list at least one of the channels 0..{group.size - 1}, each once, as integers; "
+            f"got {kept!r}"
+        )
+    return index
+
+
+def removed_mask(group: ChannelGroup, kept: Tensor) -> Tensor:
+    """(size,) whether each channel goes."""
+    mask = torch.ones(group.size, dtype=torch.bool)
+    mask[kept.cpu()] = False
+    return mask
+
+
+@torch.no_grad()
+def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> None:
+    """Set the columns that read removed channels to zero, in place."""
+    groups = {group.name: group for group in graph.groups}
+    tensors = named_tensors(model)
+    for name, kept in keep.items():
+        for part in groups[name].parts if name in groups else ():
+            if part.kind == "consumer":
+                rows = part.rows[removed_mask(groups[name], kept)].reshape(-1)
+                tensors[part.tensor].index_fill_(part.dim, rows.to(tensors[part.tensor].device), 0)
