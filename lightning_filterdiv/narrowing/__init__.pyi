@@ -8,6 +8,7 @@ from .cutting import narrow as narrow
 from .files import MergedFileError as MergedFileError
 from .files import load_merged as load_merged
 from .files import save_merged as save_merged
+from .importance import Importance as Importance
 from .importance import channel_scores as channel_scores
 from .measure import count_macs as count_macs
 from .measure import count_parameters as count_parameters
