@@ -6,7 +6,6 @@ kernels that depends on the number of distinct shapes only. No Lightning here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -92,11 +91,11 @@ class _Batch:
         members = np.concatenate([np.array(index) + count * i for i, index in enumerate(clusters)])
         self._members = torch.tensor(members).to(buffer.flat.device)
         # (L, n, ...), rows first; (L, n, d) without a copy where a row is one block of memory.
-        self._stack = buffer.stack(first, len(tensors)).movedim(tensors[0].dim + 1, 1)
-        block = math.prod(self._stack.shape[2:])
+        self._stack = tensors[0].rows_first(buffer.stack(first, len(tensors)), 1)
+        block = self._stack.numel() // (len(tensors) * len(clusters[0]))
         self._shape = (len(tensors), len(clusters[0]), block)
         self._view: Tensor | None = None
-        if self._stack.stride()[:2] == (block * len(clusters[0]), block):
+        if tensors[0].groups == 1 and self._stack.stride()[:2] == (block * len(clusters[0]), block):
             self._view = buffer.flat.narrow(0, buffer.start(first), self._stack.numel()).view(self._shape)
 
     def rows(self) -> Tensor:
@@ -211,7 +210,7 @@ class CentripetalUpdate:
         def layout(tensor: ClusteredTensor) -> Hashable:
             p = tensor.parameter
             group = id(groups[id(p)]) if self.decoupled else None
-            return p.shape, p.stride(), tensor.dim, group
+            return p.shape, p.stride(), tensor.dim, tensor.groups, group
 
         # What is sent to the device is sent here, not in a step.
         self._banks = [
@@ -295,9 +294,9 @@ class CentripetalUpdate:
 @torch.no_grad()
 def equalise(values: Tensor, tensor: ClusteredTensor) -> None:
     """Set ``values``, shaped like ``tensor.parameter``, to its cluster means, in place."""
-    rows = values.movedim(tensor.dim, 0)
+    rows = tensor.rows_first(values)
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    rows.copy_(cluster_means(wide, torch.tensor(tensor.clusters)))
+    rows.copy_(cluster_means(wide.reshape(len(tensor.clusters), -1), torch.tensor(tensor.clusters)).view(rows.shape))
 
 
 @torch.no_grad()
@@ -308,7 +307,7 @@ def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[flo
     """
     measured: list[Tensor] = []
     for tensor in tensors:
-        rows = tensor.parameter.detach().movedim(tensor.dim, 0)
+        rows = tensor.rows_first(tensor.parameter.detach()).reshape(len(tensor.clusters), -1)
         wide = rows if rows.dtype == torch.float64 else rows.float()
         peak = wide.abs().amax()
         wide = wide / torch.where(peak > 0, peak, torch.ones_like(peak))

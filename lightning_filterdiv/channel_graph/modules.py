@@ -263,16 +263,15 @@ def update_attributes(module: nn.Module) -> None:
     _recompute(module)
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         reads, writes = module.weight.shape[:2]
-        if module.groups > 1:
+        if module.groups == module.in_channels > 1:  # depthwise: a block has one channel
             module.groups = reads
-            writes *= reads
-        module.in_channels, module.out_channels = reads, writes
+        module.in_channels, module.out_channels = reads, writes * module.groups
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         writes, reads = module.weight.shape[:2]
-        if module.groups > 1:  # depthwise: other grouped convolutions are pinned
+        if module.groups == module.in_channels > 1:  # depthwise: a block has one channel
             per_channel = module.out_channels // module.groups
-            module.groups = reads = writes // per_channel
-        module.in_channels, module.out_channels = reads, writes
+            module.groups = writes // per_channel
+        module.in_channels, module.out_channels = reads * module.groups, writes
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..filters import named_modules, named_tensors
-from .answers import ChannelAnswers, ChannelGroup
+from .answers import ChannelAnswers, ChannelGroup, rows_back, rows_first
 from .channel_map import ChannelMap
 from .errors import NarrowingError
 from .modules import copy_network, device_of, replace_tensors, update_attributes
 from .widths import layout_for, widths_of
 
-__all__ = ["Cut", "cut_in_place", "leave_out", "merging", "narrow", "representatives", "tie"]
+__all__ = ["Cut", "check_blocks", "cut_in_place", "leave_out", "merging", "narrow", "representatives", "tie"]
 
 Clusters = Mapping[str, Tensor]
 
@@ -41,7 +41,32 @@ def representatives(group: ChannelGroup, clusters: Tensor) -> Tensor:
     _, index = torch.unique(clusters, return_inverse=True)
     first = torch.full((int(index.max()) + 1,), group.size, dtype=torch.long)
     first.scatter_reduce_(0, index, torch.arange(group.size), "amin")
+    if group.blocks is not None:
+        if bool((group.blocks[first[index]] != group.blocks).any()):
+            i = int((group.blocks[first[index]] != group.blocks).nonzero()[0])
+            raise NarrowingError(
+                f"group {group.name!r} has {group.block_count} blocks, and cluster {int(clusters[i])} joins channels "
+                f"{int(first[index][i])} and {i} of different blocks: a grouped layer reads or writes its channels "
+                f"block by block. Cluster inside ChannelGroup.blocks, as cluster_channels does"
+            )
+        check_blocks(group, first, "clusters")
     return first[index]
+
+
+def check_blocks(group: ChannelGroup, kept: Tensor, what: str) -> None:
+    """Raise unless every block of ``group`` keeps equally many channels.
+
+    Raises:
+        NarrowingError: some do not.
+    """
+    if group.blocks is None:
+        return
+    counts = torch.bincount(group.blocks[kept], minlength=group.block_count)
+    if len(counts.unique()) > 1:
+        raise NarrowingError(
+            f"{what} of group {group.name!r} leave {counts.tolist()} channels in its {group.block_count} blocks: a "
+            f"grouped layer needs equally many in every block (see ChannelGroup.blocks)"
+        )
 
 
 def _by_name(graph: ChannelAnswers, wanted: Mapping[str, object]) -> dict[str, ChannelGroup]:
@@ -91,13 +116,15 @@ def tie(model: nn.Module, graph: ChannelAnswers, clusters: Clusters) -> None:
                 continue
             tensor = tensors[part.tensor]
             index = first.to(tensor.device)
+            laid = rows_first(tensor, part.dim, part.groups)
             for rows in part.rows.T.to(tensor.device):
-                values = tensor.index_select(part.dim, rows).movedim(part.dim, 0)
+                values = laid.index_select(0, rows)
                 wide = values.double() if values.device.type == "cpu" else values.float()
                 total = torch.zeros_like(wide).index_add_(0, index, wide)
                 divisor = counts.to(tensor.device)[index].reshape(-1, *[1] * (wide.ndim - 1))
-                mean = (total[index] / divisor).to(tensor.dtype).movedim(0, part.dim)
-                tensor.index_copy_(part.dim, rows, mean)
+                laid.index_copy_(0, rows, (total[index] / divisor).to(tensor.dtype))
+            if part.groups > 1:
+                tensor.copy_(rows_back(laid, part.dim, part.groups))
 
 
 @dataclass
@@ -108,11 +135,13 @@ class Cut:
         removed: rows that go.
         added: of those, consumer columns that are added to others first, and the columns they are added to.
         index: what is kept, in this order; by default all that is not removed.
+        groups: rows count through that many equal parts of dimension 0, see :class:`TensorRows`.
     """
 
     removed: list[Tensor] = field(default_factory=list)
     added: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     index: Tensor | None = None
+    groups: int = 1
 
 
 Cuts = dict[str, dict[int, Cut]]
@@ -158,6 +187,9 @@ def _selections(graph: ChannelAnswers, keep: Mapping[str, Tensor], sums: Mapping
                 )
             if not torch.equal(into[kept], kept):
                 raise NarrowingError(f"sums[{name!r}] must hold each kept channel at its own place")
+            if group.blocks is not None and bool((group.blocks[into] != group.blocks)[into >= 0].any()):
+                raise NarrowingError(f"sums[{name!r}] adds channels of one block to another (see ChannelGroup.blocks)")
+        check_blocks(group, kept, f"keep[{name!r}]")
         if len(kept) < group.size:
             selections.append(_Selection(group, kept, into))
     if unkept := [name for name in sums if name not in keep]:
@@ -171,7 +203,7 @@ def _cuts(selections: list[_Selection]) -> Cuts:
         removed = selection.removed
         summed = removed[selection.sums[removed] >= 0]
         for part in selection.group.parts:
-            cut = cuts.setdefault(part.tensor, {}).setdefault(part.dim, Cut())
+            cut = cuts.setdefault(part.tensor, {}).setdefault(part.dim, Cut(groups=part.groups))
             cut.removed.append(part.rows[removed].reshape(-1))
             if part.kind == "consumer" and len(summed):
                 cut.added.append((part.rows[summed].reshape(-1), part.rows[selection.sums[summed]].reshape(-1)))
@@ -233,12 +265,14 @@ def cut_in_place(
 
 
 def leave_out(groups: Sequence[ChannelGroup], share: int = 3) -> list[_Selection]:
-    """Selections that leave out about one in ``share`` channels of every group, the last ones."""
-    return [
-        _Selection(group, torch.arange(group.size - max(1, group.size // share)), torch.full((group.size,), -1))
-        for group in groups
-        if group.size > 1
-    ]
+    """Selections that leave out about one in ``share`` channels of every group (of each block), the last ones."""
+    selections = []
+    for group in groups:
+        size = group.size // group.block_count
+        if size > 1:
+            kept = torch.cat([block[: size - max(1, size // share)] for block in group.members()]).sort().values
+            selections.append(_Selection(group, kept, torch.full((group.size,), -1)))
+    return selections
 
 
 def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]) -> tuple[nn.Module, ChannelAnswers]:
@@ -310,8 +344,10 @@ def _cut(model: nn.Module, cuts: Cuts) -> None:
 def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
     value = tensor.detach()
     wide = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-    for dim, cut in dims.items():
-        index = cut.index
+    for dim, cut in sorted(dims.items()):
+        index, parts = cut.index, cut.groups
+        if parts > 1:  # the blocks of dimension 0 move beside those of dimension 1, and back
+            value, dim = rows_first(value, dim, parts), 0
         if index is None:
             mask = torch.ones(value.shape[dim], dtype=torch.bool)
             for rows in cut.removed:
@@ -319,12 +355,15 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
             index = mask.nonzero().squeeze(1)
         if value.is_meta:
             value = value.new_empty([len(index) if d == dim else n for d, n in enumerate(value.shape)])
+            value = rows_back(value, dim, parts) if parts > 1 else value
             continue
         if cut.added:
             columns, into = (torch.cat(part).to(value.device) for part in zip(*cut.added, strict=True))
             added = value.index_select(dim, columns).to(wide)
             value = value.to(wide, copy=True).index_add_(dim, into, added).to(value.dtype)
         value = value.index_select(dim, index.to(value.device))
+        if parts > 1:
+            value = rows_back(value, dim, parts)
     for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
             return value.contiguous(memory_format=memory_format)

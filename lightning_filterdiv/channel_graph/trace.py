@@ -23,9 +23,17 @@ from ..filters import (
 from ..tensors.arguments import check_module
 from . import layers, moves
 from .answers import ChannelAnswers, Operation, Table, layer_of
-from .channels import channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
+from .channels import (
+    channel_table,
+    couple_shared_rows,
+    groups_of,
+    linked_ranks,
+    pin_impossible,
+    resolve_elements,
+)
 from .errors import ChannelGraphError, TraceError
 from .inputs import example_arguments
+from .labels import Ints
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
@@ -89,9 +97,7 @@ def trace_at(
     """Trace with (args, kwargs), without asking which widths forward can express."""
     traced = bare_module(find_submodule(model, network, ChannelGraphError))
     names = tensor_names(model)
-    state = Propagation(row_dims=_row_dims(traced, names))
     records = [record(traced, call, names, network)]
-    state.run(records[0], _rule, layers.RULES)
     if idle := _idle_parameters(traced, names, records[0]):
         # Auxiliary heads read channels in training only: their record is laid over the first one.
         try:
@@ -100,8 +106,24 @@ def trace_at(
             raise TraceError(
                 f"{idle[0]!r} is not used in eval mode, and training mode cannot be traced: {error}"
             ) from error
-        state.run(records[1], _rule, layers.RULES)
+    row_dims = _row_dims(traced, names)
+    state = propagate(records, row_dims)
+    if ranks := linked_ranks(state):
+        state = propagate(records, row_dims, ranks)
     return answers(**_collect(model, state, records, call, network))
+
+
+def propagate(
+    records: Sequence[Record], row_dims: Mapping[str, int], ranks: Mapping[str, Ints] | None = None
+) -> Propagation:
+    """Run records of one network on labels, and join what is one channel."""
+    state = Propagation(row_dims=row_dims, ranks=ranks or {})
+    for one in records:
+        state.run(one, _rule, layers.RULES)
+    resolve_elements(state)
+    couple_shared_rows(state)
+    state.settle_moves()
+    return state
 
 
 def _idle_parameters(model: nn.Module, names: Mapping[int, str], record: Record) -> list[str]:
@@ -159,8 +181,6 @@ def _names_outside(model: nn.Module, network: str) -> dict[str, str]:
 def _collect(
     model: nn.Module, state: Propagation, records: Sequence[Record], call: Any, network: str
 ) -> dict[str, Any]:
-    resolve_elements(state)
-    couple_shared_rows(state)
     table = channel_table(state)
     pin_impossible(state, table, _obstacles(model, state, table, network))
     pins: dict[int, str] = {}
@@ -171,7 +191,8 @@ def _collect(
     sites, bodies = find_sites(model, records, state, network)
     constrained = constrained_channels(sites, bodies, state, set(pins))
     fixed = set().union(*constrained)
-    groups = groups_of(table, set(pins), order, layer_tensors, fixed)
+    groups, refused = groups_of(table, set(pins), order, layer_tensors, fixed, state.grouped)
+    pins |= refused
     regions = filter_regions(state, order)
     pinned = pinned_layers(state, table, pins, order, layer_tensors)
     modules = named_modules(model)
@@ -194,12 +215,13 @@ def _collect(
         "table": table,
         "body_moves": {
             root: f"{m.operator} in {m.module or 'forward'}"
-            for m in (*state.reshapes, *reversed(bodies))
+            for m in (*state.reshapes, *state.stacked, *reversed(bodies))
             for root in state.table.roots(m.owners).tolist()
         },
         "arguments": call,
         "network": network,
         "output_shapes": tuple(node.shape for node in records[0].outputs),
+        "stacked": bool(state.stacked),
         "read_values": next((state.where(node) for node in records[0].nodes if node in records[0].reads), ""),
     }
 

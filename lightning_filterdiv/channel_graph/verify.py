@@ -62,16 +62,16 @@ class Proof:
 
 def random_clusters(graph: ChannelAnswers, generator: torch.Generator, keep: float = 0.6) -> dict[str, Tensor]:
     """Random clusters of every group, about ``keep`` as many as channels, within what forward can express."""
-    counts = nearest_counts(graph, {group.name: max(1, round(keep * group.size)) for group in graph.groups})
+    counts = nearest_counts(graph, {group.name: group.rounded(round(keep * group.size)) for group in graph.groups})
     clusters = {}
     for group in graph.groups:
-        index = torch.cat(
-            [
-                torch.arange(counts[group.name]),
-                torch.randint(counts[group.name], (group.size - counts[group.name],), generator=generator),
-            ]
-        )
-        clusters[group.name] = index[torch.randperm(group.size, generator=generator)]
+        index = torch.empty(group.size, dtype=torch.int64)
+        kept = counts[group.name] // group.block_count
+        for block, members in enumerate(group.members()):
+            more = torch.randint(kept, (len(members) - kept,), generator=generator)
+            drawn = torch.cat([torch.arange(kept), more]) + block * kept
+            index[members] = drawn[torch.randperm(len(members), generator=generator)]
+        clusters[group.name] = index
     return clusters
 
 

@@ -122,15 +122,8 @@ def _readers(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) 
             if part.kind != "consumer" or not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
                 continue
             inputs = layer.in_channels if isinstance(layer, CONVOLUTIONS) else layer.in_features
-            per_block = inputs // getattr(layer, "groups", 1)
-            rows = part.rows
-            if per_block < inputs:
-                blocks = getattr(group, "blocks", None)
-                if blocks is None:
-                    continue
-                rows = rows + blocks[:, None] * per_block
             reader = readers.setdefault(layer_of(part.tensor), _Reader(layer, torch.zeros(inputs, dtype=torch.bool)))
-            reader.removed[rows[removed].reshape(-1)] = True
+            reader.removed[part.rows[removed].reshape(-1)] = True
     return readers
 
 

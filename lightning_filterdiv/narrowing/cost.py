@@ -89,7 +89,7 @@ def network_cost(graph: ChannelGraph, measure: Measure) -> Cost:
         for part in group.parts:
             if part.tensor in price:
                 row = shortened.setdefault(part.tensor, {}).setdefault(part.dim, np.zeros(len(groups)))
-                row[index] += part.rows.shape[1]
+                row[index] += part.rows.shape[1] / part.groups
     weights, lengths, shares, owners = [], [], [], []
     for name, unit in price.items():
         if name not in shortened:

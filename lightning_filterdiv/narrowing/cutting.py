@@ -94,5 +94,10 @@ def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -
     for name, kept in keep.items():
         for part in groups[name].parts if name in groups else ():
             if part.kind == "consumer":
-                rows = part.rows[removed_mask(groups[name], kept)].reshape(-1)
-                tensors[part.tensor].index_fill_(part.dim, rows.to(tensors[part.tensor].device), 0)
+                tensor = tensors[part.tensor]
+                rows = part.rows[removed_mask(groups[name], kept)].reshape(-1).to(tensor.device)
+                if part.groups > 1:
+                    blocks = tensor.unflatten(0, (part.groups, -1)).transpose(1, 2)
+                    blocks[rows // tensor.shape[1], rows % tensor.shape[1]] = 0
+                else:
+                    tensor.index_fill_(part.dim, rows, 0)

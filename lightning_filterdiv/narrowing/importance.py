@@ -139,8 +139,7 @@ def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> 
     """(size, d) float64 flattened kernels that ``layer`` has for the channels of ``group``."""
     parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
     part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
-    weight = tensors[part.tensor].detach().double().cpu().movedim(part.dim, 0).flatten(1)
-    return weight[part.rows.reshape(-1)].reshape(group.size, -1)
+    return part.entries(tensors[part.tensor].detach()).flatten(1).double().cpu()
 
 
 def _norms(tensors: Mapping[str, Tensor], group: ChannelGroup, order: int) -> Tensor:
@@ -177,9 +176,8 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
         for layer in _writers(group):
             kernels = _kernels(tensors, group, layer)
             inner = kernels @ kernels.T / kernels.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-            blocks = getattr(group, "blocks", None)
-            if blocks is not None and getattr(modules.get(layer), "groups", 1) > 1:
-                inner = inner * (blocks[:, None] == blocks[None, :])
+            if group.blocks is not None and getattr(modules.get(layer), "groups", 1) > 1:
+                inner = inner * (group.blocks[:, None] == group.blocks[None, :])
             gram += inner
         length = gram.diagonal().sqrt().clamp_min(1e-150)  # a filter of zeros stays one, and goes first
         gram = gram / length.outer(length)
@@ -259,17 +257,12 @@ def _taylor(
             for part in group.parts:
                 gradient = found.get(part.tensor) if part.kind == "consumer" else None
                 if gradient is not None:
-                    products = (gradient * tensors[part.tensor].detach()).double().cpu().movedim(part.dim, 0)
-                    change += _columns(products, group, part.rows).sum(1)
+                    products = (gradient * tensors[part.tensor].detach()).double()
+                    change += part.entries(products).flatten(1).sum(1).cpu()
             scores[group.name] += change.square()
     if not count:
         raise ValueError("batches holds no batch to measure the importance on; give at least one")
     return {name: total / count for name, total in scores.items()}
-
-
-def _columns(products: Tensor, group: ChannelGroup, rows: Tensor) -> Tensor:
-    """(size, k) sums over the entries of columns."""
-    return products.flatten(1).sum(1)[rows]
 
 
 def gate_means(model: nn.Module, batches: Iterable[Any] | None) -> dict[str, Tensor]:
@@ -358,7 +351,8 @@ def _given(
                     f"importance of {layer!r} is that of {len(values)} channels, but the layer has "
                     f"{graph.filter_count(layer)}: it was measured on another network; measure it on this one"
                 )
-            found.append(values.detach().double().cpu()[group.rows(layer)])
+            own = values.detach().double().cpu()[group.rows(layer)]
+            found.append(own if own.ndim == 1 else own.mean(1))
         if found:
             scores[group.name] = _checked(torch.stack(found).mean(0), group, "importance")
         else:

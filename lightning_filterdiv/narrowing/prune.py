@@ -35,7 +35,6 @@ from lightning_filterdiv.narrowing.widths import (
     WidthPlan,
     WidthRule,
     choose_groups,
-    group_blocks,
     plan_widths,
     removal_order,
 )
@@ -192,7 +191,7 @@ def prune_channels(
     if verbose:
         print(plan)
     keep = {
-        group.name: removal_order(scores[group.name], group_blocks(group))[group.size - plan.counts[group.name] :]
+        group.name: removal_order(scores[group.name], group.blocks)[group.size - plan.counts[group.name] :]
         .sort()
         .values
         for group in groups

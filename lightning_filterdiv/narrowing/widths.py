@@ -269,8 +269,7 @@ class _Ladder:
     """Counts that a group may keep, widest first: its size, then multiples of the step."""
 
     def __init__(self, group: ChannelGroup, rule: WidthRule) -> None:
-        blocks = group_blocks(group)
-        step = math.lcm(rule.channels_multiple, 1 if blocks is None else len(blocks.unique()))
+        step = math.lcm(rule.channels_multiple, group.block_count)
         share = 0.0 if rule.max_layer_fraction is None else 1 - rule.max_layer_fraction
         lowest = step * max(1, math.ceil(kept_count(group.size, share) / step)) if group.size >= step else group.size
         below = range((group.size - 1) // step * step, lowest - 1, -step)
@@ -280,12 +279,6 @@ class _Ladder:
     def at_least(self, count: int) -> int:
         """Position of the smallest allowed count that is no smaller than ``count``; of the lowest one if none is."""
         return max(i for i, allowed in enumerate(self.counts) if allowed >= count or i == 0)
-
-
-def group_blocks(group: ChannelGroup) -> Tensor | None:
-    """(size,) block of each channel where every block must keep equally many; ``None`` where none is."""
-    blocks: Tensor | None = getattr(group, "blocks", None)
-    return blocks if blocks is not None and len(blocks.unique()) > 1 else None
 
 
 def plan_widths(
@@ -354,7 +347,7 @@ class _Solver:
 
     def _keys(self, group: ChannelGroup, scores: Tensor) -> list[float]:
         """Importance of what each step down the ladder removes, relative to the group's mean; never falling."""
-        order = removal_order(scores, group_blocks(group))
+        order = removal_order(scores, group.blocks)
         values = scores.double()[order] / scores.double().abs().mean().clamp_min(1e-300)
         counts = self.ladders[group.name].counts
         steps = [

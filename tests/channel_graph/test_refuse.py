@@ -29,10 +29,6 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
     ),
     "channel attention": (MIXING["channel attention"], r"input of matmul in forward, which mixes channels"),
     "mean over channels": (lambda: lambda x: x - x.mean(1, keepdim=True), r"mean in forward over channels"),
-    "grouped": (
-        lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2),
-        r"input of between, a grouped convolution \(groups=2\)",
-    ),
     "unknown operator": (
         lambda: lambda x: torch.cumprod(x, 2),
         r"cumprod in forward, an operator the channel graph has no",
@@ -40,9 +36,8 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
     "gated halves": (lambda: lambda x: F.glu(torch.cat([x, x], 1), 1), r"input of glu in forward"),
     "halves multiplied": (
         lambda: lambda x: torch.cat([x[:, :4] * x[:, 4:]] * 2, 1),
-        r"several filters of first meet in one channel",
+        r"their number is fixed by slice in forward",
     ),
-    "added to itself flipped": (lambda: lambda x: x + x.flip(1), r"several filters of first meet in one channel"),
     "constants per channel": (
         lambda: lambda x: x * torch.arange(8.0).reshape(1, 8, 1, 1),
         r"meets values that no channel owns",

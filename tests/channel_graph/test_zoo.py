@@ -68,8 +68,8 @@ COUNTS = {
         )
     )
     + 2 * (128 + 1024),
-    # Grouped layers are pinned with what they read: the stem and the four streams remain.
-    "resnext50_32x4d": 64 + 256 + 512 + 1024 + 2048,
+    # As a ResNet: what grouped layers read and write lives in 32 blocks.
+    "resnext50_32x4d": 64 + 256 + 512 + 1024 + 2048 + 2 * (3 * 128 + 4 * 256 + 6 * 512 + 3 * 1024),
 }  # fmt: skip
 
 
@@ -103,11 +103,14 @@ DEEP = ("resnet50", "vgg11_bn", "densenet121", "efficientnet_b0", "googlenet", "
 def test_counts_and_exactness(name: str) -> None:
     graph, _ = check_exact(build(name), image(name))
     assert mergeable(graph) == COUNTS[name]
+    assert set(graph.pinned.values()) == {"network output"}
     if name == "resnext50_32x4d":
-        grouped = [layer for layer, reason in graph.pinned.items() if "(groups=32) that is not depthwise" in reason]
-        assert len(grouped) == 16
-    else:
-        assert set(graph.pinned.values()) == {"network output"}
+        assert {g.name: g.block_count for g in graph.groups if g.blocks is not None} == {
+            f"layer{stage}.{block}.conv{conv}": 32
+            for stage, blocks in enumerate((3, 4, 6, 3), 1)
+            for block in range(blocks)
+            for conv in (1, 2)
+        }
 
 
 @pytest.mark.soak
