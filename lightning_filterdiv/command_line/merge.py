@@ -18,12 +18,14 @@ from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import read_checkpoint, restore_model
 from lightning_filterdiv.files import why_unwritable
 from lightning_filterdiv.filters import find_submodule
+from lightning_filterdiv.narrowing.export import ExportError, export_onnx, latency_table
 from lightning_filterdiv.narrowing.files import save_merged
 from lightning_filterdiv.narrowing.measure import latency_ratio
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
+from lightning_filterdiv.narrowing.twins import merge_twins
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
-__all__ = ["run"]
+__all__ = ["check_outputs", "finish", "run"]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,9 +40,11 @@ def run(options: argparse.Namespace) -> None:
         check_integer("--pairs", options.pairs, low=0)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    if reason := why_unwritable(options.out):  # before minutes of work
-        raise CommandError(f"--out {options.out} cannot be written: {reason}")
+    check_outputs(options)
     checkpoint = read_checkpoint(options.checkpoint, options.trust_pickle)
+    if options.twins is not None:
+        _merge_twins(options, checkpoint)
+        return
     state = _check_states(checkpoint, options.checkpoint)
     try:
         clusters = CentripetalSGD.clusters_from(checkpoint)
@@ -62,11 +66,50 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"{options.checkpoint}: {reason}") from error
     except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:  # of sizes in a file
         raise CommandError(f"{options.checkpoint}: {error}; see --input-shape") from error
-    save_merged(merged, options.out)
     print(report)
-    if options.pairs > 0:
-        print(_latency(model, merged, inputs, network, options.pairs))
+    finish(options, model, merged, inputs, network)
+
+
+def _merge_twins(options: argparse.Namespace, checkpoint: Mapping[str, Any]) -> None:
+    model = restore_model(options.model, options.config, checkpoint)
+    inputs = None if options.input_shape is None else torch.zeros(options.input_shape)
+    try:
+        merged, report = merge_twins(model, inputs, threshold=options.twins)
+    except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        reason = str(error).replace("threshold", "--twins").replace("example_inputs=...", "--input-shape")
+        raise CommandError(f"{options.checkpoint}: {reason}") from error
+    print(report)
+    finish(options, model, merged, inputs, None)
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise CommandError where a file that is asked for cannot be written; before minutes of work."""
+    for name, path in (("--out", options.out), ("--onnx", options.onnx)):
+        if path is not None and (reason := why_unwritable(path)):
+            raise CommandError(f"{name} {path} cannot be written: {reason}")
+
+
+def finish(options: argparse.Namespace, model: nn.Module, narrow: nn.Module, inputs: Any, network: str | None) -> None:
+    """Save the narrow network, export it where asked, and print what both cost.
+
+    Raises:
+        CommandError: the network has no ONNX form.
+    """
+    save_merged(narrow, options.out)
     print(f"saved         {options.out}; load_merged(fresh {type(model).__name__}, path) reads it")
+    try:
+        if options.onnx is not None:
+            difference = export_onnx(narrow, options.onnx, inputs, network=network)
+            print(f"ONNX          {options.onnx}, any batch size; onnxruntime differs by {difference:.1e} (relative)")
+        if options.pairs > 0 and options.onnx is None:
+            print(_latency(model, narrow, inputs, network, options.pairs))
+        elif options.pairs > 0:
+            rows = latency_table(model, narrow, inputs, network=network, pairs=options.pairs)
+            threads = torch.get_num_threads()
+            print(f"latency, CPU, {threads} thread{'s' if threads > 1 else ''}, median of {options.pairs}")
+            print("\n".join(map(str, rows)))
+    except ExportError as error:
+        raise CommandError(f"--onnx {options.onnx}: {error}") from error
 
 
 def _check_states(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ from .merge import tie_channels as tie_channels
 from .prune import Pruned as Pruned
 from .prune import PruneReport as PruneReport
 from .prune import prune_channels as prune_channels
+from .twins import NoTwinsError as NoTwinsError
+from .twins import merge_twins as merge_twins
 from .widths import TargetError as TargetError
 from .widths import WidthPlan as WidthPlan
 from .widths import WidthRule as WidthRule
