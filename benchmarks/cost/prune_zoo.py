@@ -55,9 +55,10 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 
 def _yolo() -> nn.Module:
-    from ultralytics import YOLO
+    import importlib
 
-    return YOLO("yolov8n.yaml").model.float()
+    built: nn.Module = importlib.import_module("ultralytics").YOLO("yolov8n.yaml").model
+    return built.float()
 
 
 NETWORKS = {

@@ -184,7 +184,8 @@ class ClusteredTensor(NamedTuple):
         """
         if self.groups == 1:
             return values.movedim(self.dim + start, start)
-        return values.unflatten(start, (self.groups, -1)).movedim(start + self.dim + 1, start + 1)
+        blocks: Tensor = values.unflatten(start, (self.groups, -1))
+        return blocks.movedim(start + self.dim + 1, start + 1)
 
 
 def clustered_tensors(model: nn.Module, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> list[ClusteredTensor]:

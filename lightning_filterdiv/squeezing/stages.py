@@ -141,7 +141,7 @@ def squeeze_in_stages(
             model, report = squeeze.merge(model, example_inputs, tolerance=tolerance)
             change = report.projection
         else:
-            pruned = prune_channels(model, example_inputs, **rule, verbose=rank_zero_only.rank == 0, **arguments)
+            pruned = prune_channels(model, example_inputs, **rule, verbose=_is_first_rank(), **arguments)
             model, change = pruned.network, pruned.report.change
             if (start := notes.path(number, "start")) is not None and start.exists():
                 model = load_merged(model, start)  # to the bit, whatever was measured on other batches
@@ -155,6 +155,10 @@ def squeeze_in_stages(
     result = StageReport(tuple(rows))
     rank_zero_info(f"squeezed in {len(rows)} stages\n{result}")
     return Squeezed(model, result)
+
+
+def _is_first_rank() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class _Original:
@@ -226,14 +230,14 @@ class _Notes:
     def save(self, number: int, when: str, model: nn.Module) -> None:
         """Write a network, once, on rank 0."""
         path = self.path(number, when)
-        if path is not None and rank_zero_only.rank == 0 and not path.exists():
+        if path is not None and _is_first_rank() and not path.exists():
             save_merged(model, path)
 
     def finish(self, number: int, row: StageRow) -> None:
         """Note a stage as done, when its network is on disk; all ranks wait for that."""
         if self.folder is not None:
             self.rows.append(row)
-            if rank_zero_only.rank == 0:
+            if _is_first_rank():
                 content = json.dumps({"asked": self.asked, "rows": [asdict(r) for r in self.rows]}, indent=1)
                 write_files(self.folder, {"stages.json": content.encode()})
         if torch.distributed.is_available() and torch.distributed.is_initialized():
