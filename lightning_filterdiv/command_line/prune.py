@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from lightning_filterdiv.channel_graph import ChannelGraphError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.merge import check_outputs, finish
 from lightning_filterdiv.command_line.model_source import build_model, read_checkpoint, restore_model, search_here
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
+from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.prune import prune_channels
 from lightning_filterdiv.tensors.arguments import check_integer
 

@@ -408,28 +408,48 @@ class _Solver:
         return self._refine(cost, goal, best, set(held))
 
     def _refine(self, cost: Cost, goal: float, counts: dict[str, int], held: set[str]) -> dict[str, int]:
-        """Take single steps of single groups while one brings the cost nearer."""
+        """Take single steps of groups while one brings the cost nearer; where that is not enough, two at once."""
         movable = [g.name for g in self.groups if g.name not in held and g.name not in self.tied]
         counts = dict(counts)
         while True:
-            vector = self._vector(counts)
-            apart = abs(cost.of(vector) - goal)
-            found: tuple[float, str, int] | None = None
-            for direction in (-1, 1):
-                changes = [0] * len(self.all)
-                for name in movable:
-                    ladder = self.ladders[name].counts
-                    position = ladder.index(counts[name]) - direction
-                    if 0 <= position < len(ladder):
-                        changes[self.place[name]] = ladder[position] - counts[name]
-                values = np.abs(cost.with_changes(vector, changes) - goal)
-                for name in movable:
-                    i = self.place[name]
-                    if changes[i] and values[i] < apart * (1 - 1e-9) and (found is None or values[i] < found[0]):
-                        found = float(values[i]), name, counts[name] + changes[i]
-            if found is None:
+            apart = abs(cost.of(self._vector(counts)) - goal)
+            left, change = self._nearest_step(cost, goal, counts, movable)
+            if left >= apart * (1 - 1e-9) and apart > 0.5 * _TOLERANCE * goal:
+                first = [step for way in (-1, 1) for step in self._steps(counts, movable, way).items()]
+                pairs = ((dict([one]), self._nearest_step(cost, goal, counts | dict([one]), movable)) for one in first)
+                left, change = min(
+                    ((after, one | two) for one, (after, two) in pairs), key=lambda pair: pair[0], default=(apart, {})
+                )
+            if left >= apart * (1 - 1e-9):
                 return counts
-            counts[found[1]] = found[2]
+            counts |= change
+
+    def _steps(self, counts: Mapping[str, int], movable: Sequence[str], direction: int) -> dict[str, int]:
+        """Group -> its count one step down (-1) or up its ladder."""
+        found = {}
+        for name in movable:
+            ladder = self.ladders[name].counts
+            position = ladder.index(counts[name]) - direction
+            if 0 <= position < len(ladder):
+                found[name] = ladder[position]
+        return found
+
+    def _nearest_step(
+        self, cost: Cost, goal: float, counts: Mapping[str, int], movable: Sequence[str]
+    ) -> tuple[float, dict[str, int]]:
+        """Distance from the goal after the best single step, and that step."""
+        vector = self._vector(counts)
+        best: tuple[float, dict[str, int]] = (math.inf, {})
+        for direction in (-1, 1):
+            steps = self._steps(counts, movable, direction)
+            changes = [0] * len(self.all)
+            for name, count in steps.items():
+                changes[self.place[name]] = count - counts[name]
+            left = np.abs(cost.with_changes(vector, changes) - goal)
+            for name, count in steps.items():
+                if left[self.place[name]] < best[0]:
+                    best = float(left[self.place[name]]), {name: count}
+        return best
 
     def _target(self, cost: Cost, goal: float) -> dict[str, int]:
         counts = self._meet(cost, goal, {})
