@@ -103,7 +103,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_resnet20": lambda: _resnet20(),
     "fm5k_resnet20_wau": lambda: _resnet20("wau"),
     "fm5k_resnet20_repr": lambda: _resnet20("repr"),
-    "fm5k_resnet20_orthonormality": lambda: _resnet20("basis", "soft"),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
     "events_repr": lambda: events.table(
@@ -123,7 +122,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead_wau": lambda: _overhead("wau", "naive per-layer wau"),
     "overhead_repr": lambda: _overhead("repr"),
     "overhead_csgd": lambda: _overhead("csgd", "official per-layer csgd"),
-    "overhead_orthonormality": lambda: _overhead(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
     "squeeze": lambda: squeeze.table(squeeze.OUT),
     "squeeze_merge": lambda: squeeze.merge_table(squeeze.OUT),
     "squeeze_latency": lambda: squeeze.latency_table(squeeze.OUT / "latency.json"),
@@ -157,7 +155,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling_events": lambda: scaling.event_table(json.loads(scaling.RESULT.read_text())),
     "launches_wau": lambda: _launches("wau", "naive per-layer wau"),
     "launches_csgd": lambda: _launches("csgd", "official per-layer csgd"),
-    "launches_orthonormality": lambda: _launches(*orthonormality.DEFAULT_WEIGHTS, "per-layer autograd"),
 }
 
 
