@@ -191,8 +191,8 @@ class ExpandNet(FilterCallback):
             return
         # Hooks that come and go would compile every graph twice.
         rank_zero_info(
-            f"ExpandNet: composing weights takes {composing_macs(self._expanded.values()) / 1e9:.3g} G multiply-adds of "
-            f"every step. They are not compared with those of the network, which is compiled"
+            f"ExpandNet: composing weights takes {composing_macs(self._expanded.values()) / 1e9:.3g} G multiply-adds "
+            f"of every step. They are not compared with those of the network, which is compiled"
         )
 
     def release(self) -> None:
