@@ -13,7 +13,7 @@ LIGHTNING = (
     "lightning_filterdiv.training.callback",
     "lightning_filterdiv.training.steps",
     "lightning_filterdiv.training.example_inputs",
-    "lightning_filterdiv.centripetal.budget",  # reads the trainer's schedule
+    "lightning_filterdiv.centripetal.forecast",  # reads the trainer's schedule
     "lightning_filterdiv.centripetal.selection",  # refuses optimizers of a fit
     "lightning_filterdiv.squeezing.",  # fits
     "lightning_filterdiv.demo.",  # a LightningModule and LightningDataModules

@@ -1,10 +1,10 @@
 from .callback import CentripetalSGD as CentripetalSGD
-from .forecast import deviation_factors as deviation_factors
-from .forecast import reached_k as reached_k
-from .forecast import solve_strength as solve_strength
 from .functional import CentripetalUpdate as CentripetalUpdate
 from .functional import ClusteredTensor as ClusteredTensor
 from .functional import centripetal_gradient as centripetal_gradient
 from .functional import cluster_channels as cluster_channels
 from .functional import cluster_filters as cluster_filters
 from .functional import clustered_tensors as clustered_tensors
+from .recursion import deviation_factors as deviation_factors
+from .recursion import reached_k as reached_k
+from .recursion import solve_strength as solve_strength

@@ -11,16 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_filterdiv.centripetal.budget import Budget, ClipMeter
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
-from lightning_filterdiv.centripetal.forecast import LOSSLESS_K
-from lightning_filterdiv.centripetal.functional import (
-    CentripetalUpdate,
-    cluster_distances,
-    relative,
-    relative_deviations,
-)
-from lightning_filterdiv.centripetal.history import DeviationHistory
+from lightning_filterdiv.centripetal.forecast import Forecast
+from lightning_filterdiv.centripetal.functional import CentripetalUpdate, relative_deviations
 from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
@@ -34,7 +27,7 @@ from lightning_filterdiv.narrowing.clusters import (
     clustered_tensors,
     kept_fractions,
 )
-from lightning_filterdiv.narrowing.merge import Merged, merge_channels
+from lightning_filterdiv.narrowing.merge import Merged, NotTiedError, merge_channels
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_number
 from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
@@ -111,16 +104,12 @@ class CentripetalSGD(FilterCallback):
         self.seed = check_integer("seed", seed, low=0)
         #: Group name -> (size,) cluster index of each channel; empty before the first forward call.
         self.clusters: dict[str, Tensor] = {}
-        #: The strength in use; ``None`` before the first step.
-        self.resolved_strength: float | None = None
         #: Layer -> why (some of) its channels are left alone.
         self.left_alone: dict[str, str] = {}
-        self._length: list[int | None] = []  # of the fit that "auto" was resolved for: max_epochs, max_steps
-        self._strengths_changed = self._resolves_anew = False
         self._seen: list[str] = []  # groups that a clustering was decided for, also those that keep all channels
-        self._budget = Budget()
-        self._clip = ClipMeter()
-        self._history = DeviationHistory()
+        self._forecast = Forecast()
+        self._changed: set[str] = set()  # strengths, by a resume
+        self._stopped_at: int | None = None  # global step
         self._began: list[int] = []  # epoch and step of the clustering
         self._tensors: list[ClusteredTensor] = []
         self._updates: dict[int, CentripetalUpdate] = {}
@@ -130,18 +119,23 @@ class CentripetalSGD(FilterCallback):
     # ------------------------------------------------------------------ what a user may ask
 
     @property
+    def resolved_strength(self) -> float | None:
+        """The strength in use; ``None`` before the first step."""
+        return self._forecast.strength
+
+    @property
     def forecast_k(self) -> float | None:
         """The smallest K forecast for a tensor of this fit; ``None``: no forecast."""
-        return min(self._budget.forecast.values(), default=None)
+        return self._forecast.lowest_k
 
     @property
     def forecast(self) -> dict[str, float]:
-        """Tensor name -> K forecast at the start: its deviation shrinks by ``exp(-K)`` over the fit."""
-        return dict(self._budget.forecast)
+        """Tensor name -> K: its distance shrinks by ``exp(-K)`` between the clustering and the end of the fit."""
+        return dict(self._forecast.k)
 
     def deviations(self) -> dict[str, float]:
         """Tensor name -> ``|w - cluster mean| / |w|`` now, of every clustered tensor, kernels and vectors."""
-        return relative_deviations(self._tensors) if self._tensors else dict(self._budget.measured)
+        return relative_deviations(self._tensors) if self._tensors else dict(self._forecast.measured)
 
     @property
     def largest_deviation(self) -> float | None:
@@ -158,7 +152,7 @@ class CentripetalSGD(FilterCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check optimizers and precision, wait for the first forward call or start at once if its inputs are known."""
         check_usable(trainer.optimizers, self.layers)
-        self._clip.watch(trainer)
+        self._forecast.clipping.watch(trainer)
         for index in range(len(trainer.optimizers)):
             self.follow_steps(index)
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
@@ -207,23 +201,12 @@ class CentripetalSGD(FilterCallback):
             )
 
     def _start(self, trainer: pl.Trainer, first: bool) -> None:
-        length = [trainer.max_epochs, trainer.max_steps]
-        longer = self.strength == "auto" and bool(self._length) and self._length != length
-        if self.resolved_strength is None or longer or self._strengths_changed:
-            anew = self.resolved_strength is not None and not first
-            distances = self._distances() if anew else {}
-            reached = self._history.reached_k(distances)
-            if self.resolved_strength is None or longer or self._resolves_anew:
-                self.resolved_strength = self._budget.resolve(
-                    trainer, self._tensors, self.strength, self.vector_strength, min(reached.values(), default=0.0)
-                )
-            if anew:
-                self._forecast_again(trainer, distances, reached)
-        self._length, self._strengths_changed, self._resolves_anew = length, False, False
-        if first:
-            self._budget.announce(trainer, self._tensors, self.resolved_strength, self.vector_strength, self.clusters)
-            self._began = [trainer.current_epoch, trainer.global_step]
-            self._history.begin(trainer.global_step, self._distances(), self._budget.paths())
+        changed, self._changed = self._changed, set()
+        self._forecast.update(
+            trainer, self._tensors, self.strength, self.vector_strength, self.clusters, changed=changed
+        )
+        assert self.resolved_strength is not None
+        self._began = self._began or [trainer.current_epoch, trainer.global_step]
         for index, optimizer in enumerate(trainer.optimizers):
             update = CentripetalUpdate(
                 self._tensors, optimizer, strength=self.resolved_strength, vector_strength=self.vector_strength
@@ -237,17 +220,6 @@ class CentripetalSGD(FilterCallback):
                 except ValueError as error:
                     raise MisconfigurationException(f"CentripetalSGD cannot use this optimizer: {error}") from error
 
-    def _forecast_again(
-        self, trainer: pl.Trainer, distances: Mapping[str, float], reached: Mapping[str, float]
-    ) -> None:
-        """Forecast the steps left, with a strength or a length of the fit that is not that of the first forecast."""
-        assert self.resolved_strength is not None
-        self._budget = Budget(measured=self._budget.measured)
-        self._budget.announce(
-            trainer, self._tensors, self.resolved_strength, self.vector_strength, self.clusters, reached
-        )
-        self._history.forecast_again(trainer.global_step, distances, self._budget.paths())
-
     # ------------------------------------------------------------------ steps
 
     def before_step(self, index: int) -> None:
@@ -258,31 +230,21 @@ class CentripetalSGD(FilterCallback):
             self._begin(self.trainer, self.trainer.lightning_module)
         if (update := self._updates.get(index)) is not None:
             update.before_step(gradient_scale(self.trainer, update.optimizer))
-            self._clip.before_step(update)
+            self._forecast.clipping.before_step(update)
 
     def after_step(self, index: int) -> None:
         """Apply the part of the pull that an optimizer with decoupled terms takes after its step."""
         if (update := self._updates.get(index)) is not None:
-            self._clip.after_step(update)
+            self._forecast.clipping.after_step(update)
             update.after_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the deviation of every tensor, and the forecast corrected for gradient clipping."""
         if not self._tensors:
             return
-        self._history.record(trainer.global_step, self._distances())
-        numbers = self._budget.metrics(self._tensors)
-        if (coefficient := self._clip.mean) is not None:
-            numbers["clip_coefficient"] = coefficient
-            corrected = self._budget.corrected(coefficient)
-            if corrected is not None:
-                numbers["forecast_k_clipped"] = corrected
-                if trainer.current_epoch == 0 and corrected < LOSSLESS_K <= (self.forecast_k or 0.0):
-                    rank_zero_warn(
-                        f"gradient clipping multiplies the pull of CentripetalSGD by {coefficient:.2f} on average: K "
-                        f"will be about {corrected:.1f}, not {self.forecast_k:.1f}, and below {LOSSLESS_K:.0f} merging "
-                        f"is not lossless. Raise gradient_clip_val, the strength or the number of epochs"
-                    )
+        numbers = self._forecast.measure(trainer.global_step, self._tensors)
+        if trainer.current_epoch == 0:
+            self._forecast.warn_of_clipping()
         self.log_metrics(numbers)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -294,18 +256,13 @@ class CentripetalSGD(FilterCallback):
                 "training_step and network, or set example_input_array in the LightningModule"
             )
         if self._tensors:
-            self._history.record(trainer.global_step, self._distances())
-            worst = max(self._budget.measured, key=lambda name: _nan_last(self._budget.measured[name]))
+            self._forecast.measure(trainer.global_step, self._tensors)
+            measured = self._forecast.measured
+            worst = max(measured, key=lambda name: _nan_last(measured[name]))
             rank_zero_info(
-                f"CentripetalSGD: the largest deviation from a cluster's mean is {self._budget.measured[worst]:.1e} of "
-                f"the norm ({worst})"
+                f"CentripetalSGD: the largest deviation from a cluster's mean is {measured[worst]:.1e} of the norm "
+                f"({worst})"
             )
-
-    def _distances(self) -> dict[str, float]:
-        """Distance of every tensor from its clusters' means; the relative ones are kept as measured last."""
-        distances = cluster_distances(self._tensors)
-        self._budget.measured = {name: relative(off, norm) for name, (off, norm) in distances.items()}
-        return {name: off for name, (off, _) in distances.items()}
 
     # ------------------------------------------------------------------ for the monitor
 
@@ -318,14 +275,16 @@ class CentripetalSGD(FilterCallback):
 
     def filterdiv_deviation(self) -> dict[str, list[tuple[int, float, float]]]:
         """Layer -> (step, measured, forecast), both relative to the start, for the monitor."""
-        return self._history.for_layers(list(self.layers))
+        return self._forecast.for_layers(self.layers)
 
     # ------------------------------------------------------------------ end, state
 
     def release(self) -> None:
         """Stop editing and capturing; clusters stay in the state."""
+        if self._tensors and self._trainer is not None:
+            self._stopped_at = self._trainer.global_step
         self._updates, self._tensors = {}, []
-        self._clip.release()
+        self._forecast.clipping.release()
         if self._inputs is not None:
             self._saved_inputs = self._inputs.state() or self._saved_inputs
             self._inputs.close()
@@ -333,9 +292,8 @@ class CentripetalSGD(FilterCallback):
 
     def reset(self) -> None:
         """Forget the clusters of an earlier fit."""
-        self.clusters, self._seen, self.resolved_strength, self._saved_inputs = {}, [], None, None
-        self.left_alone, self._length, self._strengths_changed, self._resolves_anew = {}, [], False, False
-        self._budget, self._clip, self._history, self._began = Budget(), ClipMeter(), DeviationHistory(), []
+        self.clusters, self._seen, self._saved_inputs, self.left_alone = {}, [], None, {}
+        self._forecast, self._changed, self._began, self._stopped_at = Forecast(), set(), [], None
 
     def touched_tensors(self) -> dict[str, Tensor]:
         """Every clustered tensor."""
@@ -346,32 +304,19 @@ class CentripetalSGD(FilterCallback):
         return {
             "clusters": {name: index.clone() for name, index in self.clusters.items()},
             "seen": list(self._seen),
-            "strength": self.resolved_strength,
-            "length": list(self._length),
-            "forecast": dict(self._budget.forecast),
-            "course": self._history.state(),
             "began": list(self._began),
-            "clip": self._clip.state(),
+            **self._forecast.state(),
             "inputs": (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs,
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`extra_state`."""
-        clusters, strength = state["clusters"], state["strength"]
+        clusters = state["clusters"]
         if not isinstance(clusters, dict) or not all(isinstance(index, Tensor) for index in clusters.values()):
-            raise TypeError("clusters must be a dict of tensors, and clip must be a list of two numbers")
-        if strength is not None and not isinstance(strength, float):
-            raise TypeError(f"strength must be a number or None, got {strength!r}")
-        self._clip.load(state["clip"])
-        self._length = list(state.get("length", []))
-        self._strengths_changed = self._resolves_anew = False
-        self._seen = [str(name) for name in state["seen"]]
-        self.clusters, self.resolved_strength = {name: index.clone() for name, index in clusters.items()}, strength
-        self._budget = Budget(forecast=dict(state["forecast"]))
-        self._history, self._began = (
-            DeviationHistory.from_state(state["course"]),
-            [int(number) for number in state["began"]],
-        )
+            raise TypeError("clusters must be a dict of tensors")
+        self._forecast, self._changed = Forecast.from_state(state), set()
+        self._seen, self._began = [str(name) for name in state["seen"]], [int(number) for number in state["began"]]
+        self.clusters = {name: index.clone() for name, index in clusters.items()}
         self._saved_inputs = state["inputs"]
 
     def kept_on_resume(self) -> Mapping[str, str]:
@@ -379,10 +324,8 @@ class CentripetalSGD(FilterCallback):
         return self.fixed_on_resume if self._seen else {}
 
     def arguments_changed(self, saved: Mapping[str, Any]) -> None:
-        """Use other strengths from now on."""
-        self._strengths_changed = bool({"strength", "vector_strength"} & saved.keys())
-        # With "auto" the strength of the kernels does not follow from that of the vectors.
-        self._resolves_anew = "strength" in saved
+        """Forecast again with other strengths."""
+        self._changed = {"strength", "vector_strength"} & saved.keys()
 
     @staticmethod
     def clusters_from(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -432,6 +375,13 @@ class CentripetalSGD(FilterCallback):
             state = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs
             example_inputs, network = inputs_from_state(state, network)
         clusters, network = relative_to(model, self.clusters, network)
-        merged = merge_channels(model, clusters, example_inputs, network=network, tolerance=tolerance)
+        step = self._trainer.global_step if self._trainer is not None else self._stopped_at
+        unfinished = None if step is None else self._forecast.unfinished(step)
+        try:
+            merged = merge_channels(model, clusters, example_inputs, network=network, tolerance=tolerance)
+        except NotTiedError as error:
+            raise (error.before_the_end(unfinished) if unfinished else error) from error
+        if unfinished:
+            rank_zero_info(f"CentripetalSGD merges {unfinished}")
         rank_zero_info(f"CentripetalSGD merged {type(model).__name__}\n{merged.report}")
         return merged

@@ -1,139 +1,482 @@
-"""How far the members of a cluster will have come together when the fit ends.
-
-Under SGD the deviation of a filter from its cluster's mean obeys, whatever the loss, exactly the scalar recursion of
-the same optimizer on the gradient ``(eps + eta) w``: learning-rate schedule, momentum, dampening and Nesterov included.
-``exp(-K)`` with ``K = (eps + eta) / (1 - mu) * sum of lr`` is its limit for small steps.
-"""
+"""The forecast of a fit with C-SGD, and what became of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import numpy as np
-import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import SGD
 
-from lightning_filterdiv.training.learning_rates import StepSettings
+from lightning_filterdiv.centripetal.functional import CentripetalUpdate, cluster_distances, relative
+from lightning_filterdiv.centripetal.recursion import (
+    LOSSLESS_K,
+    TARGET_K,
+    deviation_factors,
+    reached_k,
+    safe_strength,
+    solve_strength,
+    steps_until,
+)
+from lightning_filterdiv.narrowing.clusters import ClusteredTensor
+from lightning_filterdiv.training.learning_rates import StepSettings, forecast_settings, steps_per_epoch
 
-__all__ = ["LOSSLESS_K", "TARGET_K", "Solution", "deviation_factors", "reached_k", "safe_strength", "solve_strength"]
+__all__ = ["ClipMeter", "Forecast"]
 
-#: A merge is called lossless when the deviation of every tensor shrinks by exp(-15) or more (ours).
-LOSSLESS_K = 15.0
-#: What ``strength="auto"`` aims at.
-TARGET_K = 18.0
-_GRID = 96
-Floats = npt.NDArray[np.float64]
-
-
-class Solution(NamedTuple):
-    """A strength and the K that the recursion gives for it; ``reached`` says whether K is at least the target."""
-
-    strength: float
-    k: float
-    reached: bool
+# Enough for a figure; between them the logarithm of the forecast is interpolated.
+_KEPT = 400
+# K of a tensor that is exactly tied: a finite number, whose exponential is one too.
+_TIED_K = 500.0
+# Times the learning rate: a strength that leaves nine tenths of a distance in a step without momentum.
+_ABRUPT = 0.1
 
 
-def deviation_factors(settings: Sequence[StepSettings], strength: float, *, decoupled: bool = False) -> list[float]:
-    """Deviation inside a cluster after 0, 1, ..., n steps, as a multiple of that at the start (it may change sign).
+class _Share(NamedTuple):
+    """Clustered tensors with one future: the same parameter group and the same strength."""
 
-    Args:
-        settings: of the tensor's parameter group, one per step.
-        strength: eps, the centripetal strength.
-        decoupled: the pull follows the step of an optimizer that is not SGD, ``w -= lr * eps * (w - Gamma w)``.
+    names: list[str]
+    vectors: bool
+    settings: list[StepSettings] | str  # or why nobody knows them
+    now: StepSettings
+    decoupled: bool
+
+
+class _Curve(NamedTuple):
+    """Forecast of some tensors: logarithms of their distances at global steps, relative to the first of these."""
+
+    names: list[str]
+    steps: list[float]
+    logs: list[float]
+
+
+class Forecast:
+    """How far the members of clusters will come together, how far they have come, and the strength that follows.
+
+    *Budget*: :meth:`update` runs the recursion of the optimizer over the steps that are left, before the first edit and
+    again where a resume finds another number of steps, another strength, or new tensors. *Curve*: :meth:`measure`
+    keeps measured distances beside it. *Clipping*: :attr:`clipping` measures what takes from the pull, and
+    :meth:`corrected_k` applies it.
+
+    Attributes:
+        strength: eps in use; ``None`` before the first step.
+        k: tensor name -> K at the end of the fit; its distance shrinks by ``exp(-K)`` from the clustering on. Empty
+            without a forecast.
+        measured: tensor name -> ``|w - Gamma w| / |w|``, measured last.
+        points: tensor name -> ``[step, measured, forecast]`` in order, both relative to the clustering; the forecast is
+            NaN where there is none. Tensors that were equal from the start have nothing to shrink.
+        clipping: the meter for gradients clipped by norm.
     """
-    path = _simulate(settings, np.array([strength]), decoupled)
-    return [float(values[0]) for values in path]
 
+    def __init__(self) -> None:
+        self.strength: float | None = None
+        self.k: dict[str, float] = {}
+        self.measured: dict[str, float] = {}
+        self.points: dict[str, list[list[float]]] = {}
+        self.clipping = ClipMeter()
+        self._start: dict[str, float] = {}  # distances when the clusters were made
+        self._reached: dict[str, float] = {}  # distances at the present forecast, relative to the start
+        self._curves: list[_Curve] = []
+        self._shares: list[_Share] = []  # of the steps from the last start of training on
+        self._now: dict[str, float] = {}  # K that had been reached then
+        self._vector: float | None = None
 
-def reached_k(settings: Sequence[StepSettings], strength: float, *, decoupled: bool = False) -> float:
-    """``-ln`` of the size of the last of :func:`deviation_factors`; infinite where it is exactly zero."""
-    last = abs(deviation_factors(settings, strength, decoupled=decoupled)[-1])
-    return -math.log(last) if last > 0 else math.inf
+    # ------------------------------------------------------------------ budget
 
+    def update(
+        self,
+        trainer: pl.Trainer,
+        tensors: Sequence[ClusteredTensor],
+        strength: float | str,
+        vector_strength: float | None,
+        clusters: Mapping[str, Tensor],
+        *,
+        changed: Collection[str] = (),
+    ) -> None:
+        """Forecast the steps that are left, unless an earlier forecast still holds; print it and warn of a low K.
 
-def _simulate(settings: Sequence[StepSettings], strengths: Floats, decoupled: bool) -> list[Floats]:
-    """(S,) deviations after every step, for S strengths at once."""
-    deviation = np.ones_like(strengths)
-    buffer: Floats | None = None
-    path = [deviation]
-    with np.errstate(over="ignore", invalid="ignore"):
-        for at in settings:
-            if decoupled:
-                decay = 1 - at.lr * at.weight_decay if at.decoupled_weight_decay else 1.0
-                deviation = deviation * decay * (1 - at.lr * strengths)
+        Args:
+            trainer: of the fit, before the step that comes next.
+            tensors: what is clustered.
+            strength: eps, or ``"auto"``: the smallest that reaches K = 18 for every tensor that it acts on.
+            vector_strength: eps of vectors; ``None``: the same.
+            clusters: group name -> cluster index, for the message.
+            changed: which of ``"strength"`` and ``"vector_strength"`` have other values than in the last forecast.
+        """
+        step, distances = trainer.global_step, self._distances(tensors)
+        joined = [name for name in distances if name not in self._start]
+        self._start |= {name: distances[name] for name in joined}
+        reached = {n: 0.0 if n in joined else _reached(d, self._start[n]) for n, d in distances.items()}
+        self._shares, self._now, self._vector = _shares(trainer, tensors), reached, vector_strength
+        unknown = self._unknown
+        end = None if unknown else step + max(len(share.settings) for share in self._shares)
+        if not joined and not changed and end == self.planned_end:
+            return
+        earlier = self.strength
+        # With "auto" the strength of the kernels does not follow from that of the vectors.
+        if earlier is None or joined or end != self.planned_end or "strength" in changed:
+            self.strength = self._resolve(trainer, strength, reached)
+        self._reached = {name: math.exp(-k) for name, k in reached.items()}
+        self.k, self._curves = {}, []
+        if unknown is None:
+            for share in self._shares:
+                factors = deviation_factors(self._settings(share), self._eps(share), decoupled=share.decoupled)
+                self._curves.append(_curve(share.names, factors, step))
+                self.k |= {name: reached[name] + _k(factors[-1]) for name in share.names}
+        self._announce(trainer, clusters, strength, earlier, unknown)
+        self._record(step, distances)
+
+    @property
+    def planned_end(self) -> int | None:
+        """Global step at which the fit ends, as forecast last; ``None`` without a forecast."""
+        return max((int(curve.steps[-1]) for curve in self._curves), default=None)
+
+    @property
+    def lowest_k(self) -> float | None:
+        """The smallest K; ``None`` without a forecast."""
+        return min(self.k.values(), default=None)
+
+    @property
+    def _unknown(self) -> str | None:
+        """Why there is no forecast."""
+        return next((share.settings for share in self._shares if isinstance(share.settings, str)), None)
+
+    @staticmethod
+    def _settings(share: _Share) -> list[StepSettings]:
+        assert not isinstance(share.settings, str)
+        return share.settings
+
+    def _eps(self, share: _Share) -> float:
+        assert self.strength is not None
+        return self._vector if self._vector is not None and share.vectors else self.strength
+
+    def _resolve(self, trainer: pl.Trainer, strength: float | str, reached: Mapping[str, float]) -> float:
+        """The strength to use: as given, or the smallest that reaches what is missing of K = 18, at least 1."""
+        if not isinstance(strength, str):
+            return strength
+        shares = [share for share in self._shares if self._vector is None or not share.vectors]
+        reason = next((share.settings for share in shares if isinstance(share.settings, str)), None)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            reason = "fast_dev_run is too short for one"
+        if reason is None:
+            missing = max(TARGET_K - min((reached[n] for share in shares for n in share.names), default=0.0), 1.0)
+            decoupled = any(share.decoupled for share in shares)
+            try:
+                found = solve_strength([self._settings(share) for share in shares], missing, decoupled=decoupled)
+            except ValueError as error:
+                reason = str(error)
             else:
-                gradient = (strengths + at.weight_decay) * deviation
-                if at.momentum:
-                    buffer = gradient if buffer is None else at.momentum * buffer + (1 - at.dampening) * gradient
-                    gradient = gradient + at.momentum * buffer if at.nesterov else buffer
-                deviation = deviation - at.lr * gradient
-            path.append(deviation)
-    return path
+                self._warn_of_haste(trainer, shares, found.strength, missing, decoupled)
+                return found.strength
+        value = min((safe_strength([s.now], decoupled=s.decoupled) for s in shares or self._shares), default=0.05)
+        rank_zero_warn(
+            f"CentripetalSGD: strength='auto' needs a forecast, which is unavailable: {reason}. It uses {value:.3g}, "
+            f"which does not oscillate at the current learning rate; watch filterdiv/centripetal/deviation, and give a "
+            f"number"
+        )
+        return value
+
+    def _warn_of_haste(
+        self, trainer: pl.Trainer, shares: Sequence[_Share], strength: float, missing: float, decoupled: bool
+    ) -> None:
+        settings = [self._settings(share) for share in shares]
+        limit = _ABRUPT / max(at.lr for future in settings for at in future)
+        if strength <= limit:
+            return
+        steps = max(len(future) for future in settings)
+        needed = steps_until(settings, limit, missing, decoupled=decoupled)
+        per_epoch = steps_per_epoch(trainer)
+        length = f"about {needed} steps"
+        if per_epoch is not None:
+            length = f"about {math.ceil(needed / per_epoch)} epochs ({length})"
+        rank_zero_warn(
+            f"strength='auto' of CentripetalSGD resolves to {strength:.4g}, above a tenth of 1 / learning rate "
+            f"({limit:.3g}): in the {steps} steps that are left, clusters are tied within a few steps, and accuracy "
+            f"may suffer. {length} with this schedule stretched over them would avoid it"
+        )
+
+    def _announce(
+        self,
+        trainer: pl.Trainer,
+        clusters: Mapping[str, Tensor],
+        given: float | str,
+        earlier: float | None,
+        unknown: str | None,
+    ) -> None:
+        before = sum(len(index) for index in clusters.values())
+        after = sum(int(index.max()) + 1 for index in clusters.values())
+        auto = " (auto)" if isinstance(given, str) else ""
+        groups = f"{len(clusters)} group{'s' if len(clusters) != 1 else ''}"
+        text = f"CentripetalSGD: merging {before} channels to {after} ({groups}), strength {self.strength:.4g}{auto}"
+        if earlier is not None and earlier != self.strength:
+            text += f", {earlier:.4g} before"
+        if unknown is not None:
+            rank_zero_info(f"{text}. No forecast: {unknown}. The measured deviation is logged")
+            return
+        lowest = min(self.k, key=self.k.__getitem__)
+        rank_zero_info(
+            f"{text}. Forecast for step {self.planned_end}, the end of the fit: distances inside clusters shrink to "
+            f"{math.exp(min(-self.k[lowest], 99)):.1e} or less of what they were (K = {self.k[lowest]:.1f}, {lowest})"
+        )
+        short = [share for share in self._shares if min(self.k[name] for name in share.names) < LOSSLESS_K]
+        if short and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            rank_zero_warn(self._shortage(short, lowest))
+
+    def _shortage(self, short: Sequence[_Share], lowest: str) -> str:
+        """A K below 15, with the strength that would do."""
+        only_vectors = self._vector is not None and all(share.vectors for share in short)
+        name = "vector_strength" if only_vectors else "strength"
+        settings = [self._settings(share) for share in short]
+        steps = len(settings[0])
+        missing = TARGET_K + math.log(max(self._reached[n] for share in short for n in share.names))
+        try:
+            solution = solve_strength(settings, max(missing, 1.0), decoupled=short[0].decoupled)
+        except ValueError as error:
+            advice = str(error)
+        else:
+            if solution.reached:
+                advice = f"{name}={solution.strength:.3g} would reach K = {TARGET_K:.0f}"
+            else:
+                reaches = solution.k + TARGET_K - missing
+                advice = (
+                    f"no {name} reaches it in {steps} steps at these learning rates (the best is {name}="
+                    f"{solution.strength:.3g} with K = {reaches:.1f}): train longer or with a larger learning rate"
+                )
+        k = self.k[lowest]
+        return (
+            f"the budget of CentripetalSGD is too short: K = {k:.1f} for {lowest}, so its clusters end e^-{k:.1f} of "
+            f"their first distance apart, and below K = {LOSSLESS_K:.0f} merging is not lossless; {advice}"
+        )
+
+    # ------------------------------------------------------------------ clipping
+
+    def corrected_k(self) -> float | None:
+        """The smallest K if clipping goes on to scale the pull by the mean coefficient measured so far."""
+        coefficient = self.clipping.mean
+        if coefficient is None or self._unknown is not None or not self._curves:
+            return None
+        corrected = []
+        for share in self._shares:
+            eps = self._eps(share) * (1.0 if share.decoupled else coefficient)
+            k = reached_k(self._settings(share), eps, decoupled=share.decoupled)
+            corrected.append(k + min(self._now[name] for name in share.names))
+        return min(corrected, default=None)
+
+    def warn_of_clipping(self) -> None:
+        """Warn if clipping takes K below what is lossless."""
+        corrected, lowest = self.corrected_k(), self.lowest_k
+        if corrected is not None and lowest is not None and corrected < LOSSLESS_K <= lowest:
+            rank_zero_warn(
+                f"gradient clipping multiplies the pull of CentripetalSGD by {self.clipping.mean:.2f} on average: K "
+                f"will be about {corrected:.1f}, not {lowest:.1f}, and below {LOSSLESS_K:.0f} merging is not lossless. "
+                f"Raise gradient_clip_val, the strength or the number of epochs"
+            )
+
+    # ------------------------------------------------------------------ curve
+
+    def measure(self, step: int, tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
+        """Measure all distances, keep them, and return what is logged.
+
+        Args:
+            step: global step.
+            tensors: what is clustered.
+
+        Returns:
+            Deviation of every tensor, the largest of kernels and of vectors, the forecast and its correction.
+        """
+        self._record(step, self._distances(tensors))
+        numbers = {f"deviation/{name}": value for name, value in self.measured.items()}
+        for kind, vectors in (("kernels", False), ("vectors", True)):
+            values = [self.measured[t.name] for t in tensors if t.is_vector is vectors]
+            if values:
+                numbers[f"largest_deviation/{kind}"] = max(values)
+        optional = {
+            "forecast_k": self.lowest_k,
+            "clip_coefficient": self.clipping.mean,
+            "forecast_k_clipped": self.corrected_k(),
+        }
+        return numbers | {name: k for name, k in optional.items() if k is not None and k < math.inf}
+
+    def _distances(self, tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
+        distances = cluster_distances(tensors)
+        self.measured = {name: relative(off, norm) for name, (off, norm) in distances.items()}
+        return {name: off for name, (off, _) in distances.items()}
+
+    def _record(self, step: int, distances: Mapping[str, float]) -> None:
+        for name, value in distances.items():
+            start = self._start.get(name, 0.0)
+            if start > 0 and not (self.points.get(name) and self.points[name][-1][0] == step):
+                self.points.setdefault(name, []).append([step, value / start, self._factor(name, step)])
+
+    def _factor(self, name: str, step: int) -> float:
+        """Forecast distance of a tensor at a step, relative to its start."""
+        for names, steps, logs in self._curves:
+            if name in names:
+                return float(math.exp(np.interp(step, steps, logs)) * self._reached.get(name, 1.0))
+        return math.nan
+
+    def for_layers(self, layers: Iterable[str]) -> dict[str, list[tuple[int, float, float]]]:
+        """The kernels of ``layers`` only: layer -> (step, measured, forecast)."""
+        kernels = {layer: self.points.get(f"{layer}.weight", []) for layer in layers}
+        return {layer: [(int(s), m, f) for s, m, f in points] for layer, points in kernels.items() if points}
+
+    def unfinished(self, step: int) -> str | None:
+        """What weights of ``step`` are, if that lies before the planned end; ``None`` if not, or without a forecast."""
+        end = self.planned_end
+        if end is None or step >= end:
+            return None
+        names = [name for curve in self._curves for name in curve.names]
+        here = max(self._factor(name, step) for name in names)
+        there = max(self._factor(name, end) for name in names)
+        return (
+            f"step {step} of a planned {end}: by the forecast, distances inside clusters are {here:.1e} of what they "
+            f"were at first, and {there:.1e} at the end of the fit"
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "strength": self.strength,
+            "forecast": dict(self.k),
+            "course": {
+                "points": {name: [list(point) for point in points] for name, points in self.points.items()},
+                "start": dict(self._start),
+                "forecasts": [list(curve) for curve in self._curves],
+                "reached": dict(self._reached),
+            },
+            "clip": self.clipping.state(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Forecast:
+        """Inverse of :meth:`state`; states of release 0.1 too.
+
+        Raises:
+            KeyError, TypeError, ValueError: an entry is missing or is of another kind.
+        """
+        forecast, course = cls(), state["course"]
+        strength = state["strength"]
+        if strength is not None and not isinstance(strength, float):
+            raise TypeError(f"strength must be a number or None, got {strength!r}")
+        forecast.strength = strength
+        forecast.clipping.load(state["clip"])
+        if not isinstance(course, Mapping) or not isinstance(course["points"], Mapping):
+            raise TypeError("course must be a dict of what was measured and forecast")
+        forecast.k = dict(state["forecast"])
+        forecast.points = {name: [list(point) for point in points] for name, points in course["points"].items()}
+        forecast._start, forecast._reached = dict(course["start"]), dict(course.get("reached", {}))
+        for names, steps, logs in course["forecasts"]:
+            curve = _Curve([*map(str, names)], [*map(float, steps)], [*map(float, logs)])
+            if not curve.steps or len(curve.steps) != len(curve.logs):
+                raise ValueError("course has a forecast without steps, or with another number of values")
+            forecast._curves.append(curve)
+        return forecast
 
 
-def _envelope(groups: Sequence[Sequence[StepSettings]], strengths: Floats, decoupled: bool) -> Floats:
-    """(S,) the smallest K of all groups, from the largest deviation near the end: a zero crossing does not count."""
-    worst = np.full(strengths.shape, np.inf)
-    for settings in groups:
-        window = min(20, len(settings) // 100) + 1
-        last = np.max(np.abs(_simulate(settings, strengths, decoupled)[-window:]), axis=0)
-        with np.errstate(divide="ignore"):
-            worst = np.minimum(worst, np.where(np.isfinite(last), -np.log(last), -np.inf))
-    return worst
+def _shares(trainer: pl.Trainer, tensors: Sequence[ClusteredTensor]) -> list[_Share]:
+    shares: list[_Share] = []
+    for index, optimizer in enumerate(trainer.optimizers):
+        future = forecast_settings(trainer, index)
+        for position, group in enumerate(optimizer.param_groups):
+            owned = {id(p) for p in group["params"]}
+            settings = future if isinstance(future, str) else [step[position] for step in future]
+            for vectors in (False, True):
+                names = [t.name for t in tensors if id(t.parameter) in owned and t.is_vector is vectors]
+                if names:
+                    decoupled = not isinstance(optimizer, SGD)
+                    shares.append(_Share(names, vectors, settings, StepSettings.of(group), decoupled))
+    return shares
 
 
-def solve_strength(
-    groups: Sequence[Sequence[StepSettings]], target: float = TARGET_K, *, decoupled: bool = False
-) -> Solution:
-    """The smallest strength whose recursion reaches ``K = target`` in every group.
+def _k(factor: float) -> float:
+    return -math.log(abs(factor)) if factor else math.inf
 
-    Above ``lr * (eps + eta) = (1 - sqrt(mu))^2`` momentum makes the deviation oscillate; heavy-ball momentum then
-    shrinks it by about ``sqrt(mu)`` a step at most, whatever the strength, so that a short fit may have no solution.
-    Nesterov's shrinks it by ``sqrt(mu * (1 - lr * (eps + eta)))``, so that a strength near ``1 / lr`` ties clusters
-    almost at once.
 
-    Args:
-        groups: settings of the parameter groups that hold clustered tensors, step by step.
-        target: the K to reach.
-        decoupled: see :func:`deviation_factors`.
+def _reached(distance: float, start: float) -> float:
+    """K that a tensor has reached, 0 where nobody can say."""
+    if distance == 0:
+        return _TIED_K
+    ratio = distance / start if start > 0 else 1.0
+    return -math.log(ratio) if 0 < ratio < math.inf else 0.0
 
-    Returns:
-        The solution, or, with ``reached=False``, the smallest strength that comes within 2 % of the best K.
 
-    Raises:
-        ValueError: there is no step left, or every learning rate is zero.
+def _curve(names: list[str], factors: Sequence[float], step: int) -> _Curve:
+    kept = np.unique(np.linspace(0, len(factors) - 1, min(len(factors), _KEPT)).astype(np.int64))
+    logs = [math.log(max(abs(factors[i]), 1e-300)) for i in kept.tolist()]
+    return _Curve(list(names), (step + kept).astype(float).tolist(), logs)
+
+
+class ClipMeter:
+    """The factor by which gradient clipping scales the edited gradients, averaged over steps, on the device.
+
+    It is read off one gradient of every step, before and after clipping; only fits that clip by norm pay for it.
     """
-    groups = list(dict.fromkeys(tuple(settings) for settings in groups))
-    rates = [sum(at.lr for at in settings) for settings in groups]
-    if not rates or min(rates) <= 0:
-        raise ValueError("no learning rate is left in this fit: nothing can pull filters together")
-    highest = max(at.lr for settings in groups for at in settings)
-    # The small-step limit, from well below (weight decay helps) up to where every optimizer diverges.
-    lowest = min(target * (1 - max(at.momentum for at in s)) / r for s, r in zip(groups, rates, strict=True))
-    strengths: Floats = np.geomspace(1e-2 * lowest, max(4 / highest, 2 * lowest), _GRID)
-    for _ in range(3):
-        k = _envelope(groups, strengths, decoupled)
-        good = np.flatnonzero(k >= target)
-        if len(good) == 0:
-            best = np.flatnonzero(k >= 0.98 * k.max())[0]
-            return Solution(float(strengths[best]), float(k[best]), False)
-        if good[0] == 0:
-            break
-        strengths = np.linspace(strengths[good[0] - 1], strengths[good[0]], 16)
-    return Solution(float(strengths[good[0]]), float(k[good[0]]), True)
 
+    def __init__(self) -> None:
+        self._active = False
+        self._before: Tensor | None = None
+        self._sum: Tensor | float = 0.0
+        self._count = 0
 
-def safe_strength(now: Sequence[StepSettings], *, decoupled: bool = False) -> float:
-    """A strength for fits whose schedule nobody knows: the fastest that does not oscillate, at most 1 % a step.
+    def watch(self, trainer: pl.Trainer) -> None:
+        """Warn about clipping, and measure it if it is by norm."""
+        if not trainer.gradient_clip_val:
+            return
+        if "value" in str(getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)):
+            rank_zero_warn(
+                "gradient_clip_algorithm='value' clips the members of a cluster differently once the pull makes their "
+                "gradients differ: CentripetalSGD is no longer exact. Clip by norm, or not at all"
+            )
+            return
+        self._active = True
+        rank_zero_warn(
+            "gradient clipping by norm also shrinks the pull of CentripetalSGD: the forecast is an upper bound. The "
+            "measured mean clip coefficient and the corrected K are logged after every epoch"
+        )
 
-    Args:
-        now: current settings of the parameter groups.
-        decoupled: see :func:`deviation_factors`.
-    """
-    limits = []
-    for at in now:
-        if at.lr > 0:
-            critical = 1.0 if decoupled else (1 - math.sqrt(at.momentum)) ** 2
-            limits.append(min(0.01, critical) / at.lr)
-    return min(limits, default=0.05)
+    @torch.no_grad()
+    def before_step(self, update: CentripetalUpdate) -> None:
+        """Remember the norm of a gradient that was just edited."""
+        gradient = update.first_gradient() if self._active else None
+        self._before = None if gradient is None else torch.linalg.vector_norm(gradient)
+
+    @torch.no_grad()
+    def after_step(self, update: CentripetalUpdate) -> None:
+        """Compare with the gradient that the optimizer took."""
+        gradient = update.first_gradient() if self._before is not None else None
+        if gradient is not None and self._before is not None:
+            ratio = torch.linalg.vector_norm(gradient) / self._before
+            # A gradient that is not finite says nothing about clipping, and would stay in the sum for ever.
+            known = (self._before > 0) & ratio.isfinite()
+            self._sum = self._sum + torch.where(known, ratio, torch.ones_like(ratio))
+            self._count += 1
+        self._before = None
+
+    @property
+    def mean(self) -> float | None:
+        """The mean coefficient so far, at most 1; ``None`` if nothing was measured. Synchronises."""
+        return min(1.0, float(self._sum) / self._count) if self._count else None
+
+    def release(self) -> None:
+        """Stop measuring; the mean stays."""
+        self._active, self._before = False, None
+
+    def state(self) -> list[float]:
+        """Sum and count, for a checkpoint."""
+        return [float(self._sum), float(self._count)]
+
+    def load(self, state: object) -> None:
+        """Restore :meth:`state`.
+
+        Raises:
+            TypeError: it is no list of two numbers.
+        """
+        if not isinstance(state, list) or len(state) != 2:
+            raise TypeError(f"clip must be a list of two numbers, got {state!r}")
+        self._sum, self._count = float(state[0]), int(state[1])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..filters import find_submodule
 from .errors import ChannelGraphError, StaleGraphError
 from .labels import Ints, mix
 from .modules import structure
@@ -377,9 +378,13 @@ class ChannelAnswers:
         if region.count == 0:
             if not self._coupled[layer]:
                 return (
-                    f"forward computes the kernel of {layer} from its weight, or no channel of the network reaches it"
+                    f"forward computes the kernel of {layer} from its weight, or the trace follows none of its channels"
                 )
-            return f"{layer} is depthwise: its filters belong to the channels of {', '.join(self._coupled[layer])}"
+            whose = f"filters belong to the channels of {', '.join(self._coupled[layer])}"
+            grouped = getattr(find_submodule(self.model, layer), "groups", 1) > 1
+            return (
+                f"{layer} is depthwise: its {whose}" if grouped else f"{layer} has no channel of its own: its {whose}"
+            )
         wanted = np.arange(region.count) if filters is None else filters.detach().cpu().numpy().astype(np.int64)
         for j in wanted.tolist():
             if not 0 <= j < region.count:

@@ -42,7 +42,7 @@ def pinned_layers(
     pinned = np.isin(table.root[owned], np.asarray(sorted(pins), dtype=np.int64))
     for layer in order:
         if layer not in index_of:
-            reasons_of[layer] = state.unowned.get(layer, "not reached by any channel")
+            reasons_of[layer] = state.unowned.get(layer, "the trace follows none of its channels")
             continue
         start, stop = np.searchsorted(tensor_of, [index_of[layer], index_of[layer] + 1])
         here = owned[start:stop][pinned[start:stop]]

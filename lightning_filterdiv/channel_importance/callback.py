@@ -76,6 +76,7 @@ class ChannelImportance(FilterCallback):
         """Insert the gates before the optimizers are made."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self.check_built(pl_module, values=False)
             insert_gates(pl_module, self.include, self.exclude, seed=self.seed)
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.centripetal.callback import CentripetalSGD
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
+from lightning_filterdiv.centripetal.forecast import Forecast
 from lightning_filterdiv.channel_graph import ChannelGraphError
 from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.command_line.errors import CommandError
@@ -55,15 +57,24 @@ def run(options: argparse.Namespace) -> None:
     elif getattr(model, "example_input_array", None) is None:
         inputs, network = inputs_from_state(state["extra"]["inputs"], network)
     clusters, network = relative_to(model, clusters, network)
+    step = checkpoint.get("global_step")
+    unfinished = Forecast.from_state(state["extra"]).unfinished(step) if isinstance(step, int) else None
     try:
-        merged, report = merge_channels(model, clusters, inputs, network=network, tolerance=options.tolerance)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="running statistics lag")  # the note below
+            merged, report = merge_channels(model, clusters, inputs, network=network, tolerance=options.tolerance)
     except NotTiedError as error:
+        error = error.before_the_end(unfinished) if unfinished else error
         reason = str(error).replace("tolerance=float('inf')", "--tolerance inf")
         raise CommandError(f"{options.checkpoint}: {reason}") from error
     except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:  # of sizes in a file
         raise CommandError(f"{options.checkpoint}: {error}; see --input-shape") from error
     save_merged(merged, options.out)
+    if unfinished:
+        print(f"checkpoint    {unfinished}")
     print(report)
+    if report.averaging > options.tolerance:
+        print("note          running statistics lag behind the tied weights; some batches in train mode renew them")
     if options.pairs > 0:
         print(_latency(model, merged, inputs, network, options.pairs))
     print(f"saved         {options.out}; load_merged(fresh {type(model).__name__}, path) reads it")
@@ -91,6 +102,7 @@ def _check_states(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] |
                 ("arguments", isinstance(arguments, dict) and _is_name(arguments.get("network", 0))),
                 ("clusters", _are_clusters(extra["clusters"])),
                 ("inputs", "inputs" in extra and _are_inputs(extra["inputs"])),
+                ("course", _is_forecast(extra)),
             )
             if not right
         ]
@@ -115,6 +127,14 @@ def _are_clusters(value: object) -> bool:
         and not index.is_meta
         for name, index in value.items()
     )
+
+
+def _is_forecast(extra: Mapping[str, Any]) -> bool:
+    try:
+        Forecast.from_state(extra)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _are_inputs(value: object) -> bool:

@@ -81,6 +81,7 @@ class ExpandNet(FilterCallback):
             self._contract()  # the network of a fit that ended without our on_exception
         if stage != "fit" or self._expanded:
             return
+        self.check_built(pl_module, values=True)
         chosen = choose_layers(pl_module, self.kind, self.include, self.exclude)
         before = _numbers(pl_module)
         for name, (layer, kind) in chosen.items():

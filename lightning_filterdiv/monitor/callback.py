@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 
 from lightning_filterdiv.files import why_unwritable
@@ -61,6 +61,7 @@ class FilterSimilarityMonitor(FilterCallback):
 
     trainable_only = False
     shares_layers = True
+    silenced_by = {"numbers": "scalars=False", "figures": "figures=False"}
 
     def __init__(
         self,
@@ -86,7 +87,6 @@ class FilterSimilarityMonitor(FilterCallback):
         self._snapshots: list[Snapshot] = []
         self._writer: FigureWriter | None = None
         self._trains = True
-        self._failed: set[str] = set()
 
     # ------------------------------------------------------------------ when
 
@@ -100,11 +100,10 @@ class FilterSimilarityMonitor(FilterCallback):
                 )
         # log_dir is agreed on by a collective: every rank must ask, though only rank 0 writes.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        self._failed = set()
         if self.figures:
             self._open(trainer, folder)
         if trainer.is_global_zero and self.scalars:
-            self._attempt("numbers", partial(self._lay_out, trainer))
+            self.attempt("numbers", partial(self._lay_out, trainer))
         self._drawn = [name for name in self._drawn if name in self.layers]
         if not self._snapshots:
             when = "before training" if trainer.global_step == 0 else "at the start"
@@ -176,28 +175,7 @@ class FilterSimilarityMonitor(FilterCallback):
             flat |= {f"{metric}/network": fmean(row[metric] for row in metrics.values()) for metric in METRICS}
             self.log_metrics(flat)
         if self._writer is not None:
-            self._attempt("figures", partial(self._write_figures, self._writer, trainer, when))
-
-    def log_metrics(self, numbers: Mapping[str, float]) -> None:
-        """Hand numbers to all loggers; the failure of one is a warning, and the others get them."""
-        if self.trainer.is_global_zero:
-            named = {f"filterdiv/{name}": float(value) for name, value in numbers.items()}
-            for logger in self.trainer.loggers:
-                self._attempt("numbers", partial(logger.log_metrics, named, step=self.trainer.global_step))
-
-    def _attempt(self, what: str, write: Callable[[], object]) -> None:
-        """Call ``write``; warn of the first failure in a fit. Training is worth more than what is written about it."""
-        try:
-            write()
-        except Exception as error:  # disks, servers, loggers and matplotlib have errors of many types
-            if what not in self._failed:
-                self._failed.add(what)
-                said = " ".join(str(error).split())
-                off = "figures" if what == "figures" else "scalars"
-                rank_zero_warn(
-                    f"FilterSimilarityMonitor could not write {what} ({type(error).__name__}: {said}). Training goes "
-                    f"on, and later failures are not reported; {off}=False writes none"
-                )
+            self.attempt("figures", partial(self._write_figures, self._writer, trainer, when))
 
     def _write_figures(self, writer: FigureWriter, trainer: pl.Trainer, when: str) -> None:
         for tag, draw in self._draw(trainer, when):
@@ -205,7 +183,7 @@ class FilterSimilarityMonitor(FilterCallback):
             def write(tag: str = tag, draw: Callable[[], Figure] = draw) -> None:
                 writer.write(f"{_TAG}/{tag}", draw(), trainer.global_step)
 
-            self._attempt("figures", write)
+            self.attempt("figures", write)
 
     def _draw(self, trainer: pl.Trainer, when: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
         """Tags and what draws them: only one figure is alive at a time, and one that fails is one."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,24 @@ __all__ = ["MergeReport", "Merged", "NotTiedError", "merge_channels", "tie_chann
 
 
 class NotTiedError(NarrowingError):
-    """The members of the clusters are not equal: merging them would change what the network computes."""
+    """The members of the clusters are not equal: merging them would change what the network computes.
+
+    Attributes:
+        reason: a sentence with what differs.
+        way_out: what to do.
+    """
+
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(f"{reason}. {way_out}")
+        self.reason, self.way_out = reason, way_out
+
+    def before_the_end(self, unfinished: str) -> NotTiedError:
+        """The error for weights from the middle of a fit, with ``unfinished``: a noun phrase that says where."""
+        return NotTiedError(
+            f"{self.reason}. These weights are those of {unfinished}",
+            "Merge the checkpoint of the end of the fit (trainer.save_checkpoint after trainer.fit), or pass "
+            "tolerance=float('inf') to merge anyway and fine-tune",
+        )
 
 
 class MergeReport(NamedTuple):
@@ -30,14 +48,17 @@ class MergeReport(NamedTuple):
     Attributes:
         channels_before: channels of all clustered groups.
         channels_after: clusters.
-        deviation: largest ``|w - mean| / |w|`` of a clustered tensor before the merge, running statistics included.
-        worst: the tensor that it belongs to.
-        projection: relative change of the outputs by setting every member to its cluster's mean.
+        deviation: largest ``|w - mean| / |w|`` of a clustered parameter before the merge.
+        worst: the parameter that it belongs to.
+        projection: relative change of the outputs by setting every parameter to its cluster's mean.
         trim: relative change of the outputs by narrowing the tied network, in float64; rounding only.
         parameters_before: of the original.
         parameters_after: of the narrow network.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
         macs_after: of the narrow network.
+        lag: ``deviation`` of running statistics, which follow tied weights some steps later.
+        lagging: the statistic that it belongs to.
+        averaging: relative change of the outputs by averaging running statistics over clusters.
     """
 
     channels_before: int
@@ -50,6 +71,9 @@ class MergeReport(NamedTuple):
     parameters_after: int
     macs_before: int
     macs_after: int
+    lag: float = 0.0
+    lagging: str = "none"
+    averaging: float = 0.0
 
     def __str__(self) -> str:
         def share(after: int, before: int) -> str:
@@ -60,8 +84,10 @@ class MergeReport(NamedTuple):
                 f"channels      {share(self.channels_after, self.channels_before)}",
                 f"parameters    {share(self.parameters_after, self.parameters_before)}",
                 f"MACs          {share(self.macs_after, self.macs_before)}",
-                f"deviation     {self.deviation:.1e} of the norm, the largest of all tensors ({self.worst})",
+                f"deviation     {self.deviation:.1e} of the norm, the largest of all parameters ({self.worst})",
                 f"projection    changes the outputs by {self.projection:.1e} (relative)",
+                f"statistics    {self.lag:.1e} of the norm ({self.lagging}); averaging changes the outputs by "
+                f"{self.averaging:.1e}",
                 f"trimming      changes the outputs by {self.trim:.1e} (relative, float64)",
             ]
         )
@@ -111,14 +137,19 @@ def merge_channels(
         clusters: group name -> ``(size,)`` int64 cluster index of each channel; other groups stay as they are.
         example_inputs: for the trace; see :meth:`~lightning_filterdiv.channel_graph.ChannelGraph.trace`.
         network: trace only this submodule.
-        tolerance: largest relative change of the outputs by the projection; ``float("inf")`` merges whatever it does.
+        tolerance: largest relative change of the outputs by setting parameters to their clusters' means;
+            ``float("inf")`` merges whatever it does.
 
     Returns:
         The network, a module of the same class (dtype, device, ``requires_grad``, modes and memory format kept), and
         the report of what merging did.
 
+    Warns:
+        UserWarning: averaging running statistics changes the outputs by more than ``tolerance``: those of a checkpoint
+            from the middle of a fit follow tied weights some steps later.
+
     Raises:
-        NotTiedError: the projection changes the outputs by more than ``tolerance``.
+        NotTiedError: setting parameters to their clusters' means changes the outputs by more than ``tolerance``.
         NarrowingError: unknown or pinned group (with the reason), clusters of a wrong shape, widths that the network's
             forward cannot express, or a narrow network that does not compute the same.
         ExampleInputsError, TraceError: the network cannot be traced on these inputs.
@@ -128,12 +159,17 @@ def merge_channels(
     graph = ChannelGraph.trace(model, example_inputs, network=network)
     projected = copy_network(model)
     tie(projected, graph, clusters)
-    deviation, worst = _largest_deviation(model, projected)
+    before, after = named_tensors(model), named_tensors(projected)
+    parameters = {name for name, tensor in before.items() if isinstance(tensor, nn.Parameter)}
+    deviation, worst = _largest_deviation(before, after, parameters)
+    lag, lagging = _largest_deviation(before, after, before.keys() - parameters)
     keep, sums = merging(graph, clusters)
     merged = narrow(projected, graph, keep, sums)
     arguments = example_arguments(_traced(model, network), example_inputs)
-    proof = prove(projected, lambda tied: narrow(tied, graph, keep, sums), graph, arguments, original=model)
-    projection, trim = proof.change, proof.difference
+    # Running statistics apart: where only they differ, the weights are tied.
+    halfway = _with_statistics_of(model, projected) if lag > 0 else projected
+    projection = prove(halfway, lambda network: network, graph, arguments, original=model).change
+    proof = prove(projected, lambda tied: narrow(tied, graph, keep, sums), graph, arguments, original=halfway)
     if not proof.exact:
         raise NarrowingError(
             f"the narrow network is not the tied one: {proof}; nothing was merged. Please report the network: the "
@@ -142,9 +178,16 @@ def merge_channels(
     if not projection <= tolerance:
         raise NotTiedError(
             f"the clusters are not tied: setting their members to the mean changes the outputs by {projection:.1e} "
-            f"(relative), more than tolerance={tolerance:g}; {worst} is {deviation:.1e} of its norm away. Train longer "
-            f"or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to merge anyway "
-            f"and fine-tune"
+            f"(relative), more than tolerance={tolerance:g}; {worst} is {deviation:.1e} of its norm away",
+            "Train longer or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to "
+            "merge anyway and fine-tune",
+        )
+    if proof.change > tolerance:
+        warnings.warn(
+            f"running statistics lag behind the tied weights ({lagging} is {lag:.1e} of its norm away). They were "
+            f"averaged over each cluster, which changes the outputs by {proof.change:.1e} (relative); some batches "
+            f"through the merged network in train mode renew them",
+            stacklevel=2,
         )
     report = MergeReport(
         channels_before=sum(len(index) for index in clusters.values()),
@@ -152,11 +195,14 @@ def merge_channels(
         deviation=deviation,
         worst=worst,
         projection=projection,
-        trim=trim,
+        trim=proof.difference,
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(merged),
         macs_before=macs_of_call(_traced(model, network), *arguments),
         macs_after=macs_of_call(_traced(merged, network), *arguments),
+        lag=lag,
+        lagging=lagging,
+        averaging=proof.change,
     )
     return Merged(merged, report)
 
@@ -166,10 +212,23 @@ def _traced(model: nn.Module, network: str | None) -> nn.Module:
 
 
 @torch.no_grad()
-def _largest_deviation(model: nn.Module, projected: nn.Module) -> tuple[float, str]:
-    before, after = named_tensors(model), named_tensors(projected)
+def _with_statistics_of(model: nn.Module, projected: nn.Module) -> nn.Module:
+    """A copy of ``projected`` with the buffers of ``model``."""
+    copied = copy_network(projected)
+    own = named_tensors(model)
+    for name, tensor in named_tensors(copied).items():
+        if not isinstance(tensor, nn.Parameter):
+            tensor.copy_(own[name])
+    return copied
+
+
+@torch.no_grad()
+def _largest_deviation(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]
+) -> tuple[float, str]:
     worst = (0.0, "none")
-    for name, tensor in before.items():
+    for name in names:
+        tensor = before[name]
         if tensor.is_floating_point():
             off = torch.linalg.vector_norm(tensor.double() - after[name].double())
             scale = torch.linalg.vector_norm(tensor.double()).clamp_min(torch.finfo(torch.float64).tiny)

@@ -74,8 +74,8 @@ class RePr(FilterCallback):
         hold_consumers: keep those columns still while the filters are out; ``False`` lets weight decay shrink them, as
             in the official code.
         network: trace only this submodule, for example ``"backbone"`` of a detector.
-        include: patterns of layers to rank; ``None`` for every ungrouped convolution but the network's first and 1x1
-            shortcuts.
+        include: patterns of layers to rank; ``None`` for every ungrouped convolution but the first trainable one
+            and 1x1 shortcuts.
         exclude: patterns of layers to leave out.
         seed: of random ranking and new directions.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
@@ -86,6 +86,7 @@ class RePr(FilterCallback):
     """
 
     gradient_stage = 30
+    waits_for_layers = True
     log_prefix = "repr"
     lost_in_child_processes = "the history and the old values of dropped filters"
 
@@ -130,6 +131,8 @@ class RePr(FilterCallback):
         self._progress = Progress()
         self._upcoming: list[RePrEvent] = []
         self._epochs: int | None = None  # of the fit when it started: what fractions refer to
+        # Epochs that are complete when the plan begins; None while all layers are frozen.
+        self._plan_start: int | None = 0
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint, until the fit that loads it has started
         self._ranked: tuple[RePrEvent, dict[str, Tensor]] | None = None
         self._inputs: ExampleInputs | None = None
@@ -143,13 +146,15 @@ class RePr(FilterCallback):
     def schedule(self) -> list[RePrEvent]:
         """Events of the fit in order; ``event.epoch`` epochs are complete when it happens. Override for another plan.
 
+        Where all layers are frozen at first, lengths count from the epoch in which one is unfrozen.
+
         Returns:
             Drops and regrowths, alternating.
 
         Raises:
             ValueError: a length is a fraction and the number of epochs is unknown.
         """
-        return plan_events(self.full_epochs, self.sub_epochs, self.cycles, self._epochs)
+        return plan_events(self.full_epochs, self.sub_epochs, self.cycles, self._epochs, self._plan_start or 0)
 
     def plan(self, max_epochs: int | None = None) -> list[dict[str, Any]]:
         """Return events as rows: cycle, kind, epoch.
@@ -186,16 +191,20 @@ class RePr(FilterCallback):
     # ------------------------------------------------------------------ choosing layers
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """Ungrouped convolutions but the first one and 1x1 shortcuts, or what ``include`` names."""
+        """Ungrouped convolutions but the first trainable one and 1x1 shortcuts, or what ``include`` names."""
         chosen = layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
-        if self.include is None:
-            chosen = default_layers(chosen, layers_inside(self.network, select_filters(pl_module)))
-        if not chosen:
-            raise NoLayersError(
-                "RePr has no layer to rank: by default it leaves out the network's first convolution, grouped ones and "
-                "1x1 shortcuts; name layers with include (and check exclude and network)"
+        if self.include is not None:
+            return chosen
+        everything = layers_inside(self.network, select_filters(pl_module))
+        if not (ranked := default_layers(chosen, everything)):
+            first = next(
+                (repr(name) for name, conv in everything.items() if conv.weight.requires_grad), "there is none"
             )
-        return chosen
+            raise NoLayersError(
+                f"RePr has no layer to rank: by default it leaves out the first trainable convolution ({first}), "
+                f"grouped ones and 1x1 shortcuts; name layers with include (and check exclude and network)"
+            )
+        return ranked
 
     # ------------------------------------------------------------------ start
 
@@ -205,11 +214,25 @@ class RePr(FilterCallback):
         for index in range(len(trainer.optimizers)):
             self.follow_steps(index)
         self._take_up(pl_module)
+        if self._plan_start is None:
+            self._plan_start = trainer.current_epoch
         self._plan_fit(trainer)
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
         if self._progress.dropped is not None:
             self._start_holding(trainer, self._progress.dropped)
         self._ranked, self._waited = None, False
+
+    def wait(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the plan begin when a layer is unfrozen; refuse to wait in a sub-network phase."""
+        self._take_up(pl_module)
+        if self._progress.dropped is not None:
+            raise MisconfigurationException(
+                f"{self._are_out()}, and now all layers that RePr ranks are frozen or in no optimizer: the phase could "
+                f"not be held and ended. Unfreeze one of them, or bring the filters back with callback.restore_now("
+                f"model) or RePr.restore(model, checkpoint) and train without RePr"
+            )
+        if not self._progress.history:
+            self._plan_start = None
 
     def _take_up(self, pl_module: pl.LightningModule) -> None:
         """Model and state agree afterwards."""
@@ -218,6 +241,7 @@ class RePr(FilterCallback):
         if loaded is not None:
             self._progress = Progress.from_state(pl_module, loaded)
             self._saved_inputs, self._epochs = loaded["inputs"], loaded.get("epochs")
+            self._plan_start = loaded.get("plan_start", 0)
         elif dropped is not None and not (dropped.model is pl_module and dropped.silent):
             rank_zero_warn(
                 f"RePr forgets the {dropped.count} filters that it dropped in an earlier fit ({dropped}): in this "
@@ -261,12 +285,13 @@ class RePr(FilterCallback):
 
     def _check_schedule(self, events: Sequence[RePrEvent]) -> None:
         """Refuse a schedule without events, or one that is out of order."""
+        start = self._plan_start or 0
         if not events and self._in_fractions and self._epochs is not None:
-            full, sub = resolve_lengths(self.full_epochs, self.sub_epochs, self._epochs)
+            full, sub = resolve_lengths(self.full_epochs, self.sub_epochs, self._epochs - start)
             raise MisconfigurationException(
-                f"RePr has no room for a cycle in this fit of {self._epochs} epochs: full_epochs={self.full_epochs:g} "
-                f"comes to {full}, sub_epochs={self.sub_epochs:g} to {sub}, and epochs must follow. Use "
-                f"{ways_to_fit(self.full_epochs, self.sub_epochs, 1, self._epochs)}"
+                f"RePr has no room for a cycle in {self._span(self._epochs)}: full_epochs={self.full_epochs:g} comes "
+                f"to {full}, sub_epochs={self.sub_epochs:g} to {sub}, and epochs must follow. Use "
+                f"{ways_to_fit(self.full_epochs, self.sub_epochs, 1, self._epochs, start)}"
             )
         if not events:
             raise MisconfigurationException("RePr.schedule() returned no event: nothing would happen")
@@ -294,12 +319,21 @@ class RePr(FilterCallback):
             room = [event.cycle for event in upcoming if event.kind == "regrow" and event.epoch < epochs]
             return [event for event in upcoming if event.cycle in room]
         table = plan_table(self._progress.history, upcoming)
-        ways = ways_to_fit(self.full_epochs, self.sub_epochs, self.cycles, epochs)
+        ways = ways_to_fit(self.full_epochs, self.sub_epochs, self.cycles, epochs, self._plan_start or 0)
         if type(self).schedule is not RePr.schedule:
             ways = f"events that come earlier in schedule(), or max_epochs={upcoming[-1].epoch + 1}"
         raise MisconfigurationException(
-            f"RePr does not fit into this fit of {epochs} epochs: its last event is due after epoch "
+            f"RePr does not fit into {self._span(epochs)}: its last event is due after epoch "
             f"{upcoming[-1].epoch} and needs epochs after it. Use {ways}. {table}"
+        )
+
+    def _span(self, epochs: int) -> str:
+        """The epochs that a plan may use, for messages."""
+        if not self._plan_start:
+            return f"this fit of {epochs} epochs"
+        return (
+            f"the {epochs - self._plan_start} of {epochs} epochs that are left since its layers were unfrozen at epoch "
+            f"{self._plan_start}"
         )
 
     def _announce(self, trainer: pl.Trainer, epochs: int | None) -> None:
@@ -307,12 +341,14 @@ class RePr(FilterCallback):
         lines = [plan_table(self._progress.history, self._upcoming)]
         events: list[RePrEvent | CompletedEvent] = [*self._progress.history, *self._upcoming]
         if self._in_fractions and self._epochs is not None:
-            full, sub = resolve_lengths(self.full_epochs, self.sub_epochs, self._epochs)
+            left = self._epochs - (self._plan_start or 0)
+            full, sub = resolve_lengths(self.full_epochs, self.sub_epochs, left)
             ended = sum(event.kind == "regrow" for event in events)
             since = "" if epochs == self._epochs else ", its length when it was first started"
+            since = ", those left when layers were unfrozen" if self._plan_start else since
             left_out = self.cycles - ended
             lines.append(
-                f"lengths: {full} and {sub} epochs, as fractions of {self._epochs}{since}"
+                f"lengths: {full} and {sub} epochs, as fractions of {left}{since}"
                 + (f"; {left_out} of {self.cycles} cycles left out" if left_out > 0 else "")
             )
         if self._progress.dropped is not None:
@@ -347,8 +383,10 @@ class RePr(FilterCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rank, if the next event is a drop. Nothing changes here: the checkpoint that follows holds these weights."""
-        assert self._inputs is not None
-        if self._inputs.known:  # else this run was joined before its first forward call: ranked at the next batch
+        # None while all layers are frozen.
+        if (
+            self._inputs is not None and self._inputs.known
+        ):  # else this run was joined before its first forward call: ranked at the next batch
             self._rank_if_due(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_batch_start(
@@ -356,7 +394,8 @@ class RePr(FilterCallback):
     ) -> None:
         """Carry out what is due and not yet done: the first batch after an epoch, wherever a resume came in."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        assert self._inputs is not None
+        if self._inputs is None:
+            return  # all layers are frozen
         if not self._inputs.known and not self._waited:
             # Only in a run that RePr joins: its first forward call is about to come.
             self._waited = True
@@ -472,10 +511,11 @@ class RePr(FilterCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say it, if the fit ends with filters out."""
+        super().on_train_end(trainer, pl_module)
         if (dropped := self._progress.dropped) is not None:
             rank_zero_warn(
                 f"the fit ends inside a sub-network phase of RePr: {dropped.count} filters stay dropped ({dropped}), "
-                f"because that network was validated. {_WAY_OUT}"
+                f"as in the network that was trained last. {_WAY_OUT}"
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -516,14 +556,14 @@ class RePr(FilterCallback):
                 f"({dropped}) start this fit with their values from before the drop"
             )
         self._progress, self._epochs, self._loaded, self._ranked = Progress(), None, None, None
-        self._unsilenceable, self._saved_inputs = set(), None
+        self._unsilenceable, self._saved_inputs, self._plan_start = set(), None, 0
 
     def extra_state(self) -> dict[str, Any]:
         """Events done, filters that are out with their old values, when they come back."""
         if self._loaded is not None:
             return self._loaded
         inputs = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs
-        return {**self._progress.state(), "inputs": inputs, "epochs": self._epochs}
+        return {**self._progress.state(), "inputs": inputs, "epochs": self._epochs, "plan_start": self._plan_start}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep :meth:`extra_state` for the start of the fit; a fit that fails before leaves this object as it was."""

@@ -38,7 +38,7 @@ _SHORTCUT = re.compile(r"downsample|shortcut|skip|identity", re.IGNORECASE)
 
 
 def default_layers(layers: Mapping[str, Conv], all_layers: Mapping[str, Conv]) -> dict[str, Conv]:
-    """Ungrouped convolutions of ``layers`` but the network's first one and 1x1 shortcuts.
+    """Ungrouped convolutions of ``layers`` but the network's first trainable one and 1x1 shortcuts.
 
     Args:
         layers: what ``exclude`` leaves.

@@ -86,7 +86,11 @@ def resolve_lengths(full_epochs: int | float, sub_epochs: int | float, epochs: i
 
 
 def plan_events(
-    full_epochs: int | float = 0.2, sub_epochs: int | float = 0.1, cycles: int = 3, epochs: int | None = None
+    full_epochs: int | float = 0.2,
+    sub_epochs: int | float = 0.1,
+    cycles: int = 3,
+    epochs: int | None = None,
+    start: int = 0,
 ) -> list[RePrEvent]:
     """Events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` without the dropped.
 
@@ -95,33 +99,39 @@ def plan_events(
         sub_epochs: epochs, or a fraction of ``epochs``.
         cycles: number of drops and regrowths.
         epochs: length of the fit. If a length is a fraction, cycles are left out that do not end before.
+        start: epochs that are complete when the plan begins. Fractions are of those that are left.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; a fraction of an unknown number of epochs.
     """
-    full, sub = resolve_lengths(full_epochs, sub_epochs, epochs)
+    left = None if epochs is None else epochs - start
+    full, sub = resolve_lengths(full_epochs, sub_epochs, left)
     period, cycles = full + sub, check_integer("cycles", cycles, low=1)
-    if epochs is not None and (isinstance(full_epochs, float) or isinstance(sub_epochs, float)):
-        cycles = min(cycles, max(0, epochs - 1) // period)
+    if left is not None and (isinstance(full_epochs, float) or isinstance(sub_epochs, float)):
+        cycles = min(cycles, max(0, left - 1) // period)
     events: list[RePrEvent] = []
     for cycle in range(cycles):
-        events.append(RePrEvent(cycle + 1, "drop", cycle * period + full))
-        events.append(RePrEvent(cycle + 1, "regrow", (cycle + 1) * period))
+        events.append(RePrEvent(cycle + 1, "drop", start + cycle * period + full))
+        events.append(RePrEvent(cycle + 1, "regrow", start + (cycle + 1) * period))
     return events
 
 
-def ways_to_fit(full_epochs: int | float, sub_epochs: int | float, cycles: int, epochs: int) -> str:
-    """Arguments close to these whose last regrowth comes before ``epochs``, and a longer fit, as text."""
-    full, sub = resolve_lengths(full_epochs, sub_epochs, epochs)
+def ways_to_fit(full_epochs: int | float, sub_epochs: int | float, cycles: int, epochs: int, start: int = 0) -> str:
+    """Arguments close to these whose last regrowth comes before ``epochs``, and a longer fit, as text.
+
+    The plan begins when ``start`` epochs are complete.
+    """
+    left = epochs - start
+    full, sub = resolve_lengths(full_epochs, sub_epochs, left)
     ways: list[str] = []
-    if 1 <= (fewer := (epochs - 1) // (full + sub)) < cycles:
+    if 1 <= (fewer := (left - 1) // (full + sub)) < cycles:
         ways.append(f"cycles={fewer}")
-    if (most := min(cycles, (epochs - 1) // 2)) >= 1:
-        period = (epochs - 1) // most
+    if (most := min(cycles, (left - 1) // 2)) >= 1:
+        period = (left - 1) // most
         shorter = min(period - 1, max(1, round(period * sub / (full + sub))))
         ways.append(f"full_epochs={period - shorter}, sub_epochs={shorter}, cycles={most}")
-    for longer in range(epochs + 1, max(11, cycles * (full + sub) + 2)):
-        events = plan_events(full_epochs, sub_epochs, cycles, longer)
+    for longer in range(epochs + 1, start + max(11, cycles * (full + sub) + 2)):
+        events = plan_events(full_epochs, sub_epochs, cycles, longer, start)
         if events and events[-1].epoch < longer:
             ways.append(f"max_epochs={longer}")
             break

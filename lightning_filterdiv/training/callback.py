@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -68,6 +68,8 @@ class FilterCallback(Callback):
     gradient_stage: ClassVar[int | None] = None
     #: Where the numbers of the callback stand in loggers: ``filterdiv/<log_prefix>/...``.
     log_prefix: ClassVar[str] = ""
+    #: What :meth:`attempt` writes -> the argument that turns it off.
+    silenced_by: ClassVar[Mapping[str, str]] = {}
     #: Whether frozen layers are left alone (a monitor looks at them too).
     trainable_only: ClassVar[bool] = True
     #: Whether two instances of the class may share a layer.
@@ -106,11 +108,18 @@ class FilterCallback(Callback):
         self._fit_of: weakref.ref[pl.Trainer] | None = None
         self._trainable: tuple[tuple[int, bool], ...] = ()
         self._waiting = False
+        self._failed: set[str] = set()  # what could not be written in this fit
 
     # ------------------------------------------------------------------ for subclasses
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Get ready for training with ``self.layers``: the network, the optimizers and restored state are final."""
+
+    def wait(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called instead of :meth:`prepare` while every chosen layer is frozen, if :attr:`waits_for_layers`.
+
+        Raise where restored state cannot bear that.
+        """
 
     def release(self) -> None:
         """Undo what :meth:`prepare` did to the model; called on every way out of training, exceptions included."""
@@ -181,13 +190,36 @@ class FilterCallback(Callback):
         return self._trainer
 
     def log_metrics(self, numbers: Mapping[str, float]) -> None:
-        """Hand numbers to all loggers as ``filterdiv/<log_prefix>/<name>``, on rank 0, at the current step."""
+        """Hand numbers to all loggers as ``filterdiv/<log_prefix>/<name>``, on rank 0, at the current step.
+
+        A logger that fails (full disk, network) does not end the fit, and the others get the numbers.
+        """
         if not self.trainer.is_global_zero:
             return
         prefix = "filterdiv/" + (f"{self.log_prefix}/" if self.log_prefix else "")
         named = {prefix + name: float(value) for name, value in numbers.items()}
         for logger in self.trainer.loggers:
-            logger.log_metrics(named, step=self.trainer.global_step)
+            self.attempt("numbers", partial(logger.log_metrics, named, step=self.trainer.global_step))
+
+    def attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Call ``write``, and turn its failure into a warning: training is worth more than what is written about it.
+
+        Args:
+            what: plural noun of what is written. Each is warned of once in a fit.
+            write: may raise anything. An interrupt passes.
+        """
+        try:
+            write()
+        except Exception as error:  # disks, servers, loggers and matplotlib have errors of many types
+            if what in self._failed:
+                return
+            self._failed.add(what)
+            said = " ".join(str(error).split())
+            way_out = self.silenced_by.get(what)
+            rank_zero_warn(
+                f"{type(self).__name__} could not write {what} ({type(error).__name__}: {said}). Training goes on, and "
+                f"later failures are not reported" + (f"; {way_out} writes none" if way_out else "")
+            )
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
         """The layers meant by ``include`` and ``exclude``; a method with a default of its own overrides it."""
@@ -319,6 +351,30 @@ class FilterCallback(Callback):
                     self._trainer = None
             self._fit_of = weakref.ref(trainer)
 
+    def check_built(self, pl_module: pl.LightningModule, *, values: bool) -> None:
+        """For callbacks that change the network in ``setup``: refuse one that does not exist by then.
+
+        Args:
+            pl_module: the module.
+            values: whether values of parameters are read.
+
+        Raises:
+            MisconfigurationException: there is no layer yet, or parameters have no values. (For parameters on meta
+                Lightning's own clean-up then fails, too; its error has this one as context.)
+        """
+        name = f"{type(self).__name__} changes the network before its optimizers are made"
+        if not any(parameter.dim() > 1 for parameter in pl_module.parameters()):
+            raise MisconfigurationException(
+                f"{name}, and {type(pl_module).__name__} has no layer by then: build the network in __init__, not in "
+                f"setup or configure_model"
+            )
+        empty = [key for key, parameter in pl_module.named_parameters() if parameter.is_meta]
+        if values and empty:
+            raise MisconfigurationException(
+                f"{name}, and {empty[0]!r} of {type(pl_module).__name__} has no values by then (device 'meta'): "
+                f"construct the network on a real device"
+            )
+
     def _belongs_to(self, trainer: pl.Trainer) -> bool:
         return self._fit_of is not None and self._fit_of() is trainer
 
@@ -358,15 +414,14 @@ class FilterCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the layers, now that wrappers, devices, restored weights and optimizers are final."""
         self._clean_up()
-        self._trainer = trainer
+        self._trainer, self._failed = trainer, set()
         if not self._restored and trainer.global_step == 0:
             self.reset()
         self._resolve(trainer, pl_module)
         if self._restored_layers:
             self._check_restored_layers(self._restored_layers, dict(named_convolutions(pl_module)))
         self._restored, self._restored_layers = None, None
-        if not self._waiting:
-            self.prepare(trainer, pl_module)
+        (self.wait if self._waiting else self.prepare)(trainer, pl_module)
 
     def _check_restored_layers(self, saved: Mapping[str, int], present: Mapping[str, Conv]) -> None:
         # All layers of the network count, not only the chosen ones: a layer may be frozen by now.
@@ -434,8 +489,7 @@ class FilterCallback(Callback):
             self._clean_up()
             self._trainer = trainer
             self._resolve(trainer, pl_module)
-            if not self._waiting:
-                self.prepare(trainer, pl_module)
+            (self.wait if self._waiting else self.prepare)(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

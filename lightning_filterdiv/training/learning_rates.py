@@ -72,7 +72,7 @@ def forecast_learning_rates(trainer: pl.Trainer, epochs: int) -> list[float] | s
         return simulation
     # Without a schedule that moves inside an epoch, its number of steps is not needed.
     per_epoch = (steps_per_epoch(trainer) if simulation.interval == "step" else 1) or 1
-    steps = simulation.steps(0, per_epoch)
+    steps = simulation.steps(0, 0, per_epoch)
     return [fmean(next(steps)[0].lr for _ in range(per_epoch)) for _ in range(epochs)]
 
 
@@ -93,17 +93,31 @@ def forecast_settings(trainer: pl.Trainer, index: int = 0) -> list[list[StepSett
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     if any(type(c).__name__ == "GradientAccumulationScheduler" and len(c.scheduling) > 1 for c in callbacks):
         return "the number of accumulated batches changes during the fit"
-    # An iterable data set without max_steps gives -1.
-    total = trainer.estimated_stepping_batches
-    if total in (math.inf, -1):
-        if per_epoch is None:
-            return "the number of steps per epoch is unknown"
+    by_epochs = trainer.max_epochs is not None and trainer.max_epochs >= 0
+    if not by_epochs and trainer.max_steps < 0:
         return "the length of the fit is unknown (neither max_epochs nor max_steps)"
-    if per_epoch is None and simulation.interval:
+    if per_epoch is None and (simulation.interval or trainer.max_steps < 0):
         return "the number of steps per epoch is unknown"
-    done = trainer.global_step
-    steps = simulation.steps(done, per_epoch or int(total))
-    return [next(steps) for _ in range(max(0, int(total) - done))]
+    done = _steps_done_in_epoch(trainer)
+    limits: list[int] = [trainer.max_steps - trainer.global_step] if trainer.max_steps >= 0 else []
+    if by_epochs and per_epoch is not None:
+        assert trainer.max_epochs is not None
+        limits.append((trainer.max_epochs - trainer.current_epoch) * per_epoch - done)
+    left = max(0, min(limits))
+    steps = simulation.steps(trainer.current_epoch, done, per_epoch or done + left + 1)
+    return [next(steps) for _ in range(left)]
+
+
+def _steps_done_in_epoch(trainer: pl.Trainer) -> int:
+    """Optimizer steps of the present epoch that are done. ``global_step`` does not say it: a resume may have batches of
+    another size."""
+    loop: Any = trainer.fit_loop
+    batch, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
+    # Before the first batch of a resume the counts may be those of an epoch that is complete.
+    under_way = batch.ready > batch.processed or epoch.ready > epoch.completed
+    batches = batch.processed if under_way else 0
+    total, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    return math.ceil(total / accumulate) if batches >= total else batches // accumulate
 
 
 class _Simulation:
@@ -144,10 +158,11 @@ class _Simulation:
             return f"the scheduler cannot be copied ({type(error).__name__})"
         return cls(trainer, scheduler.optimizer, scheduler, config)
 
-    def steps(self, done: int, per_epoch: int) -> Iterator[list[StepSettings]]:
-        """Settings of all groups at step ``done``, ``done + 1``, ... for ever."""
+    def steps(self, epoch: int, step: int, per_epoch: int) -> Iterator[list[StepSettings]]:
+        """Settings of all groups at step ``step`` of ``epoch``, which is where the schedule is now, and on for ever."""
         batches, accumulate = self._trainer.num_training_batches, self._trainer.accumulate_grad_batches
-        epoch, step = divmod(done, per_epoch)
+        if step >= per_epoch:  # the last batch of an epoch has stepped its schedule
+            epoch, step = epoch + 1, 0
         while True:
             yield [StepSettings.of(group) for group in self._optimizer.param_groups]
             step += 1

@@ -126,7 +126,7 @@ def test_auto_brings_every_tensor_together_and_merges_without_loss(caplog: pytes
         run = fit([callback], model=Classifier(net=_jittered()), max_epochs=60)
     assert callback.forecast_k is not None
     assert 18 <= callback.forecast_k < 20
-    assert "30 channels in 4 groups to become 19" in caplog.text
+    assert "merging 30 channels to 19 (4 groups), strength" in caplog.text
     assert "the largest deviation from a cluster's mean is" in caplog.text
     deviations = callback.deviations()
     assert {"net.0.weight", "net.1.weight", "net.1.bias", "net.4.0.bias", "net.7.bias"} < deviations.keys()
@@ -199,11 +199,11 @@ def test_norm_clipping_is_measured_and_the_forecast_corrected(tmp_path: Path) ->
             gradient_clip_val=0.3,
             logger=logger,
         )
-    coefficient = callback._clip.mean
+    coefficient = callback._forecast.clipping.mean
     assert coefficient is not None
     assert 0.05 < coefficient < 0.95
     assert callback.forecast_k is not None
-    corrected = callback._budget.corrected(coefficient)
+    corrected = callback._forecast.corrected_k()
     assert corrected is not None
     first, last = spread.first["net.5.weight"], spread.last["net.5.weight"]
     measured = -math.log(float(last.norm() / first.norm()))

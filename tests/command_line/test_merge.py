@@ -48,6 +48,31 @@ def test_the_command_merges_a_checkpoint(checkpoint: Path, capsys: pytest.Captur
     assert torch.equal(by_hand.net.conv3.weight, narrow.net.conv3.weight)
 
 
+def test_a_checkpoint_from_the_middle_of_a_fit(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says where it is from, and what that means; the end of the fit says nothing of the kind."""
+    content = torch.load(checkpoint, weights_only=True)
+    end = content["global_step"]
+    content["global_step"] = end // 3
+    path, out = tmp_path / "middle.ckpt", tmp_path / "narrow.pt"
+    torch.save(content, path)
+    source = ["--model", "lightning_filterdiv.demo:SmallConvNet", "--pairs", "0", "--out", str(out)]
+    assert main(["merge", str(path), *source]) == 0
+    middle = f"step {end // 3} of a planned {end}: by the forecast, distances inside clusters are "
+    assert f"checkpoint    {middle}" in capsys.readouterr().out
+    content["state_dict"]["net.conv2.weight"].normal_()
+    torch.save(content, path)
+    assert main(["merge", str(path), *source]) == 2
+    error = capsys.readouterr().err
+    assert f"These weights are those of {middle}" in error
+    assert "Merge the checkpoint of the end of the fit" in error
+    assert "--tolerance inf" in error
+    assert "Train longer" not in error
+    assert main(["merge", str(checkpoint), *source]) == 0
+    assert "planned" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [

@@ -49,7 +49,7 @@ def test_a_frozen_network_registered_first_is_not_the_network() -> None:
 
 def test_a_network_with_one_convolution() -> None:
     only = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
-    with pytest.raises(NoLayersError, match="leaves out the network's first convolution"):
+    with pytest.raises(NoLayersError, match="leaves out the first trainable convolution"):
         fit([RePr(**SHORT)], model=Classifier(net=only))
     callback = RePr(**SHORT, include=["net.0"])
     fit([callback], model=Classifier(net=only))

@@ -3,11 +3,15 @@
 After each fault the optimizers and modules are free of hooks, the state loads with ``weights_only=True``, and the next
 fit with the same object is that with a new one. A checkpoint of the fault resumes like one of a fit without the
 callback: where that resume is exact, ours is too. A callback that changes the network refuses one without its state.
+
+An error of a logger that takes *our* numbers or images ends no fit: it is one warning, and the weights are those of a
+fit without it. An interrupt there is a fault like the others.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +63,8 @@ LOGGING: dict[str, int] = {"log_hyperparams": 1, "log_graph": 1, "save": 4, "aft
 
 
 class Point(NamedTuple):
-    """The ``at``-th call of a hook of a callback ``"before"`` or ``"after"`` ours, or of a method of the logger."""
+    """The ``at``-th call of a hook of a callback ``"before"`` or ``"after"`` ours, or of a method of the ``"logger"``;
+    ``"interrupt"``: that of a method of the logger is no error but an interrupt, as by Ctrl-C."""
 
     place: str
     hook: str
@@ -73,6 +78,10 @@ BEFORE_ON_EXCEPTION = Point("before", "on_train_batch_end", 3)
 
 
 class _BoomError(Exception):
+    pass
+
+
+class _InterruptError(BaseException):
     pass
 
 
@@ -102,6 +111,8 @@ class Fuse:
         first = self.point is not None and self.point.hook == "on_exception" and call == BEFORE_ON_EXCEPTION
         if first or call == self.point:
             raise _BoomError(str(call))
+        if place == "logger" and call._replace(place="interrupt") == self.point:
+            raise _InterruptError(str(call))
 
 
 class Neighbour(Callback):
@@ -188,7 +199,7 @@ def train(callbacks: list[Any], folder: Path, fuse: Fuse, path: Path | None = No
     run = Run(model, trainer, callbacks)
     try:
         trainer.fit(model, batches(), batches(steps=1), ckpt_path=path and str(path), **(SAFELY if path else {}))
-    except Exception as error:
+    except BaseException as error:
         error.run = run  # type: ignore[attr-defined]
         raise
     return run
@@ -223,7 +234,7 @@ def check(case: Case, point: Point, folder: Path, shared: Path) -> None:
     expected, calls = whole(case.name, shared)
     callback = case.make()
     start = shared / case.name / "step=2.ckpt" if point.hook in LOADING else None
-    with pytest.raises(_BoomError) as caught:
+    with pytest.raises((_BoomError, _InterruptError)) as caught:
         train([callback], folder, Fuse(point), start)
     if point != ("before", "on_exception", 0):  # there ours is not called any more, and the next fit cleans up
         check_nothing_stays(caught.value.run)  # type: ignore[attr-defined]
@@ -236,10 +247,11 @@ def check(case: Case, point: Point, folder: Path, shared: Path) -> None:
     fault = folder / "fault.ckpt"
     if not fault.exists():
         return
-    moment = calls.during.get(point, point)
+    moment = calls.during.get(point._replace(place="logger"), point)
     exact = resumes_exactly(moment, shared)
-    if point.hook == "ours" and not exact:
-        # Lightning repeats something after a fault here. Then a failed log must do what a fault right after it does.
+    if point.place == "interrupt" and not exact:
+        # Lightning repeats something after a fault here. Then an interrupted log must do what a fault right after it
+        # does.
         with pytest.raises(_BoomError):
             train([case.make()], folder / "twin", Fuse(moment._replace(place="after")))
         twin = train([case.make()], folder / "twin-resumed", Fuse(), folder / "twin" / "fault.ckpt", seed=1)
@@ -279,10 +291,16 @@ def of_logger() -> list[Point]:
     return [Point("logger", hook, at) for hook, count in LOGGING.items() for at in sorted({0, count - 1})]
 
 
-#: Calls of loggers by each callback.
-OURS = {"repr": 2, "csgd": 3, "basis": 7, "monitor": 4, "entropy": 2}
-#: A log of theirs that fails is a warning; tests/monitor shows that the fit goes on.
-SURVIVES = ("monitor",)
+#: Calls of a logger by each callback.
+OURS: dict[str, dict[str, int]] = {
+    "repr": {"ours": 2},
+    "csgd": {"ours": 3},
+    "basis": {"ours": 7},
+    "monitor": {"ours": 4, "add_custom_scalars": 1},
+    "monitor_figures": {"ours": 4, "add_custom_scalars": 1, "add_image": 16},
+    "entropy": {"ours": 2},
+}
+WITH_FIGURES = next(case for case in CASES if case.name == "monitor_figures")
 
 
 #: A trace of the channel graph takes longer than the fits of this suite.
@@ -292,8 +310,8 @@ QUICK = [case.name for case in ONE_EACH if case.name not in TRACE]
 
 def in_default(case: Case, point: Point) -> bool:
     """Every hook once, before or after ours by turns, every call of a logger, each with one of the quick callbacks."""
-    if point.hook == "ours":
-        return point.at == 0 or (point.at == OURS[case.name] - 1 and case.name in QUICK)
+    if point.place == "interrupt":
+        return point.at == 0 or (point.at == OURS[case.name][point.hook] - 1 and case.name in QUICK)
     if case.name in TRACE:
         return point == ("after", "on_train_batch_end", 3)
     named = HOOKS | LOGGING | dict.fromkeys((*LOADING, "on_exception"), 1)
@@ -307,8 +325,7 @@ def rows() -> list[Any]:
     """The full product; what is not in the default selection is marked ``soak``."""
     made = []
     for case in ONE_EACH:
-        faults = 0 if case.name in SURVIVES else OURS.get(case.name, 0)
-        own = [Point("logger", "ours", at) for at in range(faults)]
+        own = [Point("interrupt", hook, at) for hook, count in OURS.get(case.name, {}).items() for at in range(count)]
         for point in (*of_hooks(), *of_logger(), *own):
             marks = [] if in_default(case, point) else [pytest.mark.soak]
             made.append(pytest.param(case, point, marks=marks, id=f"{case.name}-{point}"))
@@ -325,6 +342,29 @@ def test_a_fault_poisons_nothing(case: Case, point: Point, tmp_path: Path, share
     check(case, point, tmp_path, shared)
 
 
+@pytest.mark.parametrize(
+    ("case", "point"),
+    [
+        pytest.param(case, Point("logger", hook, at), id=f"{case.name}-{hook}-{at}")
+        for case in (*ONE_EACH, WITH_FIGURES)
+        for hook, count in OURS.get(case.name, {}).items()
+        for at in sorted({0, count - 1})
+        if case is not WITH_FIGURES or hook == "add_image"
+    ],
+)
+def test_an_error_of_a_logger_is_one_warning(case: Case, point: Point, tmp_path: Path, shared: Path) -> None:
+    """Numbers and images of ours are not worth a training."""
+    expected, _ = whole(case.name, shared)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = train([case.make()], tmp_path, Fuse(point))
+    said = [str(warning.message) for warning in caught if "could not write" in str(warning.message)]
+    assert len(said) == 1
+    assert f"{case.cls.__name__} could not write" in said[0]
+    assert f"(_BoomError: {point}). Training goes on" in said[0]
+    assert not differing(run.tensors(), expected)
+
+
 def test_every_call_is_in_the_tables(shared: Path) -> None:
     """Lightning calls no other hook and no other method of a logger, and none less often."""
     calls = whole("", shared)[1].calls
@@ -334,8 +374,10 @@ def test_every_call_is_in_the_tables(shared: Path) -> None:
         assert {hook: count for (at, hook), count in calls.items() if at == place} == HOOKS
     logger = {hook: count for (place, hook), count in calls.items() if place == "logger" and hook != "log_metrics"}
     assert logger == LOGGING
-    for case in ONE_EACH:
-        assert whole(case.name, shared)[1].calls.get(("logger", "ours"), 0) == OURS.get(case.name, 0)
+    for case in (*ONE_EACH, WITH_FIGURES):
+        calls = whole(case.name, shared)[1].calls
+        ours = {hook: count for (place, hook), count in calls.items() if place == "logger" and hook not in LOGGING}
+        assert {hook: count for hook, count in ours.items() if hook != "log_metrics"} == OURS.get(case.name, {})
     hooks = {name for name in vars(Callback) if not name.startswith("_")} - {"state_key", "on_exception"}
     assert {name for name in hooks if "test" not in name and "predict" not in name} <= HOOKS.keys() | set(LOADING)
 
