@@ -36,6 +36,7 @@ from tests.support.training import Classifier, Run, batches, differing, fit, sin
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "composability.json"
 WORKS, SWAP = "works", "swap"
 
+
 class _SAM(torch.optim.SGD):
     """Sharpness-aware minimisation: the gradient at a point uphill moves the weights."""
 
