@@ -6,7 +6,6 @@ kernels that depends on the number of distinct shapes only. No Lightning here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -91,11 +90,11 @@ class _Batch:
             self._matrices = self._matrices.index_select(0, order)
         members = np.concatenate([np.array(index) + count * i for i, index in enumerate(clusters)])
         self._members = torch.tensor(members).to(buffer.flat.device)
-        rows, dim = len(clusters[0]), tensors[0].dim
-        self._view = run.rows(buffer, rows, dim)
-        # (L, n, ...), rows first; (L, n, d) is a copy where a row is not one block of memory.
-        self._stack = run.stacked(buffer).movedim(dim + 1, 1)
-        self._shape = (len(tensors), rows, math.prod(self._stack.shape[2:]))
+        rows, first = len(clusters[0]), tensors[0]
+        self._view = run.rows(buffer, rows, first.dim) if first.groups == 1 else None
+        # Rows first, behind the tensors; (L, n, d) is a copy where a row is not one block of memory.
+        self._stack = first.rows_first(run.stacked(buffer), 1)
+        self._shape = (len(tensors), rows, self._stack.numel() // (len(tensors) * rows))
 
     def rows(self) -> Tensor:
         """The buffer's values as ``(L, n, d)``: a view of them or a copy."""
@@ -209,7 +208,7 @@ class CentripetalUpdate:
         def layout(tensor: ClusteredTensor) -> Hashable:
             p = tensor.parameter
             group = id(groups[id(p)]) if self.decoupled else None
-            return p.shape, p.stride(), tensor.dim, group
+            return p.shape, p.stride(), tensor.dim, tensor.groups, group
 
         # What is sent to the device is sent here, not in a step.
         self._banks = [
@@ -294,9 +293,9 @@ class CentripetalUpdate:
 @torch.no_grad()
 def equalise(values: Tensor, tensor: ClusteredTensor) -> None:
     """Set ``values``, shaped like ``tensor.parameter``, to its cluster means, in place."""
-    rows = values.movedim(tensor.dim, 0)
+    rows = tensor.rows_first(values)
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    rows.copy_(cluster_means(wide, torch.tensor(tensor.clusters)))
+    rows.copy_(cluster_means(wide.reshape(len(tensor.clusters), -1), torch.tensor(tensor.clusters)).view(rows.shape))
 
 
 @torch.no_grad()
@@ -307,7 +306,7 @@ def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[flo
     """
     measured: list[Tensor] = []
     for tensor in tensors:
-        rows = tensor.parameter.detach().movedim(tensor.dim, 0)
+        rows = tensor.rows_first(tensor.parameter.detach()).reshape(len(tensor.clusters), -1)
         wide = rows if rows.dtype == torch.float64 else rows.float()
         peak = wide.abs().amax()
         wide = wide / torch.where(peak > 0, peak, torch.ones_like(peak))

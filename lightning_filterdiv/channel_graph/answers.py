@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..filters import find_submodule
+from .counted import CountedNorm
 from .errors import ChannelGraphError, StaleGraphError
 from .labels import Ints, mix
 from .modules import structure
@@ -23,17 +24,20 @@ __all__ = [
     "ConsumerColumns",
     "FilterRegion",
     "MapSite",
+    "NormSite",
     "Operation",
     "Table",
     "TensorRows",
     "layer_of",
     "ranges",
+    "rows_back",
+    "rows_first",
 ]
 
-Kind = Literal["filter", "member", "consumer"]
+Kind = Literal["filter", "member", "consumer", "counted"]
 
 
-KINDS: tuple[Kind, ...] = ("filter", "member", "consumer")
+KINDS: tuple[Kind, ...] = ("filter", "member", "consumer", "counted")
 
 
 def layer_of(tensor: str) -> str:
@@ -50,12 +54,31 @@ class TensorRows:
         kind: ``filter`` (produces the channel), ``member`` (acts on it alone) or ``consumer`` (columns that read it).
         dim: the dimension that ``rows`` index.
         rows: (size, k) indices; row ``i`` belongs to channel ``i``, and the k-th entries of all channels correspond.
+        groups: above 1 where ``dim`` is 1 and the tensor is the kernel of a grouped convolution. Dimension 1 then holds
+            the channels of one block, and ``rows`` count through all blocks: with n entries along dimension 1, row r is
+            entry ``r % n`` in the ``r // n``-th of ``groups`` equal parts of dimension 0.
     """
 
     tensor: str
     kind: Kind
     dim: int
     rows: Tensor
+    groups: int = 1
+
+    def entries(self, tensor: Tensor) -> Tensor:
+        """(size, k, ...) the rows of ``tensor``, as a copy."""
+        first = rows_first(tensor, self.dim, self.groups)
+        return first[self.rows.to(tensor.device)]
+
+
+def rows_first(tensor: Tensor, dim: int, groups: int = 1) -> Tensor:
+    """``tensor`` with what rows number as dimension 0: a view, or with ``groups`` above 1 a copy."""
+    return tensor.movedim(dim, 0) if groups == 1 else tensor.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def rows_back(first: Tensor, dim: int, groups: int = 1) -> Tensor:
+    """Inverse of :func:`rows_first`."""
+    return first.movedim(0, dim) if groups == 1 else first.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +87,41 @@ class ChannelGroup:
 
     Attributes:
         name: the first layer of the group, numbered where a layer is split into several groups.
-        layers: layers with one filter in each channel, coupled layers together, in order of execution.
+        layers: layers with filters in each channel, coupled layers together, in order of execution.
         size: number of channels.
         parts: every part of every tensor that lives and dies with these channels.
+        channels: (size,) number of each channel in the trace.
+        counted: places of the channels in norms over channels, of a tensor ``counts`` that a norm gets once clusters of
+            unequal sizes are merged.
+        blocks: None, or (size,) int64: the block of each channel, 0, 1, ..., all blocks equally large. A grouped
+            convolution, or a group norm, reads or writes the channels block by block. Only channels of one block may be
+            clustered together, and every block must keep equally many: the number kept is a multiple of
+            :attr:`block_count`.
     """
 
     name: str
     layers: tuple[str, ...]
     size: int
     parts: tuple[TensorRows, ...]
-    channels: Tensor  # (size,) number of each channel in the trace
+    channels: Tensor
+    blocks: Tensor | None = None
+    counted: tuple[TensorRows, ...] = ()
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks, 1 without any."""
+        return 1 if self.blocks is None else int(self.blocks.max()) + 1
+
+    def members(self) -> list[Tensor]:
+        """The channels of each block, ascending."""
+        if self.blocks is None:
+            return [torch.arange(self.size)]
+        return list(self.blocks.argsort(stable=True).split(self.size // self.block_count))
+
+    def rounded(self, count: int) -> int:
+        """The number nearest to ``count`` that keeps equally many channels, at least one, in every block."""
+        blocks = self.block_count
+        return min(self.size, max(1, (2 * count + blocks) // (2 * blocks)) * blocks)
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -82,7 +130,7 @@ class ChannelGroup:
         return tuple(layer for layer in self.layers if layer in writers)
 
     def rows(self, layer: str) -> Tensor:
-        """(size,) index of the filter of ``layer`` in each channel.
+        """(size,) index of the filter of ``layer`` in each channel; (size, k) where each channel has k of its filters.
 
         Raises:
             KeyError: ``layer`` is not one of ``layers``.
@@ -90,7 +138,7 @@ class ChannelGroup:
         if layer in self.layers:
             own = [part for part in self.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
             for part in sorted(own, key=lambda part: (part.tensor != f"{layer}.weight", part.kind != "filter")):
-                return part.rows[:, 0]
+                return part.rows[:, 0] if part.rows.shape[1] == 1 else part.rows
         raise KeyError(f"{layer!r} has no filters in group {self.name!r}; its layers are {', '.join(self.layers)}")
 
 
@@ -158,6 +206,13 @@ class MapSite:
     writes: tuple[int, ...]
 
 
+class NormSite(NamedTuple):
+    """A norm over channels: the module that weighs its channels where clusters are unequal."""
+
+    form: tuple[type[CountedNorm], dict[str, Any]]  # class and options, see :func:`counted.counted_form`
+    size: int
+
+
 class ConsumerColumns(NamedTuple):
     """Columns of one tensor that read the filters of a layer.
 
@@ -198,10 +253,12 @@ class ChannelAnswers:
     Attributes:
         network: canonical name of the traced submodule, empty for the whole model.
         map_sites: submodules that move channels, which narrowing wraps.
+        norms: norms over channels, by the name of their module.
         constrained: sets of channels whose counts a forward body ties together.
         table: every row of every tensor that some channel owns.
         read_values: where forward read the values of tensors, empty if it did not.
         output_shapes: of the traced outputs.
+        stacked: channels lie along stacked branches somewhere, in an order that forward's numbers decide.
     """
 
     def __init__(
@@ -216,6 +273,7 @@ class ChannelAnswers:
         row_dims: Mapping[str, int],
         operations: tuple[Operation, ...],
         map_sites: tuple[MapSite, ...],
+        norms: Mapping[str, NormSite],
         constrained: list[frozenset[int]],
         table: Table,
         body_moves: Mapping[int, str],
@@ -223,14 +281,15 @@ class ChannelAnswers:
         network: str,
         output_shapes: tuple[torch.Size, ...],
         read_values: str,
+        stacked: bool,
     ) -> None:
         self._model = model
         self._structure = structure(model)
         self._groups, self._pinned, self._regions = groups, pinned, regions
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
-        self._operations = operations
+        self._operations, self.norms = operations, norms
         self._body_moves, self.network = body_moves, network
-        self.output_shapes, self.read_values = output_shapes, read_values
+        self.output_shapes, self.read_values, self.stacked = output_shapes, read_values, stacked
         self.map_sites, self.constrained, self.table, self._arguments = map_sites, constrained, table, arguments
 
     def exclude(self, groups: Mapping[str, str]) -> None:
@@ -243,7 +302,7 @@ class ChannelAnswers:
         for group in self._groups:
             if group.name in groups:
                 for layer in group.layers:
-                    rows.setdefault((layer, groups[group.name]), []).extend(group.rows(layer).tolist())
+                    rows.setdefault((layer, groups[group.name]), []).extend(group.rows(layer).reshape(-1).tolist())
         self._groups = [group for group in self._groups if group.name not in groups]
         for (layer, reason), chosen in rows.items():
             some = "" if len(chosen) == self.filter_count(layer) else f"filters {ranges(sorted(chosen))}: "

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .answers import KINDS, ChannelGroup, Table, TensorRows, layer_of
 from .labels import Ints, mix, stable_hash
-from .propagate import FLAT, Event, Propagation
+from .propagate import FLAT, Event, Grouped, Propagation
 
 __all__ = [
     "channel_table",
     "couple_shared_rows",
     "groups_of",
+    "linked_ranks",
     "pin_impossible",
     "resolve_elements",
 ]
@@ -36,7 +37,7 @@ def resolve_elements(state: Propagation) -> None:
                 table.pins.setdefault(owner, reason)
             continue
         dim = max(candidates, key=lambda d: shape[d])
-        dims[name] = dim
+        dims[name] = state.element_dims[name] = dim
         first = owners[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))].reshape(-1)
         # The value of an entry is the one made when the parameter was first read.
         node_values = np.flatnonzero(np.isin(table.owner, first))
@@ -60,7 +61,7 @@ def couple_shared_rows(state: Propagation) -> None:
     table = state.table
     met: dict[tuple[str, int], list[tuple[Ints, Ints]]] = {}
     for event in state.events:
-        if event.kind != "private" and event.block is None:
+        if event.kind != "private":
             met.setdefault((event.tensor, event.dim), []).append((event.rows, table.owner[event.values]))
     for (tensor, dim), pairs in met.items():
         rows, owners = (np.concatenate(column) for column in zip(*pairs, strict=True))
@@ -71,6 +72,35 @@ def couple_shared_rows(state: Propagation) -> None:
         foreign = np.isin(rows, np.asarray(sorted(state.unowned_rows.get((tensor, dim), ())), dtype=np.int64))
         for owner in np.unique(owners[foreign]).tolist():
             table.pins.setdefault(owner, f"{tensor} is also used on values that no channel owns")
+
+
+def linked_ranks(state: Propagation) -> dict[str, Ints]:
+    """Where several filters (entries) of a tensor belong to one channel: the number of each in its channel.
+
+    Keys are those of :attr:`Propagation.owners`. Another run with these numbers tells the filters of a channel apart,
+    so that filter k of one channel is the counterpart of filter k of another only if the network treats them alike.
+    """
+    table, ranks = state.table, {}
+    pinned = table.roots(np.fromiter(table.pins, dtype=np.int64, count=len(table.pins)))
+    for name, owners in state.owners.items():
+        shape = state.elements.get(name)
+        if shape is not None and name not in state.element_dims:
+            continue
+        dim = 0 if shape is None else state.element_dims[name]
+        view = owners if shape is None else owners.reshape(shape).swapaxes(0, dim).reshape(shape[dim], -1)[:, 0]
+        roots = table.roots(view)
+        order = np.argsort(roots, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(roots[order]) != 0])
+        if len(starts) == len(roots):
+            continue
+        rank = np.empty(len(roots), dtype=np.int64)
+        rank[order] = np.arange(len(roots)) - np.repeat(starts, np.diff(np.r_[starts, len(roots)]))
+        if np.isin(roots[rank > 0], pinned).all():
+            continue
+        if shape is not None:
+            rank = np.broadcast_to(rank.reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape).reshape(-1)
+        ranks[name] = rank
+    return ranks
 
 
 def channel_table(state: Propagation) -> Table:
@@ -104,7 +134,7 @@ def channel_table(state: Propagation) -> Table:
 
 
 def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str]) -> None:
-    """Pin channels that hold several filters of one tensor, or parts of tensors that cannot be narrowed.
+    """Pin channels with parts of tensors that cannot be narrowed.
 
     Args:
         obstacles: tensor name -> why it cannot be narrowed.
@@ -126,17 +156,17 @@ def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str
     both = np.unique(np.intersect1d(place[narrow & (table.kind < 2)], place[narrow & (table.kind == 2)]) // 2)
     for root, index in zip((both // count).tolist(), (both % count).tolist(), strict=True):
         pins.setdefault(root, f"{table.tensors[index]} is the weight of layers that use it in different ways")
-    filters = table.kind == 0
-    root_of, tensor_of = table.root[filters], table.tensor[filters]
-    again = np.flatnonzero((np.diff(root_of) == 0) & (np.diff(tensor_of) == 0))
-    for root, index in zip(root_of[again].tolist(), tensor_of[again].tolist(), strict=True):
-        pins.setdefault(root, f"several filters of {layer_of(table.tensors[index])} meet in one channel")
 
 
 def groups_of(
-    table: Table, pinned: set[int], order: Sequence[str], layer_tensors: set[str], constrained: set[int]
-) -> list[ChannelGroup]:
-    """Channels with equal signatures, in order of execution.
+    table: Table,
+    pinned: set[int],
+    order: Sequence[str],
+    layer_tensors: set[str],
+    constrained: set[int],
+    grouped: Mapping[str, Grouped],
+) -> tuple[list[ChannelGroup], dict[int, str]]:
+    """Channels with equal signatures, in order of execution; and channels that cannot be narrowed -> why.
 
     Args:
         table: all rows of all channels.
@@ -144,6 +174,7 @@ def groups_of(
         order: layer names in order of execution.
         layer_tensors: weights of convolutions and linear layers.
         constrained: channels whose counts a forward body fixes: there a group is a run of consecutive filters.
+        grouped: blocks of tensors that read or write channels block by block.
     """
     position = {layer: i for i, layer in enumerate(order)}
     starts = table.starts
@@ -152,36 +183,83 @@ def groups_of(
         free &= np.logical_or.reduceat(table.kind == 0, starts)
     starts, signatures = starts[free], table.signatures()[free]
     _, first, inverse = np.unique(signatures, return_index=True, return_inverse=True)
-    found: list[tuple[tuple[str, ...], tuple[TensorRows, ...], Tensor]] = []
+    found: list[tuple[tuple[str, ...], tuple[TensorRows, ...], Tensor, Tensor | None]] = []
+    refused: dict[int, str] = {}
     sizes = np.bincount(inverse.reshape(-1), minlength=len(first))
     by_signature = np.split(np.argsort(inverse.reshape(-1), kind="stable"), np.cumsum(sizes))
     for members in by_signature[: len(first)]:
         channels = torch.from_numpy(table.root[starts[members]])
-        parts = _parts(table, starts[members])
+        parts = _parts(table, starts[members], grouped)
         by_row = torch.argsort(next(p for p in parts if p.kind == "filter").rows[:, 0])
         runs = [by_row]
         if int(channels[0]) in constrained:
-            filters = torch.cat([p.rows[by_row] for p in parts if p.kind == "filter"], dim=1)
-            breaks = (filters.diff(dim=0) != 1).any(dim=1).nonzero().squeeze(1) + 1
-            runs = list(torch.tensor_split(by_row, breaks))
+            together = torch.stack([_follow(p.rows[by_row]) for p in parts if p.kind == "filter"]).all(dim=0)
+            runs = list(torch.tensor_split(by_row, (~together).nonzero().squeeze(1) + 1))
         for run in runs:
-            chosen = tuple(TensorRows(p.tensor, p.kind, p.dim, p.rows[run]) for p in parts)
-            found.append((_layers_of(chosen, position, layer_tensors), chosen, channels[run]))
+            chosen = tuple(TensorRows(p.tensor, p.kind, p.dim, p.rows[run], p.groups) for p in parts)
+            blocks = _blocks_of(chosen, grouped)
+            if isinstance(blocks, str):
+                refused |= dict.fromkeys(channels[run].tolist(), blocks)
+            else:
+                found.append((_layers_of(chosen, position, layer_tensors), chosen, channels[run], blocks))
     found.sort(key=lambda item: (position[item[0][0]], int(item[1][0].rows[0, 0])))
-    names = [layers[0] for layers, _, _ in found]
-    return [
+    names = [layers[0] for layers, *_ in found]
+    groups = [
         ChannelGroup(
             name if names.count(name) == 1 else f"{name}[{names[:i].count(name)}]",
             layers,
             len(channels),
-            parts,
+            tuple(p for p in parts if p.kind != "counted"),
             channels,
+            blocks,
+            tuple(p for p in parts if p.kind == "counted"),
         )
-        for i, (name, (layers, parts, channels)) in enumerate(zip(names, found, strict=True))
+        for i, (name, (layers, parts, channels, blocks)) in enumerate(zip(names, found, strict=True))
     ]
+    return groups, refused
 
 
-def _parts(table: Table, starts: Ints) -> tuple[TensorRows, ...]:
+def _follow(rows: Tensor) -> Tensor:
+    """(size - 1,) whether the filters of the next channel follow those of a channel: each of them, or all at once."""
+    rows = rows.sort(dim=1).values
+    steps, each = rows.diff(dim=0), rows.shape[1]
+    whole = (rows[1:, -1] - rows[1:, 0] == each - 1) & (rows[:-1, -1] - rows[:-1, 0] == each - 1)
+    return (steps == 1).all(dim=1) | (whole & (steps == each).all(dim=1))
+
+
+def _blocks_of(parts: Sequence[TensorRows], grouped: Mapping[str, Grouped]) -> Tensor | str | None:
+    """The block of each channel; None where there are none; or why not every block can lose equally many."""
+    several = next((p for p in parts if p.kind == "filter" and len(p.rows) == 1 < p.rows.numel()), None)
+    if several is not None:
+        return f"{several.rows.numel()} filters of {layer_of(several.tensor)} meet in one channel"
+    columns = []
+    for part in parts:
+        if part.tensor not in grouped:
+            continue
+        groups, sizes = grouped[part.tensor]
+        place = part.rows // sizes[part.dim]
+        if place.shape[1] == groups and bool((place.sort(dim=1).values == torch.arange(groups)).all()):
+            continue  # every channel has a row in each block
+        if len(torch.bincount(place.reshape(-1), minlength=groups).unique()) > 1:
+            return f"the blocks of {layer_of(part.tensor)} (groups={groups}) have unequal shares of them"
+        columns.append((part, groups, place))
+    if not columns:
+        return None
+    keys = torch.cat([place for *_, place in columns], dim=1)
+    _, index, counts = keys.unique(dim=0, return_inverse=True, return_counts=True)
+    if len(counts) == 1:
+        return None
+    part, groups, _ = columns[0]
+    if len(counts.unique()) > 1:
+        return f"the blocks of {layer_of(part.tensor)} (groups={groups}) do not fit the blocks of other layers"
+    if int(counts[0]) == 1:
+        return f"every block of {layer_of(part.tensor)} (groups={groups}) has one channel of them"
+    # Numbered in the order in which their first channels come.
+    first = torch.full((len(counts),), len(index)).scatter_reduce_(0, index, torch.arange(len(index)), "amin")
+    return first.argsort().argsort()[index]
+
+
+def _parts(table: Table, starts: Ints, grouped: Mapping[str, Grouped]) -> tuple[TensorRows, ...]:
     """The rows of channels with equal signatures, one entry per tensor and dimension."""
     after = np.flatnonzero(table.root[starts[0] :] != table.root[starts[0]])
     length = int(after[0]) if len(after) else len(table.root) - int(starts[0])
@@ -189,16 +267,14 @@ def _parts(table: Table, starts: Ints) -> tuple[TensorRows, ...]:
     first = slice(int(starts[0]), int(starts[0]) + length)
     labels = np.stack([table.kind[first], table.tensor[first], table.dim[first]], axis=1)
     bounds = [0, *(np.flatnonzero((np.diff(labels, axis=0) != 0).any(axis=1)) + 1).tolist(), len(labels)]
-    return tuple(
-        TensorRows(
-            table.tensors[labels[a, 1]], KINDS[labels[a, 0]], int(labels[a, 2]), torch.from_numpy(rows[:, a:b].copy())
-        )
-        for a, b in itertools.pairwise(bounds)
-    )
+    parts = []
+    for a, b in itertools.pairwise(bounds):
+        tensor, dim = table.tensors[labels[a, 1]], int(labels[a, 2])
+        groups = grouped[tensor].groups if dim == 1 and tensor in grouped else 1
+        parts.append(TensorRows(tensor, KINDS[labels[a, 0]], dim, torch.from_numpy(rows[:, a:b].copy()), groups))
+    return tuple(parts)
 
 
 def _layers_of(parts: Sequence[TensorRows], position: Mapping[str, int], layer_tensors: set[str]) -> tuple[str, ...]:
-    names = {
-        layer_of(p.tensor) for p in parts if p.kind != "consumer" and p.tensor in layer_tensors and p.rows.shape[1] == 1
-    }
+    names = {layer_of(p.tensor) for p in parts if p.kind != "consumer" and p.tensor in layer_tensors}
     return tuple(sorted(names, key=lambda name: position[name]))

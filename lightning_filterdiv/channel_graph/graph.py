@@ -56,10 +56,12 @@ class ChannelGraph(ChannelAnswers):
     def expressible_counts(self, wanted: Mapping[str, int]) -> dict[str, int]:
         """Channels to keep per group, as close to ``wanted`` as forward allows.
 
-        Where a forward body itself splits or pads channels, only some widths fit it. Everything else is returned as
-        wanted; groups not mentioned keep all channels.
+        Where a forward body itself splits or pads channels, only some widths fit it; where channels live in blocks, the
+        nearest multiple of their number. Everything else is returned as wanted; groups not mentioned keep all channels.
         """
-        return nearest_counts(self, {group.name: wanted.get(group.name, group.size) for group in self.groups})
+        return nearest_counts(
+            self, {group.name: group.rounded(wanted.get(group.name, group.size)) for group in self.groups}
+        )
 
     def describe(self) -> str:
         """A table of all groups and pinned layers for people."""

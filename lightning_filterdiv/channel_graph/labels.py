@@ -88,6 +88,7 @@ class LabelTensor:
     labels: Tensor
     is_parameter: bool = False  # computed from parameters and buffers only, not yet joined with an activation
     uniform: bool = False  # one and the same constant everywhere (torch.ones, torch.full)
+    weighed: bool = False  # multiplied by the counts of a norm, to be summed over channels
 
     @property
     def shape(self) -> torch.Size:

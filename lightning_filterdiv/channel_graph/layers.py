@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .answers import layer_of
 from .labels import Ints, LabelTensor, core, mix
-from .propagate import Event, Propagation, Rule, Value, unknown
+from .propagate import Event, Grouped, Propagation, Rule, Value, unknown
 from .record import Node, arguments
 
 __all__ = ["RULES"]
@@ -84,21 +85,16 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
     return result
 
 
-def _filters(
-    state: Propagation, node: Node, weight: str, bias: str | None, dim: int, count: int, pinned: str | None = None
-) -> Ints:
+def _filters(state: Propagation, node: Node, weight: str, bias: str | None, dim: int, count: int) -> Ints:
     """Fresh values, one per filter of ``weight``."""
     table, rows = state.table, np.arange(count, dtype=np.int64)
     # A weight may be used both ways round (tied encoder and decoder): those are other filters.
     owners = state.owners_of(f"{weight}|{dim}", count)
     key = state.key(node) or 0
-    values = table.add(owner=owners, trail=np.full(count, key, dtype=np.int64), origin=owners)
+    values = table.add(owner=owners, trail=state.first_trail(f"{weight}|{dim}", count, key), origin=owners)
     state.record(Event("filter", weight, dim, rows, values, silence=True))
     if bias is not None:
         state.record(Event("filter", bias, 0, rows, values, silence=True))
-    if pinned:
-        for owner in owners.tolist():
-            table.pins.setdefault(owner, pinned)
     return values
 
 
@@ -110,6 +106,7 @@ def _members(
     *,
     repeat: int = 1,
     entries: Ints | None = None,
+    shared: Container[str] = (),
     silenced: bool = True,
     offset: bool = False,
 ) -> Ints:
@@ -120,6 +117,7 @@ def _members(
         tensors: name -> whether it is set to zero to silence a channel.
         repeat: outputs per channel (depthwise convolution with a multiplier).
         entries: (C,) entry of the tensors that acts on each channel, by default its number.
+        shared: tensors with one entry for all outputs of a channel.
         silenced: the output is zero once those tensors are, whatever came in.
         offset: the operator does not map zero to zero.
     """
@@ -140,12 +138,12 @@ def _members(
     if silenced:
         table.leak[new] = 0
     for name, silence in tensors.items():
-        state.record(Event("member", name, 0, rows, result, silence=silence))
+        state.record(Event("member", name, 0, rows // repeat if name in shared else rows, result, silence=silence))
     return result
 
 
 def convolution(state: Propagation, node: Node) -> Value:
-    """Dense: reads every channel, emits new ones. Depthwise: a per-channel operator. Grouped: pinned on both sides."""
+    """Dense or grouped: reads channels, emits new ones. Depthwise: a per-channel operator."""
     call = arguments(node)
     labels, weight = _input(state, node, call["input"]), state.parameter_name(call["weight"])
     bias_node = call.get("bias")
@@ -170,29 +168,27 @@ def convolution(state: Propagation, node: Node) -> Value:
         tensors = {weight: True} | ({bias: True} if bias else {})
         if (vector < 0).any():
             state.unowned[layer_of(weight)] = state.table.fixed_reasons[-1 - int(vector.min())]
-        members = _members(state, node, vector, tensors, repeat=count // groups, offset=bias is not None)
+        members = _members(
+            state,
+            node,
+            vector,
+            tensors,
+            repeat=count // groups,
+            shared=(weight,) if transposed else (),
+            offset=bias is not None,
+        )
         return _place(members, channel_dim, out)
+    if groups > 1:
+        known = Grouped(groups, (shape[0] // groups, shape[1]))
+        if state.grouped.setdefault(weight, known) != known:
+            state.read_elsewhere[weight] = "a convolution with other groups"
     state.table.expose_leaks(vector)
-    pinned = None
-    if groups == 1:
-        columns = np.arange(len(vector), dtype=np.int64)
-        state.record(Event("consumer", weight, 0 if transposed else 1, columns, vector))
-    else:
-        layer = layer_of(weight)
-        state.table.pin(vector, f"input of {layer}, a grouped convolution (groups={groups})", expose=False)
-        pinned = f"a grouped convolution (groups={groups}) that is not depthwise"
-        if not transposed:
-            reads, writes = len(vector) // groups, count // groups
-            for g in range(groups):
-                part = vector[g * reads : (g + 1) * reads]
-                columns = np.arange(reads, dtype=np.int64)
-                block = (g * writes, (g + 1) * writes)
-                state.record(Event("consumer", weight, 1, columns, part, block=block))
+    columns = np.arange(len(vector), dtype=np.int64)
+    state.record(Event("consumer", weight, 0 if transposed else 1, columns, vector))
+    values = _filters(state, node, weight, bias, 1 if transposed else 0, count)
     if transposed and groups > 1:
-        # Filter j is a slice of dim 0 and an index of dim 1: not rows of one dimension.
-        state.table.pin(vector, f"input of {weight.rpartition('.')[0]}, a grouped transposed convolution")
-        return state.fixed(node)
-    values = _filters(state, node, weight, bias, 1 if transposed else 0, count, pinned)
+        for owner in state.table.owner[values].tolist():
+            state.table.exposed.setdefault(owner, f"the filters of {layer_of(weight)} are no rows of one dimension")
     return _place(values, channel_dim, out)
 
 
@@ -254,6 +250,54 @@ def normalisation(state: Propagation, node: Node) -> Value:
     rest = state.fixed(node)
     assert isinstance(rest, list)
     return [_place(members, 1, node.value[0].shape), *rest[1:]]
+
+
+def layer_norm(state: Propagation, node: Node) -> Value:
+    """Norms over the last dimension. They mix channels in a mean that counts them, and act on each by itself."""
+    call = arguments(node)
+    labels, shape = _input(state, node, call["input"]), call["normalized_shape"]
+    named = [state.parameter_name(call[key]) for key in ("weight", "bias") if call.get(key) is not None]
+    if labels is None or _is_parameter(state, call["input"]):
+        return unknown(state, node)
+    varying = {d for d, n in enumerate(core(labels).shape) if n > 1}
+    if not varying & set(range(labels.ndim - len(shape), labels.ndim)):
+        result = LabelTensor(state.table.derive(labels, state.key(node), shift=state.where(node)))
+        return _with_statistics(state, node, result)
+    if len(shape) > 1 or None in named:
+        return unknown(state, node)
+    vector = state.channels(labels, -1, node)
+    if not state.count(node, vector):
+        return unknown(state, node)
+    return _normalised(state, node, vector, -1, [name for name in named if name is not None])
+
+
+def group_norm(state: Propagation, node: Node) -> Value:
+    """Norms over blocks of channels (dim 1)."""
+    call = arguments(node)
+    labels, groups = _input(state, node, call["input"]), call["group"]
+    named = [state.parameter_name(call[key]) for key in ("weight", "bias") if call.get(key) is not None]
+    if labels is None or _is_parameter(state, call["input"]) or None in named:
+        return unknown(state, node)
+    vector = state.channels(labels, 1, node)
+    if groups < len(vector):
+        if not state.count(node, vector):
+            return unknown(state, node)
+        if groups > 1:
+            state.grouped[f"{node.module}.counts"] = Grouped(groups, (len(vector) // groups,))
+    return _normalised(state, node, vector, 1, [name for name in named if name is not None])
+
+
+def _normalised(state: Propagation, node: Node, vector: Ints, dim: int, names: list[str]) -> Value:
+    silenced = any(name.endswith("weight") for name in names)
+    members = _members(state, node, vector, dict.fromkeys(names, True), silenced=silenced, offset=True)
+    first = node.value if isinstance(node.value, Tensor) else node.value[0]
+    return _with_statistics(state, node, _place(members, dim, first.shape))
+
+
+def _with_statistics(state: Propagation, node: Node, result: LabelTensor) -> Value:
+    """Results of a norm: nothing in forward reads the further ones."""
+    rest = state.fixed(node)
+    return [result, *rest[1:]] if isinstance(rest, list) else result
 
 
 def _norm_of_parameters(state: Propagation, node: Node, call: dict[str, Any]) -> Value:
@@ -324,6 +368,8 @@ RULES: dict[str, Rule] = {
         ),
         normalisation,
     ),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
+    "native_group_norm": group_norm,
     "_weight_norm_interface": weight_norm,
     "_prelu_kernel": prelu,
 }

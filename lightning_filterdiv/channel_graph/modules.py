@@ -25,6 +25,7 @@ __all__ = [
     "meta_stand_ins",
     "quiet",
     "replace_tensors",
+    "set_norm_width",
     "structure",
     "tensor_names",
     "unchanged",
@@ -263,16 +264,15 @@ def update_attributes(module: nn.Module) -> None:
     _recompute(module)
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         reads, writes = module.weight.shape[:2]
-        if module.groups > 1:
+        if module.groups == module.in_channels > 1:  # depthwise: a block has one channel
             module.groups = reads
-            writes *= reads
-        module.in_channels, module.out_channels = reads, writes
+        module.in_channels, module.out_channels = reads, writes * module.groups
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         writes, reads = module.weight.shape[:2]
-        if module.groups > 1:  # depthwise: other grouped convolutions are pinned
+        if module.groups == module.in_channels > 1:  # depthwise: a block has one channel
             per_channel = module.out_channels // module.groups
-            module.groups = reads = writes // per_channel
-        module.in_channels, module.out_channels = reads, writes
+            module.groups = writes // per_channel
+        module.in_channels, module.out_channels = reads * module.groups, writes
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
@@ -281,3 +281,15 @@ def update_attributes(module: nn.Module) -> None:
             module.num_features = known[0].shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
+    elif isinstance(weight := module._parameters.get("weight"), Tensor) and weight.ndim == 1:
+        set_norm_width(module, weight.numel())
+
+
+def set_norm_width(module: nn.Module, width: int) -> None:
+    """Make the attributes of a norm over channels agree with their number."""
+    if isinstance(module, nn.GroupNorm):
+        if module.num_groups == module.num_channels:
+            module.num_groups = width
+        module.num_channels = width
+    elif isinstance(shape := getattr(module, "normalized_shape", None), (tuple, list)) and len(shape) == 1:
+        vars(module)["normalized_shape"] = [width] if isinstance(shape, list) else (width,)

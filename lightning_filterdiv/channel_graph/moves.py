@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import LabelTensor, compress, core, distinct, mix
-from .propagate import Move, Propagation, Rule, Value, fixed_labels, moved, nullified
+from .labels import Ints, LabelTensor, compress, core, distinct, mix
+from .propagate import Grouped, Move, Propagation, Rule, Value, fixed_labels, moved, nullified, pattern, unknown
 from .record import Node, arguments, map_nodes, operator_name
 
 __all__ = ["RULES"]
@@ -76,11 +76,14 @@ def _varying(labels: Tensor) -> set[int]:
     return {d for d in range(small.ndim) if small.shape[d] > 1}
 
 
-def _note_move(state: Propagation, node: Node, *labels: Tensor, natural: bool = False) -> None:
-    values, _ = distinct(np.concatenate([core(part).numpy().reshape(-1) for part in labels]))
+def _note_move(state: Propagation, node: Node, labels: Tensor, natural: Callable[[Tensor], bool] | None = None) -> None:
+    """Remember a movement; ``natural`` says whether it means the same at every width if it moves given labels."""
+    values, _ = distinct(core(labels).numpy())
     owners = np.unique(state.table.owner[values[values > 0]])
     if len(owners):
-        (state.reshapes if natural else state.moves).append(Move(operator_name(node), node.module, owners))
+        fits = natural is not None and natural(labels)
+        move = Move(operator_name(node), node.module, owners, labels, natural)
+        (state.reshapes if fits else state.moves).append(move)
 
 
 def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) -> None:
@@ -101,14 +104,23 @@ def along_dim(state: Propagation, node: Node) -> Value:
     dims = [dims] if isinstance(dims, int) else (dims or range(labels.ndim))
     if operator_name(node, raw=True) == "slice" and tuple(node.value.shape) == tuple(labels.shape):
         return _value(state, node.args[0])
-    if {d % labels.ndim for d in dims} & _varying(labels):
-        _note_move(state, node, labels)
+    along = {d % labels.ndim for d in dims}
+    if along & _varying(labels):
+        _note_move(state, node, labels, lambda moved: not along & _varying(moved))
     return _movement(state, node)
 
 
 def keeps_order(state: Propagation, node: Node) -> Value:
     """Transpositions and the like: whole dimensions move, whatever their size."""
     return _movement(state, node)
+
+
+def restride(state: Propagation, node: Node) -> Value:
+    """as_strided with the shape there was: what pooling to one position does to a channels-last activation."""
+    value = state.labels_of(node.args[0])
+    if value is None or value.shape != node.value.shape:
+        return unknown(state, node)
+    return value
 
 
 def overwrite(state: Propagation, node: Node) -> Value:
@@ -157,14 +169,15 @@ def reshape(state: Propagation, node: Node) -> Value:
     """view, reshape, flatten: row-major order is kept."""
     value = _value(state, node.args[0])
     labels, shape = value.labels, node.value.shape
-    _note_move(state, node, labels, natural=_reshape_is_natural(labels, shape))
+    if not value.weighed:  # a norm that counts its channels splits them into blocks, however many there are
+        _note_move(state, node, labels, lambda moved: _reshape_is_natural(moved, tuple(shape)))
     result = _reshaped(labels, tuple(shape))
     result = state.table.derive(result, state.key(node))
     _note_spread(state, node, labels, result)
     small = core(result)
     if small.numel() > core(labels).numel():
         result = _number_slots(state, small).expand(shape)
-    return LabelTensor(result, is_parameter=value.is_parameter)
+    return LabelTensor(result, is_parameter=value.is_parameter, weighed=value.weighed)
 
 
 def _number_slots(state: Propagation, small: Tensor) -> Tensor:
@@ -220,15 +233,22 @@ def _reshaped(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the reshape means the same for any number of channels: it splits or merges no varying dimension."""
+    """Whether the reshape means the same for any number of channels.
+
+    It does where channels lie along at most one dimension before and after. A stack of branches may come in between:
+    there each channel is the same along the dimension of branches.
+    """
     if not labels.numel():
         return True
-    varying = _varying(labels)
+    before, after = _varying(labels), None
     for here, there in _segments(labels.shape, shape):
-        channels = sum(d in varying for d in range(here.start, here.stop))
-        parts = sum(n != 1 for n in shape[there])
-        if channels > 1 or (channels and parts > 1):
+        channels = sum(d in before for d in range(here.start, here.stop))
+        if channels > 1:
             return False
+        if channels and sum(n != 1 for n in shape[there]) > 1:
+            after = _varying(_reshaped(labels, tuple(shape))) if after is None else after
+            if sum(d in after for d in range(there.start, there.stop)) > 1:
+                return False
     return True
 
 
@@ -313,14 +333,21 @@ def reduction(state: Propagation, node: Node) -> Value:
     dims: Any = call.get("dim")
     chosen = [dims] if isinstance(dims, int) else (list(dims) if dims else list(range(labels.ndim)))
     chosen = [d % labels.ndim for d in chosen]
+    name = operator_name(node, raw=True)
     mixed = sorted(set(chosen) & _varying(labels))
     if mixed:
-        state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
-        return state.fixed(node)
-    name = operator_name(node, raw=True)
+        if _value(state, node.args[0]).weighed and name == "sum":
+            return _counted(state, node, labels, mixed)
+        if not state.stay_apart(_lines(labels, mixed)):
+            if name in _AVERAGES and len(mixed) == 1 and state.count(node, state.channels(labels, mixed[0], node)):
+                return state.fixed(node)
+            state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
+            return state.fixed(node)
+        labels = _joined(state, node, labels, mixed)
     small = labels
     for d in chosen:
-        small = small.narrow(d, 0, 1)
+        if not mixed or labels.stride(d) == 0:
+            small = small.narrow(d, 0, 1)
     small = state.table.derive(small, state.key(node), shift=None if _zero_preserving(name) else state.where(node))
 
     def shaped(part: Tensor) -> LabelTensor:
@@ -333,6 +360,91 @@ def reduction(state: Propagation, node: Node) -> Value:
 
     value = node.value
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
+
+
+def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:
+    """A sum of channels that were multiplied by the counts of a norm."""
+    along = _varying(labels)
+    vector = state.collapse(labels, [d for d in range(labels.ndim) if d not in along], node).reshape(-1).numpy()
+    state.count(node, vector)
+    if (groups := int(np.prod([labels.shape[d] for d in along - set(dims)], initial=1))) > 1:
+        state.grouped[f"{node.module}.counts"] = Grouped(groups, (len(vector) // groups,))
+    return state.fixed(node)
+
+
+def _lines(labels: Tensor, dims: Sequence[int]) -> Ints:
+    """(n, m) labels that lie along ``dims``, one row for each place along the other dimensions."""
+    small = core(labels)
+    kept = [d for d in range(small.ndim) if d not in dims]
+    return small.permute(*kept, *dims).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
+
+
+def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Tensor:
+    """Labels of branches that meet along ``dims``: what lies there becomes one channel.
+
+    Operators that keep the shape (softmax) make as many values of it as there were, others one.
+    """
+    table, shape = state.table, labels.shape
+    small, matrix = core(labels), _lines(labels, dims)
+    kept = [d for d in range(small.ndim) if d not in dims]
+    size = [small.shape[d] for d in kept]
+    values, owned = np.empty(len(matrix), dtype=np.int64), (matrix > 0).all(axis=1)
+    if not owned.all():
+        fixed = table.fixed_reasons[-1 - int(matrix.min())]
+        rest = matrix[~owned]
+        table.pin(rest[rest > 0], f"meets values that no channel owns ({fixed}) in {state.where(node)}", expose=False)
+        table.expose_leaks(rest)
+        values[~owned] = table.add_fixed(f"computed by {state.where(node)}")
+    rows = matrix[owned]
+    if len(rows):
+        slots = table.slot[rows]
+        if (apart := (slots != slots[:, :1]).any(axis=1)).any():
+            table.pin(rows[apart], f"meets another order of positions in {state.where(node)}")
+        owners, origins = table.owner[rows], table.origin[rows]
+        table.unite(np.repeat(owners[:, 0], rows.shape[1]), owners.reshape(-1))
+        alone = (origins == origins[:, :1]).all(axis=1)
+        if operator_name(node, raw=True) not in _LINEAR:
+            for origin in np.unique(origins[~alone]).tolist():
+                table.exposed.setdefault(origin, f"joined by {state.where(node)}")
+        table.expose_leaks(rows[~alone])
+        values[owned] = table.add(
+            owner=owners[:, 0],
+            trail=pattern(table, rows),
+            slot=slots[:, 0],
+            origin=np.where(alone, origins[:, 0], -1),
+            leak=np.where(alone, table.leak[rows].max(axis=1), 0),
+            zero=table.zero[rows].min(axis=1),
+        )
+    joint = torch.from_numpy(values).reshape([*size, *[1] * len(dims)])
+    joint = joint.permute(*np.argsort([*kept, *dims]).tolist())
+    first = node.value if isinstance(node.value, Tensor) else node.value[0]
+    if tuple(first.shape) != tuple(shape):
+        return joint.expand(shape)
+    return _pairwise(state, small, joint.expand(small.shape)).expand(shape)
+
+
+def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
+    """Values that depend on themselves and on all that they met."""
+    table = state.table
+    pairs, inverse = np.unique(
+        np.stack([own.reshape(-1).numpy(), joint.reshape(-1).numpy()], axis=1), axis=0, return_inverse=True
+    )
+    result = pairs[:, 1].copy()
+    owned = (pairs > 0).all(axis=1)
+    mine, met = pairs[owned].T
+    result[owned] = table.add(
+        owner=table.owner[mine],
+        trail=mix(table.trail[mine], table.trail[met]),
+        slot=table.slot[mine],
+        origin=table.origin[met],
+        leak=table.leak[met],
+        zero=table.zero[met],
+    )
+    return torch.from_numpy(result[inverse.reshape(-1)]).reshape(own.shape)
+
+
+_LINEAR = ("sum", "mean")
+_AVERAGES = ("mean", "var", "var_mean", "std")
 
 
 def creation(state: Propagation, node: Node) -> Value:
@@ -366,6 +478,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle"), regroup),
     "index": index,
     "copy": overwrite,
+    **dict.fromkeys(("as_strided", "as_strided_"), restride),
     **dict.fromkeys(("cat", "stack"), concatenate),
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape", "flatten", "unflatten"), reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..filters import named_modules, named_tensors
-from .answers import ChannelAnswers, ChannelGroup
+from .answers import ChannelAnswers, ChannelGroup, rows_back, rows_first
 from .channel_map import ChannelMap
+from .counted import CountedNorm, counted
 from .errors import NarrowingError
-from .modules import copy_network, device_of, replace_tensors, update_attributes
+from .modules import copy_network, device_of, replace_tensors, set_norm_width, update_attributes
 from .widths import layout_for, widths_of
 
-__all__ = ["Cut", "cut_in_place", "leave_out", "merging", "narrow", "representatives", "tie"]
+__all__ = ["Cut", "check_blocks", "cut_in_place", "leave_out", "merging", "narrow", "representatives", "tie", "weigh"]
 
 Clusters = Mapping[str, Tensor]
 
@@ -41,7 +42,32 @@ def representatives(group: ChannelGroup, clusters: Tensor) -> Tensor:
     _, index = torch.unique(clusters, return_inverse=True)
     first = torch.full((int(index.max()) + 1,), group.size, dtype=torch.long)
     first.scatter_reduce_(0, index, torch.arange(group.size), "amin")
+    if group.blocks is not None:
+        if bool((group.blocks[first[index]] != group.blocks).any()):
+            i = int((group.blocks[first[index]] != group.blocks).nonzero()[0])
+            raise NarrowingError(
+                f"group {group.name!r} has {group.block_count} blocks, and cluster {int(clusters[i])} joins channels "
+                f"{int(first[index][i])} and {i} of different blocks: a grouped layer reads or writes its channels "
+                f"block by block. Cluster inside ChannelGroup.blocks, as cluster_channels does"
+            )
+        check_blocks(group, first, "clusters")
     return first[index]
+
+
+def check_blocks(group: ChannelGroup, kept: Tensor, what: str) -> None:
+    """Raise unless every block of ``group`` keeps equally many channels.
+
+    Raises:
+        NarrowingError: some do not.
+    """
+    if group.blocks is None:
+        return
+    counts = torch.bincount(group.blocks[kept], minlength=group.block_count)
+    if len(counts.unique()) > 1:
+        raise NarrowingError(
+            f"{what} of group {group.name!r} leave {counts.tolist()} channels in its {group.block_count} blocks: a "
+            f"grouped layer needs equally many in every block (see ChannelGroup.blocks)"
+        )
 
 
 def _by_name(graph: ChannelAnswers, wanted: Mapping[str, object]) -> dict[str, ChannelGroup]:
@@ -91,13 +117,15 @@ def tie(model: nn.Module, graph: ChannelAnswers, clusters: Clusters) -> None:
                 continue
             tensor = tensors[part.tensor]
             index = first.to(tensor.device)
+            laid = rows_first(tensor, part.dim, part.groups)
             for rows in part.rows.T.to(tensor.device):
-                values = tensor.index_select(part.dim, rows).movedim(part.dim, 0)
+                values = laid.index_select(0, rows)
                 wide = values.double() if values.device.type == "cpu" else values.float()
                 total = torch.zeros_like(wide).index_add_(0, index, wide)
                 divisor = counts.to(tensor.device)[index].reshape(-1, *[1] * (wide.ndim - 1))
-                mean = (total[index] / divisor).to(tensor.dtype).movedim(0, part.dim)
-                tensor.index_copy_(part.dim, rows, mean)
+                laid.index_copy_(0, rows, (total[index] / divisor).to(tensor.dtype))
+            if part.groups > 1:
+                tensor.copy_(rows_back(laid, part.dim, part.groups))
 
 
 @dataclass
@@ -108,11 +136,13 @@ class Cut:
         removed: rows that go.
         added: of those, consumer columns that are added to others first, and the columns they are added to.
         index: what is kept, in this order; by default all that is not removed.
+        groups: rows count through that many equal parts of dimension 0, see :class:`TensorRows`.
     """
 
     removed: list[Tensor] = field(default_factory=list)
     added: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     index: Tensor | None = None
+    groups: int = 1
 
 
 Cuts = dict[str, dict[int, Cut]]
@@ -158,6 +188,9 @@ def _selections(graph: ChannelAnswers, keep: Mapping[str, Tensor], sums: Mapping
                 )
             if not torch.equal(into[kept], kept):
                 raise NarrowingError(f"sums[{name!r}] must hold each kept channel at its own place")
+            if group.blocks is not None and bool((group.blocks[into] != group.blocks)[into >= 0].any()):
+                raise NarrowingError(f"sums[{name!r}] adds channels of one block to another (see ChannelGroup.blocks)")
+        check_blocks(group, kept, f"keep[{name!r}]")
         if len(kept) < group.size:
             selections.append(_Selection(group, kept, into))
     if unkept := [name for name in sums if name not in keep]:
@@ -170,10 +203,10 @@ def _cuts(selections: list[_Selection]) -> Cuts:
     for selection in selections:
         removed = selection.removed
         summed = removed[selection.sums[removed] >= 0]
-        for part in selection.group.parts:
-            cut = cuts.setdefault(part.tensor, {}).setdefault(part.dim, Cut())
+        for part in (*selection.group.parts, *selection.group.counted):
+            cut = cuts.setdefault(part.tensor, {}).setdefault(part.dim, Cut(groups=part.groups))
             cut.removed.append(part.rows[removed].reshape(-1))
-            if part.kind == "consumer" and len(summed):
+            if part.kind in ("consumer", "counted") and len(summed):
                 cut.added.append((part.rows[summed].reshape(-1), part.rows[selection.sums[summed]].reshape(-1)))
     return cuts
 
@@ -206,7 +239,9 @@ def narrow(
     bound = frozenset().union(*graph.constrained)
     tied = [s for s in selections if int(s.group.channels[0]) in bound]
     if not tied:
-        result = _copy_and_cut(model, _cuts(selections))
+        cuts = _cuts(selections)
+        result = _copy_and_cut(model, cuts)
+        _install_counts(result, graph, cuts)
         _install_maps(result, graph, selections, device_of(result))
         return result
     result, narrower = _narrow_tied(model, graph, tied)
@@ -228,17 +263,21 @@ def cut_in_place(
         selections: what remains of which groups.
         device: of the indices of channel maps, by default that of the network.
     """
-    _cut(model, _cuts(selections))
+    cuts = _cuts(selections)
+    _cut(model, cuts)
+    _install_counts(model, graph, cuts)
     _install_maps(model, graph, selections, device or device_of(model))
 
 
 def leave_out(groups: Sequence[ChannelGroup], share: int = 3) -> list[_Selection]:
-    """Selections that leave out about one in ``share`` channels of every group, the last ones."""
-    return [
-        _Selection(group, torch.arange(group.size - max(1, group.size // share)), torch.full((group.size,), -1))
-        for group in groups
-        if group.size > 1
-    ]
+    """Selections that leave out about one in ``share`` channels of every group (of each block), the last ones."""
+    selections = []
+    for group in groups:
+        size = group.size // group.block_count
+        if size > 1:
+            kept = torch.cat([block[: size - max(1, size // share)] for block in group.members()]).sort().values
+            selections.append(_Selection(group, kept, torch.full((group.size,), -1)))
+    return selections
 
 
 def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]) -> tuple[nn.Module, ChannelAnswers]:
@@ -258,6 +297,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
     source = {new: places[name][i] if name else i for new, (name, i) in layout.channels.items()}
     _follow_layout(graph, layout.graph, source, cuts)
     result = _copy_and_cut(model, cuts)
+    _install_counts(result, graph, cuts)
     layout.graph.rebind(result)
     return result, layout.graph
 
@@ -266,7 +306,11 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
     """Put what is kept where the network's forward will look for it."""
     filters = {channel for row in graph.table.filters().values() for channel in row}
     old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
-    old_tensors, new_tensors = named_tensors(graph.model), named_tensors(narrower.model)
+    lengths = {
+        g: {name: tuple(t.shape) for name, t in named_tensors(g.model).items()}
+        | {f"{name}.counts": (site.size,) for name, site in g.norms.items()}
+        for g in (graph, narrower)
+    }
     for (tensor, dim), by_channel in new_rows.items():
         places = {
             row: old
@@ -276,8 +320,8 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         }
         # What no filter owns (columns that read the network input, or padding) stays in order.
         owned = {row for channel, rows in old_rows[tensor, dim].items() if channel in filters for row in rows}
-        rest = [row for row in range(old_tensors[tensor].shape[dim]) if row not in owned]
-        free = [row for row in range(new_tensors[tensor].shape[dim]) if row not in places]
+        rest = [row for row in range(lengths[graph][tensor][dim]) if row not in owned]
+        free = [row for row in range(lengths[narrower][tensor][dim]) if row not in places]
         if len(rest) != len(free):
             raise NarrowingError(f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns")
         places.update(zip(free, rest, strict=True))
@@ -290,6 +334,8 @@ def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
     tensors = named_tensors(model)
     narrower: dict[int, Tensor] = {}
     for name, dims in cuts.items():
+        if name not in tensors:  # counts of a norm that has none yet
+            continue
         old = tensors[name]
         new = _cut_tensor(old, dims)
         narrower[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
@@ -302,7 +348,7 @@ def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
 def _cut(model: nn.Module, cuts: Cuts) -> None:
     """Replace the tensors in ``cuts`` by narrower ones, in place."""
     tensors = named_tensors(model)
-    replaced = {id(tensors[name]): _cut_tensor(tensors[name], dims) for name, dims in cuts.items()}
+    replaced = {id(tensors[name]): _cut_tensor(tensors[name], dims) for name, dims in cuts.items() if name in tensors}
     for module in replace_tensors(model, replaced):
         update_attributes(module)
 
@@ -310,8 +356,10 @@ def _cut(model: nn.Module, cuts: Cuts) -> None:
 def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
     value = tensor.detach()
     wide = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-    for dim, cut in dims.items():
-        index = cut.index
+    for dim, cut in sorted(dims.items()):
+        index, parts = cut.index, cut.groups
+        if parts > 1:  # the blocks of dimension 0 move beside those of dimension 1, and back
+            value, dim = rows_first(value, dim, parts), 0
         if index is None:
             mask = torch.ones(value.shape[dim], dtype=torch.bool)
             for rows in cut.removed:
@@ -319,16 +367,54 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
             index = mask.nonzero().squeeze(1)
         if value.is_meta:
             value = value.new_empty([len(index) if d == dim else n for d, n in enumerate(value.shape)])
+            value = rows_back(value, dim, parts) if parts > 1 else value
             continue
         if cut.added:
             columns, into = (torch.cat(part).to(value.device) for part in zip(*cut.added, strict=True))
             added = value.index_select(dim, columns).to(wide)
             value = value.to(wide, copy=True).index_add_(dim, into, added).to(value.dtype)
         value = value.index_select(dim, index.to(value.device))
+        if parts > 1:
+            value = rows_back(value, dim, parts)
     for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if tensor.ndim == ndim and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
             return value.contiguous(memory_format=memory_format)
     return value.contiguous()
+
+
+def _install_counts(model: nn.Module, graph: ChannelAnswers, cuts: Cuts) -> None:
+    """Have norms over channels weigh those that stand for unequally many."""
+    counts = {}
+    for name, site in graph.norms.items():
+        if f"{name}.counts" in cuts:
+            counts[name] = _cut_tensor(torch.ones(site.size, dtype=torch.int64), cuts[f"{name}.counts"])
+    weigh(model, graph, counts)
+
+
+def weigh(model: nn.Module, graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> None:
+    """Give norms over channels their counts, in place. Norms whose counts are all equal stay plain.
+
+    Args:
+        model: a network like that of ``graph``, at whatever widths.
+        graph: its channel graph.
+        counts: norm -> (C,) how often it counts each channel. Norms that have counts already keep theirs.
+    """
+    modules = named_modules(model)
+    for name, numbers in counts.items():
+        module = modules[name]
+        if isinstance(module, CountedNorm):
+            continue
+        if bool((numbers == numbers[0]).all()):
+            set_norm_width(module, len(numbers))
+        else:
+            _replace_module(model, module, counted(module, graph.norms[name].form, numbers.to(device_of(model))))
+
+
+def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old and parent is not new:
+                parent._modules[name] = new
 
 
 def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Selection], device: torch.device) -> None:
@@ -349,10 +435,7 @@ def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Sel
         expand, keep = (None if t is None else t.to(device) for t in (expand, keep))
         new = inner.narrowed(expand, keep) if isinstance(inner, ChannelMap) else ChannelMap(inner, expand, keep)
         new.train(inner.training)
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is inner and parent is not new:
-                    parent._modules[name] = new
+        _replace_module(model, inner, new)
 
 
 def _kept_positions(channels: tuple[int, ...], target: Mapping[int, int]) -> list[int]:

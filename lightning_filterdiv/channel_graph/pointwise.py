@@ -36,6 +36,11 @@ def pointwise(state: Propagation, node: Node) -> Value:
     out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
         return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
+    if state.counts and operator_name(node) in _PRODUCTS:
+        weighed = [value for n, value in operands if (known := state.vector(n)) is None or known[0] not in state.counts]
+        if len(weighed) < len(node.inputs) == 2:
+            labels = weighed[0].labels.expand(out)
+            return LabelTensor(state.table.derive(labels, state.key(node)), weighed=True)
     if all(value.uniform for _, value in operands):
         fixed = state.fixed(node)
         assert isinstance(fixed, LabelTensor)
@@ -52,8 +57,11 @@ def pointwise(state: Propagation, node: Node) -> Value:
     for n, value in operands:
         unowned = bool((core(value.labels) < 0).all()) or (value.is_parameter and not parameters)
         alike = all(value.labels.ndim < -dim or value.shape[dim] == 1 for dim in varying)
-        # The same number for every channel: a scalar, a spatial mask, a gate that broadcasts over channels.
-        if value.uniform or (unowned and alike):
+        # The same number for every channel: a scalar, a spatial mask, a gate that broadcasts over channels, what a norm
+        # that weighs its channels computes for a block of them.
+        if value.uniform or (
+            unowned and (alike or (not value.is_parameter and f"{node.module}.counts" in state.counts))
+        ):
             neutral.append((n, value))
         elif varying and alike and not parameters:
             state.pin(value, f"acts on all channels at once in {state.where(node)}")
@@ -127,6 +135,8 @@ class _Join:
         columns, inverse = _distinct_rows([w.reshape(-1).numpy() for w in wide])
         results = self._meet_alike(columns)
         if results is None:
+            results = self._meet_parameters(columns)
+        if results is None:
             results = np.empty(len(columns), dtype=np.int64)
             unowned = (columns < 0).any(axis=1)
             results[unowned] = self._meet_unowned(columns[unowned])
@@ -166,6 +176,37 @@ class _Join:
             origin=np.where(private, origins[:, 0], -1),
             leak=np.where(private, leak, 0),
         )
+
+    def _meet_parameters(self, columns: Ints) -> Ints | None:
+        """:meth:`_meet` of all ``columns`` at once, where an activation meets entries of parameters; None elsewhere."""
+        table = self.table
+        if (~self.is_parameter).sum() != 1 or (columns <= 0).any() or table.zero[columns].any():
+            return None
+        given = columns[:, int(np.flatnonzero(~self.is_parameter)[0])]
+        origins, leak = table.origin[given], table.leak[given]
+        private = origins >= 0
+        table.expose_leaks_in_order(given[~private])
+        vanish = self.keeps_zero and all(self.silencers[i] for i in np.flatnonzero(self.is_parameter))
+        quotient = self.name == "div" and not self.is_parameter[0] and self.nodes[0] is self.node.args[0]
+        if not (self.product or vanish or quotient) and (private & (leak == 0)).any():
+            leak = np.where(leak > 0, leak, table.add_leak(f"{self.where} does not map zero to zero"))
+        owners = table.owner[columns]
+        for i in range(1, columns.shape[1]):
+            table.unite(owners[:, 0], owners[:, i])
+        for i in np.flatnonzero(self.is_parameter).tolist():
+            table.slot[columns[:, i]] = table.slot[given]
+        results = table.add(
+            owner=owners[:, 0],
+            trail=mix(self.key or 0, *table.trail[columns].T),
+            slot=table.slot[given],
+            origin=np.where(private, origins, -1),
+            leak=np.where(private, leak, 0),
+        )
+        for i in np.flatnonzero(self.is_parameter).tolist():
+            for value, result in zip(columns[:, i].tolist(), results.tolist(), strict=True):
+                for tensor, row in self.entries[i].get(value, ()):
+                    self.private.setdefault(tensor, []).append((row, result))
+        return results
 
     def _meet_unowned(self, columns: Ints) -> int:
         """Label of what results where a value that no channel owns is among those that meet."""

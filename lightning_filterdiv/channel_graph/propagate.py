@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash
 from .record import Node, Record, is_shape_only, operator_name
 
-__all__ = ["FLAT", "Event", "Move", "Propagation", "Rule", "Value"]
+__all__ = ["FLAT", "Event", "Grouped", "Move", "Propagation", "Rule", "Value", "pattern"]
 
 FLAT = -1  # "dimension" of an event whose rows are positions in the flattened tensor
 Value = LabelTensor | list[Any] | None
@@ -27,26 +27,42 @@ class Event:
 
     Kinds: ``filter`` (rows that produce a channel), ``member`` (entries of a per-channel tensor), ``private`` (entries
     that silence a channel, listed a second time), ``consumer`` (columns that read a channel). ``silence``: these rows
-    are set to zero to silence the channel. ``block``: for a grouped convolution, the filters (dim 0) whose columns are
-    meant.
+    are set to zero to silence the channel. Rows along dim 1 of a :class:`Grouped` tensor count through its blocks.
+    ``counted``: places of channels in a norm over them; the tensor is named ``counts`` and need not exist.
     """
 
-    kind: Literal["filter", "member", "private", "consumer"]
+    kind: Literal["filter", "member", "private", "consumer", "counted"]
     tensor: str
     dim: int
     rows: Ints
     values: Ints
     silence: bool = False
-    block: tuple[int, int] | None = None
+
+
+class Grouped(NamedTuple):
+    """Blocks of a tensor that reads or writes channels block by block."""
+
+    groups: int
+    sizes: tuple[int, ...]  # rows of one block along each dimension
 
 
 @dataclass(frozen=True)
 class Move:
-    """A data movement whose result depends on how many channels there are: a split, a shuffle, a pad over channels."""
+    """A data movement whose result depends on how many channels there are: a split, a shuffle, a pad over channels.
+
+    Attributes:
+        operator: its name.
+        module: the module that runs it.
+        owners: of the values that it moves.
+        labels: what it moves.
+        natural: labels -> whether it means the same at every width if these are what it moves.
+    """
 
     operator: str
     module: str
     owners: Ints
+    labels: Tensor
+    natural: Callable[[Tensor], bool] | None = None
 
 
 @dataclass
@@ -59,6 +75,7 @@ class Propagation:
     events: list[Event] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     reshapes: list[Move] = field(default_factory=list)  # flattens, where forward may hold a number
+    stacked: list[Move] = field(default_factory=list)  # movements of branches that lie along a dimension of their own
     weights: set[str] = field(default_factory=set)  # weights and biases of convolutions and linear layers
     read_elsewhere: dict[str, str] = field(default_factory=dict)  # tensor read other than as a layer's -> by what
     owners: dict[str, Ints] = field(default_factory=dict)  # tensor name -> owner of each filter or entry
@@ -70,6 +87,16 @@ class Propagation:
     computed: set[str] = field(default_factory=set)  # tensors that forward computes a kernel of, filter by filter
     computed_layers: dict[str, str] = field(default_factory=dict)  # layer whose kernel is computed -> why it is pinned
     row_owners: dict[str, Ints] = field(default_factory=dict)  # tensor labelled by slices -> owner of each
+    norms: Container[str] = ()  # modules that may turn out to be norms over channels
+    counts: Container[str] = ()  # buffers of norms that weigh channels
+    counted: dict[str, dict[tuple[torch.Size, int], str]] = field(
+        default_factory=dict
+    )  # norm -> (shape of its input, dimension of channels) -> where it mixes them
+    grouped: dict[str, Grouped] = field(default_factory=dict)  # kernels of grouped convolutions, norms over blocks
+    ranks: Mapping[str, Ints] = field(
+        default_factory=dict
+    )  # as ``owners`` -> number of each among those of its channel
+    element_dims: dict[str, int] = field(default_factory=dict)  # of ``elements`` -> the dimension that follows channels
     spread: dict[int, str] = field(default_factory=dict)  # owner -> the operator that moves its channel to positions
     _tensors: dict[Node, str] = field(default_factory=dict)
     _keys: dict[Node, int | None] = field(default_factory=dict)
@@ -227,12 +254,12 @@ class Propagation:
             return constant
         if (dim := self.row_dims.get(name)) is not None:
             owners = self.row_owners[name] = self.owners_of(f"{name}|{dim}", shape[dim])
-            rows = self.table.add(owner=owners, trail=np.full(len(owners), stable_hash(name), dtype=np.int64))
+            rows = self.table.add(owner=owners, trail=self.first_trail(f"{name}|{dim}", len(owners), stable_hash(name)))
             view = [len(rows) if d == dim else 1 for d in range(len(shape))]
             return LabelTensor(torch.from_numpy(rows).reshape(view).expand(shape), is_parameter=True)
         self.elements[name] = shape
         owners = self.owners_of(name, shape.numel())
-        trail = np.full(len(owners), stable_hash(name), dtype=np.int64)
+        trail = self.first_trail(name, len(owners), stable_hash(name))
         labels = torch.from_numpy(self.table.add(owner=owners, trail=trail)).reshape(shape)
         return LabelTensor(labels, is_parameter=True)
 
@@ -241,6 +268,33 @@ class Propagation:
         if tensor not in self.owners:
             self.owners[tensor] = self.table.new_owners(count)
         return self.owners[tensor]
+
+    def first_trail(self, tensor: str, count: int, key: int) -> Ints:
+        """Trails of the filters (entries) of a tensor. Those that meet in one channel differ by their number there."""
+        ranks = self.ranks.get(tensor)
+        return np.full(count, key, dtype=np.int64) if ranks is None else mix(key, ranks)
+
+    def count(self, node: Node, values: Ints) -> bool:
+        """Note that ``values`` are averaged by a norm over channels; False if ``node`` runs in no such module."""
+        if node.module not in self.norms:
+            return False
+        source = node
+        while source.inputs and (source is node or source.module == node.module):
+            labelled = (n for n in source.inputs if self._owned(n) and n not in self._tensors)
+            if (above := next(labelled, None)) is None:
+                break
+            source = above
+        value = self.values.get(source)
+        small = core(self.rooted(value.labels)) if isinstance(value, LabelTensor) else torch.empty(0)
+        dims = [d for d, n in enumerate(small.shape) if n > 1]
+        if len(dims) != 1 or small.shape[dims[0]] != len(values):
+            return False
+        self.counted.setdefault(node.module, {}).setdefault((source.shape, dims[0]), self.where(node))
+        name = f"{node.module}.counts"
+        self.record(Event("counted", name, 0, np.arange(len(values), dtype=np.int64), values))
+        for origin in np.unique(self.table.origin[values[values > 0]]).tolist():
+            self.table.exposed.setdefault(origin, f"input of {self.where(node)}, which mixes channels")
+        return True
 
     def use_as_weight(self, *tensors: str | None) -> None:
         """Note that a layer has these for its weight and bias: they must serve nothing else."""
@@ -265,19 +319,11 @@ class Propagation:
     def record(self, event: Event) -> None:
         """Keep the rows of ``event`` that meet a value some channel owns."""
         owned = event.values > 0
-        if not owned.all() and event.block is None:
+        if not owned.all():
             self.unowned_rows.setdefault((event.tensor, event.dim), set()).update(event.rows[~owned].tolist())
         if owned.any():
             self.events.append(
-                Event(
-                    event.kind,
-                    event.tensor,
-                    event.dim,
-                    event.rows[owned],
-                    event.values[owned],
-                    event.silence,
-                    event.block,
-                )
+                Event(event.kind, event.tensor, event.dim, event.rows[owned], event.values[owned], event.silence)
             )
 
     def pin(self, value: object, reason: str, *, expose: bool = True) -> None:
@@ -314,10 +360,62 @@ class Propagation:
         matrix = (
             small.permute(*kept, *varying).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
         )
-        rows = np.fromiter((self._one_value(row, node, silent) for row in matrix), dtype=np.int64, count=len(matrix))
+        rows = self.joined(matrix)
+        if (rows == 0).any() and self.stay_apart(matrix):
+            self.link(matrix)
+            rows = self.joined(matrix)
+        for i in np.flatnonzero(rows == 0).tolist():
+            rows[i] = self._one_value(matrix[i], node, silent)
         shape = [1 if d in varying else small.shape[d] for d in range(small.ndim)]
         target = [1 if d in dims else labels.shape[d] for d in range(labels.ndim)]
         return torch.from_numpy(rows).reshape(shape).expand(target)
+
+    def stay_apart(self, matrix: Ints) -> bool:
+        """Whether several channels are left when all that meet in a row of ``matrix`` (n, m) become one."""
+        rows, columns = np.nonzero(matrix > 0)
+        roots = self.table.roots(self.table.owner[matrix[rows, columns]])
+        values, place = np.unique(roots, return_inverse=True)
+        if len(values) == 1 and len(matrix) > 1:
+            return True  # one channel to begin with
+        first, meeting = np.arange(len(values)), np.full(len(matrix), len(values))
+        while len(values):  # the smallest number of a channel that each is connected to
+            np.minimum.at(meeting, rows, first[place])
+            smaller = first.copy()
+            np.minimum.at(smaller, place, meeting[rows])
+            if np.array_equal(smaller, first):
+                return bool((first > first.min()).any())
+            first = smaller
+        return False
+
+    def link(self, matrix: Ints) -> None:
+        """Make what meets in a row of ``matrix`` (n, m) one channel, where nothing else is among it."""
+        rows = matrix[(matrix > 0).all(axis=1)]
+        if len(rows):
+            owners = self.table.owner[rows]
+            self.table.unite(np.repeat(owners[:, 0], rows.shape[1]), owners.reshape(-1))
+
+    def joined(self, matrix: Ints) -> Ints:
+        """(n,) values of rows (n, m) that hold one channel in several states; 0 for rows that are not so simple.
+
+        The states and their order become part of the trail.
+        """
+        table, result = self.table, np.zeros(len(matrix), dtype=np.int64)
+        plain = ((matrix > 0) & (table.zero[np.maximum(matrix, 0)] == 0)).all(axis=1)
+        rows = matrix[plain]
+        roots = table.roots(table.owner[rows])
+        alike = (roots == roots[:, :1]).all(axis=1) & (rows != rows[:, :1]).any(axis=1)
+        rows = rows[alike]
+        if len(rows):
+            origins = table.origin[rows]
+            alone = (origins == origins[:, :1]).all(axis=1)
+            table.expose_leaks(rows[~alone])
+            result[np.flatnonzero(plain)[alike]] = table.add(
+                owner=table.owner[rows].min(axis=1),
+                trail=pattern(table, rows),
+                origin=np.where(alone, origins[:, 0], -1),
+                leak=np.where(alone, table.leak[rows].max(axis=1), 0),
+            )
+        return result
 
     def _one_value(self, row: Ints, node: Node, silent: bool) -> int:
         table, found = self.table, np.unique(row)
@@ -339,15 +437,14 @@ class Propagation:
             return table.add_fixed(f"computed by {self.where(node)}")
         # One channel in several states (a flatten, a mosaic, zeros beside it): their pattern becomes part of the trail.
         table.unite(table.owner[owned[:-1]], table.owner[owned[1:]])
-        with np.errstate(over="ignore"):
-            trail = mix(table.trail[row], table.slot[row], np.arange(len(row))).sum()
+        trail = pattern(table, row[None])
         origins = np.unique(table.origin[live])
         if len(origins) > 1:
             table.expose_leaks(live)
         alone = len(origins) == 1
         values = table.add(
             owner=table.owner[owned[:1]],
-            trail=np.asarray([trail]),
+            trail=trail,
             origin=origins if alone else -1,
             leak=table.leak[live].max() if alone else 0,
             zero=int(not len(live)),
@@ -360,6 +457,20 @@ class Propagation:
         rest = [d for d in range(labels.ndim) if d != dim]
         return self.collapse(labels, rest, node).reshape(-1).numpy() if rest else labels.numpy()
 
+    def settle_moves(self) -> None:
+        """Once all channels are known: movements of stacked branches, where branches have one channel, are natural."""
+        moves, self.moves = self.moves, []
+        for move in moves:
+            natural = move.natural is not None and move.natural(self.rooted(move.labels))
+            (self.stacked if natural else self.moves).append(move)
+
+    def rooted(self, labels: Tensor) -> Tensor:
+        """``labels`` with the channel of every value in its place."""
+        small = core(labels)
+        values = small.numpy().reshape(-1)
+        roots = np.where(values > 0, self.table.roots(self.table.owner[np.maximum(values, 1)]), values)
+        return compress(torch.from_numpy(roots).reshape(small.shape).expand(labels.shape))
+
     def fixed(self, node: Node, reason: str | None = None) -> Value:
         """Output(s) of a node that no channel owns."""
         label = self.table.add_fixed(reason or f"computed by {self.where(node)}")
@@ -368,6 +479,12 @@ class Propagation:
         if isinstance(node.value, tuple):
             return [LabelTensor(fixed_labels(v.shape, label)) if isinstance(v, Tensor) else None for v in node.value]
         return None
+
+
+def pattern(table: ValueTable, rows: Ints) -> Ints:
+    """(n,) trails of rows (n, m) of values: what they are, and in which order."""
+    with np.errstate(over="ignore"):
+        return np.asarray(mix(table.trail[rows], table.slot[rows], np.arange(rows.shape[1])).sum(axis=1))
 
 
 _TRANSPARENT = frozenset({"alias", "detach", "clone", "lift_fresh", "lift_fresh_copy", "_to_copy"})

@@ -222,7 +222,7 @@ class _Recorder(TorchDispatchMode):
                     known = constant[index] if constant is not None else None
                     item = self.add("item", part, args=(node, index), inputs=(node,), constant=known, fixed=node.fixed)
                     self.attach(result[index], item)
-        if reads_values(func, self._real) and not node.fixed:
+        if reads_values(func, self._real) and not node.fixed and not _by_numbers(func, args):
             self.reads.add(node)
         return result
 
@@ -233,7 +233,7 @@ class _Recorder(TorchDispatchMode):
             return torch.empty_like(args[0])
         if func is _BATCH_NORM and not args[5] and args[0].is_meta:
             return torch.empty_like(args[0]), *(torch.empty(0, dtype=args[0].dtype, device=_META) for _ in range(2))
-        if reads_values(func, real=False):
+        if reads_values(func, real=False) and not _by_numbers(func, args):
             sources = [source.constant for source in inputs]
             if any(source is None for source in sources):
                 self.asked_for_values = True
@@ -322,6 +322,13 @@ def reads_values(func: Any, real: bool) -> bool:
         )
         _reading[func, real] = known
     return known
+
+
+def _by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call indexes by integers: the shape of the result follows from shapes, unlike with a mask."""
+    return func is torch.ops.aten.index.Tensor and all(
+        i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]
+    )
 
 
 _reading: dict[Any, bool] = {}

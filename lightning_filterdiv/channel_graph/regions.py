@@ -70,7 +70,7 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
             filter_of[owners] = event.rows
     position = {tensor: i for i, tensor in enumerate(dict.fromkeys(e.tensor for e in state.events))}
     silence: list[list[Ints]] = []  # columns: layer, tensor, filter, row
-    places: dict[tuple[str, int, tuple[int, int] | None], int] = {}
+    places: dict[tuple[str, int, int], int] = {}  # tensor, dim, block
     reads: list[list[Ints]] = []  # columns: layer, place, filter, column
     for event in state.events:
         if not event.silence and event.kind != "consumer":
@@ -82,9 +82,14 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
         ids, filters, rows = layer_number[origin[private]], filter_of[origin[private]], event.rows[private]
         if event.silence:
             silence.append([ids, np.full_like(ids, position[event.tensor]), filters, rows])
-        else:
-            place = places.setdefault((event.tensor, event.dim, event.block), len(places))
-            reads.append([ids, np.full_like(ids, place), filters, rows])
+            continue
+        block, size = np.zeros_like(rows), 0
+        if event.dim == 1 and event.tensor in state.grouped:
+            size = state.grouped[event.tensor].sizes[1]
+            block, rows = np.divmod(rows, size)
+        numbers = np.unique(block).tolist()
+        known = {b: places.setdefault((event.tensor, event.dim, b if size else -1), len(places)) for b in numbers}
+        reads.append([ids, np.asarray([known[b] for b in numbers])[np.searchsorted(numbers, block)], filters, rows])
     names, keys = list(position), list(places)
     exposed: list[dict[int, str]] = [{} for _ in order]
     for origin_owner, reason in table.exposed.items():
@@ -99,13 +104,26 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
             int(counts[i]),
             tuple((names[tensor], rows, filters) for tensor, filters, rows in silenced[i]),
             tuple(
-                ConsumerColumns(*keys[place][:2], torch.from_numpy(columns), torch.from_numpy(filters), keys[place][2])
+                ConsumerColumns(
+                    *keys[place][:2],
+                    torch.from_numpy(columns),
+                    torch.from_numpy(filters),
+                    _block_rows(state, *keys[place]),
+                )
                 for place, filters, columns in read[i]
             ),
             exposed[i],
         )
         for i, layer in enumerate(order)
     }
+
+
+def _block_rows(state: Propagation, tensor: str, dim: int, block: int) -> tuple[int, int] | None:
+    """The rows of dimension 0 that a block of a grouped kernel owns."""
+    if block < 0:
+        return None
+    size = state.grouped[tensor].sizes[0]
+    return block * size, (block + 1) * size
 
 
 def _by_layer_and_tensor(blocks: list[list[Ints]], layers: int) -> list[list[tuple[int, Ints, Ints]]]:

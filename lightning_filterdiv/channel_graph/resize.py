@@ -19,6 +19,7 @@ from .modules import (
 )
 from .narrow import cut_in_place, leave_out
 from .recorder import record
+from .trace import trace_at
 from .widths import unresizable_sets
 
 __all__ = ["find_unresizable", "pin_unresizable"]
@@ -68,6 +69,10 @@ def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torc
         cut_in_place(model, graph, leave_out(groups), torch.device("cpu"))
         traced = bare_module(find_submodule(model, graph.network))
         try:
+            if graph.stacked:  # shapes do not tell whether branches are still what they were
+                narrow = trace_at(model, graph.inputs, graph.network, ChannelAnswers)
+                alike = {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}
+                return narrow.output_shapes if alike else None
             outputs = record(traced, graph.inputs, tensor_names(model), graph.network).outputs
         except ChannelGraphError:
             return None

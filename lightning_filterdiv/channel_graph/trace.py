@@ -21,10 +21,19 @@ from ..filters import (
 )
 from ..tensors.arguments import check_module
 from . import layers, moves
-from .answers import ChannelAnswers, Operation, Table, layer_of
-from .channels import channel_table, couple_shared_rows, groups_of, pin_impossible, resolve_elements
+from .answers import ChannelAnswers, NormSite, Operation, Table, layer_of
+from .channels import (
+    channel_table,
+    couple_shared_rows,
+    groups_of,
+    linked_ranks,
+    pin_impossible,
+    resolve_elements,
+)
+from .counted import CountedNorm, counted_form
 from .errors import ChannelGraphError, TraceError
 from .inputs import example_arguments
+from .labels import Ints
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
@@ -88,9 +97,7 @@ def trace_at(
     """Trace with (args, kwargs), without asking which widths forward can express."""
     traced = bare_module(find_submodule(model, network, ChannelGraphError))
     names = tensor_names(model)
-    state = Propagation(row_dims=_row_dims(traced, names))
     records = [record(traced, call, names, network)]
-    state.run(records[0], _rule, layers.RULES)
     if idle := _idle_parameters(traced, names, records[0]):
         # Auxiliary heads read channels in training only: their record is laid over the first one.
         try:
@@ -99,14 +106,57 @@ def trace_at(
             raise TraceError(
                 f"{idle[0]!r} is not used in eval mode, and training mode cannot be traced: {error}"
             ) from error
-        state.run(records[1], _rule, layers.RULES)
+    row_dims, norms = _row_dims(traced, names), _norms(model)
+    state = propagate(records, row_dims, norms)
+    if ranks := linked_ranks(state):
+        state = propagate(records, row_dims, norms, ranks)
     return answers(**_collect(model, state, records, call, network))
+
+
+def propagate(
+    records: Sequence[Record],
+    row_dims: Mapping[str, int],
+    norms: Mapping[str, nn.Module],
+    ranks: Mapping[str, Ints] | None = None,
+) -> Propagation:
+    """Run records of one network on labels, and join what is one channel."""
+    counts = frozenset(f"{name}.counts" for name, module in norms.items() if isinstance(module, CountedNorm))
+    state = Propagation(row_dims=row_dims, ranks=ranks or {}, norms=norms, counts=counts)
+    for one in records:
+        state.run(one, _rule, layers.RULES)
+    resolve_elements(state)
+    couple_shared_rows(state)
+    state.settle_moves()
+    return state
 
 
 def _idle_parameters(model: nn.Module, names: Mapping[int, str], record: Record) -> list[str]:
     """Parameters that forward does not use."""
     used = {record.tensors[node] for node in record.nodes if node in record.tensors}
     return [name for p in model.parameters() if (name := names[id(p)]) not in used]
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that may be norms over channels."""
+    return {
+        name: module
+        for name, module in named_modules(model).items()
+        if hasattr(module, "eps") and next(module.children(), None) is None
+    }
+
+
+def _norm_sites(model: nn.Module, state: Propagation) -> tuple[dict[str, NormSite], dict[str, str]]:
+    """Norms over channels, and those that are none that anyone knows: ``counts`` -> why."""
+    modules, sites, unknown = _norms(model), {}, {}
+    for name, places in state.counted.items():
+        (shape, dim), where = next(iter(places.items()))
+        alike = len({(len(shape), dim) for shape, dim in places}) == 1
+        form = counted_form(modules[name], shape, dim) if alike else None
+        if form is None:
+            unknown[f"{name}.counts"] = f"input of {where}, which mixes channels"
+        else:
+            sites[name] = NormSite(form, shape[dim])
+    return sites, unknown
 
 
 def _row_dims(model: nn.Module, names: Mapping[int, str]) -> dict[str, int]:
@@ -132,7 +182,7 @@ def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str)
     """Tensors that cannot be narrowed -> why."""
     modules, outside = named_modules(model), _names_outside(model, network)
     found: dict[str, str] = {}
-    dense_tensors = set(np.unique(table.tensor[table.kind != 1]).tolist())
+    dense_tensors = set(np.unique(table.tensor[(table.kind == 0) | (table.kind == 2)]).tolist())
     for index, tensor in enumerate(table.tensors):
         path, attribute = layer_of(tensor), tensor.rpartition(".")[2]
         dense = index in dense_tensors
@@ -158,10 +208,9 @@ def _names_outside(model: nn.Module, network: str) -> dict[str, str]:
 def _collect(
     model: nn.Module, state: Propagation, records: Sequence[Record], call: Any, network: str
 ) -> dict[str, Any]:
-    resolve_elements(state)
-    couple_shared_rows(state)
     table = channel_table(state)
-    pin_impossible(state, table, _obstacles(model, state, table, network))
+    norms, unknown_norms = _norm_sites(model, state)
+    pin_impossible(state, table, _obstacles(model, state, table, network) | unknown_norms)
     pins: dict[int, str] = {}
     roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
     for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
@@ -170,7 +219,8 @@ def _collect(
     sites, bodies = find_sites(model, records, state, network)
     constrained = constrained_channels(sites, bodies, state, set(pins))
     fixed = set().union(*constrained)
-    groups = groups_of(table, set(pins), order, layer_tensors, fixed)
+    groups, refused = groups_of(table, set(pins), order, layer_tensors, fixed, state.grouped)
+    pins |= refused
     regions = filter_regions(state, order)
     pinned = pinned_layers(state, table, pins, order, layer_tensors)
     modules = named_modules(model)
@@ -188,17 +238,19 @@ def _collect(
         "coupled": coupled,
         "row_dims": row_dims,
         "operations": tuple(_operations(records[0])),
+        "norms": norms,
         "map_sites": tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
         "constrained": constrained,
         "table": table,
         "body_moves": {
             root: f"{m.operator} in {m.module or 'forward'}"
-            for m in (*state.reshapes, *reversed(bodies))
+            for m in (*state.reshapes, *state.stacked, *reversed(bodies))
             for root in state.table.roots(m.owners).tolist()
         },
         "arguments": call,
         "network": network,
         "output_shapes": tuple(node.shape for node in records[0].outputs),
+        "stacked": bool(state.stacked),
         "read_values": next((state.where(node) for node in records[0].nodes if node in records[0].reads), ""),
     }
 

@@ -21,7 +21,18 @@ from .narrow import merging, narrow, tie
 from .record import is_shape_only
 from .widths import nearest_counts
 
-__all__ = ["TOLERANCE", "Proof", "compare", "prove", "random_clusters", "random_inputs", "randomise", "verify"]
+__all__ = [
+    "TOLERANCE",
+    "Proof",
+    "as_type",
+    "compare",
+    "dtype_of",
+    "prove",
+    "random_clusters",
+    "random_inputs",
+    "randomise",
+    "verify",
+]
 
 #: Largest relative difference that counts as rounding in float64.
 TOLERANCE = 1e-9
@@ -62,16 +73,16 @@ class Proof:
 
 def random_clusters(graph: ChannelAnswers, generator: torch.Generator, keep: float = 0.6) -> dict[str, Tensor]:
     """Random clusters of every group, about ``keep`` as many as channels, within what forward can express."""
-    counts = nearest_counts(graph, {group.name: max(1, round(keep * group.size)) for group in graph.groups})
+    counts = nearest_counts(graph, {group.name: group.rounded(round(keep * group.size)) for group in graph.groups})
     clusters = {}
     for group in graph.groups:
-        index = torch.cat(
-            [
-                torch.arange(counts[group.name]),
-                torch.randint(counts[group.name], (group.size - counts[group.name],), generator=generator),
-            ]
-        )
-        clusters[group.name] = index[torch.randperm(group.size, generator=generator)]
+        index = torch.empty(group.size, dtype=torch.int64)
+        kept = counts[group.name] // group.block_count
+        for block, members in enumerate(group.members()):
+            more = torch.randint(kept, (len(members) - kept,), generator=generator)
+            drawn = torch.cat([torch.arange(kept), more]) + block * kept
+            index[members] = drawn[torch.randperm(len(members), generator=generator)]
+        clusters[group.name] = index
     return clusters
 
 
@@ -170,7 +181,7 @@ class _Casts(TorchDispatchMode):
         return result
 
 
-def _as_type(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def as_type(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy in eval mode with floating tensors of ``dtype`` (None: their own), on a device that has float64."""
     replaced: dict[int, object] = {}
     device = torch.device("cpu") if device_of(model).type == "mps" else None
@@ -179,6 +190,11 @@ def _as_type(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         new = tensor.detach().to(device=device or tensor.device, dtype=kind, copy=True)
         replaced[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     return copy_network(model, replaced).eval()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Type of the first floating parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _cast(call: Call, dtype: torch.dtype, device: torch.device) -> Call:
@@ -239,7 +255,7 @@ def _own_type(
     call: Call,
     seed: int,
 ) -> Proof:
-    own = next((p.dtype for p in reference.parameters() if p.is_floating_point()), torch.float32)
+    own = dtype_of(reference)
     proof = _run(reference, narrowing, original, graph, call, own, seed, casts=True)
     if proof is None:
         raise NarrowingError(
@@ -262,7 +278,7 @@ def _run(
 ) -> Proof | None:
     """The comparison in ``dtype``; None if forward does not run, or casts (unless ``casts``)."""
     expected: dict[str, tuple[Call, list[Tensor]]] = {}
-    whole = _as_type(reference, dtype)
+    whole = as_type(reference, dtype)
     device, narrowest = device_of(whole), dtype
     for name, given in _cases(call, seed):
         arguments = _cast(given, dtype, device)
@@ -278,7 +294,7 @@ def _run(
     difference = max(_difference(outputs, _outputs(narrowed, given)) for given, outputs in expected.values())
     change = 0.0
     if original is not None:
-        before = find_submodule(_as_type(original, dtype), graph.network)
+        before = find_submodule(as_type(original, dtype), graph.network)
         change = max(_change(_outputs(before, given), outputs) for given, outputs in expected.values())
     tolerance = TOLERANCE if narrowest == torch.float64 else torch.finfo(narrowest).eps ** 0.5
     return Proof(difference, tolerance, dtype, tuple(sorted(expected, reverse=True)), change)

@@ -134,7 +134,8 @@ def widths_of(graph: ChannelAnswers, counts: Mapping[str, int]) -> dict[str, int
     for group in graph.groups:
         if counts.get(group.name, group.size) < group.size:
             for layer in group.producers:
-                widths[layer] = widths.get(layer, graph.filter_count(layer)) - group.size + counts[group.name]
+                each = group.rows(layer).numel() // group.size
+                widths[layer] = widths.get(layer, graph.filter_count(layer)) - each * (group.size - counts[group.name])
     return widths
 
 
@@ -199,7 +200,8 @@ def _shapes(module: nn.Module, input: Tensor, width: int | None) -> dict[str, tu
             each = module.out_channels // module.groups
             order, writes = ((reads, each) if module.transposed else (reads * each, 1)), reads * each
         else:
-            return {}
+            groups = module.groups
+            order = (reads, writes // groups) if module.transposed else (writes, reads // groups)
         shapes["weight"] = (*order, *kernel)
         if module.bias is not None:
             shapes["bias"] = (writes,)
@@ -233,6 +235,8 @@ def _match(graph: ChannelAnswers, model: nn.Module, narrow: ChannelAnswers) -> L
         if [kind for (kind, _), _ in before] != [kind for (kind, _), _ in after]:
             return None
         for ((_, name), members), (_, found) in zip(before, after, strict=True):
+            if name:  # a channel may have several filters of a layer
+                members, found = list(dict.fromkeys(members)), list(dict.fromkeys(found))
             size = counts.setdefault(name, len(found)) if name else len(members)
             if len(found) != size or len(found) > len(members):
                 return None

@@ -65,7 +65,7 @@ def select_channels(
         given = [(layer, known_gates.get(layer)) for layer in group.producers]
         if any(fnmatch.fnmatchcase(layer, p) for layer, _ in given for p in exclude or ()):
             continue
-        whole = len(given) == 1 and group.size == graph.filter_count(given[0][0])
+        whole = len(given) == 1 and group.rows(given[0][0]).numel() == graph.filter_count(given[0][0])
         if not (whole if include is None else _all_match([layer for layer, _ in given], include)):
             continue
         known = [_rows(graph, group, layer, gates) for layer, gates in given if gates is not None]
@@ -83,10 +83,14 @@ def select_channels(
         for name, score in scores.items()
     }  # fmt: skip
     counts = graph.expressible_counts({name: max(1, count) for name, count in counts.items()})
-    return {
-        name: score.argsort(descending=True, stable=True)[: counts[name]].sort().values
-        for name, score in scores.items()
-    }
+    return {name: _largest(graph.group(name), score, counts[name]) for name, score in scores.items()}
+
+
+def _largest(group: ChannelGroup, score: Tensor, count: int) -> Tensor:
+    """The ``count`` channels of the largest score, equally many of every block."""
+    each = count // group.block_count
+    best = [members[score[members].argsort(descending=True, stable=True)[:each]] for members in group.members()]
+    return torch.cat(best).sort().values
 
 
 def _all_match(layers: Sequence[str], patterns: Sequence[str]) -> bool:
@@ -100,6 +104,7 @@ def _rows(graph: ChannelGraph, group: ChannelGroup, layer: str, gates: Tensor) -
             f"it was measured on another network; measure it on this one"
         )
     values = gates.detach().double().cpu()[group.rows(layer)]
+    values = values if values.dim() == 1 else values.mean(1)
     if not bool(values.isfinite().all()):
         raise ValueError(f"importance of {layer!r} holds NaN or inf: it was measured on a network that diverged")
     return values

@@ -160,7 +160,7 @@ def cluster_channels(
     seed: int = 0,
     groups: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Cluster every group of channels on the kernels of all its layers, laid side by side.
+    """Cluster every group of channels on the kernels of all its layers, laid side by side, each block on its own.
 
     Args:
         model: the traced network.
@@ -180,14 +180,22 @@ def cluster_channels(
     chosen = [group for group in graph.groups if groups is None or group.name in set(groups)]
     check_finite(model, chosen)
     fractions = kept_fractions(graph.groups, check_keep_fraction(keep_fraction))
-    wanted = {g.name: kept_count(g.size, fractions[g.name]) for g in chosen if g.name in fractions}
+    wanted = {
+        g.name: kept_count(g.size // g.block_count, fractions[g.name]) * g.block_count
+        for g in chosen
+        if g.name in fractions
+    }
     counts = graph.expressible_counts(wanted)
     tensors = named_tensors(model)
     clusters: dict[str, Tensor] = {}
     for group in chosen:
         if group.name in wanted and counts[group.name] < group.size:
             kernels = torch.cat([_kernels(tensors, group, layer) for layer in group.layers], dim=1)
-            clusters[group.name] = cluster_filters(kernels, counts[group.name], method=method, seed=seed)
+            each = counts[group.name] // group.block_count
+            index = torch.empty(group.size, dtype=torch.int64)
+            for block, members in enumerate(group.members()):
+                index[members] = cluster_filters(kernels[members], each, method=method, seed=seed) + block * each
+            clusters[group.name] = index
     return clusters
 
 
@@ -211,23 +219,36 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
 def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
     """(size, d) flattened kernels that ``layer`` has for the channels of ``group``."""
     part = next(p for p in group.parts if p.kind != "consumer" and p.tensor == f"{layer}.weight")
-    weight = tensors[part.tensor].detach()
-    rows = weight.index_select(part.dim, part.rows[:, 0].to(weight.device)).movedim(part.dim, 0)
-    return rows.flatten(1).double().cpu()
+    return part.entries(tensors[part.tensor].detach()).flatten(1).double().cpu()
 
 
 class ClusteredTensor(NamedTuple):
-    """A parameter whose rows along ``dim`` are clustered: ``clusters[i]`` of row ``i``, alone if in no group."""
+    """A parameter whose rows along ``dim`` are clustered: ``clusters[i]`` of row ``i``, alone if in no group.
+
+    With ``groups`` above 1 rows count through the blocks of a grouped transposed convolution, see
+    :class:`~lightning_filterdiv.channel_graph.TensorRows`.
+    """
 
     name: str
     parameter: nn.Parameter
     dim: int
     clusters: tuple[int, ...]
+    groups: int = 1
 
     @property
     def is_vector(self) -> bool:
         """Whether a row is a single number: a bias, or the scale or shift of a norm."""
-        return self.parameter.numel() == self.parameter.shape[self.dim]
+        return self.parameter.numel() == len(self.clusters)
+
+    def rows_first(self, values: Tensor, start: int = 0) -> Tensor:
+        """View of ``values``, shaped like the parameter behind ``start`` dimensions, with its rows in front.
+
+        They are one dimension, with ``groups`` above 1 two: the blocks, and the rows of a block.
+        """
+        if self.groups == 1:
+            return values.movedim(self.dim + start, start)
+        blocks: Tensor = values.unflatten(start, (self.groups, -1))
+        return blocks.movedim(start + self.dim + 1, start + 1)
 
 
 def clustered_tensors(model: nn.Module, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> list[ClusteredTensor]:
@@ -241,21 +262,22 @@ def clustered_tensors(model: nn.Module, graph: ChannelGraph, clusters: Mapping[s
         clusters: group name -> ``(size,)`` cluster index.
     """
     parameters = {name: t for name, t in named_tensors(model).items() if isinstance(t, nn.Parameter)}
-    found: dict[tuple[str, int], list[int]] = {}
+    found: dict[tuple[str, int, int], list[int]] = {}
     for group in graph.groups:
         if group.name not in clusters:
             continue
         for part in group.parts:
             if part.kind == "consumer" or part.tensor not in parameters:
                 continue
-            length = parameters[part.tensor].shape[part.dim]
-            index = found.setdefault((part.tensor, part.dim), list(range(length)))
+            length = parameters[part.tensor].shape[part.dim] * part.groups
+            index = found.setdefault((part.tensor, part.dim, part.groups), list(range(length)))
             base, width = max(index) + 1, part.rows.shape[1]
             for rows, cluster in zip(part.rows.tolist(), clusters[group.name].tolist(), strict=True):
                 for position, row in enumerate(rows):
                     index[row] = base + cluster * width + position
     return [
-        ClusteredTensor(name, parameters[name], dim, tuple(_renumbered(index))) for (name, dim), index in found.items()
+        ClusteredTensor(name, parameters[name], dim, tuple(_renumbered(index)), parts)
+        for (name, dim, parts), index in found.items()
     ]
 
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
-from lightning_filterdiv.channel_graph.modules import bare_module, update_attributes
+from lightning_filterdiv.channel_graph.counted import COUNTED, CountedNorm, counted
+from lightning_filterdiv.channel_graph.modules import bare_module, device_of, update_attributes
 from lightning_filterdiv.files import find_damage, why_unwritable, write_files
 from lightning_filterdiv.filters import canonical_name, named_modules, named_tensors
 
 __all__ = ["MergedFileError", "load_merged", "save_merged"]
 
 _FORMAT = "lightning_filterdiv merged network"
-_VERSION = 1
+_VERSION = 2
 #: Entry -> whether its value is one that :func:`save_merged` writes.
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "version": lambda value: isinstance(value, int),
@@ -32,6 +33,18 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
         )
     ),
     "maps": lambda value: isinstance(value, list) and all(isinstance(name, str) and name for name in value),
+    "norms": lambda value: (
+        isinstance(value, dict)
+        and all(
+            isinstance(name, str)
+            and isinstance(form, tuple)
+            and len(form) == 2
+            and form[0] in COUNTED
+            and isinstance(form[1], dict)
+            and set(form[1]) == {"eps", "dim", "groups"}
+            for name, form in value.items()
+        )
+    ),
 }
 
 
@@ -53,14 +66,20 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise OSError(f"{os.fspath(path)} cannot be written: {reason}")
     model = bare_module(model)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
+    norms = {
+        name: (type(module).__name__, module.options)
+        for name, module in named_modules(model).items()
+        if isinstance(module, CountedNorm)
+    }
     content = io.BytesIO()  # on disk, torch would report a full one as an internal error
     torch.save(
         {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": _VERSION if norms else 1,  # without norms that weigh, older releases read it, too
             "class": type(model).__name__,
             "tensors": tensors,
             "maps": [name for name, _ in _maps(model)],
+            "norms": norms,
         },
         content,
     )
@@ -106,6 +125,7 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
         raise MergedFileError(f"{shown} is damaged: {damage}; copy it or merge the checkpoint again")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MergedFileError(foreign)
+    content.setdefault("norms", {})  # files of version 1 have none
     if missing := [key for key in ("version", "class", "tensors", "maps") if key not in content]:
         raise MergedFileError(f"{shown} lacks its entry {missing[0]!r}: it was edited; merge the checkpoint again")
     if damaged := [key for key, right in _ENTRIES.items() if not right(content[key])]:
@@ -123,6 +143,8 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
     _check(model, content)
     for name in content["maps"]:
         _install_map(model, name, tensors)
+    for name, (kind, options) in content["norms"].items():
+        _install_norm(model, name, COUNTED[kind], options, tensors[f"{name}.counts"])
     _replace(model, tensors)
     return fresh_original
 
@@ -139,10 +161,11 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
 
     own = {renamed(name): tensor for name, tensor in named_tensors(model).items()}
     selections = {f"{name}{part}" for name in inside for part in ("expand", "keep")}
+    selections |= {f"{name}.counts" for name in content["norms"]}
     missing = [name for name in own if name not in tensors and name not in selections]
     unknown = [name for name in tensors if name not in own and name not in selections]
     modules = named_modules(model)
-    unknown += [name for name in content["maps"] if name not in modules]
+    unknown += [name for name in (*content["maps"], *content["norms"]) if name not in modules]
     shared = [name for name in own if name in tensors and name not in selections]
     shapes = [name for name in shared if not _may_be_narrowed(own[name], tensors[name])]
     if missing or unknown or shapes:
@@ -174,6 +197,19 @@ def _install_map(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Non
     new.train(inner.training)
     parent, _, child = name.rpartition(".")
     modules[parent]._modules[child] = new
+
+
+def _install_norm(
+    model: nn.Module, name: str, kind: type[CountedNorm], options: dict[str, Any], counts: Tensor
+) -> None:
+    modules = named_modules(model)
+    module = modules[name]
+    if not isinstance(module, CountedNorm):
+        new = counted(module, (kind, options), counts.to(device_of(model)))
+        for parent in list(model.modules()):
+            for child, inner in parent._modules.items():
+                if inner is module:
+                    parent._modules[child] = new
 
 
 def _replace(model: nn.Module, tensors: dict[str, Tensor]) -> None:

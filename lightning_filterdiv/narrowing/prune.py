@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, NarrowingError
 from lightning_filterdiv.channel_graph.modules import copy_network
-from lightning_filterdiv.channel_graph.narrow import narrow
-from lightning_filterdiv.channel_graph.verify import prove
+from lightning_filterdiv.channel_graph.narrow import narrow, weigh
+from lightning_filterdiv.channel_graph.verify import as_type, dtype_of, prove
 from lightning_filterdiv.filters import canonical_name, named_tensors
 
 __all__ = ["prune_channels"]
@@ -42,9 +42,10 @@ def prune_channels(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Ten
     groups = {group.name: group for group in graph.groups}
     keep = {name: _checked(name, groups.get(name), kept) for name, kept in keep.items()}
     silent = copy_network(model)
-    _silence(silent, groups, keep)
-    result = narrow(silent, graph, keep)
-    proof = prove(silent, lambda whole: narrow(whole, graph, keep), graph)
+    _silence(silent, graph, groups, keep)
+    result = narrow(model, graph, keep)
+    # Not made of the silent network: there, norms over channels do not count the channels that go.
+    proof = prove(silent, lambda whole: narrow(as_type(model, dtype_of(whole)), graph, keep), graph)
     if not proof.exact:
         raise NarrowingError(
             f"the pruned network is not one that ignores the channels: {proof}; nothing was pruned. Please report the "
@@ -76,11 +77,27 @@ def _removed(group: ChannelGroup, kept: Tensor) -> Tensor:
     return mask
 
 
-def _silence(model: nn.Module, groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]) -> None:
-    """Set the columns that read removed channels to zero, in place."""
+def _silence(
+    model: nn.Module, graph: ChannelGraph, groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]
+) -> None:
+    """Set the columns that read removed channels to zero, in place; norms over channels do not count them."""
     tensors = named_tensors(model)
+    counts: dict[str, Tensor] = {}
+    for name, kept in keep.items():
+        for part in groups[name].counted if name in groups else ():
+            norm = part.tensor.rpartition(".")[0]
+            numbers = tensors.get(part.tensor)
+            if numbers is None:
+                numbers = counts.setdefault(norm, torch.ones(graph.norms[norm].size, dtype=torch.int64))
+            numbers[part.rows[_removed(groups[name], kept)].reshape(-1).to(numbers.device)] = 0
+    weigh(model, graph, counts)
     for name, kept in keep.items():
         for part in groups[name].parts if name in groups else ():
             if part.kind == "consumer":
-                rows = part.rows[_removed(groups[name], kept)].reshape(-1)
-                tensors[part.tensor].index_fill_(part.dim, rows.to(tensors[part.tensor].device), 0)
+                tensor = tensors[part.tensor]
+                rows = part.rows[_removed(groups[name], kept)].reshape(-1).to(tensor.device)
+                if part.groups > 1:
+                    blocks = tensor.unflatten(0, (part.groups, -1)).transpose(1, 2)
+                    blocks[rows // tensor.shape[1], rows % tensor.shape[1]] = 0
+                else:
+                    tensor.index_fill_(part.dim, rows, 0)

@@ -35,7 +35,7 @@ def expected_count(model: nn.Module, graph: ChannelGraph, clusters: dict[str, to
         removed = group.size - len(clusters[group.name].unique())
         for part in group.parts:
             if part.tensor in shapes:
-                shapes[part.tensor][part.dim] -= removed * part.rows.shape[1]
+                shapes[part.tensor][part.dim] -= removed * part.rows.shape[1] // part.groups
     return sum(int(torch.Size(shape).numel()) for shape in shapes.values())
 
 

@@ -5,15 +5,37 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
 from benchmarks.models.channel_graph import Lambda, shuffle
 
 # Operations whose channels can all be narrowed, whatever surrounds them.
-FREE = ("conv", "norm", "relu", "silu", "residual", "concatenate", "repeat", "pool", "space pad", "excite", "depthwise")
+FREE = (
+    "conv",
+    "norm",
+    "relu",
+    "silu",
+    "residual",
+    "concatenate",
+    "repeat",
+    "pool",
+    "space pad",
+    "excite",
+    "depthwise",
+    "ghost",
+    "branches",
+    "multiplier",
+    "layer norm",
+    "response norm",
+    "linear",
+)
+# Free by themselves, but blocks of a few channels, or of unlike ones, may be too small to lose any.
+BLOCKS = ("grouped", "grouped up", "group norm", "split branches", "maxout")
 # Operations that may pin, or tie counts together.
-MIXED = (*FREE, "split", "slice", "channel pad", "shuffle", "shuffle module", "pad module", "sigmoid")
-# Two filters of one layer in one channel: rightly pinned.
+MIXED = (*FREE, *BLOCKS, "split", "slice", "channel pad", "shuffle", "shuffle module", "pad module", "sigmoid")
+# Channels that meet other channels of their own layer.
 HOSTILE = (*MIXED, "flip sum")
 
 
@@ -60,6 +82,26 @@ class RandomNet(nn.Module):
             return nn.Identity(), 2 * c
         if operation == "excite":
             return nn.Sequential(nn.Conv2d(c, 3, 1), nn.ReLU(), nn.Conv2d(3, c, 1), nn.Sigmoid()), c
+        if operation == "ghost":
+            return nn.ModuleList([nn.Conv2d(c, c, 3, padding=1, groups=c), nn.Conv2d(c, 2 * c, 1)]), 2 * c
+        if operation in ("branches", "split branches"):
+            return nn.ModuleList([nn.Conv2d(c, new, 1), conv(c, new), nn.Conv2d(new, 2 * new, 1)]), new
+        if operation == "multiplier":
+            return nn.Conv2d(c, 2 * c, 3, padding=1, groups=c), 2 * c
+        if operation == "layer norm":
+            return (LayerNorm2d(c) if number % 2 else nn.LayerNorm(c, elementwise_affine=number > 0)), c
+        if operation == "response norm":
+            return GlobalResponseNorm(c, channels_last=False), c
+        if operation == "linear":
+            return nn.Sequential(nn.Linear(c, new), nn.GELU(), nn.Linear(new, c)), c
+        if operation in ("grouped", "grouped up"):
+            groups = 2 if c % 2 == 0 else 1
+            kind = nn.Conv2d if operation == "grouped" else nn.ConvTranspose2d
+            return kind(c, 2 * new, 3, padding=1, groups=groups), 2 * new
+        if operation == "group norm":
+            return nn.GroupNorm(2 if c % 2 == 0 and number else 1, c), c
+        if operation == "maxout":
+            return nn.Conv2d(c, 3 * new, 1), new
         if operation == "depthwise":
             return nn.Conv2d(c, c, 3, padding=1, groups=c), c
         if operation == "split":
@@ -97,6 +139,22 @@ class RandomNet(nn.Module):
             return F.max_pool2d(F.pad(x, (1, 1, 2, 0)), 3, 1)
         if operation == "excite":
             return x * part(x.mean((2, 3), keepdim=True))
+        if operation == "ghost":
+            return torch.cat([x, torch.sigmoid(part[0](x))], 1) + part[1](x)
+        if operation in ("branches", "split branches"):
+            stack = torch.stack([part[0](x), part[1](x)], 1)
+            if operation == "split branches":
+                first, second = stack.unbind(1) if number % 2 else stack.flatten(1, 2).chunk(2, 1)
+                return first * second.tanh()
+            gates = part[2](stack.sum(1).mean((2, 3), keepdim=True))
+            weighed = stack * gates.view(len(x), 2, -1, 1, 1).softmax(1)
+            return weighed.sum(1) if number % 2 else weighed.amax(1)
+        if operation == "layer norm" and not number % 2:
+            return part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if operation == "linear":
+            return x + part(x.movedim(1, -1)).movedim(-1, 1)
+        if operation == "maxout":
+            return part(x).unflatten(1, (3, -1)).amax(1)
         if operation == "split":
             a, b = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
             return torch.cat([part(a), F.relu(b)], 1)

@@ -9,6 +9,8 @@ import torch
 import torchvision
 from torch import nn
 
+from lightning_filterdiv.channel_graph.counted import CountedLayerNorm
+
 from .checks import check_exact, mergeable
 
 # Mergeable channels: every filter that is not a network output, channels coupled by a sum or a product counted once.
@@ -68,8 +70,8 @@ COUNTS = {
         )
     )
     + 2 * (128 + 1024),
-    # Grouped layers are pinned with what they read: the stem and the four streams remain.
-    "resnext50_32x4d": 64 + 256 + 512 + 1024 + 2048,
+    # As a ResNet: what grouped layers read and write lives in 32 blocks.
+    "resnext50_32x4d": 64 + 256 + 512 + 1024 + 2048 + 2 * (3 * 128 + 4 * 256 + 6 * 512 + 3 * 1024),
 }  # fmt: skip
 
 
@@ -103,11 +105,14 @@ DEEP = ("resnet50", "vgg11_bn", "densenet121", "efficientnet_b0", "googlenet", "
 def test_counts_and_exactness(name: str) -> None:
     graph, _ = check_exact(build(name), image(name))
     assert mergeable(graph) == COUNTS[name]
+    assert set(graph.pinned.values()) == {"network output"}
     if name == "resnext50_32x4d":
-        grouped = [layer for layer, reason in graph.pinned.items() if "(groups=32) that is not depthwise" in reason]
-        assert len(grouped) == 16
-    else:
-        assert set(graph.pinned.values()) == {"network output"}
+        assert {g.name: g.block_count for g in graph.groups if g.blocks is not None} == {
+            f"layer{stage}.{block}.conv{conv}": 32
+            for stage, blocks in enumerate((3, 4, 6, 3), 1)
+            for block in range(blocks)
+            for conv in (1, 2)
+        }
 
 
 @pytest.mark.soak
@@ -126,9 +131,22 @@ def test_the_published_totals() -> None:
 
 
 @pytest.mark.zoo
-def test_a_norm_that_mixes_channels_pins_what_it_reads() -> None:
-    """ConvNeXt: the streams are read by layer norms; the hidden layers of the blocks stay free."""
+def test_convnext() -> None:
+    """Four streams, of which layer norms take means, and the hidden layers of the blocks; depthwise layers follow."""
     model = torchvision.models.convnext_tiny(weights=None)
-    graph, _ = check_exact(model, image("convnext_tiny"))
-    assert mergeable(graph) == 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768)
-    assert graph.pinned["features.0.0"] == "input of layer_norm in features.0.1, which mixes channels"
+    graph, narrowed = check_exact(model, image("convnext_tiny"))
+    assert mergeable(graph) == 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768) + 96 + 192 + 384 + 768
+    assert graph.pinned == {"classifier.2": "network output"}
+    assert sum(isinstance(m, CountedLayerNorm) for m in narrowed.modules()) == 23
+
+
+@pytest.mark.zoo
+def test_regnet() -> None:
+    """Stem and four streams, two inner layers a block, and a quarter of the block's input for its excitation."""
+    graph, _ = check_exact(build("regnet_y_400mf"), image("regnet_y_400mf"))
+    excitation = [32, 48, *[104] * 3, *[208] * 6, *[440] * 5]
+    assert mergeable(graph) == (
+        32 + 48 + 104 + 208 + 440 + 2 * (48 + 3 * 104 + 6 * 208 + 6 * 440) + sum(n // 4 for n in excitation)
+    )
+    assert set(graph.pinned.values()) == {"network output"}
+    assert {g.block_count for g in graph.groups} == {1, 6, 13, 26, 55}

@@ -1,0 +1,214 @@
+"""Norms over channels of unequal weight: what a norm becomes when clusters of unequal sizes are merged.
+
+A norm over N channels, of which clusters of n_c equal ones are merged, has the mean ``sum n_c x_c / N``. Where all
+clusters are equally large the plain norm computes just that; elsewhere one of the modules here takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules import copy_network
+
+__all__ = [
+    "COUNTED",
+    "CountedGroupNorm",
+    "CountedLayerNorm",
+    "CountedNorm",
+    "CountedRMSNorm",
+    "CountedResponseNorm",
+    "counted",
+    "counted_form",
+]
+
+
+class CountedNorm(nn.Module):
+    """Base of norms that count channel ``c`` as ``counts[c]`` channels.
+
+    Args:
+        counts: (C,) integers: the original channels that each channel stands for.
+        weight: (C,) scale, or None.
+        bias: (C,) shift, or None.
+        eps: added to the denominator, as in the plain norm; None: the rounding unit of the input's type.
+        dim: the dimension of channels.
+        groups: number of blocks of channels that are normalised on their own.
+    """
+
+    counts: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        counts: Tensor,
+        weight: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        *,
+        eps: float | None = 1e-5,
+        dim: int = -1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.eps, self.dim, self.groups = eps, dim, groups
+        self.register_buffer("counts", counts)
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the constructor."""
+        return {"eps": self.eps, "dim": self.dim, "groups": self.groups}
+
+    def extra_repr(self) -> str:
+        """Channels, and those that they stand for."""
+        parts = [f"{len(self.counts)} for {int(self.counts.sum())}" if not self.counts.is_meta else "counts on meta"]
+        parts += [f"eps={self.eps}", f"dim={self.dim}"] + ([f"groups={self.groups}"] if self.groups > 1 else [])
+        return ", ".join(parts)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the last dimension, which holds channels."""
+        return (values * self.counts).sum(-1, keepdim=True) / self.counts.sum()
+
+    def affine(self, values: Tensor) -> Tensor:
+        """Scale and shift of the last dimension."""
+        if self.weight is not None:
+            values = values * self.weight
+        return values if self.bias is None else values + self.bias
+
+    def least(self, input: Tensor) -> float:
+        """Value of eps for this input."""
+        return torch.finfo(input.dtype).eps if self.eps is None else self.eps
+
+
+def _wide(input: Tensor) -> Tensor:
+    """Half precision has too few digits for sums over channels."""
+    return input if input.dtype == torch.float64 else input.float()
+
+
+class CountedLayerNorm(CountedNorm):
+    """Layer norm over one dimension, each channel counted as often as ``counts`` says.
+
+    Shape: ``(*, C, *)`` with C at ``dim``, unchanged.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise."""
+        values = _wide(input).movedim(self.dim, -1)
+        values = values - self.mean(values)
+        values = values * (self.mean(values.square()) + self.least(input)).rsqrt()
+        return self.affine(values).movedim(-1, self.dim).to(input.dtype)
+
+
+class CountedRMSNorm(CountedNorm):
+    """Root-mean-square norm over one dimension; see :class:`CountedLayerNorm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise."""
+        values = _wide(input).movedim(self.dim, -1)
+        values = values * (self.mean(values.square()) + self.least(input)).rsqrt()
+        return self.affine(values).movedim(-1, self.dim).to(input.dtype)
+
+
+class CountedGroupNorm(CountedNorm):
+    """Group norm over blocks of equally many channels, each counted as often as ``counts`` says.
+
+    Shape: ``(N, C, *)``, unchanged.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise."""
+        values = _wide(input).reshape(input.shape[0], input.shape[1], -1)
+        values = values - self._mean(values)
+        values = values * (self._mean(values.square()) + self.least(input)).rsqrt()
+        return self.affine(values.transpose(1, 2)).transpose(1, 2).reshape(input.shape).to(input.dtype)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """(N, C, 1) mean of the block of each channel."""
+        weighed = (values.mean(2) * self.counts).unflatten(1, (self.groups, -1)).sum(2)
+        means = weighed / self.counts.unflatten(0, (self.groups, -1)).sum(1)
+        wide: Tensor = means.repeat_interleave(values.shape[1] // self.groups, dim=1)
+        return wide.unsqueeze(2)
+
+
+class CountedResponseNorm(CountedNorm):
+    """Global response normalisation (ConvNeXt V2) of images; the mean over channels is weighed by ``counts``.
+
+    Shape: ``(N, C, H, W)`` with ``dim=1``, ``(N, H, W, C)`` with ``dim=-1``, unchanged.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise."""
+        values = _wide(input).movedim(self.dim, -1)
+        norms = values.square().sum((1, 2), keepdim=True).sqrt()
+        result = values + self.affine(values * (norms / (self.mean(norms) + self.least(input))))
+        return result.movedim(-1, self.dim).to(input.dtype)
+
+
+#: By class name, as files of merged networks name them.
+COUNTED: dict[str, type[CountedNorm]] = {
+    kind.__name__: kind for kind in (CountedLayerNorm, CountedRMSNorm, CountedGroupNorm, CountedResponseNorm)
+}
+
+
+@torch.no_grad()
+def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[type[CountedNorm], dict[str, Any]] | None:
+    """The class that computes what ``module`` does where all counts are one, and its options; None if there is none.
+
+    It is found by comparing the two on numbers: whatever else a subclass does in its forward is noticed.
+
+    Args:
+        module: a module without children.
+        shape: of its input.
+        dim: the dimension of channels in it.
+    """
+    if isinstance(module, CountedNorm):
+        return type(module), module.options
+    numeric = isinstance(getattr(module, "eps", ""), (int, float, type(None)))
+    if not numeric or next(module.children(), None) is not None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(size: Sequence[int]) -> Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64) + 0.25
+
+    count = shape[dim]
+    tensors = {id(t): drawn(t.shape) for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()}
+    same: dict[int, object] = {
+        id(p): nn.Parameter(tensors[id(p)]) if isinstance(p, nn.Parameter) else tensors[id(p)]
+        for p in [*module.parameters(), *module.buffers()]
+        if id(p) in tensors
+    }
+    input = drawn([n if d == dim else min(n, 2) for d, n in enumerate(shape)])
+    try:
+        replica = copy_network(module, same).eval()
+        expected = replica(input)
+    except Exception:  # not a norm that can be called like one
+        return None
+    if not isinstance(expected, Tensor) or expected.shape != input.shape:
+        return None
+    weight, bias = getattr(replica, "weight", None), getattr(replica, "bias", None)
+    options: dict[str, Any] = {"eps": module.eps, "dim": dim - len(shape) if dim > 1 else dim}
+    candidates: list[tuple[type[CountedNorm], int]] = [(CountedLayerNorm, 1), (CountedRMSNorm, 1)]
+    if len(shape) == 4:
+        candidates.append((CountedResponseNorm, 1))
+    if isinstance(groups := getattr(module, "num_groups", None), int):
+        candidates = [(CountedGroupNorm, groups)]
+    for kind, blocks in candidates:
+        try:
+            found = kind(torch.ones(count, dtype=torch.int64), weight, bias, groups=blocks, **options)(input)
+        except (RuntimeError, TypeError):
+            continue
+        if float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max()):
+            return kind, {**options, "groups": blocks}
+    return None
+
+
+def counted(module: nn.Module, form: tuple[type[CountedNorm], dict[str, Any]], counts: Tensor) -> CountedNorm:
+    """``module`` with ``counts``, its parameters kept."""
+    kind, options = form
+    new = kind(counts, module._parameters.get("weight"), module._parameters.get("bias"), **options)
+    return new.train(module.training)
