@@ -70,8 +70,8 @@ def draw_subsets(
     Returns:
         ``(L, slices)`` bool on the CPU, true where a slice is updated; ``(S, L, slices)`` for several generators.
     """
-    several = not isinstance(generator, torch.Generator)
-    generators = list(generator) if several else [generator]
+    one_draw = isinstance(generator, torch.Generator)
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
     draws = subset_size(slices, fraction, sampling)
     without = sampling == "without_replacement"
     high, shape = (2**40, (layers, slices)) if without else (slices, (layers, draws))
@@ -85,7 +85,7 @@ def draw_subsets(
         chosen = keys <= keys.kthvalue(draws, dim=2, keepdim=True).values
     else:
         chosen = torch.zeros(len(generators), layers, slices, dtype=torch.bool, device="cpu").scatter_(2, numbers, True)
-    return chosen if several else chosen[0]
+    return chosen[0] if one_draw else chosen
 
 
 class _Values(ParameterBuffer):

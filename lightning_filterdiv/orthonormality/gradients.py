@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -167,6 +169,9 @@ class PowerIteration:
         return gradients
 
 
+Floats = npt.NDArray[np.float64]
+
+
 class Spectrum(NamedTuple):
     """Fourier transform of kernels of one shape, as real matrices; from :func:`spectrum`.
 
@@ -186,34 +191,32 @@ class Spectrum(NamedTuple):
 
 
 @lru_cache
-def _spectrum(kernel: tuple[int, ...], stride: tuple[int, ...]) -> Spectrum:
-    # An odd number of frequencies per dimension, one for each shift: nothing wraps around.
+def _spectrum(kernel: tuple[int, ...], stride: tuple[int, ...]) -> tuple[Floats, Floats, int, int]:
+    # An odd number of frequencies per dimension, one for each shift: nothing wraps around. Not in tensors: what is made
+    # under a mode of torch must not be found again outside it.
     sizes = [2 * (p // s) + 1 for p, s in zip(self_padding(kernel, stride), stride, strict=True)]
     taps = list(itertools.product(*map(range, kernel)))
     offsets = list(itertools.product(*(range(min(s, k)) for s, k in zip(stride, kernel, strict=True))))
-    chosen = [
-        f for f in itertools.product(*map(range, sizes)) if f > tuple(-i % n for i, n in zip(f, sizes, strict=True))
-    ]
-    phase = torch.zeros(len(offsets), len(taps), dtype=torch.float64)
-    angle = torch.zeros(len(chosen), len(taps), dtype=torch.float64)
+    every = itertools.product(*map(range, sizes))
+    chosen = [f for f in every if f > tuple(-i % n for i, n in zip(f, sizes, strict=True))]
+    phase, angle = np.zeros((len(offsets), len(taps))), np.zeros((len(chosen), len(taps)))
     for at, tap in enumerate(taps):
         phase[offsets.index(tuple(t % s for t, s in zip(tap, stride, strict=True))), at] = 1
         steps = [(t // s) / n for t, s, n in zip(tap, stride, sizes, strict=True)]
-        turns = [sum(a * b for a, b in zip(f, steps, strict=True)) for f in chosen]
-        angle[:, at] = 2 * math.pi * torch.tensor(turns, dtype=torch.float64)
-    real, imaginary = angle.cos(), angle.sin()
-    constant = torch.full((1, len(taps)), math.sqrt(0.5), dtype=torch.float64)
-    transform = torch.cat([real + imaginary, real - imaginary, imaginary, constant])
-    weights = torch.cat([torch.full((2 * len(chosen),), 4.0), torch.full((len(chosen),), 8.0), torch.tensor([4.0])])
-    forward = (transform[:, None] * phase).flatten(0, 1)
-    backward = (weights.double()[:, None, None] / math.prod(sizes) * transform[:, None] * phase).flatten(0, 1).mT
-    return Spectrum(forward, backward.contiguous(), len(chosen), len(offsets))
+        angle[:, at] = [2 * math.pi * sum(a * b for a, b in zip(f, steps, strict=True)) for f in chosen]
+    real, imaginary = np.cos(angle), np.sin(angle)
+    transform = np.concatenate([real + imaginary, real - imaginary, imaginary, np.full((1, len(taps)), 0.5**0.5)])
+    weights = np.repeat([4.0, 8.0, 4.0], [2 * len(chosen), len(chosen), 1]) / math.prod(sizes)
+    forward = (transform[:, None] * phase).reshape(-1, len(taps))
+    backward = ((weights[:, None] * transform)[:, None] * phase).reshape(-1, len(taps)).T
+    return forward, np.ascontiguousarray(backward), len(chosen), len(offsets)
 
 
 def spectrum(kernel: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Spectrum:
     """What :func:`convolutional_gradient` needs to know of a kernel's shape. It copies to the device."""
-    forward, backward, *counts = _spectrum(tuple(kernel), tuple(stride))
-    return Spectrum(forward.to(device, dtype), backward.to(device, dtype), *counts)
+    *matrices, frequencies, phases = _spectrum(tuple(kernel), tuple(stride))
+    forward, backward = (torch.tensor(matrix, device="cpu").to(device, dtype) for matrix in matrices)
+    return Spectrum(forward, backward, frequencies, phases)
 
 
 def convolutional_gradient(

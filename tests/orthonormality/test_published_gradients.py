@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lightning_filterdiv.orthonormality.functional import self_convolution, self_padding
@@ -94,3 +95,11 @@ def test_convolutional(shape: tuple[int, ...], stride: tuple[int, ...], dtype: t
     assert _distance(convolutional_gradient(kernels.to(dtype), stride), expected) <= bound
     out = torch.empty(*shape[:2], expected[0, 0].numel(), dtype=dtype)
     assert convolutional_gradient(kernels.to(dtype), stride, out=out).data_ptr() == out.data_ptr()
+
+
+def test_what_is_kept_of_a_kernel_shape_is_no_tensor_of_the_mode_it_was_made_in() -> None:
+    shape, stride = (1, 3, 2, 4, 5), (1, 3)  # met in no other test
+    with FakeTensorMode():
+        convolutional_gradient(torch.zeros(shape), stride)
+    kernels = torch.randn(shape, dtype=torch.float64)
+    assert _distance(convolutional_gradient(kernels, stride), _by_convolutions(kernels, stride)) <= 1e-12
