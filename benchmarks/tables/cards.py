@@ -18,8 +18,10 @@ from benchmarks.cost import (
     callback_time,
     communication,
     events,
+    host_time,
     large_steps,
     launches,
+    memory,
     monitor,
     overhead,
     peers,
@@ -137,6 +139,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: _overhead(""),
     "callback_time": lambda: callback_time.table(read_result("callback_time.json")),
     "launches": lambda: _launches(""),
+    "host_time": lambda: host_time.table(json.loads(host_time.RESULT.read_text())),
+    "memory": lambda: memory.table(json.loads(memory.RESULT.read_text())),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
     "structure_cost": lambda: structure_cost.table(
         [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]

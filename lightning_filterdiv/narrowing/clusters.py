@@ -232,11 +232,10 @@ def cluster_channels(
         if g.name in fractions
     }
     counts = graph.expressible_counts(wanted)
-    tensors = named_tensors(model)
     clusters: dict[str, Tensor] = {}
     for group in chosen:
         if group.name in wanted and counts[group.name] < group.size:
-            kernels = torch.cat([_kernels(tensors, group, layer) for layer in group.layers], dim=1)
+            kernels = kernels_of(model, group)
             each = counts[group.name] // group.block_count
             index = torch.empty(group.size, dtype=torch.int64)
             for block, members in enumerate(group.members()):
@@ -260,6 +259,12 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
                     f"{layer!r}: {broken} of {group.size} filters contain NaN or inf and cannot be clustered; the "
                     f"training has diverged: start from a checkpoint before that, with a smaller learning rate"
                 )
+
+
+def kernels_of(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """``(size, d)`` float64 on the CPU: the kernels of all layers of a group, side by side; what is clustered."""
+    tensors = named_tensors(model)
+    return torch.cat([_kernels(tensors, group, layer) for layer in group.layers], dim=1)
 
 
 def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
