@@ -16,6 +16,7 @@ from benchmarks.common.device import read_result
 from benchmarks.common.paths import RESULTS, ROOT
 from benchmarks.cost import (
     callback_time,
+    clustering,
     communication,
     events,
     host_time,
@@ -140,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "callback_time": lambda: callback_time.table(read_result("callback_time.json")),
     "launches": lambda: _launches(""),
     "host_time": lambda: host_time.table(json.loads(host_time.RESULT.read_text())),
+    "clustering": lambda: clustering.table(json.loads(clustering.RESULT.read_text())),
     "memory": lambda: memory.table(json.loads(memory.RESULT.read_text())),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
     "structure_cost": lambda: structure_cost.table(
