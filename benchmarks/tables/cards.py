@@ -16,10 +16,13 @@ from benchmarks.common.device import read_result
 from benchmarks.common.paths import RESULTS, ROOT
 from benchmarks.cost import (
     callback_time,
+    clustering,
     communication,
     events,
+    host_time,
     large_steps,
     launches,
+    memory,
     monitor,
     overhead,
     peers,
@@ -146,6 +149,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: _overhead(""),
     "callback_time": lambda: callback_time.table(read_result("callback_time.json")),
     "launches": lambda: _launches(""),
+    "host_time": lambda: host_time.table(json.loads(host_time.RESULT.read_text())),
+    "clustering": lambda: clustering.table(json.loads(clustering.RESULT.read_text())),
+    "memory": lambda: memory.table(json.loads(memory.RESULT.read_text())),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
     "structure_cost": lambda: structure_cost.table(
         [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]
