@@ -29,7 +29,7 @@ from benchmarks.training.runs import read_runs, run_missing, run_parser
 from lightning_filterdiv import ChannelImportance
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_importance import remove_gates, select_channels
-from lightning_filterdiv.narrowing import count_parameters, prune_channels
+from lightning_filterdiv.narrowing import count_parameters, narrow
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 EPOCHS, GATED, KEPT = 60, 20, 0.5
@@ -52,22 +52,22 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     fit(gated, data, GATED, [gates])
     # The same draw for all arms and for all seeds of other programs: the wide network comes first.
     pl.seed_everything(seed, verbose=False)
-    narrow = classifier(EPOCHS - GATED)
+    small = classifier(EPOCHS - GATED)
     if arm != "ucp":
-        narrow.net.load_state_dict(remove_gates(gated.net).state_dict())
-    graph = ChannelGraph.trace(narrow.net, narrow.example_input_array)
+        small.net.load_state_dict(remove_gates(gated.net).state_dict())
+    graph = ChannelGraph.trace(small.net, small.example_input_array)
     importance = {name.removeprefix("net."): values for name, values in gates.importance.items()}
     order = importance
     if arm == "random_kept":
         order = {n: torch.rand(len(gate), generator=keyed_generator("ucp", seed, n)) for n, gate in importance.items()}
-    narrow.net = prune_channels(narrow.net, graph, select_channels(graph, order, keep_fraction=KEPT))
-    fit(narrow, data, EPOCHS - GATED)
+    small.net = narrow(small.net, graph, select_channels(graph, order, keep_fraction=KEPT))
+    fit(small, data, EPOCHS - GATED)
     return {
         "method": arm,
         "seed": seed,
         "protocol": f"FM5k/C3(32), {GATED} epochs with gates, {EPOCHS - GATED} with {KEPT:.0%} of the filters",
-        "test_accuracy": accuracy(narrow.net, data),
-        "parameters": count_parameters(narrow.net),
+        "test_accuracy": accuracy(small.net, data),
+        "parameters": count_parameters(small.net),
         "seconds": round(time.perf_counter() - started, 1),
         "gates": {name: [round(float(g), 3) for g in values] for name, values in importance.items()},
         "torch": torch.__version__,

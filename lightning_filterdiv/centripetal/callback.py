@@ -15,20 +15,19 @@ from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relat
 from lightning_filterdiv.centripetal.forecast import Forecast
 from lightning_filterdiv.centripetal.functional import CentripetalUpdate, relative_deviations
 from lightning_filterdiv.centripetal.selection import check_usable, choose_groups
-from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.forms import Form
 from lightning_filterdiv.filters import Conv, NoLayersError, select_filters
 from lightning_filterdiv.narrowing.clusters import (
     ClusteredTensor,
     Clustering,
-    KeepFraction,
     check_finite,
-    check_keep_fraction,
     cluster_channels,
     clustered_tensors,
-    kept_fractions,
 )
+from lightning_filterdiv.narrowing.importance import redundancy_scores
 from lightning_filterdiv.narrowing.merge import Merged, NotTiedError, merge_channels
+from lightning_filterdiv.narrowing.widths import Scope, WidthPlan, WidthRule, plan_widths
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_number
 from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
@@ -53,7 +52,14 @@ class CentripetalSGD(FilterCallback):
 
     Args:
         keep_fraction: share of every layer's channels to keep, in (0, 1], or a dict of layer pattern -> share (layers
-            that no pattern matches keep all).
+            that no pattern matches keep all). ``None``: 0.625, unless a target is given.
+        target_macs: share of the full network's multiply-accumulate operations to end at, in the place of
+            ``keep_fraction``. They are counted on the inputs that the graph is traced with.
+        target_parameters: the same for parameters.
+        scope: ``"layer"``: the same share in every layer; ``"global"``: layers whose filters express one another well
+            lose more.
+        max_layer_fraction: at most this share of a layer's channels goes; ``None``: all but one may.
+        channels_multiple: a layer that loses channels keeps a multiple of this; 8 suits hardware.
         strength: eps, the centripetal strength, or ``"auto"``: the smallest that reaches ``K = 18`` in this fit.
         vector_strength: eps for biases and for scales and shifts of norms; ``None``: the same (the official code: a
             tenth).
@@ -73,14 +79,29 @@ class CentripetalSGD(FilterCallback):
     waits_for_layers = True
     log_prefix = "centripetal"
     fixed_on_resume = dict.fromkeys(
-        ("keep_fraction", "clustering", "seed"), "clusters stay as in the checkpoint; start a new fit to change them"
+        (
+            "keep_fraction",
+            "target_macs",
+            "target_parameters",
+            "scope",
+            "max_layer_fraction",
+            "channels_multiple",
+            "clustering",
+            "seed",
+        ),
+        "clusters stay as in the checkpoint; start a new fit to change them",
     )
     lost_in_child_processes = "the clusters that merge() needs"
 
     def __init__(
         self,
         *,
-        keep_fraction: float | dict[str, float] = 0.625,
+        keep_fraction: float | dict[str, float] | None = None,
+        target_macs: float | None = None,
+        target_parameters: float | None = None,
+        scope: Scope = "layer",
+        max_layer_fraction: float | None = None,
+        channels_multiple: int = 1,
         strength: float | Literal["auto"] = "auto",
         vector_strength: float | None = None,
         clustering: Clustering = "kmeans",
@@ -91,7 +112,14 @@ class CentripetalSGD(FilterCallback):
         check_ranks_every_n_steps: int = 0,
     ) -> None:
         super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
-        self.keep_fraction: KeepFraction = check_keep_fraction(keep_fraction)
+        if keep_fraction is None and target_macs is None and target_parameters is None:
+            keep_fraction = 0.625
+        self._rule = WidthRule(
+            keep_fraction, target_macs, target_parameters, scope, max_layer_fraction, channels_multiple
+        )
+        self.keep_fraction, self.target_macs = self._rule.keep_fraction, self._rule.target_macs
+        self.target_parameters, self.scope = self._rule.target_parameters, self._rule.scope
+        self.max_layer_fraction, self.channels_multiple = self._rule.max_layer_fraction, self._rule.channels_multiple
         if isinstance(strength, str) and strength != "auto":
             raise ValueError(f"strength must be a number > 0 or 'auto', got {strength!r}")
         self.strength: float | str = (
@@ -169,15 +197,16 @@ class CentripetalSGD(FilterCallback):
         if self.left_alone:
             listed = "; ".join(f"{layer}: {reason}" for layer, reason in self.left_alone.items())
             rank_zero_info(f"CentripetalSGD leaves channels of these layers alone: {listed}")
-        # On every rank: an error on one of them alone would leave the others waiting.
-        kept_fractions(graph.groups, self.keep_fraction)
         new = [name for name in groups if name not in self._seen]
         check_finite(pl_module, [groups[name] for name in new])
         if new:
+            # On every rank: an error on one of them alone would leave the others waiting.
+            plan = self._plan(pl_module, graph, groups)
+            rank_zero_info(f"CentripetalSGD will merge\n{plan}")
             clusters: dict[str, Tensor] | None = None
             if trainer.is_global_zero:
                 clusters = cluster_channels(
-                    pl_module, graph, self.keep_fraction, method=self.clustering, seed=self.seed, groups=new
+                    pl_module, graph, method=self.clustering, seed=self.seed, groups=new, plan=plan
                 )
             clusters = trainer.strategy.broadcast(clusters)
             assert clusters is not None
@@ -187,11 +216,19 @@ class CentripetalSGD(FilterCallback):
         self._check_clusters(graph, active)
         if not active:
             raise NoLayersError(
-                f"CentripetalSGD would leave every channel as it is: keep_fraction={self.keep_fraction!r} removes none"
+                f"CentripetalSGD would leave every channel as it is: {self._rule.asked} removes none"
                 + "".join(f"; {layer}: {reason}" for layer, reason in list(self.left_alone.items())[:3])
             )
         self._tensors = clustered_tensors(pl_module, graph, active)
         self._start(trainer, first=bool(new))
+
+    def _plan(self, model: nn.Module, graph: ChannelGraph, groups: Mapping[str, ChannelGroup]) -> WidthPlan:
+        """How many channels each group is to keep; those that were clustered before keep their number."""
+        fixed = {name: len(index.unique()) for name, index in self.clusters.items() if name in groups}
+        fixed |= {name: group.size for name, group in groups.items() if name in self._seen and name not in fixed}
+        chosen = list(groups.values())
+        scores = redundancy_scores(model, graph, chosen) if self.scope == "global" else None
+        return plan_widths(graph, self._rule, groups=chosen, scores=scores, fixed=fixed)
 
     def _check_clusters(self, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> None:
         wrong = [name for name, index in clusters.items() if index.shape != (graph.group(name).size,)]

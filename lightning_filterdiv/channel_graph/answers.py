@@ -228,13 +228,19 @@ class ConsumerColumns(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One call of the traced network: enough to measure depth and resolution without the network."""
+    """One call of the traced network: enough to measure depth, resolution and cost without the network.
+
+    ``inputs`` are names of operations, and of parameters and buffers. ``macs`` counts multiply-accumulate operations of
+    the call on the example inputs, which grow with the entries of the parameter ``weight`` (empty: with none).
+    """
 
     name: str
     operator: str
     module: str
     inputs: tuple[str, ...]
     shape: tuple[int, ...] | None
+    macs: int = 0
+    weight: str = ""
 
 
 @dataclass(frozen=True)

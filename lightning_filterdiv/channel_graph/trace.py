@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
 
 from ..filters import (
     CONVOLUTIONS,
@@ -38,7 +39,7 @@ from .labels import Ints
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
-from .record import Node, Record, operator_name
+from .record import Node, Record, map_nodes, operator_name
 from .recorder import record
 from .regions import filter_regions, layers_in_order, neighbours, pinned_layers
 from .sites import constrained_channels, find_sites
@@ -258,9 +259,37 @@ def _collect(
 
 
 def _operations(record: Record) -> Iterable[Operation]:
+    behind = _weights_behind(record)
     for node in record.nodes:
         if node.op in ("call", "item"):
             first = node.value[0] if isinstance(node.value, tuple) and node.value else node.value
             shape = tuple(int(n) for n in first.shape) if isinstance(first, Tensor) else None
             operator = operator_name(node) if node.op == "call" else "getitem"
-            yield Operation(node.name, operator, node.module, tuple(n.name for n in node.inputs), shape)
+            inputs = tuple(record.tensors.get(n, n.name) for n in node.inputs)
+            macs = _macs(node)
+            weight = next((behind[n] for n in node.inputs[1:] if behind.get(n)), "") if macs else ""
+            yield Operation(node.name, operator, node.module, inputs, shape, macs, weight)
+
+
+def _macs(node: Node) -> int:
+    """Multiply-accumulate operations of a call, as torch counts them; 0 for all but convolutions and products."""
+    formula = flop_registry.get(getattr(node.target, "_overloadpacket", None)) if node.op == "call" else None
+    if formula is None:
+        return 0
+    args, kwargs = (map_nodes(part, lambda n: n.value) for part in (node.args, node.kwargs))
+    return int(formula(*args, **kwargs, out_val=node.value)) // 2
+
+
+def _weights_behind(record: Record) -> dict[Node, str]:
+    """Node that depends on parameters alone -> the matrix or kernel that it is made of; the largest one."""
+    behind: dict[Node, tuple[int, str] | None] = {}
+    for node in record.nodes:
+        if node.op == "tensor" and node in record.tensors:
+            matrix = isinstance(node.value, Tensor) and node.value.ndim > 1
+            behind[node] = (node.value.numel(), record.tensors[node]) if matrix else (0, "")
+        elif node.inputs:
+            parts = [behind.get(n) for n in node.inputs]
+            behind[node] = None if None in parts else max(part for part in parts if part is not None)
+        else:
+            behind[node] = None if node.op == "input" else (0, "")
+    return {node: found[1] for node, found in behind.items() if found is not None}

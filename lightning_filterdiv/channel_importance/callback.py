@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -110,7 +110,7 @@ class ChannelImportance(FilterCallback):
                 f"the gate of {lost[0]!r} was taken out of the network after ChannelImportance had inserted it; with "
                 f"sync_batchnorm=True, which replaces norms, use placement='cifar' or 'convolution'"
             )
-        self._gates = {name: host.gate for name, host in hosts.items()}
+        self._gates = {name: cast(ChannelGate, host.gate) for name, host in hosts.items()}
         return {name: conv for name, conv in super().choose(pl_module).items() if name in hosts}
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

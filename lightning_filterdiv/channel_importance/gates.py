@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.filters import NoLayersError, canonical_name, select_filters
+from lightning_filterdiv.narrowing.importance import gate_means, gated_layers
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
@@ -89,9 +90,28 @@ class GateHost(nn.Module):
     narrowing_obstacle = "still has its gate: prune a fresh network, or call remove_gates first"
     #: What the layer is without its gate.
     plain_class: ClassVar[type[nn.Module]]
+    #: Dimension of the layer's weight that the gate scales.
+    gate_dim: ClassVar[int] = 0
 
     gate: ChannelGate
     gated_layer: str
+
+    @torch.no_grad()
+    def fold_gate(self, mean: Tensor) -> None:
+        """Multiply a constant gate ``(C,)`` into the layer, and become an ordinary one."""
+        weight, bias = cast(Tensor, self.weight), cast("Tensor | None", getattr(self, "bias", None))
+        shape = [1] * weight.ndim
+        shape[self.gate_dim] = -1
+        weight.mul_(mean.to(weight.device, weight.dtype).reshape(shape))
+        if bias is not None and self.gate_dim == 0:
+            bias.mul_(mean.to(bias.device, bias.dtype))
+        self.remove_gate()
+
+    def remove_gate(self) -> None:
+        """Become what the layer is without its gate."""
+        plain_class = self.plain_class
+        del self.gate, self.gated_layer
+        self.__class__ = plain_class  # type: ignore[assignment]
 
     def _load_from_state_dict(
         self,
@@ -140,21 +160,11 @@ class InputGatedConv2d(GateHost, nn.Conv2d):
     """A convolution whose inputs pass a gate."""
 
     plain_class = nn.Conv2d
+    gate_dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in, H, W)`` to ``(B, out, H', W')``."""
         return super().forward(self.gate(x))
-
-
-def gated_layers(model: nn.Module) -> dict[str, GateHost]:
-    """Canonical name of each convolution whose channels a gate measures -> the layer that holds the gate."""
-    hosts: dict[str, GateHost] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, GateHost):
-            parent = name.rpartition(".")[0]
-            layer = module.gated_layer
-            hosts[canonical_name(name if not layer else f"{parent}.{layer}" if parent else layer)] = module
-    return hosts
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -311,13 +321,10 @@ def remove_gates(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no gate to remove; insert_gates or ChannelImportance adds them"
         )
     for host in hosts.values():
-        plain_class = host.plain_class
-        del host.gate, host.gated_layer
-        host.__class__ = plain_class  # type: ignore[assignment]
+        cast(GateHost, host).remove_gate()
     return model
 
 
-@torch.no_grad()
 def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Mean gate of every channel over images, in eval mode.
 
@@ -333,36 +340,6 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
         TypeError: a batch that holds no tensor of images.
         ValueError: no images.
     """
-    layers = gated_layers(model)
-    if not layers:
+    if not gated_layers(model):
         raise NoLayersError(f"{type(model).__name__} has no gates; insert_gates or ChannelImportance adds them")
-    mode = {module: module.training for module in model.modules()}
-    sums: dict[str, Tensor] = {}
-    images = 0
-
-    def watch(name: str) -> Any:
-        def hook(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = cast(ChannelGate, gate).factors(inputs[0]).double().sum(0).cpu()
-            sums[name] = sums[name] + seen if name in sums else seen
-
-        return hook
-
-    handles = [conv.gate.register_forward_pre_hook(watch(name)) for name, conv in layers.items()]
-    try:
-        model.eval()
-        for batch in batches:
-            x = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, list | tuple) and batch else None
-            if not isinstance(x, Tensor):
-                raise TypeError(
-                    f"a batch must be a tensor (B, C, H, W) or a tuple that begins with one, got {type(batch).__name__}"
-                )
-            images += len(x)
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in mode.items():
-            module.training = training
-    if not images:
-        raise ValueError("batches holds no images to measure importance on; give at least one batch")
-    return {name: total / images for name, total in sums.items()}
+    return gate_means(model, batches)

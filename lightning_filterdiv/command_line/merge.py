@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_filterdiv.centripetal.callback import CentripetalSGD
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
 from lightning_filterdiv.centripetal.forecast import Forecast
 from lightning_filterdiv.channel_graph import ChannelGraphError
-from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import read_checkpoint, restore_model
-from lightning_filterdiv.files import why_unwritable
-from lightning_filterdiv.filters import find_submodule
-from lightning_filterdiv.narrowing.files import save_merged
-from lightning_filterdiv.narrowing.measure import latency_ratio
+from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
+from lightning_filterdiv.narrowing.twins import merge_twins
 from lightning_filterdiv.tensors.arguments import check_integer, check_number
 
 __all__ = ["run"]
@@ -40,9 +37,11 @@ def run(options: argparse.Namespace) -> None:
         check_integer("--pairs", options.pairs, low=0)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    if reason := why_unwritable(options.out):  # before minutes of work
-        raise CommandError(f"--out {options.out} cannot be written: {reason}")
+    check_outputs(options)
     checkpoint = read_checkpoint(options.checkpoint, options.trust_pickle)
+    if options.twins is not None:
+        _merge_twins(options, checkpoint)
+        return
     state = _check_states(checkpoint, options.checkpoint)
     try:
         clusters = CentripetalSGD.clusters_from(checkpoint)
@@ -71,15 +70,24 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"{options.checkpoint}: {reason}") from error
     except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:  # of sizes in a file
         raise CommandError(f"{options.checkpoint}: {error}; see --input-shape") from error
-    save_merged(merged, options.out)
     if unfinished:
         print(f"checkpoint    {unfinished}")
     print(report)
     if report.averaging > options.tolerance:
         print("note          running statistics lag behind the tied weights; some batches in train mode renew them")
-    if options.pairs > 0:
-        print(_latency(model, merged, inputs, network, options.pairs))
-    print(f"saved         {options.out}; load_merged(fresh {type(model).__name__}, path) reads it")
+    finish(options, model, merged, inputs, network)
+
+
+def _merge_twins(options: argparse.Namespace, checkpoint: Mapping[str, Any]) -> None:
+    model = restore_model(options.model, options.config, checkpoint)
+    inputs = None if options.input_shape is None else torch.zeros(options.input_shape)
+    try:
+        merged, report = merge_twins(model, inputs, threshold=options.twins, form=options.form)
+    except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        reason = str(error).replace("threshold", "--twins").replace("example_inputs=...", "--input-shape")
+        raise CommandError(f"{options.checkpoint}: {reason}") from error
+    print(report)
+    finish(options, model, merged, inputs, None)
 
 
 def _check_states(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
@@ -145,16 +153,4 @@ def _are_inputs(value: object) -> bool:
         and isinstance(value.get("args"), list | tuple)
         and isinstance(value.get("kwargs"), dict)
         and _is_name(value.get("network", 0))
-    )
-
-
-def _latency(model: nn.Module, merged: nn.Module, inputs: Any, network: str | None, pairs: int) -> str:
-    first, second = (find_submodule(net.eval(), network) for net in (model, merged))
-    arguments = example_arguments(first, inputs)
-    batch = next(tensor.shape[0] for tensor in (*arguments[0], *arguments[1].values()) if hasattr(tensor, "shape"))
-    ratio, low, high = latency_ratio(first, second, arguments[0] or arguments[1], pairs)
-    threads = torch.get_num_threads()
-    return (
-        f"latency       {ratio:.2f} of the original ({low:.2f} to {high:.2f}), batch {batch}, CPU, {threads} thread"
-        f"{'s' if threads > 1 else ''}"
     )

@@ -124,7 +124,18 @@ def _report(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def _merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="a Lightning checkpoint of a fit with CentripetalSGD")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a Lightning checkpoint of a fit with CentripetalSGD; with --twins, any weights"
+    )
+    parser.add_argument(
+        "--twins",
+        nargs="?",
+        type=float,
+        const=0.99,
+        metavar="COSINE",
+        help="merge filters that are nearly equal, of any network: their cosine similarity at least (default: 0.99)",
+    )
+    _export(parser)
     parser.add_argument("--out", type=Path, required=True, help="file for the narrow network, see load_merged")
     _model(parser)
     parser.add_argument(
@@ -140,6 +151,13 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         help="largest relative change of the outputs by setting members of clusters to their mean; 'inf' merges anyway "
         "(default: %(default)s)",
     )
+    _form(parser)
+    parser.add_argument(
+        "--pairs", type=int, default=20, help="timed forward passes per network, 0 for no timing (default: %(default)s)"
+    )
+
+
+def _form(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--form",
         choices=("auto", "module", "graph"),
@@ -147,9 +165,52 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         help="module: keep every class; graph: write forwards that decide where channels go as torch.fx graphs; auto: "
         "only where the widths need it (default: %(default)s)",
     )
+
+
+def _prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=f"a .ckpt or .pt file, {MODEL_SOURCES}")
+    parser.add_argument("--out", type=Path, required=True, help="file for the narrow network, see load_merged")
+    _model(parser)
+    parser.add_argument(
+        "--importance",
+        choices=("l1", "l2", "bn_scale", "taylor", "redundancy", "random"),
+        default="l2",
+        help="what channels are judged by (default: %(default)s)",
+    )
+    parser.add_argument("--keep-fraction", type=float, metavar="SHARE", help="of every layer's channels to keep")
+    parser.add_argument("--target-macs", type=float, metavar="SHARE", help="of the network's MACs to end at")
+    parser.add_argument("--target-parameters", type=float, metavar="SHARE", help="of its parameters to end at")
+    parser.add_argument(
+        "--scope",
+        choices=("layer", "global"),
+        default="layer",
+        help="the same share in every layer, or channels of all layers compete (default: %(default)s)",
+    )
+    parser.add_argument("--max-layer-fraction", type=float, metavar="SHARE", help="of a layer's channels that may go")
+    parser.add_argument(
+        "--channels-multiple", type=int, default=1, metavar="N", help="keep multiples of N (default: %(default)s)"
+    )
+    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only layers of these names")
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave layers of these names out")
+    parser.add_argument("--network", metavar="NAME", help="trace only this submodule, for example backbone")
+    _form(parser)
+    parser.add_argument(
+        "--input-shape",
+        type=_shape,
+        metavar="N,C,H,W",
+        help="shape of the input to trace with (default: what the model knows)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="pkg.module:Name",
+        help="a data set or LightningDataModule of (inputs, labels): batches for taylor, for the means that go into "
+        "biases, and for the accuracy before and after",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random and of the batches (default: %(default)s)")
     parser.add_argument(
         "--pairs", type=int, default=20, help="timed forward passes per network, 0 for no timing (default: %(default)s)"
     )
+    _export(parser)
 
 
 def _entropy(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +229,15 @@ def _entropy(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument(
         "--input-size", type=int, nargs="+", metavar="N", help="height and width that the network is traced with"
+    )
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="FILE",
+        help="also write an ONNX file with a dynamic batch, check it in onnxruntime and time both runtimes",
     )
 
 
@@ -198,6 +268,7 @@ def _shape(text: str) -> tuple[int, ...]:
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "demo": ("train a small network on real digits, squeeze it and merge it", _demo),
     "merge": ("merge a CentripetalSGD checkpoint into a narrower network", _merge),
+    "prune": ("remove the least important channels of a network, as many as a target asks for", _prune),
     "entropy": ("estimate how deep a network can usefully be for a data set", _entropy),
     "inspect": ("report how redundant the filters of a network are", _inspect),
     "compare": ("report how the filters of two networks differ", _compare),

@@ -2,9 +2,14 @@ from .clusters import ClusteredTensor as ClusteredTensor
 from .clusters import cluster_channels as cluster_channels
 from .clusters import cluster_filters as cluster_filters
 from .clusters import clustered_tensors as clustered_tensors
+from .cost import Cost as Cost
+from .cost import network_cost as network_cost
+from .cutting import narrow as narrow
 from .files import MergedFileError as MergedFileError
 from .files import load_merged as load_merged
 from .files import save_merged as save_merged
+from .importance import Importance as Importance
+from .importance import channel_scores as channel_scores
 from .measure import count_macs as count_macs
 from .measure import count_parameters as count_parameters
 from .measure import latency_ratio as latency_ratio
@@ -13,4 +18,12 @@ from .merge import MergeReport as MergeReport
 from .merge import NotTiedError as NotTiedError
 from .merge import merge_channels as merge_channels
 from .merge import tie_channels as tie_channels
+from .prune import Pruned as Pruned
+from .prune import PruneReport as PruneReport
 from .prune import prune_channels as prune_channels
+from .twins import NoTwinsError as NoTwinsError
+from .twins import merge_twins as merge_twins
+from .widths import TargetError as TargetError
+from .widths import WidthPlan as WidthPlan
+from .widths import WidthRule as WidthRule
+from .widths import plan_widths as plan_widths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
@@ -13,51 +12,23 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.filters import named_tensors
-from lightning_filterdiv.selection import match_pattern
-from lightning_filterdiv.tensors.arguments import check_choice, check_number, check_tensor
+from lightning_filterdiv.narrowing.widths import KeepFraction, WidthPlan, WidthRule, plan_widths
+from lightning_filterdiv.tensors.arguments import check_choice, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
     "ClusteredTensor",
     "Clustering",
-    "KeepFraction",
     "check_finite",
-    "check_keep_fraction",
     "cluster_channels",
     "cluster_filters",
     "clustered_tensors",
-    "kept_count",
-    "kept_fractions",
 ]
 
 Clustering = Literal["kmeans", "even", "imbalanced"]
 # A start of k-means grows with the cube of the channels: 7 s for 2,048 on one core. Ten starts find a sum of squares
 # that is at most 0.8 % smaller (512 and 1,024 filters, three kinds of spectrum).
 _ONE_START_ABOVE = 512
-KeepFraction = float | dict[str, float]
-
-
-def check_keep_fraction(keep_fraction: object) -> KeepFraction:
-    """Return ``keep_fraction`` if it is a number in (0, 1] or a dict of name pattern -> such a number.
-
-    Raises:
-        TypeError, ValueError: anything else, by name.
-    """
-    if not isinstance(keep_fraction, Mapping):
-        return check_number("keep_fraction", keep_fraction, above=0.0, high=1.0)
-    if not keep_fraction:
-        raise ValueError("keep_fraction={} squeezes no layer; give a number or at least one pattern")
-    checked: dict[str, float] = {}
-    for pattern, fraction in keep_fraction.items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"keep_fraction must map name patterns to fractions, got the key {pattern!r}")
-        checked[pattern] = check_number(f"keep_fraction[{pattern!r}]", fraction, above=0.0, high=1.0)
-    return checked
-
-
-def kept_count(size: int, fraction: float) -> int:
-    """Channels left of ``size``: ``ceil(fraction * size - 1e-9)``, at least one."""
-    return max(1, math.ceil(fraction * size - 1e-9))
 
 
 def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "kmeans", seed: int = 0) -> Tensor:
@@ -121,36 +92,6 @@ def _kmeans(filters: Tensor, n_clusters: int, seed: int) -> Tensor:
     return torch.tensor([seen.setdefault(label, len(seen)) for label in index.tolist()])
 
 
-def kept_fractions(groups: Iterable[ChannelGroup], keep_fraction: KeepFraction) -> dict[str, float]:
-    """Group name -> share of its channels to keep; groups that no pattern of a dict matches are left out.
-
-    Raises:
-        NoLayersError: a pattern matches no layer of the groups.
-        ValueError: coupled layers are given different fractions.
-    """
-    groups = list(groups)
-    if not isinstance(keep_fraction, Mapping):
-        return {group.name: keep_fraction for group in groups}
-    names = sorted({layer for group in groups for layer in group.layers})
-    noun = "layer that can be squeezed"
-    fraction_of = {
-        layer: fraction
-        for pattern, fraction in keep_fraction.items()
-        for layer in match_pattern(pattern, names, argument="keep_fraction", noun=noun)
-    }
-    fractions: dict[str, float] = {}
-    for group in groups:
-        wanted = {layer: fraction_of[layer] for layer in group.layers if layer in fraction_of}
-        if len(set(wanted.values())) > 1:
-            listed = ", ".join(f"{layer}: {fraction:g}" for layer, fraction in wanted.items())
-            raise ValueError(
-                f"keep_fraction gives different fractions to layers that share channels ({listed}); give them one"
-            )
-        if wanted:
-            fractions[group.name] = next(iter(wanted.values()))
-    return fractions
-
-
 def cluster_channels(
     model: nn.Module,
     graph: ChannelGraph,
@@ -159,6 +100,7 @@ def cluster_channels(
     method: Clustering = "kmeans",
     seed: int = 0,
     groups: Iterable[str] | None = None,
+    plan: WidthPlan | None = None,
 ) -> dict[str, Tensor]:
     """Cluster every group of channels on the kernels of all its layers, laid side by side, each block on its own.
 
@@ -170,26 +112,21 @@ def cluster_channels(
         method: see :func:`cluster_filters`.
         seed: of k-means.
         groups: names of the groups to cluster; ``None`` for all.
+        plan: of :func:`~lightning_filterdiv.narrowing.plan_widths`, in the place of ``keep_fraction``.
 
     Returns:
         Group name -> ``(size,)`` int64 cluster index, for groups that lose channels.
 
     Raises:
-        TypeError, ValueError: see :func:`check_keep_fraction`, :func:`kept_fractions` and :func:`check_finite`.
+        TypeError, ValueError: see :func:`~lightning_filterdiv.narrowing.plan_widths` and :func:`check_finite`.
     """
     chosen = [group for group in graph.groups if groups is None or group.name in set(groups)]
     check_finite(model, chosen)
-    fractions = kept_fractions(graph.groups, check_keep_fraction(keep_fraction))
-    wanted = {
-        g.name: kept_count(g.size // g.block_count, fractions[g.name]) * g.block_count
-        for g in chosen
-        if g.name in fractions
-    }
-    counts = graph.expressible_counts(wanted)
+    counts = (plan or plan_widths(graph, WidthRule(keep_fraction), groups=chosen)).counts
     tensors = named_tensors(model)
     clusters: dict[str, Tensor] = {}
     for group in chosen:
-        if group.name in wanted and counts[group.name] < group.size:
+        if counts.get(group.name, group.size) < group.size:
             kernels = torch.cat([_kernels(tensors, group, layer) for layer in group.layers], dim=1)
             each = counts[group.name] // group.block_count
             index = torch.empty(group.size, dtype=torch.int64)

@@ -24,7 +24,7 @@ from lightning_filterdiv.channel_importance import (
 )
 from lightning_filterdiv.demo import three_convolutions
 from lightning_filterdiv.filters import NoLayersError
-from lightning_filterdiv.narrowing import prune_channels
+from lightning_filterdiv.narrowing import narrow
 from tests.support.training import STEPS_PER_EPOCH, Classifier, batches, fit
 
 
@@ -161,7 +161,7 @@ def test_pruned_is_silenced(name: str) -> None:
     graph = ChannelGraph.trace(model, x)
     alone = [g for g in graph.groups if len(g.producers) == 1]
     keep = _random_keep(graph, [g.name for g in alone], 0.6)
-    pruned = prune_channels(model, graph, keep)
+    pruned = narrow(model, graph, keep)
     modules = dict(model.named_modules())
     expected, before = copy.deepcopy(model), model(x)
     for group in alone:
@@ -197,9 +197,9 @@ def test_a_residual_sum_can_be_named() -> None:
     assert list(internal) == ["stage1.0.conv1", "stage2.0.conv1", "stage3.0.conv1"]
     everything = select_channels(graph, importance, include=["*"], keep_fraction=0.75)
     assert set(internal) < set(everything)
-    narrow = prune_channels(model, graph, everything)
-    assert narrow.classifier.in_features < model.classifier.in_features  # type: ignore[union-attr]
-    assert narrow(x).shape == (1, 10)
+    pruned = narrow(model, graph, everything)
+    assert pruned.classifier.in_features < model.classifier.in_features  # type: ignore[union-attr]
+    assert pruned(x).shape == (1, 10)
 
 
 def test_names_inside_and_around_a_module() -> None:
@@ -271,7 +271,7 @@ def test_refused(keep: dict[str, Tensor], error: type[Exception], message: str) 
     model, x = three_convolutions(width=4, image_size=8), torch.zeros(1, 1, 8, 8)
     graph = ChannelGraph.trace(model, x)
     with pytest.raises(error) as caught:
-        prune_channels(model, graph, keep)
+        narrow(model, graph, keep)
     assert message in str(caught.value)
 
 
@@ -279,4 +279,4 @@ def test_gates_must_go_first() -> None:
     model, x = three_convolutions(width=4, image_size=8), torch.zeros(1, 1, 8, 8)
     graph = ChannelGraph.trace(model, x)
     with pytest.raises(ValueError, match="'conv1' still has its gate"):
-        prune_channels(insert_gates(model), graph, {"conv1": torch.tensor([0])})
+        narrow(insert_gates(model), graph, {"conv1": torch.tensor([0])})

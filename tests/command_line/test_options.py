@@ -11,6 +11,8 @@ import pytest
 from lightning_filterdiv.command_line import demo
 from lightning_filterdiv.command_line.options import COMMANDS, parse
 from lightning_filterdiv.entropy_depth.functional import Rounding, Unit
+from lightning_filterdiv.narrowing import Importance
+from lightning_filterdiv.narrowing.widths import Scope
 
 _MODEL = {"model": None, "config": None, "trust_pickle": False}
 _REPORT = {
@@ -51,6 +53,31 @@ _REPORT = {
                 "input_shape": (1, 3, 8, 8),
                 "tolerance": 1e-3,
                 "pairs": 20,
+                "twins": None,
+                "onnx": None,
+                **_MODEL,
+            },
+        ),
+        (
+            ["prune", "torchvision:resnet18", "--out", "b.pt", "--target-macs", "0.5"],
+            {
+                "source": "torchvision:resnet18",
+                "out": Path("b.pt"),
+                "importance": "l2",
+                "keep_fraction": None,
+                "target_macs": 0.5,
+                "target_parameters": None,
+                "scope": "layer",
+                "max_layer_fraction": None,
+                "channels_multiple": 1,
+                "include": None,
+                "exclude": None,
+                "network": None,
+                "input_shape": None,
+                "data": None,
+                "seed": 0,
+                "pairs": 20,
+                "onnx": None,
                 **_MODEL,
             },
         ),
@@ -85,6 +112,9 @@ def test_choices_are_those_of_the_modules(capsys: pytest.CaptureFixture[str]) ->
     entropy = ("entropy", "--data", "digits")
     assert _accepted(capsys, *entropy, "--unit") == list(get_args(Unit))
     assert _accepted(capsys, *entropy, "--rounding") == list(get_args(Rounding))
+    pruning = ("prune", "torchvision:resnet18", "--out", "a.pt")
+    assert _accepted(capsys, *pruning, "--importance") == [name for name in get_args(Importance) if name != "gates"]
+    assert _accepted(capsys, *pruning, "--scope") == list(get_args(Scope))
     assert _accepted(capsys, "demo", "--method") == list(demo.METHODS)
     assert _accepted(capsys, "demo", "--data") == list(demo.DATA)
 

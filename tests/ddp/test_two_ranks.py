@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_filterdiv import EntropyDepthBound, RePr, WeightAsynchronousUpdate
+from lightning_filterdiv.squeezing import squeeze_in_stages
 from lightning_filterdiv.tensors.rank_check import RankDivergenceError, check_ranks_agree
 from tests.registry import SLOW_CASES, Case
 from tests.suites.test_resume import KINDS
@@ -213,6 +214,32 @@ def test_shared_bases_stay_one_parameter_in_sync(tmp_path: Path) -> None:
     again = fit_ddp([BasisOrthonormality(), Witness()], model=classifier(1), ckpt_path=str(path), **options)
     assert not differing(whole.tensors(), again.tensors())
     assert len(list(shared_bases(again.model))) == 3
+
+
+@pytest.mark.parametrize("method", ["csgd", "prune"])
+def test_stages_end_alike_on_both_ranks(method: str, tmp_path: Path) -> None:
+    """Rank 0 writes what a run goes on from; both ranks read it, and end with the same network."""
+    folder = shared(tmp_path)
+
+    def train(model: nn.Module, callbacks: list[Callback], checkpoint: str | None) -> None:
+        assert checkpoint is None
+        fit_ddp(callbacks, model=model, max_steps=-1, max_epochs=1)
+
+    torch.manual_seed(0)
+    images = next(iter(batches()))[0][:2]
+    more = {"tolerance": float("inf")} if method == "csgd" else {"importance": "l1"}
+
+    def run(fits: Any) -> nn.Module:
+        model = Classifier()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).reshape(parameter.shape))
+        return squeeze_in_stages(model, fits, images, method=method, stages=(0.8, 0.6), folder=folder, **more).network
+
+    network = run(train)
+    check_ranks_agree(dict(network.named_parameters()), "after the stages")
+    again = run(lambda *_: pytest.fail("nothing is left to fit"))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
 
 
 def test_importance_is_the_mean_over_all_ranks(tmp_path: Path) -> None:

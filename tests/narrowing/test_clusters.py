@@ -18,7 +18,7 @@ from lightning_filterdiv.centripetal import (
     cluster_filters,
 )
 from lightning_filterdiv.channel_graph import ChannelGraph
-from lightning_filterdiv.narrowing.clusters import kept_count
+from lightning_filterdiv.narrowing.widths import kept_count
 
 IMAGE = models.image()
 

@@ -12,7 +12,14 @@ from lightning_filterdiv.channel_graph.errors import ChannelGraphError, ExampleI
 from lightning_filterdiv.channel_importance import insert_gates, measure_importance, select_channels
 from lightning_filterdiv.expansion import contract, expand
 from lightning_filterdiv.filters import NoLayersError, write_filters
-from lightning_filterdiv.narrowing import merge_channels, tie_channels
+from lightning_filterdiv.narrowing import (
+    NoTwinsError,
+    TargetError,
+    merge_channels,
+    merge_twins,
+    prune_channels,
+    tie_channels,
+)
 from lightning_filterdiv.narrowing.merge import NotTiedError
 from lightning_filterdiv.orthonormality import (
     basis_penalty,
@@ -307,6 +314,48 @@ FUNCTIONAL: list[Row] = [
         NarrowingError,
         "'9'",
         "the groups are 0, 2",
+    ),
+    Row(
+        "prune to more than all",
+        lambda: prune_channels(net(), IMAGES, target_macs=1.5),
+        ValueError,
+        "target_macs",
+        "for half write 0.5",
+    ),
+    Row(
+        "prune to two targets",
+        lambda: prune_channels(net(), IMAGES, target_macs=0.5, keep_fraction=0.5),
+        ValueError,
+        "target_macs",
+        "give one of",
+    ),
+    Row(
+        "prune further than that goes",
+        lambda: prune_channels(net(), IMAGES, target_macs=0.001),
+        TargetError,
+        "target_macs",
+        "Ask for at least",
+    ),
+    Row(
+        "importance without data",
+        lambda: prune_channels(net(), IMAGES, target_macs=0.5, importance="taylor"),
+        ValueError,
+        "importance",
+        "a few batches of (inputs, labels)",
+    ),
+    Row(
+        "importance without norms",
+        lambda: prune_channels(net(), IMAGES, target_macs=0.5, importance="bn_scale"),
+        NoLayersError,
+        "'bn_scale'",
+        "choose another importance",
+    ),
+    Row(
+        "no twins",
+        lambda: merge_twins(net(), IMAGES),
+        NoTwinsError,
+        "threshold",
+        "lower the threshold",
     ),
     Row(
         "importance of another network",

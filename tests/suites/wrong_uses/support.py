@@ -14,7 +14,7 @@ from lightning_filterdiv import CentripetalSGD, WeightAsynchronousUpdate
 from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.command_line.main import main
 from lightning_filterdiv.demo import SmallConvNet
-from lightning_filterdiv.narrowing import merge_channels, prune_channels, save_merged
+from lightning_filterdiv.narrowing import merge_channels, narrow, save_merged
 
 #: An image that :func:`net` takes.
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -55,7 +55,7 @@ def _remembered(model: nn.Module) -> nn.Module:
 
 def prune(keep: Any) -> nn.Module:
     model = net()
-    return prune_channels(model, ChannelGraph.trace(model, IMAGES), keep)
+    return narrow(model, ChannelGraph.trace(model, IMAGES), keep)
 
 
 def command(*arguments: str) -> None:

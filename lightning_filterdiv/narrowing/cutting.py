@@ -1,0 +1,116 @@
+"""From the channels to keep to the network that has only those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, NarrowingError
+from lightning_filterdiv.channel_graph.forms import Form
+from lightning_filterdiv.channel_graph.modules import copy_network
+from lightning_filterdiv.channel_graph.narrow import Narrowing, weigh
+from lightning_filterdiv.channel_graph.verify import Proof, as_type, dtype_of, prove
+from lightning_filterdiv.filters import canonical_name, named_tensors
+
+__all__ = ["check_narrowable", "check_same", "narrow", "removed_mask", "silence"]
+
+
+@torch.no_grad()
+def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *, form: Form = "auto") -> nn.Module:
+    """A copy of ``model`` without the other channels: their filters, norms and the columns that read them are gone.
+
+    The result is compared with ``model`` whose consumers ignore those channels, on random inputs in float64.
+
+    Args:
+        model: the traced network, or another with the same tensors. It is left as it was.
+        graph: its channel graph.
+        keep: group name -> ``(n,)`` indices of channels to keep, of
+            :func:`~lightning_filterdiv.channel_importance.select_channels`; other groups stay whole.
+        form: see :func:`~lightning_filterdiv.narrowing.merge_channels`.
+
+    Returns:
+        A narrower module of the same class, trainable, in the order of the kept channels.
+
+    Raises:
+        NarrowingError: an unknown or pinned group (with the reason), widths that forward cannot express, or a result
+            that does not compute the same.
+        ValueError: indices that are out of range, repeated or none; gates that are still in the network.
+    """
+    check_narrowable(model)
+    groups = {group.name: group for group in graph.groups}
+    keep = {name: _checked(name, groups.get(name), kept) for name, kept in keep.items()}
+    silent = copy_network(model)
+    silence(silent, graph, keep)
+    narrowing = Narrowing(graph, keep, form=form)
+    result = narrowing(model)
+    # Not made of the silent network: there, norms over channels do not count the channels that go.
+    check_same(prove(silent, lambda whole: narrowing(as_type(model, dtype_of(whole))), graph))
+    return result
+
+
+def check_narrowable(model: nn.Module) -> None:
+    """Raise ValueError where a module says that the network must not be narrowed as it is."""
+    for name, module in model.named_modules():
+        if obstacle := getattr(module, "narrowing_obstacle", None):
+            raise ValueError(f"{canonical_name(name)!r} {obstacle}")
+
+
+def check_same(proof: Proof) -> None:
+    """Raise NarrowingError where the narrow network is not the one that ignores the channels."""
+    if not proof.exact:
+        raise NarrowingError(
+            f"the pruned network is not one that ignores the channels: {proof}; nothing was pruned. Please report the "
+            f"network: the channel graph is wrong about it"
+        )
+
+
+def _checked(name: str, group: ChannelGroup | None, kept: Tensor) -> Tensor:
+    """The channels to keep, as integers."""
+    if group is None:
+        return kept  # narrow names the groups that there are, and why a layer is pinned
+    try:
+        index = torch.as_tensor(kept).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        index = torch.empty(0)  # refused below, by name
+    fits = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index)
+    if not fits or int(index.min()) < 0 or int(index.max()) >= group.size or len(index.unique()) < len(index):
+        raise ValueError(
+            f"keep[{name!r}] must list at least one of the channels 0..{group.size - 1}, each once, as integers; "
+            f"got {kept!r}"
+        )
+    return index
+
+
+def removed_mask(group: ChannelGroup, kept: Tensor) -> Tensor:
+    """(size,) whether each channel goes."""
+    mask = torch.ones(group.size, dtype=torch.bool)
+    mask[kept.cpu()] = False
+    return mask
+
+
+@torch.no_grad()
+def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> None:
+    """Set the columns that read removed channels to zero, in place; norms over channels do not count them."""
+    groups = {group.name: group for group in graph.groups}
+    tensors = named_tensors(model)
+    counts: dict[str, Tensor] = {}
+    for name, kept in keep.items():
+        for part in groups[name].counted if name in groups else ():
+            norm = part.tensor.rpartition(".")[0]
+            numbers = tensors.get(part.tensor)
+            if numbers is None:
+                numbers = counts.setdefault(norm, torch.ones(graph.norms[norm].size, dtype=torch.int64))
+            numbers[part.rows[removed_mask(groups[name], kept)].reshape(-1).to(numbers.device)] = 0
+    weigh(model, graph, counts)
+    for name, kept in keep.items():
+        for part in groups[name].parts if name in groups else ():
+            if part.kind == "consumer":
+                tensor = tensors[part.tensor]
+                rows = part.rows[removed_mask(groups[name], kept)].reshape(-1).to(tensor.device)
+                if part.groups > 1:
+                    blocks = tensor.unflatten(0, (part.groups, -1)).transpose(1, 2)
+                    blocks[rows // tensor.shape[1], rows % tensor.shape[1]] = 0
+                else:
+                    tensor.index_fill_(part.dim, rows, 0)
