@@ -157,6 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
         [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]
     ),
     "composability": lambda: summary.composability("pairs"),
+    "reliability": summary.reliability,
     "composability_beside": lambda: summary.composability("beside"),
     "weak_scaling": lambda: communication.weak_table(json.loads(communication.RESULT.read_text())["weak"]),
     "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),
