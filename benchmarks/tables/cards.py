@@ -16,10 +16,13 @@ from benchmarks.common.device import read_result
 from benchmarks.common.paths import RESULTS, ROOT
 from benchmarks.cost import (
     callback_time,
+    clustering,
     communication,
     events,
+    host_time,
     large_steps,
     launches,
+    memory,
     monitor,
     overhead,
     peers,
@@ -144,11 +147,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: _overhead(""),
     "callback_time": lambda: callback_time.table(read_result("callback_time.json")),
     "launches": lambda: _launches(""),
+    "host_time": lambda: host_time.table(json.loads(host_time.RESULT.read_text())),
+    "clustering": lambda: clustering.table(json.loads(clustering.RESULT.read_text())),
+    "memory": lambda: memory.table(json.loads(memory.RESULT.read_text())),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
     "structure_cost": lambda: structure_cost.table(
         [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]
     ),
     "composability": lambda: summary.composability("pairs"),
+    "reliability": summary.reliability,
     "composability_beside": lambda: summary.composability("beside"),
     "weak_scaling": lambda: communication.weak_table(json.loads(communication.RESULT.read_text())["weak"]),
     "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),

@@ -157,3 +157,10 @@ def composability(part: str) -> str:
         cells = ["" if c not in row else row[c] if row[c] in ("works", "swap") else "refused" for c in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def reliability() -> str:
+    """Markdown: what the suites try, and how often."""
+    rows: list[list[str]] = read_result("reliability.json")
+    lines = ["| what is tried | default tests | with the long tests |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

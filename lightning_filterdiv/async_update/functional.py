@@ -17,14 +17,17 @@ from torch.optim import Optimizer
 
 from lightning_filterdiv.filters import Conv, mask_layout
 from lightning_filterdiv.tensors.arguments import check_choice, check_number
+from lightning_filterdiv.tensors.flat_buffer import FlatBuffer, ParameterBuffer, owns_storage
 from lightning_filterdiv.tensors.randomness import keyed_generator, stage
-from lightning_filterdiv.tensors.stacking import ParameterStack, gather, group_by, scatter
+from lightning_filterdiv.tensors.stacking import gather, group_by, scatter
 
 __all__ = ["AsynchronousUpdate", "Axis", "Hold", "Sampling", "draw_subsets", "effective_fraction", "subset_size"]
 
 Axis = Literal["out", "in"]
 Sampling = Literal["without_replacement", "with_replacement"]
 Hold = Literal["update", "gradient"]
+# Of a ResNet-50 this is half a megabyte of masks.
+_STEPS_AT_ONCE = 16
 
 
 def subset_size(slices: int, fraction: float, sampling: Sampling) -> int:
@@ -47,7 +50,13 @@ def effective_fraction(slices: int, fraction: float, sampling: Sampling) -> floa
     return float(1.0 - (1.0 - 1.0 / slices) ** draws)
 
 
-def draw_subsets(layers: int, slices: int, fraction: float, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def draw_subsets(
+    layers: int,
+    slices: int,
+    fraction: float,
+    sampling: Sampling,
+    generator: torch.Generator | Sequence[torch.Generator],
+) -> Tensor:
     """Draw an independent subset for each of several layers with the same number of slices.
 
     Args:
@@ -56,77 +65,129 @@ def draw_subsets(layers: int, slices: int, fraction: float, sampling: Sampling, 
         fraction: in (0, 1].
         sampling: ``"without_replacement"``: exactly :func:`subset_size` slices, every subset equally likely;
             ``"with_replacement"``: that many uniform draws, repeated ones count once (official code).
-        generator: a CPU generator.
+        generator: a CPU generator; or several, one for each of ``S`` draws.
 
     Returns:
-        ``(L, slices)`` bool on the CPU, true where a slice is updated.
+        ``(L, slices)`` bool on the CPU, true where a slice is updated; ``(S, L, slices)`` for several generators.
     """
+    one_draw = isinstance(generator, torch.Generator)
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
     draws = subset_size(slices, fraction, sampling)
-    if sampling == "without_replacement":
+    without = sampling == "without_replacement"
+    high, shape = (2**40, (layers, slices)) if without else (slices, (layers, draws))
+    numbers = torch.empty(len(generators), *shape, dtype=torch.int64, device="cpu")
+    for row, one in zip(numbers, generators, strict=True):
+        torch.randint(high, shape, generator=one, out=row)
+    if without:
         # The k smallest of random keys are a uniform k-subset. Keys end in their own index: no two are equal. Selecting
         # takes less than half of sorting's time, and the host's time is what a GPU waits for.
-        keys = torch.randint(2**40, (layers, slices), generator=generator).mul_(slices).add_(torch.arange(slices))
-        return keys <= keys.kthvalue(draws, dim=1, keepdim=True).values
-    picked = torch.randint(slices, (layers, draws), generator=generator)
-    return torch.zeros(layers, slices, dtype=torch.bool).scatter_(1, picked, True)
+        keys = numbers.mul_(slices).add_(torch.arange(slices, device="cpu"))
+        chosen = keys <= keys.kthvalue(draws, dim=2, keepdim=True).values
+    else:
+        chosen = torch.zeros(len(generators), layers, slices, dtype=torch.bool, device="cpu").scatter_(2, numbers, True)
+    return chosen[0] if one_draw else chosen
+
+
+class _Values(ParameterBuffer):
+    """The held tensors of one dtype, and what they were before the step."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__(parameters)
+        self._before = FlatBuffer(parameters, adoptable=True)
+
+    def remember(self) -> None:
+        self.read()
+        self._before.flat.copy_(self.buffer.flat)
+
+    def stacks(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """``(L, *shape)`` before the step and now."""
+        return self._before.stack(first, count), self.buffer.stack(first, count)
 
 
 class _Slot:
-    """One tensor kind (weights, or biases) of the layers of one shape, as a batch."""
+    """One tensor kind (weights, or biases) of the layers of one shape, as a batch.
 
-    def __init__(self, parameters: Sequence[Tensor], views: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    Args:
+        parameters: of one layout.
+        views: shapes of a value and of its mask, see :func:`~lightning_filterdiv.filters.mask_layout`.
+        held: ``(L * slices,)`` bool, the part of the mask that is theirs.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], views: tuple[tuple[int, ...], tuple[int, ...]], held: Tensor, block: int
+    ) -> None:
         self.parameters = list(parameters)
-        self.value_view, self.mask_view = views
-        self.stack: ParameterStack | None = None
-        self.snapshot: Tensor | None = None
-        self._room: Tensor | None = None
+        self.block = block
+        self._value_view, mask_view = views
+        self._held = held.view(-1, *mask_view)
+        self._before: Tensor | None = None
+        self._now: Tensor | None = None
 
-    def share_storage(self) -> None:
-        self.stack = ParameterStack(self.parameters)
+    def hold_in(self, values: _Values, first: int) -> None:
+        """Find the parameters at the places from ``first`` on."""
+        self._before, self._now = map(self._viewed, values.stacks(first, len(self.parameters)))
 
     def _viewed(self, stacked: Tensor) -> Tensor:
         # Only transposed convolutions are viewed differently (groups split off dim 0); that never copies.
-        return stacked.unflatten(1, self.value_view[:2]) if len(self.value_view) == stacked.dim() else stacked
+        return stacked.unflatten(1, self._value_view[:2]) if len(self._value_view) == stacked.dim() else stacked
 
-    def remember(self) -> tuple[Tensor, Tensor] | None:
-        """Where the old values are to go and the values, for the caller to copy; ``None``: copied already."""
-        assert self.stack is not None
-        storage = self.stack.storage()
-        if storage is not None:
-            if self._room is None:
-                self._room = torch.empty_like(storage)
-                self.snapshot = self.stack.shaped(self._room)
-            return self._room, storage
-        values = self.stack.read()
-        if self.snapshot is None:
-            self.snapshot = torch.empty_like(values)
-        self.snapshot.copy_(values)
-        return None
+    def restore(self, gain: float) -> None:
+        """Undo the step where the mask holds (and scale it by ``gain`` elsewhere)."""
+        assert self._before is not None
+        assert self._now is not None
+        moved = self._now if gain == 1.0 else torch.lerp(self._before, self._now, gain)
+        torch.where(self._held, self._before, moved, out=self._now)
 
-    def restore(self, held: Tensor, gain: float) -> None:
-        """Undo the step where ``held`` (and scale it by ``gain`` elsewhere)."""
-        assert self.stack is not None
-        assert self.snapshot is not None
-        values = self.stack.read()
-        old, new = self._viewed(self.snapshot), self._viewed(values)
-        moved = new if gain == 1.0 else torch.lerp(old, new, gain)
-        torch.where(held.view(-1, *self.mask_view), old, moved, out=new)
-        if not self.stack.holds(values):
-            self.stack.write(values)
-
-    def mask_gradients(self, held: Tensor, gain: float) -> None:
+    def mask_gradients(self, gain: float) -> None:
         present = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             return
+        held = self._held
         if len(present) < len(self.parameters):
             held = torch.stack([held[i] for i in present])
         stacked = gather(gradients)
         if gain != 1.0:
             stacked.mul_(gain)
         # Zero is assigned, not multiplied: after an fp16 overflow inf * 0 would be NaN.
-        self._viewed(stacked).masked_fill_(held.view(-1, *self.mask_view), 0)
+        self._viewed(stacked).masked_fill_(held, 0)
         scatter(gradients, stacked)
+
+
+class _Draws:
+    """The subsets of the steps to come, drawn for many steps at once; those of a step are a function of its key.
+
+    Args:
+        batches: (slices, layers) of layers that are drawn together.
+        sampling: see :func:`draw_subsets`.
+        key: of the draws, beside the step.
+    """
+
+    def __init__(self, batches: Sequence[tuple[int, int]], sampling: Sampling, key: tuple[int, str]) -> None:
+        self._batches, self._sampling, self._key = batches, sampling, key
+        self._for: tuple[int, float] | None = None  # first step and fraction of what is drawn
+        self._masks = torch.empty(0, 0, dtype=torch.bool, device="cpu")
+        self._held = self._masks
+
+    def at(self, step: int, fraction: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``(slices of all layers,)`` bool: what is updated, on the CPU, and what is held, on the device."""
+        if self._for is None or self._for[1] != fraction or not 0 <= step - self._for[0] < len(self._masks):
+            # A fraction that changes from step to step is not known for those to come.
+            steady = self._for is not None and self._for[1] == fraction
+            steps = range(step, step + (_STEPS_AT_ONCE if steady else 1))
+            self._masks = self._draw(steps, fraction)
+            self._held = stage(~self._masks, device)
+            self._for = step, fraction
+        row = step - self._for[0]
+        return self._masks[row], self._held[row]
+
+    def _draw(self, steps: Sequence[int], fraction: float) -> Tensor:
+        generators = [keyed_generator(*self._key, step) for step in steps]
+        drawn = [
+            draw_subsets(count, slices, fraction, self._sampling, generators).flatten(1)
+            for slices, count in self._batches
+        ]
+        return torch.cat(drawn, dim=1)
 
 
 class AsynchronousUpdate:
@@ -211,25 +272,38 @@ class AsynchronousUpdate:
         # Layers with equally many slices are drawn together; inside such a batch, equal shapes are neighbours, so that
         # the mask of a shape is one contiguous block.
         self._batches: list[tuple[int, list[str]]] = []
-        self._blocks: list[tuple[int, list[_Slot], int]] = []  # layers, their tensors, slices
+        blocks: list[tuple[int, list[Conv]]] = []  # slices, layers of one layout
         for batch in group_by(mine.items(), lambda item: slices(item[1])):
+            members = group_by(batch, layout)
             count = slices(batch[0][1])
-            names: list[str] = []
-            for members in group_by(batch, layout):
-                names += [name for name, _ in members]
-                convs = [conv for _, conv in members]
-                slots = [_Slot([conv.weight for conv in convs], mask_layout(convs[0], axis))]
-                self._blocks.append((len(members), slots, count))
-                if biases := [b for conv in convs for b in bias(conv)]:
-                    slots.append(_Slot(biases, ((count,), (count,))))
-            self._batches.append((count, names))
-        if hold == "update":
-            for _, slots, _ in self._blocks:
-                for slot in slots:
-                    slot.share_storage()
-        self._pending: list[Tensor] | None = None
+            self._batches.append((count, [name for block in members for name, _ in block]))
+            blocks += [(count, [conv for _, conv in block]) for block in members]
+        self._slices = [count for count, _ in blocks]
+        sizes = [count * len(convs) for count, convs in blocks]
+        self._held = torch.zeros(sum(sizes), dtype=torch.bool, device=self._device)
+        self._slots: list[_Slot] = []
+        for block, ((count, convs), held) in enumerate(zip(blocks, self._held.split(sizes), strict=True)):
+            self._slots.append(_Slot([conv.weight for conv in convs], mask_layout(convs[0], axis), held, block))
+            if biases := [b for conv in convs for b in bias(conv)]:
+                self._slots.append(_Slot(biases, ((count,), (count,)), held, block))
+        self._values = self._hold() if hold == "update" else []
+        self._draws = _Draws([(count, len(names)) for count, names in self._batches], self.sampling, (seed, stream))
+        self._pending = False
         self._drawn: Tensor | None = None
         self._gains: list[float] = []
+
+    def _hold(self) -> list[_Values]:
+        def kind(slot: _Slot) -> tuple[torch.dtype, bool]:
+            return slot.parameters[0].dtype, all(map(owns_storage, slot.parameters))
+
+        held: list[_Values] = []
+        for slots in group_by(self._slots, kind):
+            held.append(_Values([p for slot in slots for p in slot.parameters]))
+            first = 0
+            for slot in slots:
+                slot.hold_in(held[-1], first)
+                first += len(slot.parameters)
+        return held
 
     @property
     def layer_names(self) -> list[str]:
@@ -249,13 +323,6 @@ class AsynchronousUpdate:
         sizes = [count for count, names in self._batches for _ in names]
         return dict(zip(self.layer_names, self._drawn.split(sizes), strict=True))
 
-    def _draw(self, step: int, fraction: float) -> list[Tensor]:
-        generator = keyed_generator(self.seed, self.stream, step)
-        drawn = [draw_subsets(len(n), count, fraction, self.sampling, generator) for count, n in self._batches]
-        self._drawn = torch.cat([masks.flatten() for masks in drawn])
-        held = stage(~self._drawn, self._device)
-        return list(held.split([layers * slices for layers, _, slices in self._blocks]))
-
     @torch.no_grad()
     def before_step(self, step: int, fraction: float | None = None) -> None:
         """Draw the subsets of this step; for ``hold="update"`` remember the weights, else mask the gradients.
@@ -271,22 +338,18 @@ class AsynchronousUpdate:
             fraction = self.update_fraction
         fraction = check_number("fraction", fraction, above=0.0, high=1.0)
         with torch.autocast(self._device.type, enabled=False):
-            held_masks = self._draw(step, fraction)
+            self._drawn, held = self._draws.at(step, fraction, self._device)
+            self._held.copy_(held)
             self._gains = [
                 1.0 / effective_fraction(slices, fraction, self.sampling) if self.rescale else 1.0
-                for _, _, slices in self._blocks
+                for slices in self._slices
             ]
-            if self.hold == "update":
-                pairs = [
-                    pair for _, slots, _ in self._blocks for slot in slots if (pair := slot.remember()) is not None
-                ]
-                if pairs:
-                    torch._foreach_copy_([room for room, _ in pairs], [values for _, values in pairs])
-            else:
-                for (layers, slots, _), held, gain in zip(self._blocks, held_masks, self._gains, strict=True):
-                    for slot in slots:
-                        slot.mask_gradients(held.view(layers, -1), gain)
-        self._pending = held_masks
+            for values in self._values:
+                values.remember()
+            if self.hold == "gradient":
+                for slot in self._slots:
+                    slot.mask_gradients(self._gains[slot.block])
+        self._pending = True
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -295,19 +358,20 @@ class AsynchronousUpdate:
         Raises:
             RuntimeError: no :meth:`before_step` announced this step.
         """
-        if self._pending is None:
+        if not self._pending:
             raise RuntimeError("optimizer.step() ran without AsynchronousUpdate.before_step(...) before it")
         if self.hold == "update":
             with torch.autocast(self._device.type, enabled=False):
-                for (_, slots, _), held, gain in zip(self._blocks, self._pending, self._gains, strict=True):
-                    for slot in slots:
-                        slot.restore(held, gain)
-        self._pending = None
+                for values in self._values:
+                    values.read()
+                for slot in self._slots:
+                    slot.restore(self._gains[slot.block])
+                for values in self._values:
+                    values.write()
+        self._pending = False
 
     def release(self) -> None:
         """Give every weight a storage of its own again; the object is not usable afterwards."""
-        for _, slots, _ in self._blocks:
-            for slot in slots:
-                if slot.stack is not None:
-                    slot.stack.release()
-        self._pending = None
+        for values in self._values:
+            values.release()
+        self._pending = False

@@ -68,7 +68,7 @@ class CentripetalSGD(FilterCallback):
         include: patterns of layers; ``None`` for every convolution. Channels are squeezed where every convolution that
             shares them is chosen.
         exclude: patterns of layers to leave out.
-        seed: of k-means.
+        seed: of the order in which k-means tries to move filters.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:

@@ -22,7 +22,7 @@ from lightning_filterdiv.narrowing.clusters import (
     clustered_tensors,
 )
 from lightning_filterdiv.optimizer_state import row_state
-from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
+from lightning_filterdiv.tensors.flat_buffer import Bank, FlatBuffer, Run
 from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = [
@@ -73,9 +73,9 @@ def centripetal_gradient(gradient: Tensor, weight: Tensor, clusters: Tensor, str
 
 
 class _Batch:
-    """Neighbours of one layout in a buffer, with what averages their clusters in one matrix product."""
+    """Tensors of one layout in a buffer, with what averages their clusters in one matrix product."""
 
-    def __init__(self, tensors: Sequence[ClusteredTensor], buffer: FlatBuffer, first: int, group: dict[str, Any]):
+    def __init__(self, tensors: Sequence[ClusteredTensor], run: Run, buffer: FlatBuffer, group: dict[str, Any]) -> None:
         self.is_vector, self.group = tensors[0].is_vector, group
         clusters = [tensor.clusters for tensor in tensors]
         count = max(max(index) + 1 for index in clusters)
@@ -90,13 +90,11 @@ class _Batch:
             self._matrices = self._matrices.index_select(0, order)
         members = np.concatenate([np.array(index) + count * i for i, index in enumerate(clusters)])
         self._members = torch.tensor(members).to(buffer.flat.device)
-        # (L, n, ...), rows first; (L, n, d) without a copy where a row is one block of memory.
-        self._stack = tensors[0].rows_first(buffer.stack(first, len(tensors)), 1)
-        block = self._stack.numel() // (len(tensors) * len(clusters[0]))
-        self._shape = (len(tensors), len(clusters[0]), block)
-        self._view: Tensor | None = None
-        if tensors[0].groups == 1 and self._stack.stride()[:2] == (block * len(clusters[0]), block):
-            self._view = buffer.flat.narrow(0, buffer.start(first), self._stack.numel()).view(self._shape)
+        rows, first = len(clusters[0]), tensors[0]
+        self._view = run.rows(buffer, rows, first.dim) if first.groups == 1 else None
+        # Rows first, behind the tensors; (L, n, d) is a copy where a row is not one block of memory.
+        self._stack = first.rows_first(run.stacked(buffer), 1)
+        self._shape = (len(tensors), rows, self._stack.numel() // (len(tensors) * rows))
 
     def rows(self) -> Tensor:
         """The buffer's values as ``(L, n, d)``: a view of them or a copy."""
@@ -110,23 +108,23 @@ class _Batch:
     def means(self, rows: Tensor, out: Tensor) -> Tensor:
         """``(L, n, d)`` cluster means in ``out``, bit-equal inside a cluster: each is computed once and copied."""
         means = torch.bmm(self._matrices, rows).flatten(0, 1)
-        return torch.index_select(means, 0, self._members, out=out.view(-1, out.shape[-1])).view_as(out)
+        torch.index_select(means, 0, self._members, out=out.view(-1, self._shape[2]))
+        return out
 
 
-class _Bank:
+class _Clusters(Bank):
     """Tensors of one dtype on one device, in one buffer for gradients and one for weights."""
 
     def __init__(self, batches: Sequence[Sequence[ClusteredTensor]], groups: Mapping[int, dict[str, Any]]) -> None:
         # Kernels before vectors, which may have another strength.
         batches = sorted(batches, key=lambda tensors: tensors[0].is_vector)
-        self.parameters: list[Tensor] = [tensor.parameter for tensors in batches for tensor in tensors]
-        dtype = torch.float64 if self.parameters[0].dtype == torch.float64 else torch.float32
-        self.values = FlatBuffer(self.parameters, dtype)
-        self.batches: list[_Batch] = []
-        first = 0
-        for tensors in batches:
-            self.batches.append(_Batch(tensors, self.values, first, groups[id(tensors[0].parameter)]))
-            first += len(tensors)
+        dtype = torch.float64 if batches[0][0].parameter.dtype == torch.float64 else torch.float32
+        super().__init__([[tensor.parameter for tensor in tensors] for tensors in batches], dtype)
+        self.values = self.buffer()
+        self.batches = [
+            _Batch(tensors, run, self.values, groups[id(tensors[0].parameter)])
+            for tensors, run in zip(batches, self.runs, strict=True)
+        ]
         kernels = sum(len(tensors) for tensors in batches if not tensors[0].is_vector)
         self._first_vector = self.values.start(kernels)
         self._other: FlatBuffer | None = None
@@ -135,22 +133,22 @@ class _Bank:
     def other(self) -> FlatBuffer:
         """A second buffer, laid out as :attr:`values`."""
         if self._other is None:
-            self._other = FlatBuffer(self.parameters, self.values.flat.dtype)
+            self._other = self.buffer()
         return self._other
 
-    def keep_finite(self, originals: list[Tensor], members: list[int]) -> None:
-        """Put ``originals`` back where the edited values are not finite.
+    def keep_finite(self, originals: Tensor) -> None:
+        """Put ``originals`` back where the edited values are not finite; :attr:`other` is overwritten.
 
         The product that averages clusters multiplies by zeros, and ``0 * inf`` is NaN: one broken number would reach
         the same entry of every filter of its layer.
         """
-        self.other.read(originals, members)
         values = self.values.flat
-        torch.where(values.sub(values) == 0, values, self.other.flat, out=values)
+        difference = torch.sub(values, values, out=self.other.flat)
+        torch.where(difference == 0, values, originals, out=values)
 
-    def pull(self, members: list[int], strength: float, vector_strength: float) -> Tensor:
-        """``eps w`` of ``members``, laid out as :attr:`values`."""
-        self.other.read([self.parameters[i] for i in members], members)
+    def pull(self, members: Sequence[int] | None, strength: float, vector_strength: float) -> Tensor:
+        """``eps w`` of ``members``, laid out as :attr:`values`; ``None``: of all."""
+        self.other.read(self.tensors if members is None else [self.tensors[i] for i in members], members)
         pull = self.other.flat
         if strength == vector_strength:
             return pull.mul_(strength)
@@ -214,10 +212,10 @@ class CentripetalUpdate:
 
         # What is sent to the device is sent here, not in a step.
         self._banks = [
-            _Bank(group_by(alike, layout), groups)
+            _Clusters(group_by(alike, layout), groups)
             for alike in group_by(self.tensors, lambda t: (t.parameter.dtype, t.parameter.device))
         ]
-        self._stepping: list[tuple[_Bank, list[int]]] = []
+        self._stepping: list[tuple[_Clusters, Sequence[int] | None]] = []
 
     @torch.no_grad()
     def before_step(self, gradient_scale: Tensor | None = None) -> None:
@@ -228,13 +226,13 @@ class CentripetalUpdate:
         """
         self._stepping = []
         for bank in self._banks:
-            present = [(i, p.grad) for i, p in enumerate(bank.parameters) if p.grad is not None]
-            if not present:
+            gradients, members = bank.gradients()
+            if not gradients:
                 continue
-            members, gradients = [i for i, _ in present], [gradient for _, gradient in present]
             self._stepping.append((bank, members))
             bank.values.read(gradients, members)
             values = bank.values.flat
+            originals = values.clone()
             # Gamma (g - eps w) + eps w: members that are equal get bit-equal gradients.
             pull: Tensor | None = None
             if not self.decoupled:
@@ -248,7 +246,7 @@ class CentripetalUpdate:
                     batch.store(batch.means(rows, out=rows))
             if pull is not None:
                 values.add_(pull)
-            bank.keep_finite(gradients, members)
+            bank.keep_finite(originals)
             bank.values.write(gradients, members)
 
     @torch.no_grad()
@@ -259,8 +257,9 @@ class CentripetalUpdate:
             return
         skipped: Tensor | None = getattr(self.optimizer, "found_inf", None)
         for bank, members in stepping:
-            parameters = [bank.parameters[i] for i in members]
+            parameters = bank.tensors if members is None else [bank.tensors[i] for i in members]
             bank.values.read(parameters, members)
+            originals = bank.values.flat.clone()
             with torch.autocast(bank.values.flat.device.type, enabled=False):
                 for batch in bank.batches:
                     factor = batch.group["lr"] * self._strengths[batch.is_vector]
@@ -269,7 +268,7 @@ class CentripetalUpdate:
                     rows = batch.rows()
                     means = batch.means(rows, out=torch.empty_like(rows))
                     batch.store(rows.add_(means.sub_(rows).mul_(factor)))
-            bank.keep_finite(parameters, members)
+            bank.keep_finite(originals)
             bank.values.write(parameters, members)
 
     def first_gradient(self) -> Tensor | None:
@@ -277,7 +276,7 @@ class CentripetalUpdate:
         if not self._stepping:
             return None
         bank, members = self._stepping[0]
-        return bank.parameters[members[0]].grad
+        return bank.tensors[members[0] if members else 0].grad
 
     @torch.no_grad()
     def equalise_state(self) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_filterdiv.orthonormality.functional import self_padding
+from lightning_filterdiv.orthonormality.gradients import PowerIteration, Spectrum, spectrum
 from lightning_filterdiv.orthonormality.targets import FilterBlock
-from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
+from lightning_filterdiv.tensors.flat_buffer import Bank, FlatBuffer, Run
 
-__all__ = ["Bank", "Batch"]
+__all__ = ["Batch", "Penalties"]
 
 
 class Batch:
@@ -21,49 +23,48 @@ class Batch:
 
     Args:
         blocks: of one layout.
-        side: rows of the Gram matrix that the form takes.
-        ordered: whether :meth:`rows` must have the order (channel, kernel position) in every memory format.
-        values: buffer that holds the parameters of the blocks, segment by segment.
+        runs: their parameters in the buffers, segment by segment.
+        values: buffer that holds the parameters.
         gradients: buffer laid out alike, for the gradients.
-        first: place of the first parameter.
+        form: of the penalty.
     """
 
     def __init__(
-        self,
-        blocks: Sequence[FilterBlock],
-        side: int,
-        ordered: bool,
-        values: FlatBuffer,
-        gradients: FlatBuffer,
-        first: int,
+        self, blocks: Sequence[FilterBlock], runs: Sequence[Run], values: FlatBuffer, gradients: FlatBuffer, form: str
     ) -> None:
         self.blocks = list(blocks)
-        segments = segments_of(blocks)
+        first, n = blocks[0], blocks[0].shape[0]
         #: Places of the parameters in the buffers.
-        self.members = range(first, first + sum(map(len, segments)))
-        starts = [first + sum(map(len, segments[:at])) for at in range(len(segments))]
-        self._parts = [values.stack(at, len(segment)) for at, segment in zip(starts, segments, strict=True)]
-        self._results = [gradients.stack(at, len(segment)) for at, segment in zip(starts, segments, strict=True)]
+        self.members = range(runs[0].first, runs[-1].members.stop)
+        self._parts = [run.stacked(values) for run in runs]
+        self._results = [run.stacked(gradients) for run in runs]
         self._rows: Tensor | None = None
         #: Where the gradient of :meth:`rows` belongs, ``(B, n, d)``; ``None``: hand it to :meth:`store`.
         self.out: Tensor | None = None
-        like, n = self._parts[0], blocks[0].shape[0]
-        block = math.prod(like.shape[2:])
-        one_block = like.is_contiguous() if ordered else like.stride()[:2] == (block * like.shape[1], block)
-        if one_block and len(segments) == 1 and not blocks[0].transposed:
-            shape = (len(blocks) * blocks[0].groups, n, block)
-            self._rows, self.out = (
-                buffer.flat.narrow(0, buffer.start(first), like.numel()).view(shape) for buffer in (values, gradients)
-            )
+        # SRIP starts from given vectors, for which the order inside a filter counts, as it does for shifts.
+        ordered = form in ("srip", "convolutional")
+        if len(runs) == 1 and not first.transposed:
+            self._rows, self.out = (runs[0].rows(buffer, n, ordered=ordered) for buffer in (values, gradients))
         dtype, device = values.flat.dtype, values.flat.device
+        side = n if first.mask is not None or form == "mutual_coherence" else min(first.shape)
         self.identity = torch.eye(side, dtype=dtype, device=device)
+        #: For the convolutional form; ``None`` where no shifts of a kernel overlap.
+        self.spectrum: Spectrum | None = None
+        taps = self._parts[0].shape[3:]
+        if form == "convolutional" and any(self_padding(taps, first.stride)):
+            self.spectrum = spectrum(taps, first.stride, dtype, device)
         #: ``(B, n, n)`` of ones and zeros: the pairs that count. ``twice``: with its transpose added, for the gradient.
         self.mask: Tensor | None = None
         self.twice: Tensor | None = None
-        if blocks[0].mask is not None:
+        if first.mask is not None:
             both = np.stack([block.mask for block in blocks if block.mask is not None]).astype(np.float32)
             self.mask = torch.tensor(both, device="cpu").to(device, dtype)
             self.twice = self.mask + self.mask.mT
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(B, n, d)``."""
+        return len(self.blocks) * self.blocks[0].groups, *self.blocks[0].shape
 
     def kernels(self) -> Tensor:
         """``(B, n, C, *k)``; ``B`` counts blocks times groups."""
@@ -95,37 +96,55 @@ class Batch:
             result.copy_(part.reshape(result.shape))
 
 
-def segments_of(blocks: Sequence[FilterBlock]) -> list[list[nn.Parameter]]:
-    """The parameters of blocks of one layout, segment by segment."""
-    return [[p for block in blocks for p in block.segments[at]] for at in range(len(blocks[0].segments))]
-
-
-class Bank:
+class Penalties(Bank):
     """Batches whose parameters are computed with in one dtype, in one buffer for values and one for gradients.
 
     Args:
-        batches: the blocks of each.
-        sides: of their Gram matrices.
-        ordered: see :class:`Batch`.
+        batches: the blocks of each, of one layout.
+        form: of the penalty.
         dtype: float32 or wider.
     """
 
-    def __init__(
-        self, batches: Sequence[Sequence[FilterBlock]], sides: Sequence[int], ordered: bool, dtype: torch.dtype
-    ) -> None:
-        self.parameters: list[nn.Parameter] = []
-        firsts = []
-        for blocks in batches:
-            firsts.append(len(self.parameters))
-            self.parameters += [p for segment in segments_of(blocks) for p in segment]
-        self.values, self.gradients = FlatBuffer(self.parameters, dtype), FlatBuffer(self.parameters, dtype)
-        self.batches = [
-            Batch(blocks, side, ordered, self.values, self.gradients, first)
-            for blocks, side, first in zip(batches, sides, firsts, strict=True)
+    def __init__(self, batches: Sequence[Sequence[FilterBlock]], form: str, dtype: torch.dtype) -> None:
+        segments = [
+            [[p for b in blocks for p in b.segments[at]] for at in range(len(blocks[0].segments))] for blocks in batches
         ]
+        super().__init__([segment for of_blocks in segments for segment in of_blocks], dtype)
+        self.values, self.results = self.buffer(), self.buffer()
+        runs = iter(self.runs)
+        self.batches = [
+            Batch(blocks, list(islice(runs, len(of_blocks))), self.values, self.results, form)
+            for blocks, of_blocks in zip(batches, segments, strict=True)
+        ]
+        # Vectors of all batches as rows of one matrix: (rows, entries) of each batch, places of its entries.
+        self._vectors = [(batch.shape[0], min(batch.shape[1:])) for batch in self.batches]
+        self._widest = max(n for _, n in self._vectors)
+        sizes = np.repeat([n for _, n in self._vectors], [count for count, _ in self._vectors])
+        filled = np.flatnonzero(np.arange(self._widest) < sizes[:, None])
+        self._filled = torch.tensor(filled, device="cpu")
+        #: For ``"srip"``.
+        self.iteration: PowerIteration | None = None
+        if form == "srip":
+            self.iteration = PowerIteration([batch.shape for batch in self.batches], dtype, self.values.flat.device)
 
     def load(self, finite: bool = False) -> None:
         """Copy the parameters into the buffer, with zeros in place of what is not finite if so asked."""
-        self.values.read(list(self.parameters), range(len(self.parameters)))
+        self.values.read(self.tensors)
         if finite:
             torch.nan_to_num_(self.values.flat, nan=0.0, posinf=0.0, neginf=0.0)
+
+    @property
+    def vector_entries(self) -> int:
+        """How many numbers one vector for every matrix of every batch has."""
+        return len(self._filled)
+
+    def padded(self, entries: Tensor) -> Tensor:
+        """``(sum of B, m)``: vectors for all matrices, one after the other in ``entries``, filled up with zeros."""
+        room = torch.zeros(sum(count for count, _ in self._vectors), self._widest, device="cpu")
+        room.view(-1).index_copy_(0, self._filled, entries)
+        return room
+
+    def of_batches(self, padded: Tensor) -> list[Tensor]:
+        """``(B, n)`` of each batch, from :meth:`padded`."""
+        parts = padded.split([count for count, _ in self._vectors])
+        return [part[:, :n] for part, (_, n) in zip(parts, self._vectors, strict=True)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_filterdiv.orthonormality import functional, gradients
-from lightning_filterdiv.orthonormality.batches import Bank, Batch
+from lightning_filterdiv.orthonormality.batches import Batch, Penalties
 from lightning_filterdiv.orthonormality.targets import FilterBlock
 from lightning_filterdiv.tensors.arguments import check_choice
 from lightning_filterdiv.tensors.randomness import keyed_generator, stage
@@ -58,6 +58,24 @@ def check_form(form: Form, blocks: Sequence[FilterBlock]) -> None:
                 f"{block.name} is a transposed convolution, for which form='convolutional' is not defined; leave it "
                 f"out with exclude=[{block.name!r}] or use form='soft'"
             )
+
+
+class _Move(NamedTuple):
+    """Places in a bank that one operation moves."""
+
+    share: float  # of the weight
+    group: dict[str, Any]  # of the optimizer, which knows the learning rate
+    places: list[int]
+    parts: list[Tensor]  # views of the penalty's gradient
+
+    def add(self, place: int, part: Tensor) -> None:
+        self.places.append(place)
+        self.parts.append(part)
+
+    def where(self, gradients: Sequence[Tensor | None]) -> _Move:
+        """The places that have a gradient."""
+        pairs = [(i, p) for i, p in zip(self.places, self.parts, strict=True) if gradients[i] is not None]
+        return _Move(self.share, self.group, [i for i, _ in pairs], [part for _, part in pairs])
 
 
 class OrthonormalityPenalty:
@@ -134,41 +152,36 @@ class OrthonormalityPenalty:
             kinds = tuple((len(s), s[0].shape, s[0].stride(), s[0].dtype, s[0].device) for s in block.segments)
             return kinds, block.groups, block.transposed, block.stride, block.mask is None, block.pool
 
-        def side(blocks: list[FilterBlock]) -> int:
-            n, d = blocks[0].shape
-            return n if blocks[0].mask is not None or form == "mutual_coherence" else min(n, d)
-
         def wide(blocks: list[FilterBlock]) -> torch.dtype:
             return torch.promote_types(blocks[0].parameters[0].dtype, torch.float32)
 
-        # SRIP starts from given vectors, for which the order inside a filter counts.
         self._banks = [
-            Bank(alike, [side(blocks) for blocks in alike], form == "srip", wide(alike[0]))
-            for alike in group_by(group_by(self.blocks, layout), wide)
+            Penalties(alike, form, wide(alike[0])) for alike in group_by(group_by(self.blocks, layout), wide)
         ]
         # "basis" is a mean over the entries of all blocks of a pool, whatever optimizer owns them.
         self._entries: dict[str, int] = {}
         for block in blocks:
             self._entries[block.pool] = self._entries.get(block.pool, 0) + block.entries
-        self._kinds = [self._alike(bank) for bank in self._banks]
+        self._moves = [self._alike(bank) for bank in self._banks]
+        self._drawn = [bank.vector_entries for bank in self._banks]
         self._pending: tuple[float, int] | None = None
 
-    def _alike(self, bank: Bank) -> list[tuple[float, dict[str, Any], list[int]]]:
-        """Places that one operation moves, with their share of the weight and their group of the optimizer.
+    def _alike(self, bank: Penalties) -> list[_Move]:
+        """What one operation moves.
 
         A parameter that belongs to several blocks is moved once by each.
         """
-        kinds: dict[Hashable, tuple[float, dict[str, Any], list[int]]] = {}
+        moves: dict[Hashable, _Move] = {}
         seen: Counter[int] = Counter()
         for batch in bank.batches:
             share = self._share(batch.blocks[0])
             for place in batch.members:
-                parameter = bank.parameters[place]
+                parameter = bank.tensors[place]
                 if (group := self._groups.get(id(parameter))) is not None:
-                    key = (share, id(group) if self.decoupled else None, seen[id(parameter)])
-                    kinds.setdefault(key, (share, group, []))[2].append(place)
+                    key = (share, parameter.dtype, id(group) if self.decoupled else None, seen[id(parameter)])
+                    moves.setdefault(key, _Move(share, group, [], [])).add(place, bank.results.views[place])
                     seen[id(parameter)] += 1
-        return list(kinds.values())
+        return list(moves.values())
 
     def before_step(self, *, weight: float, step: int, gradient_scale: Tensor | None = None) -> None:
         """Add ``weight`` times the penalty's gradient to the gradients (decoupled: remember the weight).
@@ -194,24 +207,20 @@ class OrthonormalityPenalty:
     def _move(self, weight: float, step: int, factor: Tensor | None) -> None:
         with torch.autocast(self._device.type, enabled=False):
             starts = self._starts(step)
-            for bank, kinds in zip(self._banks, self._kinds, strict=True):
+            for at, (bank, moves) in enumerate(zip(self._banks, self._moves, strict=True)):
                 # A parameter without gradient takes no part in the step.
-                moving = {i for _, _, places in kinds for i in places if bank.parameters[i].grad is not None}
-                if not moving:
+                gradients = [parameter.grad for parameter in bank.tensors]
+                if any(gradient is None for gradient in gradients):
+                    moves = [move.where(gradients) for move in moves]
+                moves = [move for move in moves if move.places]
+                if not moves:
                     continue
                 bank.load(finite=self.decoupled)  # what this step broke must not reach the others through the Gram
-                for batch in bank.batches:
-                    if not moving.isdisjoint(batch.members):
-                        self._differentiate(batch, starts)
-                for share, group, places in kinds:
-                    amount = weight * share * (-group["lr"] if self.decoupled else 1.0)
-                    pairs: list[tuple[Tensor, Tensor]] = []
-                    for i in places:
-                        parameter, gradient = bank.parameters[i], bank.parameters[i].grad
-                        if gradient is not None:
-                            pairs.append((parameter.detach() if self.decoupled else gradient, bank.gradients.views[i]))
-                    for alike in group_by(pairs, lambda pair: pair[0].dtype):
-                        self._add([target for target, _ in alike], [part for _, part in alike], amount, factor)
+                self._differentiate(bank, starts[at] if starts else None)
+                targets: Sequence[Any] = bank.tensors if self.decoupled else gradients
+                for move in moves:
+                    amount = weight * move.share * (-move.group["lr"] if self.decoupled else 1.0)
+                    self._add([targets[i] for i in move.places], move.parts, amount, factor)
 
     @staticmethod
     def _add(targets: list[Tensor], parts: list[Tensor], amount: Any, factor: Tensor | None) -> None:
@@ -235,15 +244,14 @@ class OrthonormalityPenalty:
         """Block name -> why its penalty cannot be used now; empty where all are finite. Synchronises."""
         reasons: dict[str, str] = {}
         starts = self._starts(0)
-        for bank in self._banks:
+        for at, bank in enumerate(self._banks):
             bank.load()
             with torch.autocast(self._device.type, enabled=False):
-                for batch in bank.batches:
-                    self._differentiate(batch, starts)
+                self._differentiate(bank, starts[at] if starts else None)
             largest = torch.stack([view.abs().amax() for view in bank.values.views]).tolist()
-            moved = torch.stack([view.isfinite().all() for view in bank.gradients.views]).tolist()
+            moved = torch.stack([view.isfinite().all() for view in bank.results.views]).tolist()
             for batch in bank.batches:
-                places = {id(bank.parameters[i]): i for i in batch.members}
+                places = {id(bank.tensors[i]): i for i in batch.members}
                 for block in batch.blocks:
                     mine = [places[id(p)] for p in block.parameters]
                     sizes = [largest[i] for i in mine]
@@ -255,48 +263,48 @@ class OrthonormalityPenalty:
                         )
         return reasons
 
-    def _differentiate(self, batch: Batch, starts: Mapping[int, Tensor]) -> None:
+    def _differentiate(self, bank: Penalties, starts: Tensor | None) -> None:
         """Put the gradient of what is loaded into the buffer."""
-        stride = batch.blocks[0].stride
-        overlap = self.form == "convolutional" and any(functional.self_padding(batch.kernels().shape[3:], stride))
-        if overlap or (self.form == "convolutional" and not self.squared):
-            kernels = batch.kernels()
-            found = (
-                gradients.convolutional_gradient(kernels, stride)
-                if overlap
-                else gradients.soft_gradient(batch.rows(), batch.identity).view_as(kernels)
-            )
-            if not self.squared:
-                norms = _convolutional_norms(batch).clamp_min(functional.EPSILON)
-                per_matrix = (2 * norms).repeat_interleave(batch.blocks[0].groups)
-                found = found / per_matrix.view(-1, *[1] * (found.dim() - 1))
-            batch.store(found)
-            return
+        if bank.iteration is not None and starts is not None:
+            rows, outs = [batch.rows() for batch in bank.batches], [batch.out for batch in bank.batches]
+            computed = bank.iteration.gradients(rows, starts, squared=self.squared, outs=outs)
+        else:
+            computed = [self._gradient(batch) for batch in bank.batches]
+        for batch, gradient in zip(bank.batches, computed, strict=True):
+            if batch.out is None:
+                batch.store(gradient)
+
+    def _gradient(self, batch: Batch) -> Tensor:
+        """The gradient of what is loaded, in ``batch.out`` where there is one."""
         rows, out = batch.rows(), batch.out
         if batch.twice is not None:
-            found = gradients.masked_gradient(rows, batch.twice, batch.identity, out=out)
-        elif self.form == "mutual_coherence":
-            found = gradients.mutual_coherence_gradient(rows, batch.identity, out=out)
-        elif self.form == "srip":
-            found = gradients.spectral_gradient(rows, starts[id(batch)], squared=self.squared, out=out)
+            return gradients.masked_gradient(rows, batch.twice, batch.identity, out=out)
+        if self.form == "mutual_coherence":
+            return gradients.mutual_coherence_gradient(rows, batch.identity, out=out)
+        if self.form == "convolutional" and batch.spectrum is not None:
+            gradient = gradients.convolutional_gradient(
+                batch.kernels(), batch.blocks[0].stride, batch.spectrum, out=out
+            )
         else:  # the side of the Gram matrix changes no gradient, so the basis form shares it
-            found = gradients.soft_gradient(rows, batch.identity, out=out)
-        if out is None:
-            batch.store(found)
+            gradient = gradients.soft_gradient(rows, batch.identity, out=out)
+        if self.form == "convolutional" and not self.squared:
+            per_matrix = (2 * _convolutional_norms(batch).clamp_min(functional.EPSILON)).repeat_interleave(
+                batch.blocks[0].groups
+            )
+            gradient.div_(per_matrix.view(-1, *[1] * (gradient.dim() - 1)))
+        return gradient
 
-    def _starts(self, step: int) -> dict[int, Tensor]:
-        """SRIP's starting vectors of all batches, one copy to the device."""
+    def _starts(self, step: int) -> list[Tensor]:
+        """SRIP's starting vectors, ``(sum of B, m)`` per bank, one copy to the device; empty for other forms."""
         if self.form != "srip":
-            return {}
-        batches = [batch for bank in self._banks for batch in bank.batches]
-        shapes = [(len(b.blocks) * b.blocks[0].groups, min(b.blocks[0].shape)) for b in batches]
-        sizes = [count * n for count, n in shapes]
-        drawn = torch.randn(sum(sizes), generator=keyed_generator(self.seed, self.stream, "srip", step))
-        parts = stage(drawn, self._device).split(sizes)
-        return {
-            id(batch): part.view(shape).to(batch.identity.dtype)
-            for batch, part, shape in zip(batches, parts, shapes, strict=True)
-        }
+            return []
+        drawn = torch.randn(sum(self._drawn), generator=keyed_generator(self.seed, self.stream, "srip", step))
+        padded = [b.padded(part) for b, part in zip(self._banks, drawn.split(self._drawn), strict=True)]
+        staged = stage(torch.cat([part.flatten() for part in padded]), self._device)
+        parts = staged.split([part.numel() for part in padded])
+        return [
+            part.view(like.shape).to(bank.dtype) for bank, part, like in zip(self._banks, parts, padded, strict=True)
+        ]
 
     @torch.no_grad()
     def values(self, step: int = 0) -> dict[str, Tensor]:
@@ -307,16 +315,17 @@ class OrthonormalityPenalty:
         """
         starts = self._starts(step)
         penalties: dict[str, Tensor] = {}
-        for bank in self._banks:
+        for at, bank in enumerate(self._banks):
             bank.load()
-            for batch in bank.batches:
+            vectors = bank.of_batches(starts[at]) if starts else [None] * len(bank.batches)
+            for batch, start in zip(bank.batches, vectors, strict=True):
                 with torch.autocast(self._device.type, enabled=False):
                     if self.form == "convolutional" and not self.squared:
                         per_block = _convolutional_norms(batch) - math.sqrt(
                             batch.blocks[0].groups * _unreachable(batch)
                         )
                     else:
-                        per_matrix = _values(batch, self.form, starts.get(id(batch)), self.squared)
+                        per_matrix = _values(batch, self.form, start, self.squared)
                         per_block = per_matrix.view(-1, batch.blocks[0].groups).sum(1)
                 sums = per_block.unbind()
                 penalties |= {block.name: value for block, value in zip(batch.blocks, sums, strict=True)}

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.async_update.functional import (
     AsynchronousUpdate,
+    Sampling,
     draw_subsets,
     effective_fraction,
     subset_size,
 )
 from lightning_filterdiv.filters import select_filters
+from lightning_filterdiv.tensors.randomness import keyed_generator
 from tests.async_update.networks import OPTIMIZERS, PROPERTY, STEPS, give_gradients, net
 
 # --- statistics of the draws -------------------------------------------------------------------------------------
@@ -213,3 +215,29 @@ def test_before_the_first_step_there_is_no_subset() -> None:
     update = AsynchronousUpdate(select_filters(model), torch.optim.SGD(model.parameters(), 0.1))
     assert update.last_subsets == {}
     assert update.layer_names == ["0", "3"]
+
+
+@pytest.mark.parametrize("sampling", ["without_replacement", "with_replacement"])
+def test_draws_for_many_steps_are_those_of_single_steps(sampling: Sampling) -> None:
+    """Whatever step a run begins, skips or repeats: the subsets are a function of the key."""
+    model = nn.ModuleDict({"a": nn.Conv2d(5, 8, 1), "b": nn.Conv2d(6, 8, 1), "c": nn.Conv2d(7, 13, 1)})
+
+    def made() -> AsynchronousUpdate:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return AsynchronousUpdate(select_filters(model), optimizer, sampling=sampling, hold="gradient", seed=4)
+
+    def alone(step: int, fraction: float) -> Tensor:
+        generator = keyed_generator(4, "", step)
+        parts = [draw_subsets(count, slices, fraction, sampling, generator) for slices, count in ((8, 2), (13, 1))]
+        return torch.cat([part.flatten() for part in parts])
+
+    update = made()
+    steps = [*range(40), 40, 40, 41, 45, 44, 100, 101, 102, 7]
+    fractions = [0.25 if 20 <= i < 24 else 0.75 if i == 30 else 0.5 for i in range(len(steps))]
+    for step, fraction in zip(steps, fractions, strict=True):
+        update.before_step(step, fraction)
+        drawn = torch.cat(list(update.last_subsets.values()))
+        assert torch.equal(drawn, alone(step, fraction))
+        fresh = made()
+        fresh.before_step(step, fraction)
+        assert torch.equal(drawn, torch.cat(list(fresh.last_subsets.values())))

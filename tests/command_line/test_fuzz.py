@@ -126,6 +126,8 @@ def _damage(kind: Kind, seed: int, more: Callable[[int], bool]) -> Counter[int]:
 
 #: Of the kinds.
 NAMES = ("checkpoint", "checkpoint with a network", "clusters", "state dict", "merged network", "YAML")
+#: Number of damaged files in the default tests.
+FILES = dict.fromkeys(NAMES, 60) | {"clusters": 30}
 
 
 @pytest.mark.usefixtures("_limited_memory")
@@ -135,7 +137,7 @@ def test_damaged_files(name: str, kinds: dict[str, Kind]) -> None:
     Path("valid").write_bytes(kind.content)
     torch.save(SmallConvNet(width=4).state_dict(), "weights.pt")
     assert kind.read("valid") == 0
-    seen = _damage(kind, 0, lambda number: number < (30 if name == "clusters" else 60))
+    seen = _damage(kind, 0, lambda number: number < FILES[name])
     assert seen[2] > 10, "the damage is noticed"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,52 +45,52 @@ def test_kmeans_finds_what_belongs_together() -> None:
     assert torch.equal(cluster_filters(centres[truth] + 0.1 * noise, 4), truth)
 
 
-@pytest.mark.parametrize(("count", "length", "kept"), [(16, 27, 10), (32, 2000, 20), (12, 12, 5), (20, 400, 19)])
-def test_kmeans_in_the_space_of_the_filters_is_kmeans(
-    count: int, length: int, kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Long rows are clustered by as many coordinates as there are filters; every distance, so every cluster, stays."""
-    filters = torch.randn(count, length, generator=torch.Generator().manual_seed(4)).double()
-    seen: list[Tensor] = []
-    fit = KMeans.fit
-
-    def spy(self: KMeans, rows: Any) -> KMeans:
-        seen.append(torch.from_numpy(rows))
-        return fit(self, rows)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(KMeans, "fit", spy)
-    short = cluster_filters(filters, kept, seed=2)
-    assert seen[0].shape == (count, min(count, length))
-    apart = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(apart(seen[0], seen[0]), apart(filters, filters))
-    monkeypatch.setattr(torch.linalg, "qr", lambda rows, mode: SimpleNamespace(R=rows))  # no change of coordinates
-    assert torch.equal(cluster_filters(filters, kept, seed=2), short)
-    assert seen[1].shape == (count, length)
-
-
-@pytest.mark.parametrize("spectrum", ["flat", "decaying"])
-def test_one_start_is_enough_for_many_filters(spectrum: str) -> None:
-    """Within 1.5 % of the sum of squares that ten starts reach, for a tenth of minutes."""
-    generator = torch.Generator().manual_seed(5)
-    filters = torch.randn(520, 520, generator=generator, dtype=torch.float64)
-    if spectrum == "decaying":
-        scales = torch.arange(1, 521, dtype=torch.float64).rsqrt()
-        filters = torch.linalg.qr(filters).Q * scales @ torch.randn(520, 520, generator=generator, dtype=torch.float64)
-    index = cluster_filters(filters, 325)
-    assert sorted(index.unique().tolist()) == list(range(325))
-    centres = torch.zeros(325, 520, dtype=torch.float64).index_add_(0, index, filters)
+def sum_of_squares(filters: Tensor, index: Tensor) -> float:
+    centres = torch.zeros(int(index.max()) + 1, filters.shape[1], dtype=filters.dtype).index_add_(0, index, filters)
     centres /= index.bincount()[:, None]
-    ten = KMeans(325, n_init=10, random_state=0).fit(filters.numpy()).inertia_
-    assert float((filters - centres[index]).square().sum()) < 1.015 * ten
+    return float((filters - centres[index]).square().sum())
 
 
-@pytest.mark.parametrize(("count", "starts"), [(512, 10), (513, 1)])
-def test_many_filters_are_clustered_from_one_start(count: int, starts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    fit = KMeans.fit
-    monkeypatch.setattr(KMeans, "fit", lambda self, rows: seen.append(self.n_init) or fit(self, rows))
-    cluster_filters(torch.randn(count, 2, generator=torch.Generator().manual_seed(0)), 3)
-    assert seen == [starts]
+def drawn(kind: str, count: int, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    filters = torch.randn(count, length, generator=generator, dtype=torch.float64)
+    if kind == "decaying":
+        return filters * (1 + torch.arange(length, dtype=torch.float64) / 5).rsqrt()
+    if kind == "clustered":
+        centres = torch.randn(count // 2, length, generator=generator, dtype=torch.float64)
+        return centres[torch.randint(count // 2, (count,), generator=generator)] + filters / 2
+    return filters
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["flat", "decaying", "clustered"])
+@pytest.mark.parametrize(("count", "length", "kept"), [(16, 27, 10), (64, 576, 40), (128, 20, 16), (96, 2000, 90)])
+def test_the_sum_of_squares_is_that_of_ten_starts(kind: str, count: int, length: int, kept: int, seed: int) -> None:
+    """Within 1 %, of scikit-learn's best of ten; nearly always it is smaller."""
+    filters = drawn(kind, count, length, seed)
+    index = cluster_filters(filters, kept, seed=seed)
+    assert index.unique().tolist() == list(range(kept))
+    ten = KMeans(kept, n_init=10, random_state=seed).fit(filters.numpy()).inertia_
+    assert sum_of_squares(filters, index) <= 1.01 * ten
+
+
+def test_no_single_move_makes_the_sum_of_squares_smaller() -> None:
+    filters = drawn("flat", 24, 6, 3)
+    index = cluster_filters(filters, 7)
+    best = sum_of_squares(filters, index)
+    for i, cluster in ((i, c) for i in range(24) for c in range(7)):
+        moved = index.clone()
+        moved[i] = cluster
+        if len(moved.unique()) == 7:
+            assert sum_of_squares(filters, moved) >= best * (1 - 1e-9)
+
+
+def test_scale_does_not_matter() -> None:
+    filters = drawn("flat", 20, 30, 0)
+    index = cluster_filters(filters, 12)
+    for scale in (1e-200, 1e200):
+        assert torch.equal(cluster_filters(filters * scale, 12), index)
+    assert cluster_filters(torch.zeros(5, 3), 3).unique().tolist() == [0, 1, 2]
 
 
 def test_wrong_cluster_arguments() -> None:

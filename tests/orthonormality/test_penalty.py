@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_the_plain_sum(form: Form, kind: str) -> None:
     penalty.before_step(weight=0.3, step=9)
     found = [conv.weight.grad.clone() for conv in model]
     starts = penalty._starts(9)
-    drawn = {} if form != "srip" else dict(enumerate(next(iter(starts.values())).view(3, model[0].groups, -1)))
+    drawn = {} if form != "srip" else dict(enumerate(starts[0].view(3, model[0].groups, -1)))
     model.zero_grad()
     (0.3 * _plain(form, list(model), drawn)).backward()
     for got, conv in zip(found, model, strict=True):
@@ -413,6 +413,6 @@ def test_a_parameter_of_several_blocks_is_moved_by_each() -> None:
     conv.weight.grad.zero_()
     penalty.before_step(weight=1, step=0)
     torch.testing.assert_close(conv.weight.grad, 2 * once)
-    for bank, kinds in zip(penalty._banks, penalty._kinds, strict=True):
-        for _, _, places in kinds:
-            assert len({id(bank.parameters[i]) for i in places}) == len(places)
+    for bank, moves in zip(penalty._banks, penalty._moves, strict=True):
+        for move in moves:
+            assert len({id(bank.tensors[i]) for i in move.places}) == len(move.places)

@@ -342,16 +342,18 @@ def test_a_fault_poisons_nothing(case: Case, point: Point, tmp_path: Path, share
     check(case, point, tmp_path, shared)
 
 
-@pytest.mark.parametrize(
-    ("case", "point"),
-    [
+def logger_errors() -> list[Any]:
+    """First and last call of a logger by each callback."""
+    return [
         pytest.param(case, Point("logger", hook, at), id=f"{case.name}-{hook}-{at}")
         for case in (*ONE_EACH, WITH_FIGURES)
         for hook, count in OURS.get(case.name, {}).items()
         for at in sorted({0, count - 1})
         if case is not WITH_FIGURES or hook == "add_image"
-    ],
-)
+    ]
+
+
+@pytest.mark.parametrize(("case", "point"), logger_errors())
 def test_an_error_of_a_logger_is_one_warning(case: Case, point: Point, tmp_path: Path, shared: Path) -> None:
     """Numbers and images of ours are not worth a training."""
     expected, _ = whole(case.name, shared)

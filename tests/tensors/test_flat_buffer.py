@@ -105,5 +105,14 @@ def test_one_operation_reads_all() -> None:
         buffer = FlatBuffer(originals)
         return dict(profiled_operations(lambda: buffer.read(originals, range(len(originals)))))
 
-    assert operations(3) == {"aten::_foreach_copy_": 1, "aten::copy_": 3}
-    assert operations(30) == {"aten::_foreach_copy_": 1, "aten::copy_": 30}
+    few, many = operations(3), operations(30)
+    assert few.pop("aten::stack") == many.pop("aten::stack") == 1
+    assert few == many
+
+    def some(count: int) -> dict[str, int]:
+        originals = [torch.randn(4, 3) for _ in range(count)]
+        buffer = FlatBuffer([*originals, torch.randn(2)])
+        return dict(profiled_operations(lambda: buffer.read(originals, range(len(originals)))))
+
+    assert some(3) == {"aten::_foreach_copy_": 1, "aten::copy_": 3}
+    assert some(30) == {"aten::_foreach_copy_": 1, "aten::copy_": 30}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_filterdiv.tensors.stacking import ParameterStack, gather, group_by, scatter
+from lightning_filterdiv.tensors.flat_buffer import ParameterBuffer
+from lightning_filterdiv.tensors.stacking import gather, group_by, scatter
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 PITCH_BYTES = 512
@@ -37,6 +38,16 @@ def assert_all_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
 
 def own_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def values_of(stack: ParameterBuffer) -> Tensor:
+    stack.read()
+    return stack.buffer.stack(0, len(stack.parameters))
+
+
+def overwrite(stack: ParameterBuffer, values: Tensor) -> None:
+    values_of(stack).copy_(values)
+    stack.write()
 
 
 class Chain(nn.Sequential):
@@ -119,7 +130,7 @@ def test_scatter_writes_parameters_in_place() -> None:
     assert all(target.is_leaf and target.requires_grad and (target == 1).all() for target in targets)
 
 
-# --- ParameterStack ----------------------------------------------------------------------------------------------
+# --- ParameterBuffer ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -128,13 +139,13 @@ def test_scatter_writes_parameters_in_place() -> None:
 def test_the_parameters_stay_what_they_were(count: int, shape: tuple[int, ...], channels_last: bool) -> None:
     members = parameters(count, shape, channels_last)
     values, strides = snapshot(members), [member.stride() for member in members]
-    stack = ParameterStack(members)
-    assert stack.shared
+    stack = ParameterBuffer(members)
+    assert stack.buffer.shared
     assert all(kept is member for kept, member in zip(stack.parameters, members, strict=True))
     assert all(type(m) is nn.Parameter and m.is_leaf and m.requires_grad for m in members)
     assert_all_equal(members, values)
     assert [member.stride() for member in members] == strides
-    assert_all_equal(stack.read().unbind(), values)
+    assert_all_equal(values_of(stack).unbind(), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -142,8 +153,8 @@ def test_the_parameters_stay_what_they_were(count: int, shape: tuple[int, ...], 
 def test_every_parameter_starts_at_an_aligned_address(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     members = [nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(4)]
     alignment = min(member.data_ptr() & -member.data_ptr() for member in members)  # of allocations of their own
-    stack = ParameterStack(members)
-    assert stack.shared
+    stack = ParameterBuffer(members)
+    assert stack.buffer.shared
     offsets = [member.data_ptr() - members[0].data_ptr() for member in members]
     need = -(-members[0].numel() * members[0].element_size() // PITCH_BYTES) * PITCH_BYTES
     assert offsets == [row * need for row in range(4)]
@@ -152,18 +163,18 @@ def test_every_parameter_starts_at_an_aligned_address(dtype: torch.dtype, shape:
 
 def test_reading_and_writing_are_the_parameters_themselves() -> None:
     members = parameters(3)
-    stack = ParameterStack(members)
-    values = stack.read()
+    stack = ParameterBuffer(members)
+    values = values_of(stack)
     values.mul_(2)
     assert_all_equal(members, values.unbind())
-    stack.write(values)  # nothing to do
+    overwrite(stack, values)  # nothing to do
     new = torch.randn(3, 4, 3, 3, 3)
-    stack.write(new)
+    overwrite(stack, new)
     assert_all_equal(members, new.unbind())
     with torch.no_grad():
         members[1].zero_()
-    assert stack.read()[1].abs().max() == 0
-    assert torch.equal(stack.read()[0], new[0])
+    assert values_of(stack)[1].abs().max() == 0
+    assert torch.equal(values_of(stack)[0], new[0])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -181,17 +192,17 @@ def test_training_is_the_same_bit_for_bit(make: Callable[..., torch.optim.Optimi
     plain = Chain(channels_last)
     stacked = copy.deepcopy(plain)
     start = snapshot(plain.parameters())
-    stack = ParameterStack(stacked.weights)
+    stack = ParameterBuffer(stacked.weights)
     train(plain, make)
     train(stacked, make)
-    assert stack.shared
+    assert stack.buffer.shared
     assert_all_equal(list(stacked.parameters()), list(plain.parameters()))
     assert not any(torch.equal(now, then) for now, then in zip(stacked.parameters(), start, strict=True))
 
 
 def test_gradients_flow_to_each_parameter() -> None:
     members = parameters(2)
-    ParameterStack(members)
+    ParameterBuffer(members)
     (members[0].sum() + 3 * members[1].sum()).backward()
     assert (members[0].grad == 1).all()
     assert (members[1].grad == 3).all()
@@ -201,42 +212,42 @@ def test_an_optimizer_built_before_the_stack_keeps_training() -> None:
     members = parameters(2)
     optimizer = torch.optim.SGD(members, 0.5)
     before = snapshot(members)
-    stack = ParameterStack(members)
+    stack = ParameterBuffer(members)
     sum(member.sum() for member in members).backward()
     optimizer.step()
-    assert_all_equal(stack.read().unbind(), [value - 0.5 for value in before])
+    assert_all_equal(values_of(stack).unbind(), [value - 0.5 for value in before])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_state_dict_round_trip_while_shared(channels_last: bool) -> None:
     model, other = Chain(channels_last), Chain(channels_last)
-    stack = ParameterStack(model.weights)
+    stack = ParameterBuffer(model.weights)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    other_stack = ParameterStack(other.weights)
+    other_stack = ParameterBuffer(other.weights)
     other.load_state_dict(saved)
-    assert other_stack.shared  # loading copies into the parameters
+    assert other_stack.buffer.shared  # loading copies into the parameters
     assert_all_equal(list(other.parameters()), list(model.parameters()))
-    assert_all_equal(other_stack.read().unbind(), model.weights)
+    assert_all_equal(values_of(other_stack).unbind(), model.weights)
     with torch.no_grad():
-        stack.read().zero_()
+        values_of(stack).zero_()
     assert not any(weight.eq(0).all() for weight in other.weights)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: torch.load(_saved(model), weights_only=False)])
 def test_a_copy_of_the_model_is_independent(copy_of: Callable[[Chain], Chain]) -> None:
     model = Chain()
-    stack = ParameterStack(model.weights)
+    stack = ParameterBuffer(model.weights)
     twin = copy_of(model)
     assert_all_equal(twin.weights, model.weights)
     values = snapshot(twin.weights)
-    stack.read().zero_()
+    values_of(stack).zero_()
     assert_all_equal(twin.weights, values)
-    before = stack.read().clone()
+    before = values_of(stack).clone()
     train(twin, lambda p: torch.optim.SGD(p, 0.1))
-    assert torch.equal(stack.read(), before)
+    assert torch.equal(values_of(stack), before)
 
 
 def _saved(model: nn.Module) -> io.BytesIO:
@@ -267,13 +278,13 @@ def test_views_of_foreign_storage_are_left_where_they_are(
 ) -> None:
     members = make(parameters(3))
     pointers = [member.data_ptr() for member in members]
-    stack = ParameterStack(members)
-    assert not stack.shared
+    stack = ParameterBuffer(members)
+    assert not stack.buffer.shared
     assert [member.data_ptr() for member in members] == pointers
-    assert_all_equal(stack.read().unbind(), members)
+    assert_all_equal(values_of(stack).unbind(), members)
     if make is not repeated_entries:  # which nobody can write entry by entry
         new = torch.randn(3, 4, 3, 3, 3)
-        stack.write(new)
+        overwrite(stack, new)
         assert_all_equal(members, new.unbind())
     stack.release()
     assert [member.data_ptr() for member in members] == pointers
@@ -282,13 +293,13 @@ def test_views_of_foreign_storage_are_left_where_they_are(
 @pytest.mark.parametrize("moved", [[0], [2], [0, 1, 2]])
 def test_parameters_whose_data_was_moved_are_followed(moved: list[int]) -> None:
     members = parameters(3)
-    stack = ParameterStack(members)
+    stack = ParameterBuffer(members)
     for index in moved:
         members[index].data = torch.randn(4, 3, 3, 3)
-    assert not stack.shared
-    assert_all_equal(stack.read().unbind(), members)
+    assert not stack.buffer.shared
+    assert_all_equal(values_of(stack).unbind(), members)
     new = torch.randn(3, 4, 3, 3, 3)
-    stack.write(new)
+    overwrite(stack, new)
     assert_all_equal(members, new.unbind())
     stack.release()
     assert all(own_storage(member) for member in members)
@@ -298,10 +309,10 @@ def test_parameters_whose_data_was_moved_are_followed(moved: list[int]) -> None:
 def test_exchanged_data_is_noticed() -> None:
     members = parameters(2)
     values = snapshot(members)
-    stack = ParameterStack(members)
+    stack = ParameterBuffer(members)
     members[0].data, members[1].data = members[1].data, members[0].data
-    assert not stack.shared
-    assert_all_equal(stack.read().unbind(), values[::-1])
+    assert not stack.buffer.shared
+    assert_all_equal(values_of(stack).unbind(), values[::-1])
     stack.release()
     assert all(own_storage(member) for member in members)
     assert_all_equal(members, values[::-1])
@@ -311,10 +322,10 @@ def test_exchanged_data_is_noticed() -> None:
 def test_release_gives_every_parameter_its_own_storage_again(channels_last: bool) -> None:
     members = parameters(3, channels_last=channels_last)
     values, strides = snapshot(members), [member.stride() for member in members]
-    stack = ParameterStack(members)
+    stack = ParameterBuffer(members)
     assert not any(own_storage(member) for member in members)
     stack.release()
-    assert not stack.shared
+    assert not stack.buffer.shared
     assert all(own_storage(member) for member in members)
     assert len({member.data_ptr() for member in members}) == 3
     assert_all_equal(members, values)
@@ -323,34 +334,50 @@ def test_release_gives_every_parameter_its_own_storage_again(channels_last: bool
         members[0].zero_()
     assert_all_equal(members[1:], values[1:])
     stack.release()  # again: nothing to do
-    assert ParameterStack(members).shared  # and they can be adopted again
+    assert ParameterBuffer(members).buffer.shared  # and they can be adopted again
 
 
 def test_a_second_stack_works_on_copies() -> None:
     members = parameters(2)
-    first, second = ParameterStack(members), ParameterStack(members)
-    assert (first.shared, second.shared) == (True, False)
+    first, second = ParameterBuffer(members), ParameterBuffer(members)
+    assert (first.buffer.shared, second.buffer.shared) == (True, False)
     new = torch.randn(2, 4, 3, 3, 3)
-    second.write(new)
-    assert torch.equal(first.read(), new)
+    overwrite(second, new)
+    assert torch.equal(values_of(first), new)
     second.release()
-    assert first.shared
+    assert first.buffer.shared
 
 
 @pytest.mark.parametrize(
-    "other",
-    [
-        torch.zeros(4, 3, 3, 2),
-        torch.zeros(4, 3, 3, 3, dtype=torch.float64),
-        torch.zeros(4, 3, 3, 3).to(memory_format=torch.channels_last),
-        torch.zeros(4, 3, 3, 3, device="meta"),
-    ],
+    "other", [torch.zeros(4, 3, 3, 3, dtype=torch.float64), torch.zeros(4, 3, 3, 3, device="meta")]
 )
-def test_parameters_of_different_layout_are_refused(other: Tensor) -> None:
-    with pytest.raises(ValueError, match="one shape, stride, dtype and device, got "):
-        ParameterStack([*parameters(1), nn.Parameter(other)])
-    with pytest.raises(ValueError, match="one shape, stride, dtype and device, got "):
-        ParameterStack([])
+def test_parameters_of_different_kinds_are_refused(other: Tensor) -> None:
+    with pytest.raises(ValueError, match="one dtype and device, got "):
+        ParameterBuffer([*parameters(1), nn.Parameter(other)])
+    with pytest.raises(ValueError, match="one dtype and device, got "):
+        ParameterBuffer([])
+
+
+def test_parameters_of_several_layouts_share_a_storage() -> None:
+    members = [*parameters(2), *parameters(2, channels_last=True), *parameters(3, (7,)), *parameters(1, (2, 2))]
+    values, strides = snapshot(members), [member.stride() for member in members]
+    stack = ParameterBuffer(members)
+    assert stack.buffer.shared
+    assert len({member.untyped_storage().data_ptr() for member in members}) == 1
+    assert all((member.data_ptr() - members[0].data_ptr()) % PITCH_BYTES == 0 for member in members)
+    assert_all_equal(members, values)
+    assert [member.stride() for member in members] == strides
+    stack.buffer.stack(4, 3).fill_(5)
+    assert all((member == 5).all() for member in members[4:7])
+    assert_all_equal(members[:4] + members[7:], values[:4] + values[7:])
+
+
+def test_a_parameter_given_twice_is_read_and_written_as_a_copy() -> None:
+    (member,) = parameters(1)
+    stack = ParameterBuffer([member, member])
+    assert not stack.buffer.shared
+    overwrite(stack, torch.ones(2, *member.shape))
+    assert (member == 1).all()
 
 
 # --- cost --------------------------------------------------------------------------------------------------------
@@ -363,26 +390,26 @@ def aten_calls(run: Callable[[], object]) -> int:
     return sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::"))
 
 
-def masked_write(stack: ParameterStack) -> Callable[[], None]:
+def masked_write(stack: ParameterBuffer) -> Callable[[], None]:
     count, filters = len(stack.parameters), stack.parameters[0].shape[0]
     mask = (torch.rand(count, filters) < 0.5).view(count, filters, 1, 1, 1)
     old = torch.zeros(count, *stack.parameters[0].shape)
 
     def run() -> None:
-        values = stack.read()
+        values = values_of(stack)
         torch.where(mask, values, old, out=values)
-        stack.write(values)
+        overwrite(stack, values)
 
     return run
 
 
 def test_the_number_of_kernels_does_not_grow_with_the_number_of_parameters() -> None:
-    few, many = (aten_calls(masked_write(ParameterStack(parameters(count)))) for count in (2, 20))
-    assert 1 <= few == many <= 3
+    few, many = (aten_calls(masked_write(ParameterBuffer(parameters(count)))) for count in (2, 20))
+    assert 1 <= few == many <= 4
 
 
 def test_the_profiler_does_see_one_kernel_per_parameter_where_storage_is_not_shared() -> None:
     few, many = (
-        aten_calls(masked_write(ParameterStack(view_of_a_larger_storage(parameters(count))))) for count in (2, 20)
+        aten_calls(masked_write(ParameterBuffer(view_of_a_larger_storage(parameters(count))))) for count in (2, 20)
     )
     assert many >= few + 18

@@ -210,7 +210,7 @@ def test_a_network_that_there_is_not_is_an_error_of_the_command_line(
 ) -> None:
     with pytest.raises(SystemExit):
         train.main(arguments(tmp_path, "wau", "--model.network", "resnet21"))
-    assert "model.network must be one of c3, c8" in capsys.readouterr().err
+    assert "model.network must be one of c3, c3_released, c8" in capsys.readouterr().err
     (run,) = plan("digits", "c3", "quick", ["wau"], [1], "cpu", tmp_path, ["--model.network=resnet21"])
     with pytest.raises(SystemExit):
         run.settings()

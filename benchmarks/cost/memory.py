@@ -1,0 +1,96 @@
+"""Memory that a callback's rule keeps between steps and needs at its peak, in copies of the network's weights.
+
+    python -m benchmarks.cost.memory
+
+A ResNet-50 has its gradients and SGD's momentum; then the rule is built and makes steps. Kept is what the process holds
+after them above what it held before, at the peak is its high-water mark (Linux; on a GPU the allocator's). One copy is
+97.5 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from benchmarks.common.device import default_device, description, result_path
+from benchmarks.cost.measure import measured
+from benchmarks.cost.overhead import METHODS
+
+RESULT = result_path("memory.json", "cpu")
+LEFT_OUT = ("A/A", "naive", "official", "per-layer")  # the rules of others
+
+
+def _held(device: torch.device) -> float:
+    """Bytes that this process holds now."""
+    gc.collect()
+    if device.type == "cuda":
+        return float(torch.cuda.memory_allocated(device))
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+def measure(method: str, device: torch.device, steps: int = 2) -> dict[str, Any]:
+    """Copies of the weights that a rule keeps and needs at its peak."""
+    torch.manual_seed(0)
+    model: nn.Module = torchvision.models.resnet50().to(device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=False)
+    optimizer.step()
+    copy = sum(p.numel() * p.element_size() for p in model.parameters())
+    # What building it needs on the way (a trace of the network) is an event's, not a step's.
+    before_it = _held(device)
+    before, after = METHODS[method](model, optimizer)
+    before(0)
+    after()
+    built = _held(device)
+    with measured(device) as cost:
+        for step in range(1, steps + 1):
+            before(step)
+            after()
+    kept = _held(device)
+    return {
+        "method": method,
+        "kept": (kept - before_it) / copy,
+        "peak": (built - before_it + 2**20 * cost.extra_mib) / copy,
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| rule | kept between steps | at the peak of a step |", "|---|---|---|"]
+    lines += [f"| {row['method']} | {max(0, row['kept']):.2f} | {max(0, row['peak']):.2f} |" for row in record["rows"]]
+    line = f"{record['device']}, torch {record['torch']}; ResNet-50, in copies of its weights (97.5 MiB)."
+    return "\n".join([*lines, "", line])
+
+
+def main() -> None:
+    """Command line."""
+    ours = [name for name in METHODS if not name.startswith(LEFT_OUT)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=ours, default=ours)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    rows = [measure(method, device) for method in options.methods]
+    record = {"device": description(device), "torch": version("torch"), "rows": rows}
+    path: Path = options.out or result_path("memory.json", device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
