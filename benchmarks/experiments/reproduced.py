@@ -22,7 +22,7 @@ from benchmarks.common.paths import RESULTS
 from benchmarks.training import report, sweep
 from benchmarks.training.runs import LockError, read_runs, write_whole
 
-__all__ = ["GRIDS", "Grid", "read_failures", "table"]
+__all__ = ["GRIDS", "Grid", "best_rate", "read_failures", "small_net_table", "table"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Grid:
         data: data set.
         seeds: of the runs.
         settings: of all of them that replace the recipe's.
+        tuned: take the learning rate at which the only method did best in the grids of :data:`RATES`.
     """
 
     model: str
@@ -44,10 +45,13 @@ class Grid:
     data: str = "fashion_mnist"
     seeds: tuple[int, ...] = (1, 2, 3)
     settings: tuple[str, ...] = ()
+    tuned: bool = False
 
     def runs(self, folder: Path) -> list[sweep.Run]:
         """Return the runs, seed by seed, with results in ``folder``."""
         overrides = [f"--{setting}" for setting in self.settings]
+        if self.tuned:
+            overrides.append(f"--model.lr={best_rate(self.methods[0], folder.parents[1])}")
         return sweep.plan(self.data, self.model, self.recipe, self.methods, self.seeds, "cpu", folder, overrides)
 
 
@@ -64,8 +68,31 @@ GRIDS: dict[str, Grid] = {
         )
         for rate in RATES
     },
+    **{f"small-net/{method}": Grid("small_net", "fm5k_small_net", (method,), tuned=True) for method in _EXPAND},
     "repr-c3": Grid("c3_released", "fm5k_repr_c3", _REPR),
 }
+
+
+def best_rate(method: str, folder: Path = RESULTS) -> float | None:
+    """Learning rate of the highest accuracy of a method on SmallNet; ``None`` before every rate was tried."""
+    runs = {rate: folder / f"small-net-rates/{rate}" / f"{method}-seed11.json" for rate in RATES}
+    if not all(path.exists() or path.stem in read_failures(path.parent) for path in runs.values()):
+        return None
+    accuracy = {rate: json.loads(path.read_text())["test_accuracy"] for rate, path in runs.items() if path.exists()}
+    return max(accuracy, key=lambda rate: accuracy[rate])
+
+
+def small_net_table(folder: Path = RESULTS) -> str:
+    """Markdown: SmallNet's arms, each at its own learning rate, paired by seed."""
+    runs = {
+        f"{method}, lr {best_rate(method, folder)}" if method != "baseline" else method: found[method]
+        for method in _EXPAND
+        if any((folder / "small-net" / method).glob("*-seed*.json"))
+        and (found := read_runs(folder / "small-net" / method))
+    }
+    if "baseline" not in runs:
+        return "Not yet run."
+    return f"{report.table(report.summary(runs))}\n\nLearning rate of the baseline: {best_rate('baseline', folder)}."
 
 
 def read_failures(folder: Path) -> dict[str, str]:
@@ -127,6 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not name.startswith(tuple(options.grids)):
             continue
         folder = (options.out / name).resolve()
+        if grid.tuned and best_rate(grid.methods[0], folder.parents[1]) is None:
+            print(f"{name}: waits for small-net-rates", flush=True)
+            complete = False
+            continue
         runs = grid.runs(folder)
         if options.list:
             failures = read_failures(folder)

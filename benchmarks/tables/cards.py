@@ -127,6 +127,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reproduced_expand_rates": lambda: "\n\n".join(
         f"Learning rate {rate}:\n\n{reproduced.table(f'small-net-rates/{rate}')}" for rate in reproduced.RATES
     ),
+    "reproduced_expand": reproduced.small_net_table,
     "reproduced_widen": lambda: widen.table(widen.OUT),
     "entropy_depth": _entropy_depth,
     "entropy_speed": lambda: entropy_speed.table(json.loads(entropy_speed.RESULT.read_text())),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..filters import find_submodule, named_modules
-from .answers import ChannelAnswers
+from .answers import KINDS, ChannelAnswers
 from .errors import GraphFormError
 from .graph_form import BodyGraph, Mask, RaggedError, is_movement, kept_positions, move, write_body
 from .labels import Ints, LabelTensor, core
@@ -97,6 +97,15 @@ def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, s
         known = site.module in mapped or site.module in found
         if not known and np.isin(state.table.roots(site.owners), wanted).any():
             found[site.module] = site.operator
+    unknown = graph.recording.literal.keys() - found.keys()
+    if unknown and len(wanted):
+        # They shape what no channel owns by the width of what they read.
+        table = graph.table
+        read = np.unique(table.tensor[(table.kind == KINDS.index("consumer")) & np.isin(table.root, wanted)])
+        readers = [table.tensors[tensor] for tensor in read.tolist()]
+        for path in sorted(unknown):
+            if any(name.startswith(f"{path}.") for name in readers):
+                found[path] = graph.recording.literal[path]
     return found
 
 
@@ -134,8 +143,18 @@ def _align(graph: ChannelAnswers, path: str) -> Alignment:
         recording.other = other_record(traced, graph.inputs, names, graph.network)
     if isinstance(recording.other, str):
         raise GraphFormError(f"training mode cannot be recorded: {recording.other}")
-    samples = samples_of(recording.record, path)
-    others = samples_of(recording.other, path)
+    try:
+        return _side_by_side(recording.record, recording.other, path, with_copies=True)
+    except GraphFormError as error:
+        try:  # whether a reshape copies depends on sizes
+            return _side_by_side(recording.record, recording.other, path, with_copies=False)
+        except GraphFormError:
+            raise error from None
+
+
+def _side_by_side(record: Record, other: Record, path: str, *, with_copies: bool) -> Alignment:
+    samples = samples_of(record, path, with_copies=with_copies)
+    others = samples_of(other, path, with_copies=with_copies)
     if not samples or not others:
         raise GraphFormError("forward is not called in eval mode and in training mode alike")
     return Alignment(samples[0], [*samples[1:], *others])

@@ -244,6 +244,8 @@ class Writer:
         raise GraphFormError(f"forward computes {wanted} in a way that the shapes of its tensors do not show")
 
     def _tensor(self, node: Node) -> fx.Node:
+        while node in self._aligned.first.copies:
+            node = self._aligned.first.copies[node]
         node = self._aligned.first.same.get(node, node)
         if node in self._env:
             return self._env[node]

@@ -439,6 +439,13 @@ def record_as_far_as_it_runs(model: nn.Module, call: Any, names: Mapping[int, st
         return _attempt(model, call, names, prefix, False, real=False)[0].nodes
 
 
+def failing_part(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> str | None:
+    """Path of the module whose forward fails on meta tensors; None if the network runs."""
+    with without_compilation(model):
+        recorder, error = _attempt(model, call, names, prefix, False, real=False)
+    return None if error is None else recorder.place
+
+
 def _attempt(
     model: nn.Module,
     call: tuple[tuple[Any, ...], dict[str, Any]],

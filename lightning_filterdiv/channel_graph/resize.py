@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..filters import find_submodule
+from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers, ChannelGroup
 from .errors import ChannelGraphError, GraphFormError
 from .forms import find_deviation, fixing_bodies, graph_bodies, refusal
@@ -20,7 +20,7 @@ from .modules import (
 )
 from .narrow import Narrowing, cut_in_place, leave_out, masks_of
 from .record import operator_name
-from .recorder import record, record_as_far_as_it_runs
+from .recorder import failing_part, record, record_as_far_as_it_runs
 from .trace import trace_at
 from .widths import unresizable_sets
 
@@ -36,6 +36,42 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     for group in find_unresizable(graph):
         if (reason := _why_not_written(graph, group)) is not None:
             graph.exclude({group.name: f"{_fixed_by(graph, group)}{reason}"})
+    if graph.constrained:
+        _write_what_fails_beside_graphs(graph)
+
+
+def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
+    """Find bodies that hold the width of their input as a number; it shows once those before them are graphs.
+
+    Cross-covariance attention reads ``C`` off its input and shapes what its pinned layers put out by it.
+    """
+    model, tried = graph.model, set[str]()
+    while not graph.read_values:
+        keep = {s.group.name: s.kept for s in leave_out([group for group in graph.groups if group.size > 1])}
+        try:
+            narrowing = Narrowing(graph, keep)
+            with without_compilation(model), unchanged(model):
+                replace_tensors(model, meta_stand_ins(model))
+                narrow = narrowing(model)
+        except ChannelGraphError:
+            return  # these counts do not fit, others may
+        traced = bare_module(find_submodule(narrow, graph.network))
+        path = failing_part(traced, graph.inputs, tensor_names(narrow), graph.network)
+        if not path or path in tried:
+            return
+        modules = named_modules(model)
+        alike = [name for name, module in modules.items() if type(module) is type(modules[path])]
+        for name in alike:
+            if (reason := refusal(graph, name)) is None:
+                graph.recording.literal[name] = "a shape that forward computes"
+            else:
+                why = f"the forward of {name} holds their number in a shape, and {reason}"
+                graph.exclude({group.name: why for group in graph.groups if _reads(group, name)})
+        tried.update(alike)
+
+
+def _reads(group: ChannelGroup, path: str) -> bool:
+    return any(part.kind == "consumer" and part.tensor.startswith(f"{path}.") for part in group.parts)
 
 
 def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:

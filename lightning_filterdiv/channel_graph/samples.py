@@ -45,15 +45,22 @@ class Sample:
         visit: arguments and result.
         steps: what its forward does, in order: operators of its own, and calls of other modules.
         same: tensors that other modules made as views of what they took or returned -> that argument or result.
+        copies: copies that a reshape makes at some sizes only -> what they copy. They are no steps.
     """
 
     visit: Visit
     steps: tuple[Node | Visit, ...]
     same: dict[Node, Node]
+    copies: dict[Node, Node] = field(default_factory=dict)
 
 
-def samples_of(record: Record, path: str) -> list[Sample]:
+def samples_of(record: Record, path: str, *, with_copies: bool = True) -> list[Sample]:
     """Every call of the module at ``path``.
+
+    Args:
+        record: of the network.
+        path: of the module.
+        with_copies: copies that a reshape makes are steps too; else they are what they copy.
 
     Raises:
         GraphFormError: forward meets something that is no tensor of its own: an object among its arguments, a tensor
@@ -64,13 +71,15 @@ def samples_of(record: Record, path: str) -> list[Sample]:
         children.setdefault(visit.parent, []).append(visit)
     buffers = dict(record.written)
     return [
-        _sample(number, visit, children.get(number, []), buffers)
+        _sample(number, visit, children.get(number, []), buffers, with_copies)
         for number, visit in enumerate(record.visits)
         if visit.path == path and (visit.parent < 0 or record.visits[visit.parent].path != path)
     ]
 
 
-def _sample(number: int, visit: Visit, children: Sequence[Visit], written: dict[Node, str]) -> Sample:
+def _sample(
+    number: int, visit: Visit, children: Sequence[Visit], written: dict[Node, str], with_copies: bool
+) -> Sample:
     given, made = set(nodes_in([visit.args, visit.kwargs])), {n for c in children for n in nodes_in(c.output)}
     waiting = [*nodes_in(visit.output), *(n for c in children for n in nodes_in([c.args, c.kwargs]))]
     # An in-place activation brings every view of its argument up to date, each with a call of its own.
@@ -93,9 +102,16 @@ def _sample(number: int, visit: Visit, children: Sequence[Visit], written: dict[
             raise GraphFormError(f"forward writes {written[node]} itself")
         own.add(node)
         waiting += node.inputs
-    order = [(int(node.name[1:]), 1, node) for node in own]
+    copies = {} if with_copies else {node: node.inputs[0] for node in own if _only_reshaped(node)}
+    order = [(int(node.name[1:]), 1, node) for node in own if node not in copies]
     order += [(child.start, 0, child) for child in children]  # type: ignore[misc]
-    return Sample(visit, tuple(step for _, _, step in sorted(order, key=lambda item: item[:2])), same)
+    return Sample(visit, tuple(step for _, _, step in sorted(order, key=lambda item: item[:2])), same, copies)
+
+
+def _only_reshaped(node: Node) -> bool:
+    """Whether a node is a copy that only gives a reshape the memory it needs; whether it does depends on sizes."""
+    copied = node.op == "call" and operator_name(node, raw=True) == "clone"
+    return copied and all(operator_name(user, raw=True) in ("view", "_unsafe_view") for user in node.users)
 
 
 def _unaliased(node: Node) -> Node:
@@ -159,6 +175,9 @@ class Alignment:
         return tuple(int(n.shape[dim]) for n in (node, *(twin[node] for twin in self.twins if node in twin)))
 
     def _align(self, other: Sample, twin: dict[Node, Node]) -> None:
+        def pair(mine: Any, theirs: Any, twin: dict[Node, Node], where: str) -> None:
+            _pair(_originals(mine, self.first.copies), _originals(theirs, other.copies), twin, where)
+
         pair(self.first.visit.args, other.visit.args, twin, "its arguments")
         pair(self.first.visit.kwargs, other.visit.kwargs, twin, "its arguments")
         drawn, again = (next(filter(_is_random, sample.steps), None) for sample in (self.first, other))
@@ -176,7 +195,7 @@ class Alignment:
                 pair(mine.kwargs, theirs.kwargs, twin, where)
                 pair(mine.output, theirs.output, twin, f"the result of {mine.path}")
             else:
-                if (mine.op, mine.target) != (theirs.op, theirs.target):
+                if mine.op != theirs.op or _target(mine) != _target(theirs):
                     raise GraphFormError(f"forward runs {_words(theirs)} instead of {_words(mine)} {_MODES}")
                 where = f"an argument of {_words(mine)}"
                 pair(mine.args, theirs.args, twin, where)
@@ -189,6 +208,11 @@ class Alignment:
         pair(self.first.visit.output, other.visit.output, twin, "its result")
 
 
+def _target(node: Node) -> Any:
+    """The operator; a reshape is the same whether it copies or not."""
+    return torch.ops.aten.view.default if node.target is torch.ops.aten._unsafe_view.default else node.target
+
+
 def _is_random(step: Node | Visit) -> bool:
     return isinstance(step, Node) and torch.Tag.nondeterministic_seeded in getattr(step.target, "tags", ())
 
@@ -199,7 +223,21 @@ def _words(step: Node | Visit) -> str:
     return operator_name(step.args[0] if step.op == "item" else step)
 
 
-def pair(mine: Any, theirs: Any, twin: dict[Node, Node], where: str) -> None:
+def _originals(value: Any, copies: dict[Node, Node]) -> Any:
+    """``value`` with what copies were made of in their place."""
+    if isinstance(value, Node):
+        while value in copies:
+            value = copies[value]
+        return value
+    if isinstance(value, (list, tuple)):
+        parts = [_originals(item, copies) for item in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if isinstance(value, dict):
+        return {key: _originals(item, copies) for key, item in value.items()}
+    return value
+
+
+def _pair(mine: Any, theirs: Any, twin: dict[Node, Node], where: str) -> None:
     """Note the nodes of two values as corresponding. Integers may differ.
 
     Raises:
@@ -211,10 +249,10 @@ def pair(mine: Any, theirs: Any, twin: dict[Node, Node], where: str) -> None:
             raise GraphFormError(f"{where} is another tensor {_MODES}")
     elif isinstance(mine, (list, tuple)) and type(mine) is type(theirs) and len(mine) == len(theirs):
         for a, b in zip(mine, theirs, strict=True):
-            pair(a, b, twin, where)
+            _pair(a, b, twin, where)
     elif isinstance(mine, dict) and isinstance(theirs, dict) and mine.keys() == theirs.keys():
         for key, value in mine.items():
-            pair(value, theirs[key], twin, where)
+            _pair(value, theirs[key], twin, where)
     elif isinstance(mine, Opaque) or isinstance(theirs, Opaque):
         raise GraphFormError(f"{where} holds an object ({mine.kind if isinstance(mine, Opaque) else theirs.kind})")
     elif type(mine) is int and type(theirs) is int:

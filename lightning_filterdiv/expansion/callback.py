@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from lightning_filterdiv.expansion.cost import NetworkMacs, composing_macs
+from lightning_filterdiv.expansion.cost import NetworkMacs, composing_macs, is_compiled
 from lightning_filterdiv.expansion.functional import Kind
 from lightning_filterdiv.expansion.layers import Factors, Layer, factor_product, factors_of, show_compact
 from lightning_filterdiv.expansion.surgery import Initial, Kinds, choose_layers, contract, draw_all, set_factors
@@ -187,7 +187,14 @@ class ExpandNet(FilterCallback):
                             f"before ExpandNet expanded it; make optimizers in configure_optimizers, not earlier"
                         )
 
-        self._network_macs = NetworkMacs(pl_module)
+        if not is_compiled(pl_module):
+            self._network_macs = NetworkMacs(pl_module)
+            return
+        # Hooks that come and go would compile every graph twice.
+        rank_zero_info(
+            f"ExpandNet: composing weights takes {composing_macs(self._expanded.values()) / 1e9:.3g} G multiply-adds "
+            f"of every step. They are not compared with those of the network, which is compiled"
+        )
 
     def release(self) -> None:
         """Stop counting."""

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_filterdiv.expansion.functional import compose_chain
 from lightning_filterdiv.expansion.layers import Layer, factor_product, weight_factors
 
-__all__ = ["NetworkMacs", "composing_macs"]
+__all__ = ["NetworkMacs", "composing_macs", "is_compiled"]
 
 
 def composing_macs(layers: Iterable[Layer]) -> int:
@@ -23,6 +23,15 @@ def composing_macs(layers: Iterable[Layer]) -> int:
             shapes = [(*factor.shape, 1, 1)[:4] for factor in weight_factors(layer)]
             compose_chain([torch.empty(shape, device="meta") for shape in shapes], groups=factor_product(layer).groups)
     return int(counter.get_total_flops()) // 2
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether ``torch.compile`` was applied to ``model``, to a part of it, or through Lightning."""
+    return getattr(model, "_compiler_ctx", None) is not None or any(
+        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 class NetworkMacs:

@@ -341,3 +341,45 @@ def test_a_file_that_contradicts_itself_is_refused_before_anything_changes(
         load_merged(fresh, tmp_path / "edited.pt")
     assert type(fresh.body) is Res2Net
     assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
+
+
+class CrossCovariance(nn.Module):
+    """Attention over channels that shapes what its pinned layers put out by the width of its input (XCA)."""
+
+    def __init__(self, dim: int, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
+        attention = (q @ k.transpose(-2, -1)).softmax(-1)
+        return self.proj((attention @ v).permute(0, 3, 1, 2).reshape(b, n, c))
+
+
+class Splits(nn.Module):
+    """A body that fixes widths, around one that holds them as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.attention, self.out = CrossCovariance(12), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([self.conv(x[:, :4]), x[:, 4:]], 1)
+        b, _, h, w = x.shape
+        tokens = x.flatten(2).permute(0, 2, 1)
+        tokens = tokens + self.attention(tokens)
+        return self.out(tokens.permute(0, 2, 1).reshape(b, -1, h, w))
+
+
+def test_a_width_held_as_a_number_inside_of_a_body_that_is_written() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Splits()).eval()
+    graph = ChannelGraph.trace(model, torch.rand(1, 3, 8, 8))
+    assert {"1.attention.qkv"} <= graph.pinned.keys()
+    stream = [group for group in graph.groups if group.name.startswith("1.stem")]
+    assert sum(group.size for group in stream) + sum(g.size for g in graph.groups if g.name == "1.conv") >= 12
+    for seed in range(3):
+        assert graph.verify(seed=seed) <= 1e-12

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -10,8 +9,6 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.cost.channel_graph_speed import networks
-from benchmarks.experiments import zoo
 from lightning_filterdiv.channel_graph.counted import CountedLayerNorm
 
 from .checks import check_exact, mergeable
@@ -153,27 +150,3 @@ def test_regnet() -> None:
     )
     assert set(graph.pinned.values()) == {"network output"}
     assert {g.block_count for g in graph.groups} == {1, 6, 13, 26, 55}
-
-
-ZOO = json.loads(zoo.RESULT.read_text())["rows"]
-#: Of the committed list by default: one per kind of structure, small.
-QUICK = ("regnety_002", "convnext_atto_ols", "skresnet18", "resnet18d")
-
-
-@pytest.mark.zoo
-@pytest.mark.parametrize(
-    "network", [pytest.param(n, marks=() if n[1] in QUICK else pytest.mark.soak, id=n[1]) for n in networks()]
-)
-def test_the_committed_list_merges_as_much_as_committed(network: tuple[str, str, int]) -> None:
-    library, name, size = network
-    committed, row = ZOO[f"{name}@{size}"]["ours"], zoo.ours(library, name, size)
-    assert "error" not in row, row
-    assert row["share"] >= committed["share"] - 1e-3
-    assert row["deviation"] <= 1e-9
-
-
-def test_the_committed_list_is_complete() -> None:
-    keys = {f"{name}@{size}" for _, name, size in networks()}
-    assert keys <= ZOO.keys()
-    names = {key.partition("@")[0] for key in ZOO}
-    assert set(zoo.HARD) <= names

@@ -210,7 +210,7 @@ def test_a_network_that_there_is_not_is_an_error_of_the_command_line(
 ) -> None:
     with pytest.raises(SystemExit):
         train.main(arguments(tmp_path, "wau", "--model.network", "resnet21"))
-    assert "model.network must be one of c3, c8, resnet20" in capsys.readouterr().err
+    assert "model.network must be one of c3, c8" in capsys.readouterr().err
     (run,) = plan("digits", "c3", "quick", ["wau"], [1], "cpu", tmp_path, ["--model.network=resnet21"])
     with pytest.raises(SystemExit):
         run.settings()
@@ -247,7 +247,8 @@ def test_every_method_composes(tmp_path: Path, method: str) -> None:
     settings = run.settings()
     assert settings["seed"] == 4
     transform = settings["data"].pop("transform")
-    assert settings["data"] == {"class": "FashionMNIST", "batch_size": 64, "train_images": 5000, "augment": False}
+    expected = {"class": "FashionMNIST", "batch_size": 64, "train_images": 5000, "augment": False, "wrong_labels": None}
+    assert settings["data"] == expected
     assert (transform is not None) == method.startswith("wavelet")
     assert settings["model"]["milestones"] == [48, 55]
     (plain,) = plan("fashion_mnist", "resnet20", "fm5k", ["baseline"], [4], "cpu", tmp_path)
