@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_filterdiv"
@@ -68,6 +69,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, content in extra.items():
         files.append(File.generated(config, uri, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Links of pages that are kept in ``docs`` lead to pages of the site, as those of generated pages do."""
+    uri = page.file.src_uri
+    return _relinked(markdown, f"docs/{uri}", uri, {}) if (ROOT / "docs" / uri).exists() else markdown
 
 
 def on_page_content(html: str, **_: object) -> str:

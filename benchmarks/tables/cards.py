@@ -31,7 +31,7 @@ from benchmarks.cost import (
 from benchmarks.cost import channel_graph as channel_graph_cost
 from benchmarks.cost import entropy as entropy_speed
 from benchmarks.cost import structure as structure_cost
-from benchmarks.experiments import entropy_depth, reproduced, shared_basis, squeeze, ucp, widen
+from benchmarks.experiments import entropy_depth, reproduced, shared_basis, squeeze, ucp, widen, zoo
 from benchmarks.tables import summary
 from benchmarks.training import report
 from benchmarks.training.runs import read_runs
@@ -104,16 +104,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_repr": lambda: _quality("repr"),
     "fm5k_orthonormality": lambda: _quality(*orthonormality.DEFAULT_WEIGHTS),
     "fm5k_resnet20": lambda: _resnet20(),
-    "fm5k_resnet20_wau": lambda: _resnet20("wau"),
-    "fm5k_resnet20_repr": lambda: _resnet20("repr"),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
-    "events_repr": lambda: events.table(
-        read_result("events.json"),
-        (events.TRACE, *events.CYCLE, events.LOG, events.WHOLE),
-        read_result("gpu/events.json"),
-    ),
-    "events_csgd": lambda: events.table(read_result("events.json"), (events.TRACE, events.CLUSTER, events.MERGE)),
     "large_steps": lambda: large_steps.table(
         read_result("gpu/large_steps.json"), read_result("scaling.json")["counted"]
     ),
@@ -121,10 +113,9 @@ TABLES: dict[str, Callable[[], str]] = {
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),
     "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
+    "zoo_summary": lambda: zoo.summary_table(json.loads(zoo.RESULT.read_text())["rows"]),
+    "zoo": lambda: zoo.table(json.loads(zoo.RESULT.read_text())["rows"]),
     "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
-    "overhead_wau": lambda: _overhead("wau", "naive per-layer wau"),
-    "overhead_repr": lambda: _overhead("repr"),
-    "overhead_csgd": lambda: _overhead("csgd", "official per-layer csgd"),
     "squeeze": lambda: squeeze.table(squeeze.OUT),
     "squeeze_merge": lambda: squeeze.merge_table(squeeze.OUT),
     "squeeze_latency": lambda: squeeze.latency_table(squeeze.OUT / "latency.json"),
@@ -161,8 +152,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),
     "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),
     "scaling_events": lambda: scaling.event_table(json.loads(scaling.RESULT.read_text())),
-    "launches_wau": lambda: _launches("wau", "naive per-layer wau"),
-    "launches_csgd": lambda: _launches("csgd", "official per-layer csgd"),
 }
 
 
