@@ -11,7 +11,7 @@ from notebooks.execute import NOTEBOOKS, executed, problems
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["1-redundancy", "2-repr", "3-squeeze", "4-your-module"]
+    assert [path.stem for path in NOTEBOOKS] == ["1-redundancy", "2-repr", "3-squeeze", "4-your-module", "5-timm"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,5 +1,7 @@
 """Write the tables of README and method cards from the result files, so that no number is typed by hand.
 
+The file that ``filterdiv methods`` prints is written too: the package contains no result files.
+
 python -m benchmarks.tables.cards            # fills what stands between "<!-- table: NAME -->" and "<!-- end -->"
 python -m benchmarks.tables.cards --check    # only says what is out of date
 """
@@ -37,6 +39,8 @@ from benchmarks.training import report
 from benchmarks.training.runs import read_runs
 from lightning_filterdiv import orthonormality
 
+#: What ``filterdiv methods`` prints.
+METHODS = ROOT / "lightning_filterdiv/command_line/methods.json"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -176,17 +180,23 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
 
 
+def stale() -> dict[Path, str]:
+    """Files that are out of date -> the text that they should have."""
+    wanted = {page: filled(page.read_text(encoding="utf-8")) for page in pages()} | {METHODS: summary.methods_file()}
+    return {path: text for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text}
+
+
 def main() -> int:
-    """Command line; status 1 if ``--check`` finds a page out of date."""
+    """Command line; status 1 if ``--check`` finds a file out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check: bool = parser.parse_args().check
-    stale = [page for page in pages() if filled(page.read_text()) != page.read_text()]
-    for page in stale:
-        print(f"{page.relative_to(ROOT)} {'is out of date' if check else 'updated'}")
+    found = stale()
+    for path, text in found.items():
+        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'updated'}")
         if not check:
-            page.write_text(filled(page.read_text()))
-    return int(check and bool(stale))
+            path.write_text(text, encoding="utf-8")
+    return int(check and bool(found))
 
 
 if __name__ == "__main__":

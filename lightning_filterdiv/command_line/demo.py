@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -127,7 +128,8 @@ def run(options: argparse.Namespace) -> None:
                 if isinstance(callback, CentripetalSGD):
                     merged = callback.merge(model)
                     outcomes["merged"] = _judge(merged.network, DATA[options.data](options.seed), None)
-                    path = options.out / name / "narrow.pt"
+                    # Beside the TensorBoard files of this run, which have a new folder each time: nothing is replaced.
+                    path = Path(model.trainer.log_dir or options.out / name) / "narrow.pt"
                     save_merged(merged.network, path)
                     saved.append(f"Narrow network, for load_merged: {path}")
     plain = outcomes["plain"].network

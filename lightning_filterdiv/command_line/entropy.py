@@ -43,11 +43,13 @@ def run(options: argparse.Namespace) -> None:
     if options.model is None and options.config is None:
         return
     model = build_model(options.model, options.config)
+    inputs = _example_inputs(model, data, options.input_shape)
     try:
-        graph = ChannelGraph.trace(model, _example_inputs(model, data, options.input_size))
+        graph = ChannelGraph.trace(model, inputs)
         depth = network_depth(graph)
     except (ChannelGraphError, ValueError) as error:
-        raise CommandError(f"{type(model).__name__} cannot be traced: {error}") from error
+        reason = str(error).replace("example_inputs=...", "--input-shape")
+        raise CommandError(f"{type(model).__name__} cannot be traced: {reason}; see --input-shape") from error
     print(_comparison(type(model).__name__, depth, bound))
 
 
@@ -159,17 +161,15 @@ def _torchvision(name: str, root: Path | None) -> Any:
         raise CommandError(f"--data torchvision:{name} at {root}: {reason} (nothing is downloaded)") from error
 
 
-def _example_inputs(model: nn.Module, data: Any, size: list[int] | None) -> Any:
+def _example_inputs(model: nn.Module, data: Any, shape: tuple[int, ...] | None) -> Any:
     """The model's own example, else zeros of the images' size with the channels that its first convolution reads."""
-    if size is None and getattr(model, "example_input_array", None) is not None:
+    if shape is not None:
+        return torch.zeros(shape)
+    if getattr(model, "example_input_array", None) is not None:
         return None
     first = next((conv for _, conv in named_convolutions(model)), None)
     if first is None:
         raise CommandError(f"{type(model).__name__} has no convolution: there is no depth to speak of; name another")
-    if size is not None:
-        spatial = size * 2 if len(size) == 1 else size
-    else:
-        shape = list(next(image_source(data, 1).batches).shape[1:])
-        channels_last = len(shape) == 3 and shape[-1] <= 4 < shape[0]
-        spatial = shape[:2] if channels_last else shape[-2:]
-    return torch.zeros(1, first.in_channels, *spatial)
+    image = list(next(image_source(data, 1).batches).shape[1:])
+    channels_last = len(image) == 3 and image[-1] <= 4 < image[0]
+    return torch.zeros(1, first.in_channels, *(image[:2] if channels_last else image[-2:]))

@@ -22,6 +22,7 @@ import lightning_filterdiv
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import PICKLED, search_here
 from lightning_filterdiv.command_line.options import TRAINING
+from lightning_filterdiv.command_line.yaml_errors import find_cause
 
 __all__ = ["run"]
 
@@ -44,7 +45,9 @@ def run(arguments: Sequence[str]) -> None:
         _FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv", "exit_on_error": False})
     except ArgumentError as error:
         more = f"The options are listed by: filterdiv {arguments[0]} --help"
-        raise CommandError("\n".join([str(error), *_meant(str(error)), more])) from error
+        cause, meant = find_cause(str(error)), list(_meant(str(error)))
+        first = meant if meant and "there is no class" in cause else [*filter(None, [cause]), *meant]
+        raise CommandError("\n".join([*first, str(error), more])) from error
     except pickle.UnpicklingError as error:
         raise CommandError(
             f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, add --weights_only false"

@@ -15,8 +15,15 @@ from torch.nn.parameter import is_lazy
 
 from lightning_filterdiv.command_line.entropy import build_data
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import build_model, load_named, read_checkpoint, restore_model
+from lightning_filterdiv.command_line.model_source import (
+    build_model,
+    load_named,
+    read_checkpoint,
+    restore_model,
+    suggest_source,
+)
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
+from lightning_filterdiv.command_line.outputs import check_replaced
 from lightning_filterdiv.entropy_depth.images import ImageDataError, image_source
 from lightning_filterdiv.files import printable, safe_file_name, why_unwritable, write_files
 from lightning_filterdiv.filters import Conv, NoLayersError, named_convolutions, select_filters
@@ -98,11 +105,8 @@ def check_options(options: argparse.Namespace) -> None:
         check_integer("--max-images", options.max_images, low=1)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    if not options.overwrite and (there := [name for name in _REPORT if (options.out / name).exists()]):
-        raise CommandError(
-            f"--out {options.out} holds a report already ({there[0]}); name another folder, or replace it with "
-            f"--overwrite"
-        )
+    pictures = sorted((options.out / "figures").glob("*.png")) if options.command == "inspect" else []
+    check_replaced(options, "--out", [*(options.out / name for name in _REPORT), *pictures])
     if reason := why_unwritable(options.out, folder=True):
         raise CommandError(f"--out {options.out} cannot be written ({reason}); name another folder")
 
@@ -158,7 +162,7 @@ def _find_network(source: str, options: argparse.Namespace) -> _Network:
     if not path.exists():
         raise CommandError(
             f"{source}: no such file, and no torchvision:NAME, timm:NAME or pkg.module:Class either"
-            f"{f'; did you mean torchvision:{source}?' if source in torchvision.models.list_models() else ''}"
+            f"{suggest_source(source)}"
         )
     if options.weights is not None and not mixed:
         raise CommandError(f"--weights belongs to torchvision:NAME and timm:NAME; {source} is a file with weights")

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import os
 import pickle
+import re
 import sys
 import tarfile
 import textwrap
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
+from lightning_filterdiv.command_line.yaml_errors import find_cause
 from lightning_filterdiv.files import find_damage
 from lightning_filterdiv.filters import canonical_name, find_prefix
 
@@ -35,12 +37,15 @@ __all__ = [
     "read_checkpoint",
     "restore_model",
     "search_here",
+    "suggest_source",
 ]
 
 #: Of a file that a restrained unpickler refuses.
 PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
 #: Last level of the key under which a module keeps what is no tensor.
 _EXTRA_STATE = "_extra_state"
+#: What a network's name begins with -> module whose ``list_models`` has the names.
+_LIBRARIES = {"torchvision": "torchvision.models", "timm": "timm"}
 _NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
 
 
@@ -64,7 +69,7 @@ def build_model(
     assert model is not None
     kind, separator, name = model.partition(":")
     if not separator or not kind or not name:
-        raise CommandError(f"--model {model!r} is none of {MODEL_SOURCES}")
+        raise CommandError(f"--model {model!r} is none of {MODEL_SOURCES}{suggest_source(model)}")
     if kind == "torchvision":
         return _from_torchvision(name)
     if kind == "timm":
@@ -123,9 +128,47 @@ def _reason(error: Exception) -> str:
     return said if isinstance(error, TypeError) and said else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
-def _closest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"; the closest names are {', '.join(near)}" if near else ""
+def _did_you_mean(name: str, names: Sequence[str], prefix: str = "") -> str:
+    """End of a message about a name that is none of ``names``: the closest ones; ``""`` if none is close."""
+    lower = name.lower()
+    near = [lower] if lower in names else difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    *most, last = [prefix + one for one in near] or [""]
+    return f"; did you mean {', '.join(most)}{' or ' if most else ''}{last}?" if last else ""
+
+
+def _library_names(kind: str) -> list[str]:
+    """Networks that torchvision or timm has; none if it is not installed. Nothing downloads."""
+    try:
+        library: Any = importlib.import_module(_LIBRARIES[kind])
+    except ImportError:
+        return []
+    return list(library.list_models())
+
+
+def suggest_source(source: str) -> str:
+    """End of a message about something that names neither a file nor a network: ``"; did you mean timm:resnet18?"``.
+
+    Args:
+        source: what was written, such as ``resnet18``, ``timm.resnet18`` or ``torchvison:resnet18``.
+
+    Returns:
+        ``""`` if no library has a name like this one.
+    """
+    parts = re.fullmatch(r"(\w+)[:./](\w[\w.-]*)", source)
+    written, name = (parts[1], parts[2]) if parts else ("", source)
+    kinds = difflib.get_close_matches(written, _LIBRARIES, n=1) if written else list(_LIBRARIES)
+    if exact := [f"{kind}:{name}" for kind in kinds if name in _library_names(kind)]:
+        return f"; did you mean {' or '.join(exact)}?"
+    return _did_you_mean(name, _library_names(kinds[0]), f"{kinds[0]}:") if written and kinds else ""
+
+
+def _no_model(kind: str, name: str) -> CommandError:
+    """The error for a name that a library does not have: another library may have it, or one like it."""
+    for other in _LIBRARIES:
+        if other != kind and name in _library_names(other):
+            return CommandError(f"{kind} has no model {name!r}; did you mean {other}:{name}?")
+    near = _did_you_mean(name, _library_names(kind), f"{kind}:")
+    return CommandError(f"{kind} has no model {name!r}{near or f'; {_LIBRARIES[kind]}.list_models() lists them'}")
 
 
 def _from_torchvision(name: str) -> nn.Module:
@@ -133,9 +176,7 @@ def _from_torchvision(name: str) -> nn.Module:
 
     names = torchvision.models.list_models()
     if name not in names:
-        raise CommandError(
-            f"torchvision has no model {name!r}{_closest(name, names) or '; torchvision.models.list_models() has all'}"
-        )
+        raise _no_model("torchvision", name)
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     detector = (
         {"weights_backbone": None} if name in torchvision.models.list_models(torchvision.models.detection) else {}
@@ -150,7 +191,7 @@ def _from_timm(name: str) -> nn.Module:
     except ImportError as error:
         raise CommandError(f"--model timm:{name} needs the package timm: pip install timm") from error
     if not timm.is_model(name):
-        raise CommandError(f"timm has no model {name!r}{_closest(name, timm.list_models())}")
+        raise _no_model("timm", name)
     return timm.create_model(name, pretrained=False)
 
 
@@ -167,12 +208,12 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
         module = importlib.import_module(path)
     except ImportError as error:
         raise CommandError(
-            f"--model {path}:{name}: cannot import {path!r} ({error}); name an installed module, or one in the current "
-            f"folder"
+            f"--model {path}:{name}: cannot import {path!r} ({error})"
+            f"{suggest_source(f'{path}:{name}') or '; name an installed module, or one in the current folder'}"
         ) from error
     if not hasattr(module, name):
-        callables = [key for key, value in vars(module).items() if callable(value)]
-        raise CommandError(f"--model {path}:{name}: {path} has no {name!r}{_closest(name, callables)}")
+        callables = [key for key in dir(module) if not key.startswith("_")]  # dir: rooms load their names on first use
+        raise CommandError(f"--model {path}:{name}: {path} has no {name!r}{_did_you_mean(name, callables)}")
     try:
         built = getattr(module, name)(**hyper_parameters)
     except Exception as error:  # of whatever the user's class does with arguments from a file
@@ -218,8 +259,7 @@ def _from_config(config: Path) -> nn.Module:
         instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # renamed in jsonargparse 4.49
         built = instantiate(parser.parse_object({"model": section})).model
     except (ArgumentError, TypeError, ValueError) as error:
-        # jsonargparse lists every type that did not fit; what the user wrote is among the first lines.
-        reason = " ".join(str(error).split())
+        reason = find_cause(str(error)) or " ".join(str(error).split())
         raise CommandError(f"--config {config}: its model cannot be built: {reason}") from error
     except Exception as error:  # of a constructor, or of jsonargparse about a value that no one would write
         raise CommandError(f"--config {config}: its model cannot be built: {_reason(error)}") from error

@@ -1,7 +1,13 @@
-"""What the command line accepts: all commands with all their options.
+"""Options of all commands.
 
 Nothing here imports torch, so that ``--help``, ``--version`` and a misspelt command answer at once. Choices that are a
 Literal or a table elsewhere therefore stand here again; ``tests/command_line/test_options.py`` compares them.
+
+All options have one style:
+
+- the size of an input is ``--input-shape N,C,H,W``, a path is a FILE or a FOLDER;
+- files that exist are replaced only with ``--overwrite``;
+- help begins with a verb or a noun, and :class:`_Help` adds the default.
 """
 
 from __future__ import annotations
@@ -17,14 +23,24 @@ __all__ = ["COMMANDS", "DATA_SOURCES", "MODEL_SOURCES", "TRAINING", "parse"]
 
 #: Commands of LightningCLI, which parses their options itself.
 TRAINING = {
-    "fit": "train a LightningModule from YAML or flags, all callbacks available by short name",
-    "validate": "validate it",
-    "test": "test it",
+    "fit": "train a LightningModule from YAML or flags",
+    "validate": "run the validation loop of a LightningModule",
+    "test": "run the test loop of a LightningModule",
 }
 MODEL_SOURCES = "pkg.module:Class, torchvision:NAME or timm:NAME"
 DATA_SOURCES = (
     "digits, fashion_mnist, torchvision:NAME, pkg.module:Name (a data set or LightningDataModule), or a folder"
 )
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to the help of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
+            return action.help
+        default = " ".join(action.default) if isinstance(action.default, list) else "%(default)s"
+        return f"{action.help} (default: {default})"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -40,12 +56,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         SystemExit: status 0 after ``--help`` or ``--version``; 2 if the arguments are wrong, explained on stderr.
     """
     parser = argparse.ArgumentParser(
-        prog="filterdiv", description="Train networks with diverse filters, and look at how diverse they are."
+        prog="filterdiv",
+        description="Train convolutional networks with diverse filters, measure how alike filters are,\n"
+        "and make networks smaller. Help for a command: filterdiv COMMAND --help",
+        formatter_class=_Help,
     )
-    parser.add_argument("--version", action="version", version=f"filterdiv {__version__}")
+    parser.add_argument("--version", action="version", version=f"filterdiv {__version__}", help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, add_options) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=text))
+    for name, (text, description, add_options) in COMMANDS.items():
+        whole = f"{text[0].upper()}{text[1:]}.\n{description}"
+        add_options(commands.add_parser(name, help=text, description=whole, formatter_class=_Help))
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
@@ -55,43 +75,55 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
+    methods = ("csgd", "soft", "repr", "wau", "shared", "expand", "importance", "entropy")
     parser.add_argument(
         "--method",
         nargs="+",
-        choices=("csgd", "soft", "repr", "wau", "shared", "expand", "importance", "entropy"),
+        choices=methods,
         default=["csgd"],
         metavar="METHOD",
-        help="what to train beside the plain network: %(choices)s (default: csgd)",
+        help="methods to compare with plain training: %(choices)s",
     )
     parser.add_argument(
         "--data",
         choices=("digits", "fashion_mnist"),
         default="digits",
-        help="digits comes with scikit-learn; for fashion_mnist see README (default: %(default)s)",
+        help="images to train on; scikit-learn brings digits, fashion_mnist has to be installed",
     )
-    parser.add_argument("--epochs", type=int, default=15, help="epochs per run (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=15, metavar="N", help="epochs of each training")
+    _seed(parser, "the weights, the order of the images and the callback")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, batches and the callback (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("filterdiv_demo"),
+        metavar="FOLDER",
+        help="folder for TensorBoard files and the merged network; every run gets a new folder inside",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("filterdiv_demo"), help="folder for TensorBoard's files (default: %(default)s)"
-    )
+
+
+def _methods(parser: argparse.ArgumentParser) -> None:
+    """Nothing to choose."""
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=f"a .ckpt or .pt file, {MODEL_SOURCES}")
+    parser.add_argument("source", metavar="SOURCE", help=f"network: a .ckpt or .pt file, {MODEL_SOURCES}")
     _model(parser)
     _report(parser, "report")
     parser.add_argument(
-        "--max-figures", type=int, default=8, help="picture files of at most so many layers (default: %(default)s)"
+        "--max-figures", type=int, default=8, metavar="N", help="save pictures of the N most redundant layers"
     )
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
     for name in ("first", "second"):
         parser.add_argument(
-            name, metavar={"first": "A", "second": "B"}[name], help=f"a .ckpt or .pt file, {MODEL_SOURCES}"
+            name,
+            metavar={"first": "A", "second": "B"}[name],
+            help=f"{name} network: a .ckpt or .pt file, {MODEL_SOURCES}",
         )
     _model(parser)
     _report(parser, "comparison")
@@ -102,59 +134,152 @@ def _report(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument(
         "--weights",
         metavar="NAME",
-        help="trained weights of torchvision:NAME or timm:NAME, DEFAULT for the library's choice; downloaded if they "
-        "are not on this machine",
+        help="trained weights of torchvision:NAME or timm:NAME; DEFAULT is the choice of the library. They are "
+        "downloaded unless they are on this machine",
     )
     parser.add_argument(
-        "--data", metavar="SOURCE", help=f"also compare channels on images: a .pt file with a batch, {DATA_SOURCES}"
+        "--data",
+        metavar="SOURCE",
+        help=f"also compare what the channels compute on images: a .pt file with a batch, {DATA_SOURCES}",
     )
-    parser.add_argument("--root", type=Path, help="where the files of fashion_mnist or torchvision:NAME are")
+    _root(parser)
+    parser.add_argument("--max-images", type=int, default=64, metavar="N", help="run the network on at most N images")
+    _layers(parser)
     parser.add_argument(
-        "--max-images", type=int, default=64, metavar="N", help="show the network N images (default: %(default)s)"
+        "--threshold", type=float, default=0.9, metavar="COSINE", help="two filters are alike above this |cos|"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(folder), metavar="FOLDER", help="for the report (default: %(default)s)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a report that is in the folder already")
-    parser.add_argument(
-        "--threshold", type=float, default=0.9, help="|cos| from which filters count as alike (default: %(default)s)"
-    )
-    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only layers of these names")
-    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave layers of these names out")
+    parser.add_argument("--out", type=Path, default=Path(folder), metavar="FOLDER", help="folder for the report")
+    _overwrite(parser)
 
 
 def _merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="a Lightning checkpoint of a fit with CentripetalSGD; with --twins, any weights"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="Lightning checkpoint from the end of a fit with CentripetalSGD; with --twins a file with any weights",
     )
+    _model(parser)
+    _input_shape(parser, "the checkpoint or the network")
     parser.add_argument(
         "--twins",
         nargs="?",
         type=float,
         const=0.99,
         metavar="COSINE",
-        help="merge filters that are nearly equal, of any network: their cosine similarity at least (default: 0.99)",
-    )
-    _export(parser)
-    parser.add_argument("--out", type=Path, required=True, help="file for the narrow network, see load_merged")
-    _model(parser)
-    parser.add_argument(
-        "--input-shape",
-        type=_shape,
-        metavar="N,C,H,W",
-        help="shape of the input to trace with (default: what the checkpoint or the model knows)",
+        help="merge filters of any network whose cosine similarity is at least COSINE, 0.99 if none is given",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-3,
-        help="largest relative change of the outputs by setting members of clusters to their mean; 'inf' merges anyway "
-        "(default: %(default)s)",
+        metavar="CHANGE",
+        help="refuse if replacing the filters of a cluster by their mean changes the outputs by more than this "
+        "relative CHANGE; 'inf' never refuses",
     )
     _form(parser)
+    _narrow_network(parser)
+
+
+def _prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=f"network: a .ckpt or .pt file, {MODEL_SOURCES}")
+    _model(parser)
+    _input_shape(parser, "the network")
+    parser.add_argument("--network", metavar="NAME", help="prune only this submodule, for example backbone")
     parser.add_argument(
-        "--pairs", type=int, default=20, help="timed forward passes per network, 0 for no timing (default: %(default)s)"
+        "--keep-fraction",
+        type=float,
+        metavar="SHARE",
+        help="keep this SHARE of each layer's channels (give this or a --target)",
     )
+    parser.add_argument("--target-macs", type=float, metavar="SHARE", help="end at this SHARE of the network's MACs")
+    parser.add_argument(
+        "--target-parameters", type=float, metavar="SHARE", help="end at this SHARE of the network's parameters"
+    )
+    parser.add_argument(
+        "--importance",
+        choices=("l1", "l2", "bn_scale", "taylor", "redundancy", "random"),
+        default="l2",
+        help="measure by which channels are ranked; the lowest are removed",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=("layer", "global"),
+        default="layer",
+        help="layer: remove the same share of every layer; global: rank the channels of all layers together",
+    )
+    parser.add_argument(
+        "--max-layer-fraction", type=float, metavar="SHARE", help="remove at most this SHARE of a layer's channels"
+    )
+    parser.add_argument(
+        "--channels-multiple", type=int, default=1, metavar="N", help="round the channels of a layer to multiples of N"
+    )
+    _layers(parser)
+    parser.add_argument(
+        "--data",
+        metavar="pkg.module:Name",
+        help="data set or LightningDataModule of (inputs, labels). It is needed for --importance taylor, corrects "
+        "biases by the means of removed channels, and gives the accuracy before and after",
+    )
+    _seed(parser, "--importance random and the order of the data")
+    _form(parser)
+    _narrow_network(parser)
+
+
+def _entropy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="SOURCE", help=f"training images: {DATA_SOURCES}")
+    _root(parser)
+    parser.add_argument("--unit", choices=("nats", "bits"), default="nats", help="unit of the entropy")
+    parser.add_argument(
+        "--rounding", choices=("ceil", "floor", "round"), default="ceil", help="how the mean entropy becomes a depth"
+    )
+    parser.add_argument(
+        "--max-images", type=int, metavar="N", help="measure N images, evenly spaced in the data (default: all)"
+    )
+    _model(parser)
+    _input_shape(parser, "the network or the images")
+
+
+# -- options of several commands -------------------------------------------------------------------------------------
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which a command is told its network, for :mod:`.model_source`."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="SOURCE", help=f"network to load the weights into: {MODEL_SOURCES}")
+    source.add_argument("--config", type=Path, metavar="FILE", help="LightningCLI configuration that names the network")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="also open files that hold more than tensors and plain values. Opening runs any code inside: use it only "
+        "for files from people you trust",
+    )
+
+
+def _input_shape(parser: argparse.ArgumentParser, known_by: str) -> None:
+    parser.add_argument(
+        "--input-shape",
+        type=_shape,
+        metavar="N,C,H,W",
+        help=f"shape of the input that the network is traced with, for example 1,3,224,224 (default: from {known_by})",
+    )
+
+
+def _layers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--include", nargs="+", metavar="PATTERN", help="use only layers whose names match, for example 'layer1.*'"
+    )
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave out layers whose names match")
+
+
+def _root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="folder with the files of fashion_mnist or torchvision:NAME"
+    )
+
+
+def _seed(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"seed of {of}")
 
 
 def _form(parser: argparse.ArgumentParser) -> None:
@@ -162,96 +287,34 @@ def _form(parser: argparse.ArgumentParser) -> None:
         "--form",
         choices=("auto", "module", "graph"),
         default="auto",
-        help="module: keep every class; graph: write forwards that decide where channels go as torch.fx graphs; auto: "
-        "only where the widths need it (default: %(default)s)",
+        help="module: keep every class; graph: write each forward that fixes the number of channels as a torch.fx "
+        "graph; auto: graph only where the new widths need it",
     )
 
 
-def _prune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=f"a .ckpt or .pt file, {MODEL_SOURCES}")
-    parser.add_argument("--out", type=Path, required=True, help="file for the narrow network, see load_merged")
-    _model(parser)
+def _narrow_network(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that write a narrow network."""
     parser.add_argument(
-        "--importance",
-        choices=("l1", "l2", "bn_scale", "taylor", "redundancy", "random"),
-        default="l2",
-        help="what channels are judged by (default: %(default)s)",
+        "--out", type=Path, required=True, metavar="FILE", help="file for the narrow network; load_merged reads it"
     )
-    parser.add_argument("--keep-fraction", type=float, metavar="SHARE", help="of every layer's channels to keep")
-    parser.add_argument("--target-macs", type=float, metavar="SHARE", help="of the network's MACs to end at")
-    parser.add_argument("--target-parameters", type=float, metavar="SHARE", help="of its parameters to end at")
-    parser.add_argument(
-        "--scope",
-        choices=("layer", "global"),
-        default="layer",
-        help="the same share in every layer, or channels of all layers compete (default: %(default)s)",
-    )
-    parser.add_argument("--max-layer-fraction", type=float, metavar="SHARE", help="of a layer's channels that may go")
-    parser.add_argument(
-        "--channels-multiple", type=int, default=1, metavar="N", help="keep multiples of N (default: %(default)s)"
-    )
-    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only layers of these names")
-    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave layers of these names out")
-    parser.add_argument("--network", metavar="NAME", help="trace only this submodule, for example backbone")
-    _form(parser)
-    parser.add_argument(
-        "--input-shape",
-        type=_shape,
-        metavar="N,C,H,W",
-        help="shape of the input to trace with (default: what the model knows)",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="pkg.module:Name",
-        help="a data set or LightningDataModule of (inputs, labels): batches for taylor, for the means that go into "
-        "biases, and for the accuracy before and after",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of random and of the batches (default: %(default)s)")
-    parser.add_argument(
-        "--pairs", type=int, default=20, help="timed forward passes per network, 0 for no timing (default: %(default)s)"
-    )
-    _export(parser)
-
-
-def _entropy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="SOURCE", help=f"training images: {DATA_SOURCES}")
-    parser.add_argument("--root", type=Path, help="where the files of fashion_mnist or torchvision:NAME are")
-    parser.add_argument(
-        "--unit", choices=("nats", "bits"), default="nats", help="of the entropy that is rounded (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rounding",
-        choices=("ceil", "floor", "round"),
-        default="ceil",
-        help="of the mean entropy (default: %(default)s)",
-    )
-    parser.add_argument("--max-images", type=int, metavar="N", help="measure N images, evenly spaced (default: all)")
-    _model(parser)
-    parser.add_argument(
-        "--input-size", type=int, nargs="+", metavar="N", help="height and width that the network is traced with"
-    )
-
-
-def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onnx",
         type=Path,
         metavar="FILE",
-        help="also write an ONNX file with a dynamic batch, check it in onnxruntime and time both runtimes",
+        help="also write an ONNX file for any batch size, check it in onnxruntime, and time both runtimes",
     )
-
-
-def _model(parser: argparse.ArgumentParser) -> None:
-    """Add the options by which a command is told its network, for :mod:`.model_source`."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="SOURCE", help=f"the network: {MODEL_SOURCES}")
-    source.add_argument("--config", type=Path, metavar="YAML", help="a LightningCLI configuration; its model is built")
+    _overwrite(parser)
     parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="unpickle a file that holds more than tensors and plain values: this runs whatever code it contains, so "
-        "only for files from people you trust",
+        "--pairs",
+        type=int,
+        default=20,
+        metavar="N",
+        help="time N forward passes of the network before and after; 0 skips the timing",
     )
+
+
+def _overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist already")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -264,12 +327,48 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-#: Name of a command -> its line of help and what adds its options. Module ``NAME`` beside this one runs it.
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "demo": ("train a small network on real digits, squeeze it and merge it", _demo),
-    "merge": ("merge a CentripetalSGD checkpoint into a narrower network", _merge),
-    "prune": ("remove the least important channels of a network, as many as a target asks for", _prune),
-    "entropy": ("estimate how deep a network can usefully be for a data set", _entropy),
-    "inspect": ("report how redundant the filters of a network are", _inspect),
-    "compare": ("report how the filters of two networks differ", _compare),
+#: Name of a command -> its line of help, more about it with an example, and what adds its options. Module ``NAME``
+#: beside this one runs it.
+COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "demo": (
+        "train a small network on real digits, squeeze it and merge it",
+        "Trains the same network without a method too, and compares them. Downloads nothing.\n\n"
+        "  filterdiv demo --method csgd soft",
+        _demo,
+    ),
+    "methods": (
+        "list all methods and what each gained in our runs",
+        "Callbacks go into a Trainer or a YAML file for filterdiv fit, functions change a network before training.",
+        _methods,
+    ),
+    "inspect": (
+        "report how redundant the filters of a network are",
+        "Writes text, CSV, an HTML page and pictures.\n\n"
+        "  filterdiv inspect torchvision:resnet18 --weights DEFAULT\n"
+        "  filterdiv inspect run.ckpt --model my_package.nets:Net",
+        _inspect,
+    ),
+    "compare": (
+        "report how the filters of two networks differ",
+        "Layers are matched by name. Writes text, CSV and an HTML page.\n\n  filterdiv compare before.ckpt after.ckpt",
+        _compare,
+    ),
+    "merge": (
+        "merge a CentripetalSGD checkpoint into a narrower network",
+        "The outputs of both networks are compared before anything is written.\n\n"
+        "  filterdiv merge end.ckpt --model my_package.nets:Net --out narrow.pt",
+        _merge,
+    ),
+    "prune": (
+        "remove the least important channels of a network",
+        "Pruning changes the outputs: train the narrow network afterwards.\n\n"
+        "  filterdiv prune torchvision:resnet18 --input-shape 1,3,224,224 --target-macs 0.5 --out narrow.pt",
+        _prune,
+    ),
+    "entropy": (
+        "estimate a useful depth from the entropy of images",
+        "The bound is a heuristic. With a network, its depth is compared with the bound stage by stage.\n\n"
+        "  filterdiv entropy --data digits --model torchvision:resnet18",
+        _entropy,
+    ),
 }

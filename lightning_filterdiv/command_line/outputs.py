@@ -1,8 +1,10 @@
-"""What ``merge`` and ``prune`` end with: files that are written, and what both networks cost."""
+"""Files that commands write: the check before minutes of work, and what ``merge`` and ``prune`` end with."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +18,34 @@ from lightning_filterdiv.narrowing.export import ExportError, export_onnx, laten
 from lightning_filterdiv.narrowing.files import save_merged
 from lightning_filterdiv.narrowing.measure import latency_ratio
 
-__all__ = ["check_outputs", "finish"]
+__all__ = ["check_outputs", "check_replaced", "finish"]
+
+
+def check_replaced(options: argparse.Namespace, option: str, paths: Iterable[Path]) -> None:
+    """Keep files that are there: the one rule of all commands.
+
+    Raises:
+        CommandError: one of ``paths`` exists and ``--overwrite`` is not given.
+    """
+    # A device or a pipe is written to, not replaced.
+    if not options.overwrite and (there := next(filter(Path.is_file, paths), None)) is not None:
+        raise CommandError(f"{option}: {there} exists; name another place, or add --overwrite to replace it")
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raise CommandError where a file that is asked for cannot be written; before minutes of work."""
+    """Check the files of ``--out`` and ``--onnx``, before minutes of work.
+
+    Raises:
+        CommandError: one cannot be written, exists without ``--overwrite``, or both are the same.
+    """
     for name, path in (("--out", options.out), ("--onnx", options.onnx)):
-        if path is not None and (reason := why_unwritable(path)):
+        if path is None:
+            continue
+        if reason := why_unwritable(path):
             raise CommandError(f"{name} {path} cannot be written: {reason}")
+        check_replaced(options, name, [path])
+    if options.onnx is not None and options.onnx.resolve() == options.out.resolve():
+        raise CommandError(f"--onnx and --out are the same file, {options.out}; name two")
 
 
 def finish(options: argparse.Namespace, model: nn.Module, narrow: nn.Module, inputs: Any, network: str | None) -> None:

@@ -13,7 +13,13 @@ from torch.utils.data import DataLoader
 
 from lightning_filterdiv.channel_graph import ChannelGraphError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import build_model, read_checkpoint, restore_model, search_here
+from lightning_filterdiv.command_line.model_source import (
+    build_model,
+    read_checkpoint,
+    restore_model,
+    search_here,
+    suggest_source,
+)
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.prune import prune_channels
@@ -79,7 +85,7 @@ def _network(options: argparse.Namespace) -> Any:
             raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
         return build_model(source)
     if not Path(source).exists():
-        raise CommandError(f"{source}: no such file, and none of {MODEL_SOURCES} either")
+        raise CommandError(f"{source}: no such file, and none of {MODEL_SOURCES} either{suggest_source(source)}")
     return restore_model(options.model, options.config, read_checkpoint(Path(source), options.trust_pickle))
 
 

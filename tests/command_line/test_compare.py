@@ -77,7 +77,7 @@ def test_wrong_input_is_one_line(two: list[str], tmp_path: Path, capsys: pytest.
     assert not Path(out, "report.txt").exists()
     assert main(["compare", *two, "--out", out]) == 0
     assert main(["compare", *two, "--out", out]) == 2
-    assert "holds a report already" in capsys.readouterr().err
+    assert "report.txt exists; name another place, or add --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ def test_squeezed_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"tensorboard --logdir {out}" in captured.out
     for noise in ("Warning", "srun", "TPU", "Tip"):
         assert noise not in captured.out + captured.err
-    network = load_merged(SmallConvNet(image_size=8), out / "csgd" / "narrow.pt")
+    network = load_merged(SmallConvNet(image_size=8), out / "csgd" / "version_0" / "narrow.pt")
     assert count_parameters(network) == narrow
+    assert f"for load_merged: {out / 'csgd' / 'version_0' / 'narrow.pt'}" in captured.out, "a folder of this run"
     for run in ("plain", "csgd"):
         events = EventAccumulator(str(out / run / "version_0")).Reload()
         scalars = events.Tags()["scalars"]

@@ -47,7 +47,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "entropy 4.000 ± 0.000 bits (mean and deviation over 3 images" in text
     assert "at most 4 convolutions per stage" in text
-    model = ["--model", "torchvision:resnet18", "--input-size", "64"]
+    model = ["--model", "torchvision:resnet18", "--input-shape", "1,3,64,64"]
     assert main(["entropy", "--data", source, "--unit", "bits", *model]) == 0
     text = capsys.readouterr().out
     assert "1 at 32x32, 4 at 16x16, 4 at 8x8" in text
@@ -86,6 +86,7 @@ def test_digits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "digits", "--model", "torchvision:nope"], "torchvision has no model 'nope'"),
         (["--data", "digits", "--model", "torch.nn:Identity"], "has no convolution"),
         (["--data", "digits", "--model", "torchvision:alexnet"], "AlexNet cannot be traced"),
+        (["--data", "digits", "--model", "torchvision:alexnet", "--input-shape", "1,1,64,64"], "see --input-shape"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 import lightning_filterdiv
 from lightning_filterdiv.command_line import fit
 from lightning_filterdiv.command_line.main import main
+from lightning_filterdiv.command_line.yaml_errors import find_cause
 from tests.registry import ONE_EACH
 
 _DEMO = {"model": "lightning_filterdiv.demo.SmallConvNet", "data": "lightning_filterdiv.demo.Digits"}
@@ -179,26 +180,76 @@ def test_a_misspelt_callback(written: str, meant: str, where: str, capsys: pytes
     assert main(["fit", *arguments]) == 2
     error = capsys.readouterr().err
     name = written.rpartition(".")[2]
-    assert f"\nThere is no callback {name!r}; did you mean {meant!r}?\n" in error
+    assert error.startswith(f"filterdiv fit: There is no callback {name!r}; did you mean {meant!r}?\n")
     assert error.count("did you mean") == 1
     assert error.endswith("The options are listed by: filterdiv fit --help\n")
     assert "usage:" not in error, "fifty lines that would hide the message"
 
 
 @pytest.mark.parametrize(
-    "callbacks",
+    ("callbacks", "cause"),
     [
-        [{"class_path": "RePr", "init_args": {"full_epoch": 3}}],
-        [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": 3.5}}, f"{__name__}.Picky", "RePr"],
-        ["no.such.Thing"],
-        ["Trainer"],
+        (
+            [{"class_path": "RePr", "init_args": {"full_epoch": 3}}],
+            "RePr has no argument 'full_epoch'; did you mean 'full_epochs'?",
+        ),
+        ([{"class_path": "RePr", "init_args": {"colour": 3}}], "RePr has no argument 'colour'"),
+        (
+            [{"class_path": "RePr", "init_args": {"full_epochs": "many"}}],
+            "RePr: full_epochs must be int or float, got 'many'",
+        ),
+        (
+            [{"class_path": "ModelCheckpoint"}, {"class_path": "CentripetalSGD", "init_args": {"include": "conv1"}}],
+            "CentripetalSGD: include must be list or null, got 'conv1'",
+        ),
+        (
+            [{"class_path": "WeightAsynchronousUpdate", "init_args": {"axis": "sideways"}}],
+            "WeightAsynchronousUpdate: axis must be one of 'out', 'in', got 'sideways'",
+        ),
+        (
+            [{"class_path": "ModelCheckpoint", "init_args": {"save_top_k": 3.5}}, f"{__name__}.Picky", "RePr"],
+            "ModelCheckpoint: save_top_k must be int, got '3.5'",
+        ),
+        (["Trainer"], "there is no class 'Trainer'"),
     ],
 )
-def test_other_mistakes_suggest_no_callback(callbacks: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_line_is_the_cause(callbacks: list[Any], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *configure(*callbacks)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith('filterdiv fit: Parser key "trainer.callbacks"')
-    assert "did you mean" not in error
+    assert error.splitlines()[0] == f"filterdiv fit: trainer.callbacks: {cause}"
+    assert "There is no callback" not in error
+    assert 'Parser key "trainer.callbacks"' in error, "the whole message follows"
+
+
+@pytest.mark.parametrize(
+    ("section", "cause"),
+    [
+        ({"trainer": {"max_epochs": "x"}}, "trainer.max_epochs must be int or null, got 'x'"),
+        (
+            {"model": {"class_path": _DEMO["model"], "init_args": {"width": "x"}}},
+            "model: SmallConvNet: width must be int, got 'x'",
+        ),
+        (
+            {"model": {"class_path": "lightning_filterdiv.demo.SmalConvNet"}},
+            "model: there is no class 'lightning_filterdiv.demo.SmalConvNet'; did you mean 'SmallConvNet'?",
+        ),
+        (
+            {"data": {"class_path": _DEMO["data"], "init_args": {"bach_size": 3}}},
+            "data: Digits has no argument 'bach_size'; did you mean 'batch_size'?",
+        ),
+        ({"trainr": {"max_epochs": 1}}, "Subcommand 'fit' does not accept option 'trainr.max_epochs'"),
+    ],
+)
+def test_the_first_line_is_the_cause_in_every_section(
+    section: dict[str, Any], cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *configure(**section)]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"filterdiv fit: {cause}"
+
+
+def test_an_error_of_another_form_speaks_for_itself() -> None:
+    for message in ("", "something else", 'Parser key "a":\n  something else', "Expected a <class 'int'>"):
+        assert find_cause(message) == ""
 
 
 def test_a_callback_of_the_user_is_none_of_ours_misspelt() -> None:

@@ -141,9 +141,8 @@ def test_an_existing_report_is_not_overwritten_silently(
     assert main(arguments) == 0
     (tmp_path / "out" / "index.html").write_text("mine")
     assert main(arguments) == 2
-    assert "holds a report already (report.txt); name another folder, or replace it with --overwrite" in (
-        capsys.readouterr().err
-    )
+    there = tmp_path / "out" / "report.txt"
+    assert f"--out: {there} exists; name another place, or add --overwrite to replace it" in capsys.readouterr().err
     assert (tmp_path / "out" / "index.html").read_text() == "mine"
     assert main([*arguments, "--overwrite"]) == 0
     assert (tmp_path / "out" / "index.html").read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -208,7 +207,9 @@ def test_data_that_cannot_be_shown(
     ("case", "message"),
     [
         (["{tmp}/nothing.ckpt"], "nothing.ckpt: no such file"),
-        (["resnet18"], "did you mean torchvision:resnet18?"),
+        (["resnet18"], "did you mean torchvision:resnet18 or timm:resnet18?"),
+        (["timm.resnet18"], "did you mean timm:resnet18?"),
+        (["torchvision.resnet_18"], "did you mean torchvision:resnet18, "),
         (["{tmp}/text.ckpt"], "text.ckpt is not a checkpoint"),
         (["{tmp}/bare.pt", "--weights", "DEFAULT"], "--weights belongs to torchvision:NAME and timm:NAME"),
         (["brings.it:Class", "--weights", "DEFAULT"], "--weights belongs to torchvision:NAME and timm:NAME"),
@@ -216,8 +217,8 @@ def test_data_that_cannot_be_shown(
         (["torchvision:nothing", "--weights", "DEFAULT"], "torchvision has no model 'nothing'"),
         (["{ckpt}", "--max-images", "0"], "--max-images must be an integer >= 1, got 0"),
         (["{tmp}/linear.ckpt"], "holds no convolution"),
-        (["torchvision:resnet19"], "torchvision has no model 'resnet19'; the closest names are resnet1"),
-        (["timm:resnet18x"], "timm has no model 'resnet18x'; the closest names are resnet"),
+        (["torchvision:resnet19"], "torchvision has no model 'resnet19'; did you mean torchvision:resnet1"),
+        (["timm:resnet18x"], "timm has no model 'resnet18x'; did you mean timm:resnet18"),
         (["{ckpt}", "--model", "torchvision:alexnet"], "the weights are not those of a AlexNet"),
         (["{ckpt}", "--out", "{tmp}/text.ckpt/report"], "cannot be written"),
         (["{ckpt}", "--threshold", "1.5"], "--threshold must be a finite number with 0 <= --threshold < 1, got 1.5"),

@@ -60,7 +60,7 @@ def test_help_of_a_command_needs_no_torch(command: str) -> None:
         (["fitt", "--config", "run.yaml"], "there is no command 'fitt'; did you mean 'fit'?"),
         (
             ["dance"],
-            "there is no command 'dance'; the commands are demo, merge, entropy, inspect, compare, fit, validate, test",
+            "there is no command 'dance'; the commands are demo, methods, inspect, compare, merge, prune, entropy, ",
         ),
         ([], "the following arguments are required: COMMAND"),
         (["--dance"], "the following arguments are required: COMMAND"),

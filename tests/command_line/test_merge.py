@@ -63,6 +63,7 @@ def test_a_checkpoint_from_the_middle_of_a_fit(
     assert f"checkpoint    {middle}" in capsys.readouterr().out
     content["state_dict"]["net.conv2.weight"].normal_()
     torch.save(content, path)
+    source.append("--overwrite")
     assert main(["merge", str(path), *source]) == 2
     error = capsys.readouterr().err
     assert f"These weights are those of {middle}" in error

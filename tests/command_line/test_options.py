@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from lightning_filterdiv.command_line import demo
-from lightning_filterdiv.command_line.options import COMMANDS, parse
+from lightning_filterdiv.command_line.options import COMMANDS, TRAINING, parse
 from lightning_filterdiv.entropy_depth.functional import Rounding, Unit
 from lightning_filterdiv.narrowing import Importance
 from lightning_filterdiv.narrowing.widths import Scope
@@ -54,7 +56,9 @@ _REPORT = {
                 "tolerance": 1e-3,
                 "pairs": 20,
                 "twins": None,
+                "form": "auto",
                 "onnx": None,
+                "overwrite": False,
                 **_MODEL,
             },
         ),
@@ -77,19 +81,22 @@ _REPORT = {
                 "data": None,
                 "seed": 0,
                 "pairs": 20,
+                "form": "auto",
                 "onnx": None,
+                "overwrite": False,
                 **_MODEL,
             },
         ),
+        (["methods"], {}),
         (
-            ["entropy", "--data", "digits", "--input-size", "8", "9"],
+            ["entropy", "--data", "digits", "--input-shape", "1,1,8,9"],
             {
                 "data": "digits",
                 "root": None,
                 "unit": "nats",
                 "rounding": "ceil",
                 "max_images": None,
-                "input_size": [8, 9],
+                "input_shape": (1, 1, 8, 9),
                 **_MODEL,
             },
         ),
@@ -122,3 +129,52 @@ def test_choices_are_those_of_the_modules(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_module_that_runs_it(command: str) -> None:
     assert callable(importlib.import_module(f"lightning_filterdiv.command_line.{command}").run)
+
+
+def _options(command: str) -> list[argparse.Action]:
+    parser = argparse.ArgumentParser()
+    COMMANDS[command][2](parser)
+    return parser._actions[1:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_style_of_options(command: str) -> None:
+    """Hyphens, a value in capitals, help that is no fragment, a default that the formatter adds."""
+    for option in _options(command):
+        (name,) = option.option_strings or [option.metavar]
+        assert re.fullmatch(r"--[a-z]+(-[a-z]+)*|[A-Z]+", str(name)), name
+        assert option.nargs == 0 or option.choices or str(option.metavar).isupper() or "." in str(option.metavar), name
+        assert option.help
+        assert not option.help.startswith(("of ", "for ", "its ")), name
+        assert "%(default)" not in option.help, name
+        known = f"{name} means something else elsewhere"
+        if name in ("--out", "--seed", "--max-images", "--data"):
+            continue
+        for other in COMMANDS:
+            for same in _options(other):
+                assert name not in same.option_strings or (option.metavar, option.type, option.nargs) == (
+                    same.metavar,
+                    same.type,
+                    same.nargs,
+                ), known
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_shows_each_default_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option in _options(command):
+        if option.option_strings and option.default is not None and option.default is not False:
+            default = " ".join(option.default) if isinstance(option.default, list) else option.default
+            assert text.count(f"(default: {default})") >= 1, option.option_strings
+    assert "(default: None)" not in text
+    assert not re.search(r"\(default[^()]*\) \(default", text)
+
+
+def test_every_command_that_writes_files_keeps_what_is_there() -> None:
+    """``demo`` has a new folder for every run instead."""
+    writing = {c for c in COMMANDS if any("--out" in option.option_strings for option in _options(c))}
+    keeping = {c for c in COMMANDS if any("--overwrite" in option.option_strings for option in _options(c))}
+    assert writing - keeping == {"demo"}
+    assert not set(TRAINING) & set(COMMANDS)

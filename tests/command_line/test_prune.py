@@ -74,3 +74,20 @@ def test_what_cannot_be_done_is_one_line(
     assert words in message
     assert message.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_files_are_replaced_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, onnx = tmp_path / "small.pt", tmp_path / "small.onnx"
+    arguments = ["prune", MODEL, "--target-macs", "0.5", "--pairs", "0", "--out", str(out), "--onnx", str(onnx)]
+    for mine, option in ((out, "--out"), (onnx, "--onnx")):
+        mine.write_text("mine")
+        assert main(arguments) == 2
+        assert (
+            f"{option}: {mine} exists; name another place, or add --overwrite to replace it" in capsys.readouterr().err
+        )
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+        mine.unlink()
+    out.write_text("mine")
+    assert main([*arguments, "--overwrite"]) == 0
+    load_merged(SmallConvNet(), out)
+    assert onnx.stat().st_size > 1000

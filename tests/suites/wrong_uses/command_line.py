@@ -183,6 +183,27 @@ COMMAND_LINE: list[Row] = [
         "resnet18",
     ),
     Row(
+        "inspect with a dot for a colon",
+        lambda: command("inspect", "timm.resnet18"),
+        CommandError,
+        "timm.resnet18",
+        "did you mean timm:resnet18?",
+    ),
+    Row(
+        "merge onto the checkpoint",
+        lambda: command("merge", checkpoint(), "--out", checkpoint(), *MODEL),
+        CommandError,
+        "--out: plain.ckpt exists",
+        "add --overwrite",
+    ),
+    Row(
+        "prune into one file twice",
+        lambda: command("prune", MODEL[1], "--target-macs", "0.5", "--out", "a.pt", "--onnx", "a.pt"),
+        CommandError,
+        "--onnx and --out are the same file",
+        "name two",
+    ),
+    Row(
         "inspect into a file",
         lambda: command("inspect", checkpoint(), "--out", text_file()),
         CommandError,
