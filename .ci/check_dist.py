@@ -20,7 +20,7 @@ def main() -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"lightning_filterdiv-{version}.dist-info"
     package = ROOT / "lightning_filterdiv"
-    sources = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.pyi") for path in package.rglob(kind)}
+    sources = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.pyi", "*.json") for path in package.rglob(kind)}
     cards = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_filterdiv").rglob("README.md")}
     wanted = sources | cards | {"lightning_filterdiv/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"}
     assert wanted <= names, f"the wheel lacks {sorted(wanted - names)}"
