@@ -32,7 +32,8 @@ from lightning_filterdiv.channel_graph.counted import (
 )
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import compare, randomise
-from lightning_filterdiv.narrowing import load_merged, merge_channels, prune_channels, save_merged
+from lightning_filterdiv.narrowing import load_merged, merge_channels, save_merged
+from lightning_filterdiv.narrowing import narrow as prune
 
 from .checks import check_exact, merge
 
@@ -126,7 +127,7 @@ def test_pruning_keeps_a_plain_norm(name: str) -> None:
     randomise(model, torch.Generator().manual_seed(0))
     graph = ChannelGraph.trace(model, IMAGE)
     kept = torch.tensor([1, 2, 4, 7])
-    pruned = prune_channels(model, graph, {"first": kept})
+    pruned = prune(model, graph, {"first": kept})
     assert type(pruned.norm) is type(model.norm)
     x = model.first(IMAGE.double())[:, kept]
     tensors = {n: p.detach()[kept] for n, p in model.norm.named_parameters()}
@@ -140,7 +141,7 @@ def test_pruning_keeps_a_plain_norm(name: str) -> None:
     narrow = merge(model, graph, {"first": UNEQUAL})
     again = ChannelGraph.trace(narrow, IMAGE)
     if name != "GroupNorm":
-        assert prune_channels(narrow, again, {"first": torch.tensor([0, 2])}).first.out_channels == 2
+        assert prune(narrow, again, {"first": torch.tensor([0, 2])}).first.out_channels == 2
 
 
 COUNTS = torch.tensor([3, 1, 2, 2])

@@ -15,7 +15,7 @@ from lightning_filterdiv.centripetal.functional import cluster_means, equalise
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import compare
-from lightning_filterdiv.narrowing import prune_channels
+from lightning_filterdiv.narrowing import narrow
 
 from .checks import check_exact, merge, mergeable
 
@@ -226,7 +226,7 @@ def test_clusters_that_break_blocks_are_an_error() -> None:
     with pytest.raises(NarrowingError, match=r"clusters of group '0' leave \[2, 4\] channels in its 2 blocks"):
         tie(model, graph, {"0": torch.tensor([0, 0, 1, 1, 2, 3, 4, 5])})
     with pytest.raises(NarrowingError, match=r"keep\['3'\] of group '3' leave \[2, 1\] channels in its 2 blocks"):
-        prune_channels(model, graph, {"3": torch.tensor([0, 1, 6])})
+        narrow(model, graph, {"3": torch.tensor([0, 1, 6])})
 
 
 @pytest.mark.parametrize("conv", [nn.Conv2d, nn.ConvTranspose2d])
@@ -234,7 +234,7 @@ def test_blocks_are_pruned(conv: type[nn.Module]) -> None:
     model = _grouped(conv).double().eval()
     graph = ChannelGraph.trace(model, IMAGE)
     kept = {"0": torch.tensor([1, 3, 4, 6]), "3": torch.tensor([0, 2, 5, 6, 7, 11])}
-    pruned = prune_channels(model, graph, kept)
+    pruned = narrow(model, graph, kept)
     ignoring = [model[:3](IMAGE.double())[:, [1, 3, 4, 6]]]
     weight = model[3].weight.detach()
     blocks = [weight[:6, [1, 3]], weight[6:, [0, 2]]] if conv is nn.Conv2d else [weight[[1, 3]], weight[[4, 6]]]
