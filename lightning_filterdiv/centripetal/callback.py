@@ -91,6 +91,7 @@ class CentripetalSGD(FilterCallback):
         ),
         "clusters stay as in the checkpoint; start a new fit to change them",
     )
+    refused_beside = {"ModelPruning": "its masks differ inside a cluster, whose members then never become equal"}
     lost_in_child_processes = "the clusters that merge() needs"
 
     def __init__(

@@ -88,6 +88,7 @@ class RePr(FilterCallback):
     gradient_stage = 30
     waits_for_layers = True
     log_prefix = "repr"
+    refused_beside = {"ModelPruning": "it computes weights from masks, and filters of such layers cannot be silenced"}
     lost_in_child_processes = "the history and the old values of dropped filters"
 
     def __init__(

@@ -80,6 +80,8 @@ class FilterCallback(Callback):
     #: What a fit in child processes loses: launchers that spawn or fork (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
     #: copy only weights back. Empty: nothing, and such launchers are allowed.
     lost_in_child_processes: ClassVar[str] = ""
+    #: Classes of callbacks that it cannot work beside, by name, and why.
+    refused_beside: ClassVar[Mapping[str, str]] = {}
     #: Arguments that a resume takes from the checkpoint, and why: their new values are not used. See
     #: :meth:`kept_on_resume`. Every other argument is used with its new value from the first step on.
     fixed_on_resume: ClassVar[Mapping[str, str]] = {}
@@ -339,6 +341,7 @@ class FilterCallback(Callback):
             )
         self._check_launcher(getattr(trainer.strategy, "launcher", None))
         self._check_order(_callbacks(trainer))
+        self._check_companions(_callbacks(trainer))
         if trainer.is_global_zero:
             warn_once_about_versions()
         if stage == "fit":
@@ -400,6 +403,16 @@ class FilterCallback(Callback):
                 f"{method!r}), because only weights come back from them: {self.lost_in_child_processes} would be lost. "
                 f"Use strategy='ddp' in a script, started by itself or with torchrun; in a notebook use devices=1"
             )
+
+    def _check_companions(self, callbacks: Sequence[object]) -> None:
+        for callback in callbacks:
+            # By name: each of Lightning's namespaces has a class of its own.
+            for name in (cls.__name__ for cls in type(callback).__mro__):
+                if name in self.refused_beside:
+                    raise MisconfigurationException(
+                        f"{type(self).__name__} cannot be used beside {name}: {self.refused_beside[name]}. Use one of "
+                        f"the two, or one after the other"
+                    )
 
     def _check_order(self, callbacks: Sequence[object]) -> None:
         if self.gradient_stage is None:

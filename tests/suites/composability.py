@@ -122,7 +122,7 @@ def held_filters(callback: FilterCallback) -> dict[str, Tensor]:
     if isinstance(callback, RePr):
         return callback.dropped
     if isinstance(callback, WeightAsynchronousUpdate) and callback.hold == "update" and callback.axis == "out":
-        return {name: (~chosen).nonzero().flatten() for name, chosen in callback.updated_filters().items()}
+        return {name: (~chosen).nonzero().flatten() for name, chosen in callback.last_subsets().items()}
     return {}
 
 
@@ -166,6 +166,8 @@ def _train(callbacks: list[Callback], scale: float, **options: Any) -> Run:
 def _outcome(make: Callable[[], list[Callback]], parts: list[Case], scale: float, **options: Any) -> str:
     try:
         run = _train(make(), scale, **options)
+    except AssertionError:
+        raise
     except Exception as error:
         return SWAP if "Swap the two" in str(error) else f"refused: {error}"
     weights = run.tensors()
