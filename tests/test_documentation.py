@@ -69,7 +69,18 @@ def _known(line: str) -> bool:
         return (ROOT / words[1]).exists()
     if words[0] == "sbatch":
         return any((ROOT / word).exists() for word in words if word.endswith(".sbatch"))
-    outside = {"filterdiv", "lint-imports", "mkdocs", "mypy", "pip", "pytest", "srun", "tensorboard", "torchrun"}
+    outside = {
+        "export",
+        "filterdiv",
+        "lint-imports",
+        "mkdocs",
+        "mypy",
+        "pip",
+        "pytest",
+        "srun",
+        "tensorboard",
+        "torchrun",
+    }
     return words[0] in outside or (ROOT / words[0]).exists()
 
 

@@ -123,7 +123,8 @@ def test_the_number_of_operations_depends_neither_on_parameters_nor_on_shapes() 
             hold.after_step(optimizer)
 
         counts = profiled_operations(hooks)
-        assert counts.pop("aten::copy_") == 8 * len(shapes)
+        for of_single_tensors in ("aten::copy_", "aten::stack", "aten::cat"):  # on a CPU
+            counts.pop(of_single_tensors, None)
         return dict(counts)
 
     few = operations([(3,)])

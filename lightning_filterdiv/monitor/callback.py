@@ -125,7 +125,7 @@ class FilterSimilarityMonitor(FilterCallback):
         if stage != "fit":
             return
         self._batch = FixedBatch(pl_module) if self.activations and trainer.is_global_zero else None
-        dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
+        dry = bool(getattr(trainer, "fast_dev_run", False))
         if trainer.is_global_zero and not dry:
             self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
             shown = [f"{_NETWORK}/{name}" for name in METRICS] if self.scalars else []
@@ -300,7 +300,7 @@ class FilterSimilarityMonitor(FilterCallback):
                 with trainer.precision_plugin.forward_context():
                     found.update(batch.correlations(self.layers, dropped))
 
-            self.attempt("activations", measure)
+            self.attempt("activations", measure, "measure")
         return found
 
     def _channel_numbers(self, correlations: Mapping[str, Tensor], dropped: Mapping[str, Dropped]) -> dict[str, float]:

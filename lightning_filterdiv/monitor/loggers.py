@@ -112,7 +112,7 @@ class ArgumentRecord:
             metrics: tags of the scalars shown beside it in TensorBoard.
         """
         experiment: Any = getattr(logger, "experiment", None)
-        if not hasattr(experiment, "add_custom_scalars"):
+        if not hasattr(experiment, "_get_file_writer"):  # not TensorBoard's
             logger.log_hyperparams(self.arguments)
             return
         from torch.utils.tensorboard.summary import hparams

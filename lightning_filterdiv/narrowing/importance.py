@@ -230,7 +230,9 @@ def batch_inputs(batch: Any) -> Any:
         return batch[0]
     if isinstance(batch, Tensor):
         return batch
-    raise TypeError(f"a batch must be a tensor or a tuple that begins with the inputs, got {type(batch).__name__}")
+    raise TypeError(
+        f"a batch must be a tensor (B, C, H, W) or a tuple that begins with one, got {type(batch).__name__}"
+    )
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:

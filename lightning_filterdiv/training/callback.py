@@ -203,17 +203,18 @@ class FilterCallback(Callback):
         for logger in self.trainer.loggers:
             self.attempt("numbers", partial(logger.log_metrics, named, step=self.trainer.global_step))
 
-    def attempt(self, what: str, write: Callable[[], object]) -> None:
+    def attempt(self, what: str, write: Callable[[], object], verb: str = "write") -> None:
         """Call ``write``, and turn its failure into a warning: training is worth more than what is written about it.
 
         Args:
             what: plural noun of what is written. Each is warned of once in a fit.
             write: may raise anything. An interrupt passes.
+            verb: of what failed.
         """
         try:
             write()
         except Exception as error:  # disks, servers, loggers and matplotlib have errors of many types
-            self.warn_once(what, f"could not write {what} ({type(error).__name__}: {' '.join(str(error).split())})")
+            self.warn_once(what, f"could not {verb} {what} ({type(error).__name__}: {' '.join(str(error).split())})")
 
     def warn_once(self, what: str, said: str) -> None:
         """Warn that something about ``what`` failed, once in a fit; see :meth:`attempt`."""

@@ -143,7 +143,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
 @pytest.mark.parametrize("name", REASONS)
 def test_reasons_name_the_operator_and_the_axis(name: str) -> None:
     make, inputs, layer, reason = REASONS[name]
-    assert ChannelGraph.trace(make(), inputs).pinned[layer] == reason
+    assert ChannelGraph.trace(make(), inputs).pinned[layer].startswith(reason)
 
 
 class DataDependent(nn.Module):

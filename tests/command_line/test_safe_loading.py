@@ -119,7 +119,7 @@ def test_the_option_states_the_danger(capsys: pytest.CaptureFixture[str]) -> Non
         with pytest.raises(SystemExit):
             main([name, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert "this runs whatever code it contains, so only for files from people you trust" in text
+        assert "Opening runs any code inside: use it only for files from people you trust" in text
 
 
 def test_weights_in_torch_s_hub_folder_are_no_exception(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ _NO_NORM = {("convnext_tiny", "bn_scale")}
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_a_small_network_by_every_importance(importance: str) -> None:
-    assert check("resnet20", importance, onnx=importance == "l2").startswith("works (0.5")
+    verdict = check("resnet20", importance, onnx=importance == "l2")
+    assert verdict.startswith("works ("), verdict
+    assert float(verdict[7:].rstrip(")")) == pytest.approx(0.5, rel=0.01)
 
 
 @pytest.mark.soak

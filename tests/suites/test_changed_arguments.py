@@ -23,7 +23,11 @@ OTHER: dict[str, dict[str, Any]] = {
         "update_fraction": 0.25, "axis": "in", "sampling": "with_replacement", "hold": "gradient", "rescale": True,
         "seed": 1,
     },
-    "csgd": {"keep_fraction": 0.25, "strength": 0.5, "vector_strength": 0.5, "clustering": "even", "seed": 1},
+    "csgd": {
+        "keep_fraction": 0.25, "target_macs": 0.5, "target_parameters": 0.5, "scope": "global",
+        "max_layer_fraction": 0.75, "channels_multiple": 2, "strength": 0.5, "vector_strength": 0.5,
+        "clustering": "even", "seed": 1,
+    },
     "basis": {"weight": 1.0, "milestones": {1: 0.5}, "form": "soft", "decoupled": True, "linear": True},
     "expand": {"initial": "fresh", "seed": 1},
     "importance": {"seed": 1},

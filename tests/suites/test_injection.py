@@ -135,6 +135,9 @@ class Neighbour(Callback):
         return f"Neighbour {self.place}"
 
 
+OUR_TAGS = ("filterdiv/", "Filters/", "filterdiv_layers/")
+
+
 class Experiment:
     """Takes images as TensorBoard does."""
 
@@ -158,7 +161,7 @@ class Told(Logger):
         self.fuse, self.experiment = fuse, Experiment(fuse)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.fuse.called("logger", "ours" if any(key.startswith("filterdiv/") for key in metrics) else "log_metrics")
+        self.fuse.called("logger", "ours" if any(key.startswith(OUR_TAGS) for key in metrics) else "log_metrics")
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         self.fuse.called("logger", "log_hyperparams")
@@ -297,7 +300,7 @@ OURS: dict[str, dict[str, int]] = {
     "csgd": {"ours": 3},
     "basis": {"ours": 7},
     "monitor": {"ours": 4, "add_custom_scalars": 1},
-    "monitor_figures": {"ours": 4, "add_custom_scalars": 1, "add_image": 16},
+    "monitor_figures": {"ours": 4, "add_custom_scalars": 1, "add_image": 8},
     "entropy": {"ours": 2},
 }
 WITH_FIGURES = next(case for case in CASES if case.name == "monitor_figures")

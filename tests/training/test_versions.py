@@ -41,7 +41,7 @@ def test_the_window_is_that_of_the_project_and_of_the_readme(package: str) -> No
     (pinned,) = [c for c in PROJECT["tool"]["uv"]["constraint-dependencies"] if c.startswith(f"{package}==")]
     assert _release(bound) == low
     assert _release(pinned) == high
-    assert f"{package} {low[0]}.{low[1]} to {high[0]}.{high[1]}" in (ROOT / "README.md").read_text()
+    assert f"{package} {low[0]}.{low[1]} to {high[0]}.{high[1]}" in (ROOT / "docs" / "support.md").read_text()
 
 
 @pytest.mark.parametrize(
