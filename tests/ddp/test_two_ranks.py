@@ -127,7 +127,8 @@ class _GlobalDraws(WeightAsynchronousUpdate):
     """Mutant: draws from the global generator."""
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self._updates[0].seed = int(torch.randint(1000, ()))
+        draws = self._updates[0]._draws
+        draws._key, draws._for = (int(torch.randint(1000, ())), ""), None
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
 
