@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from benchmarks.cost.fake_device import KernelCounter, host_draws_apart, profile
 from benchmarks.cost.overhead import trained_hooks
 from benchmarks.models import CifarResNet, build_network
 from lightning_filterdiv.narrowing import count_macs, count_parameters
+from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
 
 RESULT = result_path("scaling.json", "cpu")
 SHOWN = ("wau", "repr sub-network phase", "csgd", "basis", "soft", "srip")
@@ -94,11 +96,12 @@ def count_hooks(method: str, model: nn.Module) -> Count:
     """
     optimizer, (before, after) = trained_hooks(method, model)
     counter = KernelCounter("cpu")
-    with counter, host_draws_apart(counter):
-        before(1)
-    optimizer.step()
-    with counter:
-        after()
+    with patch.object(FlatBuffer, "stacks_on_cpu", False):
+        with counter, host_draws_apart(counter):
+            before(1)
+        optimizer.step()
+        with counter:
+            after()
     return Count(counter.kernels.total(), counter.bytes, counter.flops)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers, ChannelGroup
-from .errors import ChannelGraphError, GraphFormError
+from .errors import ChannelGraphError, ExampleInputsError, GraphFormError, TraceError
 from .forms import find_deviation, fixing_bodies, graph_bodies, refusal
 from .modules import (
     bare_module,
@@ -98,6 +98,8 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
         outputs = record(traced, graph.inputs, tensor_names(narrow), graph.network).outputs
         if tuple(node.shape for node in outputs) == graph.output_shapes:
             return None
+    except (ExampleInputsError, TraceError):
+        pass  # it does not run; what its forward says is about widths that nobody asked for
     except ChannelGraphError as error:
         reason = f", and {error}"
     del graph.recording.literal[fixing.module]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class FlatBuffer:
         device: of the buffer; ``None``: that of the first tensor.
         adoptable: align every tensor as an allocation of its own would be.
     """
+
+    #: On a CPU, where ``_foreach_copy_`` is a loop of copies. Off to count there what a GPU would do.
+    stacks_on_cpu: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -92,11 +96,10 @@ class FlatBuffer:
     def read(self, tensors: list[Tensor], members: Sequence[int] | None = None) -> None:
         """Copy ``tensors``, at least one, to the places ``members``; ``None``: one tensor for every place."""
         with torch.no_grad():
-            if self.flat.is_cpu and len(tensors) == len(self.views):
-                # There _foreach_copy_ is a loop of copies; on a GPU it is one kernel per chunk, whatever the shapes.
+            if self.stacks_on_cpu and self.flat.is_cpu and len(tensors) == len(self.views):
                 for first, end, stacked in self._runs:
                     torch.stack(tensors[first:end], out=stacked)
-            else:
+            else:  # on a GPU one kernel per chunk, whatever the shapes
                 torch._foreach_copy_(self._places(members), tensors)
 
     def write(self, tensors: list[Tensor], members: Sequence[int] | None = None) -> None:

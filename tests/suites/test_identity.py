@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def test_damaged_state(case: Case) -> None:
     state["extra"] = dict.fromkeys(state["extra"], "?")
     with pytest.raises(ValueError, match="cannot be used") as caught:
         case.make().load_state_dict(state)
-    assert re.search(r"must be a (list|dict)", str(caught.value))
+    assert f"must be a {'dict' if case.name == 'csgd' else 'list'}" in str(caught.value)
     assert "to start" in str(caught.value)
 
 
