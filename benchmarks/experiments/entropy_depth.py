@@ -137,11 +137,11 @@ def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], 
 def main() -> None:
     """Command line."""
     options = run_parser(__doc__, ARMS, [1, 2, 3], OUT).parse_args()
-    if options.table:
-        bound = json.loads(entropy_speed.RESULT.read_text())["rows"]["raw 8-bit array"]["bound"]
-        print(table(options.out, bound))
-        return
-    run_missing(options, run)
+
+    def tabulate(folder: Path) -> str:
+        return table(folder, json.loads(entropy_speed.RESULT.read_text())["rows"]["raw 8-bit array"]["bound"])
+
+    run_missing(options, run, tabulate)
 
 
 if __name__ == "__main__":

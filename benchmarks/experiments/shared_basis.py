@@ -160,10 +160,7 @@ def main() -> None:
     if options.figure:
         figure(options.out, options.figure)
         return
-    if options.table:
-        print(table(options.out), profile_table(options.out), sep="\n\n")
-        return
-    run_missing(options, run)
+    run_missing(options, run, lambda folder: f"{table(folder)}\n\n{profile_table(folder)}")
 
 
 if __name__ == "__main__":

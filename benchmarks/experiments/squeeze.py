@@ -262,15 +262,16 @@ def main() -> None:
     parser.add_argument("--latency", action="store_true", help="measure latency and stop")
     parser.add_argument("--pairs", type=int, default=60, help="of --latency")
     options = parser.parse_args()
-    if options.table:
-        print(f"{table(options.out)}\n\n{merge_table(options.out)}")
-        return
     if options.latency:
         torch.set_num_threads(1)
         (options.out / "latency.json").write_text(json.dumps(latency(options.pairs), indent=1) + "\n")
         print(latency_table(options.out / "latency.json"))
         return
-    run_missing(options, lambda arm, seed: run(arm, seed, options.out))
+    run_missing(
+        options,
+        lambda arm, seed: run(arm, seed, options.out),
+        lambda folder: f"{table(folder)}\n\n{merge_table(folder)}",
+    )
 
 
 if __name__ == "__main__":

@@ -119,10 +119,7 @@ def table(folder: Path) -> str:
 def main() -> None:
     """Command line."""
     options = run_parser(__doc__, ARMS, [1, 2, 3], OUT).parse_args()
-    if options.table:
-        print(table(options.out))
-        return
-    run_missing(options, run)
+    run_missing(options, run, table)
 
 
 if __name__ == "__main__":

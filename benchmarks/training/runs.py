@@ -109,8 +109,12 @@ def interval(values: Sequence[float], sign: str = "") -> str:
     return shown if len(values) < 2 else f"{shown} ± {half_interval(values):.2f}"
 
 
-def run_missing(options: argparse.Namespace, run: Callable[[str, int], dict[str, Any]]) -> None:
+def run_missing(
+    options: argparse.Namespace, run: Callable[[str, int], dict[str, Any]], table: Callable[[Path], str]
+) -> None:
     """Make every run of :func:`run_parser`'s options whose file does not exist, on one thread, seed by seed.
+
+    With ``--table`` print the table of what is there instead.
 
     A seed is the work of one process at a time, because its runs may start from one another; what another process has
     in work comes last, and is taken over if that process leaves it unfinished.
@@ -118,10 +122,15 @@ def run_missing(options: argparse.Namespace, run: Callable[[str, int], dict[str,
     Args:
         options: what the parser returned.
         run: (arm, seed) -> result with a ``test_accuracy``.
+        table: folder -> tables of finished runs, in Markdown.
 
     Raises:
         LockError: the file system of ``--out`` has no locks.
     """
+    if options.table:
+        finished = any(options.out.glob("*-seed*.json"))
+        print(table(options.out) if finished else f"No run in {options.out} is finished; start them without --table.")
+        return
     torch.set_num_threads(1)
     seeds = list(options.seeds)
     for wait in (False, True):

@@ -37,11 +37,11 @@ def test_what_is_there_is_kept_and_the_rest_is_made_seed_by_seed(tmp_path: Path)
         return {"test_accuracy": 0.5, "arm": arm}
 
     (tmp_path / "start-seed1.json").write_text("{}")
-    run_missing(options(tmp_path), run)
+    run_missing(options(tmp_path), run, str)
     assert made == [("rest", 1), ("start", 2), ("rest", 2), ("start", 3), ("rest", 3)]
     assert json.loads((tmp_path / "start-seed1.json").read_text()) == {}
     assert json.loads((tmp_path / "rest-seed3.json").read_text())["arm"] == "rest"
-    run_missing(options(tmp_path), run)
+    run_missing(options(tmp_path), run, str)
     assert len(made) == 5
 
 
@@ -73,7 +73,7 @@ def test_a_seed_in_work_elsewhere_comes_last(tmp_path: Path, finished: bool) -> 
     with ThreadPoolExecutor(1) as pool:
         with exclusive(tmp_path / ".partial" / "seed1.lock", wait=False) as lock:
             assert lock is not None
-            process = pool.submit(run_missing, options(tmp_path), run)
+            process = pool.submit(run_missing, options(tmp_path), run, str)
             assert others.wait(30)
             assert not any(seed == 1 for _, seed in made)
             (tmp_path / "start-seed1.json").write_text("{}")
@@ -89,4 +89,18 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(LockError, match=r"cannot be locked .*No locks available.*choose an --out"):
-        run_missing(options(tmp_path), lambda arm, seed: {"test_accuracy": 0.0})
+        run_missing(options(tmp_path), lambda arm, seed: {"test_accuracy": 0.0}, str)
+
+
+def test_the_table_is_printed_and_nothing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = options(tmp_path)
+    asked.table = True
+
+    def run(arm: str, seed: int) -> dict[str, Any]:
+        raise AssertionError("--table runs nothing")
+
+    run_missing(asked, run, lambda folder: f"table of {folder.name}")
+    assert "is finished; start them without --table" in capsys.readouterr().out
+    (tmp_path / "start-seed1.json").write_text("{}")
+    run_missing(asked, run, lambda folder: f"table of {folder.name}")
+    assert capsys.readouterr().out == f"table of {tmp_path.name}\n"
