@@ -57,9 +57,9 @@ def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
             return  # these counts do not fit, others may
         traced = bare_module(find_submodule(narrow, graph.network))
         path = failing_part(traced, graph.inputs, tensor_names(narrow), graph.network)
-        if not path or path in tried:
-            return
         modules = named_modules(model)
+        if not path or path in tried or path not in modules:
+            return
         alike = [name for name, module in modules.items() if type(module) is type(modules[path])]
         for name in alike:
             if (reason := refusal(graph, name)) is None:
