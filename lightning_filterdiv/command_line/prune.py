@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def _in_options(message: str) -> str:
     names = ("keep_fraction", "target_macs", "target_parameters", "max_layer_fraction", "channels_multiple")
     for name in names:
         message = message.replace(name, f"--{name.replace('_', '-')}")
+    message = re.sub(r"importance='(\w+)'", r"--importance \1", message)
     return message.replace("example_inputs=...", "--input-shape").replace("batches=...", "--data")
 
 

@@ -27,6 +27,8 @@ KeepFraction = float | dict[str, float]
 Scope = Literal["layer", "global"]
 #: A target is met when the cost is so near to it, as a share of it.
 _TOLERANCE = 0.01
+#: As messages write them.
+_MEASURES = {"channels": "channels", "macs": "MACs", "parameters": "parameters"}
 _TARGETS = ("keep_fraction", "target_macs", "target_parameters")
 
 
@@ -517,7 +519,7 @@ class _Solver:
         alone = f"; left alone: {quote_names(list(self.left_alone), 4)}" if self.left_alone else ""
         raise TargetError(
             f"{rule.target}={getattr(rule, rule.target):g} is out of reach: with {kept} each of {len(self.groups)} "
-            f"groups, {share:.3g} of the {rule.measure} remain{alone}. Ask for at least "
+            f"groups, {share:.3g} of the {_MEASURES[rule.measure]} remain{alone}. Ask for at least "
             f"{math.ceil(1000 * share) / 1000:g}, or let more go (include, exclude, max_layer_fraction, "
             f"channels_multiple)"
         )

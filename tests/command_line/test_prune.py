@@ -60,7 +60,7 @@ def test_twins_of_any_weights_are_merged(tmp_path: Path, capsys: pytest.CaptureF
         (["--target-macs", "1.5"], "--target-macs is a share of the full network"),
         (["--target-macs", "0.0001"], "is out of reach"),
         ([], "give one of --keep-fraction, --target-macs and --target-parameters"),
-        (["--target-macs", "0.5", "--importance", "taylor"], "importance='taylor' needs --data"),
+        (["--target-macs", "0.5", "--importance", "taylor"], "--importance taylor needs --data"),
         (["--target-macs", "0.5", "--include", "nothing"], "include pattern 'nothing' matches no layer"),
         (["--target-macs", "0.5", "--data", "digits"], "is no pkg.module:Name"),
         (["--target-macs", "0.5", "--onnx", "/no/folder/a.onnx"], "--onnx /no/folder/a.onnx cannot be written"),
