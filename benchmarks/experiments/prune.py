@@ -3,14 +3,14 @@
 ResNet-20 (projection shortcuts, one input channel) on FM5k's images: 5,000 of Fashion-MNIST (a permutation drawn from
 the run's seed), judged on all 10,000 test images; batch 64, SGD with Nesterov momentum 0.9, weight decay 5e-4, learning
 rate 0.05, divided by ten after 60 % and 87 % of the epochs; no augmentation. One parent per seed is trained for 40
-epochs; every arm starts from it, ends with half of its MACs in the same widths, and is trained for 40 epochs more.
+epochs; every arm starts from it, ends with half of its MACs in the same widths, and is trained for 20 epochs more.
 
     python -m benchmarks.experiments.prune --seeds 1 2 3    # skips arms whose file exists
     python -m benchmarks.experiments.prune --table
 
-Arms: ``parent``; ``csgd`` (CentripetalSGD during the 40 epochs, then merged); ``redundancy``, ``taylor``, ``l2``,
-``bn_scale``, ``random`` (:func:`~lightning_filterdiv.narrowing.prune_channels`, then 40 epochs); ``torch_pruning``
-(its magnitude pruner at the same widths, then 40 epochs); ``full`` (40 more epochs at full width). Pruning arms also
+Arms: ``parent``; ``csgd`` (CentripetalSGD during the 20 epochs, then merged); ``redundancy``, ``taylor``, ``l2``,
+``bn_scale``, ``random`` (:func:`~lightning_filterdiv.narrowing.prune_channels`, then 20 epochs); ``torch_pruning``
+(its magnitude pruner at the same widths, then 20 epochs); ``full`` (20 more epochs at full width). Pruning arms also
 record the accuracy before any fine-tuning, with and without what goes into the next bias; for ``csgd`` that is the
 parent merged at once by the same clusters.
 """
@@ -48,7 +48,7 @@ from lightning_filterdiv.narrowing import (
     prune_channels,
 )
 
-PARENT_EPOCHS, EPOCHS, TARGET, BATCHES = 40, 40, 0.5, 16
+PARENT_EPOCHS, EPOCHS, TARGET, BATCHES = 40, 20, 0.5, 16
 OUT = RESULTS / "prune"
 IMPORTANCES = ("redundancy", "taylor", "l2", "bn_scale", "random")
 ARMS = ("parent", "csgd", *IMPORTANCES, "torch_pruning", "full")
