@@ -423,8 +423,27 @@ def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
     """The network at the widths of ``tied``, if forward follows them by itself."""
     wanted = {s.group.name: len(s.kept) for s in tied}
     layout = layout_for(graph, widths_of(graph, wanted))
-    fits = layout is not None and all(layout.counts[name] == count for name, count in wanted.items())
-    return layout if fits else None
+    if layout is None or any(layout.counts[name] != count for name, count in wanted.items()):
+        return None
+    return layout if _keeps_blocks(graph, tied, layout) else None
+
+
+def _keeps_blocks(graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> bool:
+    """Whether what is kept meets the blocks of grouped layers in the order in which forward brings it there."""
+    kept = {s.group.name: s.kept for s in tied}
+    blocks = {
+        group.name: group.blocks[kept.get(group.name, slice(None))].tolist()
+        for group in graph.groups
+        if group.blocks is not None
+    }
+    pairs: set[tuple[tuple[str, int], tuple[str, int]]] = set()
+    for group in layout.graph.groups:
+        there = [0] * group.size if group.blocks is None else group.blocks.tolist()
+        for channel, block in zip(group.channels.tolist(), there, strict=True):
+            name, i = layout.channels.get(channel, ("", 0))
+            if name in blocks:
+                pairs.add(((group.name, block), (name, blocks[name][i])))
+    return len(pairs) == len({new for new, _ in pairs}) == len({old for _, old in pairs})
 
 
 def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> nn.Module:
