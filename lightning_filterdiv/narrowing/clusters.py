@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
-from lightning_filterdiv.filters import named_tensors
+from lightning_filterdiv.channel_graph.answers import layer_of
+from lightning_filterdiv.filters import named_modules, named_tensors
 from lightning_filterdiv.narrowing.widths import KeepFraction, WidthPlan, WidthRule, plan_widths
 from lightning_filterdiv.tensors.arguments import check_choice, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
@@ -23,6 +24,7 @@ __all__ = [
     "cluster_channels",
     "cluster_filters",
     "clustered_tensors",
+    "layer_kernels",
 ]
 
 Clustering = Literal["kmeans", "even", "imbalanced"]
@@ -187,10 +189,9 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
     Raises:
         ValueError: naming the layer.
     """
-    tensors = named_tensors(model)
     for group in groups:
         for layer in group.layers:
-            broken = int((~_kernels(tensors, group, layer).isfinite().all(dim=1)).sum())
+            broken = int((~layer_kernels(model, group, layer).isfinite().all(dim=1)).sum())
             if broken:
                 raise ValueError(
                     f"{layer!r}: {broken} of {group.size} filters contain NaN or inf and cannot be clustered; the "
@@ -200,14 +201,27 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
 
 def kernels_of(model: nn.Module, group: ChannelGroup) -> Tensor:
     """``(size, d)`` float64 on the CPU: the kernels of all layers of a group, side by side; what is clustered."""
+    return torch.cat([layer_kernels(model, group, layer) for layer in group.layers], dim=1)
+
+
+def layer_kernels(model: nn.Module, group: ChannelGroup, layer: str) -> Tensor:
+    """``(size, d)`` float64 on the CPU: the kernels that ``layer`` has for the channels of ``group``.
+
+    Those of a parametrized layer (``weight_norm``) are what its parametrization computes.
+
+    Args:
+        model: the traced network.
+        group: of its channel graph.
+        layer: name of a layer with rows in the group.
+    """
     tensors = named_tensors(model)
-    return torch.cat([_kernels(tensors, group, layer) for layer in group.layers], dim=1)
-
-
-def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
-    """(size, d) flattened kernels that ``layer`` has for the channels of ``group``."""
-    part = next(p for p in group.parts if p.kind != "consumer" and p.tensor == f"{layer}.weight")
-    return part.entries(tensors[part.tensor].detach()).flatten(1).double().cpu()
+    parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
+    part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
+    values = tensors[part.tensor]
+    if part.tensor != f"{layer}.weight":
+        computed = getattr(named_modules(model)[layer], "weight", None)
+        values = computed if isinstance(computed, Tensor) and computed.shape == values.shape else values
+    return part.entries(values.detach()).flatten(1).double().cpu()
 
 
 class ClusteredTensor(NamedTuple):

@@ -13,6 +13,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.answers import layer_of
 from lightning_filterdiv.channel_graph.modules import copy_network
 from lightning_filterdiv.filters import find_prefix, named_modules, named_tensors
+from lightning_filterdiv.narrowing.clusters import layer_kernels
 from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
@@ -117,8 +118,7 @@ def channel_scores(
         return _norm_scales(model, groups)
     else:
         order = 1 if importance == "l1" else 2
-        tensors = named_tensors(model)
-        scores = {group.name: _norms(tensors, group, order) for group in groups}
+        scores = {group.name: _norms(model, group, order) for group in groups}
     return {group.name: _checked(scores[group.name], group, f"{importance!r}") for group in groups}, {}
 
 
@@ -144,18 +144,11 @@ def _writers(group: ChannelGroup) -> list[str]:
     return list(dict.fromkeys(layer_of(part.tensor) for part in group.parts if part.kind == "filter"))
 
 
-def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
-    """(size, d) float64 flattened kernels that ``layer`` has for the channels of ``group``."""
-    parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
-    part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
-    return part.entries(tensors[part.tensor].detach()).flatten(1).double().cpu()
-
-
-def _norms(tensors: Mapping[str, Tensor], group: ChannelGroup, order: int) -> Tensor:
+def _norms(model: nn.Module, group: ChannelGroup, order: int) -> Tensor:
     total = torch.zeros(group.size, dtype=torch.float64)
     layers = list(dict.fromkeys([*_writers(group), *group.layers]))
     for layer in layers:
-        norms = torch.linalg.vector_norm(_kernels(tensors, group, layer), order, dim=1)
+        norms = torch.linalg.vector_norm(layer_kernels(model, group, layer), order, dim=1)
         total += norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)
     return total / len(layers)
 
@@ -178,12 +171,12 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
     """
     from scipy.linalg.lapack import dpstrf
 
-    tensors, modules = named_tensors(model), named_modules(model)
+    modules = named_modules(model)
     scores = {}
     for group in groups:
         gram = torch.zeros(group.size, group.size, dtype=torch.float64)
         for layer in _writers(group):
-            kernels = _kernels(tensors, group, layer)
+            kernels = layer_kernels(model, group, layer)
             inner = kernels @ kernels.T / kernels.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
             if group.blocks is not None and getattr(modules.get(layer), "groups", 1) > 1:
                 inner = inner * (group.blocks[:, None] == group.blocks[None, :])
