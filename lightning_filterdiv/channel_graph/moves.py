@@ -329,6 +329,14 @@ def over_space(state: Propagation, node: Node) -> Value:
     return [LabelTensor(small.expand(part.shape)) for part in value]
 
 
+def sampled(state: Propagation, node: Node) -> Value:
+    """Values at positions that another operand gives, alike for every channel."""
+    positions = state.labels_of(node.args[1])
+    if positions is not None and bool((core(positions.labels) > 0).any()):
+        state.pin(positions, f"acts on all channels at once in {state.where(node)}")
+    return over_space(state, node)
+
+
 def _axis(dims: Sequence[int], labels: Tensor) -> str:
     """Words for the dimensions that an operator mixes: channels where they lie along one dimension, else its number."""
     if _varying(labels) == set(dims):
@@ -506,6 +514,7 @@ RULES: dict[str, Rule] = {
         ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_trilinear3d"),
         over_space,
     ),
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), sampled),
     **dict.fromkeys(
         ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "softmax", "_softmax"), reduction
     ),
