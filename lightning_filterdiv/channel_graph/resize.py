@@ -22,7 +22,7 @@ from .narrow import Narrowing, cut_in_place, leave_out, masks_of
 from .record import operator_name
 from .recorder import failing_part, record, record_as_far_as_it_runs
 from .trace import trace_at
-from .widths import unresizable_sets
+from .widths import stuck_sets, unresizable_sets, why_stuck
 
 __all__ = ["find_unresizable", "pin_unresizable"]
 
@@ -31,6 +31,7 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     """Pin the groups that no other width of theirs would fit into forward, in neither form."""
     if graph.constrained:
         _try_graphs(graph)
+    _pin_uncountable(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
     for group in find_unresizable(graph):
@@ -68,6 +69,19 @@ def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
                 why = f"the forward of {name} holds their number in a shape, and {reason}"
                 graph.exclude({group.name: why for group in graph.groups if _reads(group, name)})
         tried.update(alike)
+
+
+def _pin_uncountable(graph: ChannelAnswers) -> None:
+    """Pin groups that forward itself reduces (``x.mean(1)``) in a body without a graph form, which would count them."""
+    stuck = frozenset().union(*stuck_sets(graph)) if graph.recording.state.reductions else frozenset()
+    for name, site in graph.recording.state.reductions.items():
+        reason = refusal(graph, site.node.module)
+        for group in graph.groups:
+            if any(part.tensor == f"{name}.counts" for part in group.counted):
+                why = reason or (why_stuck(graph, group.channels.tolist()) if int(group.channels[0]) in stuck else None)
+                if why is not None:
+                    where = graph.recording.state.where(site.node)
+                    graph.exclude({group.name: f"input of {where} over channels, which must count them, and {why}"})
 
 
 def _reads(group: ChannelGroup, path: str) -> bool:

@@ -241,6 +241,7 @@ def _collect(
         "row_dims": row_dims,
         "operations": tuple(_operations(records[0])),
         "norms": norms,
+        "counted_sizes": {name: site.size for name, site in (norms | state.reductions).items()},
         "map_sites": tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
         "constrained": constrained,
         "table": table,
