@@ -94,6 +94,7 @@ class Propagation:
     )  # (tensor, dim) -> rows met by no channel
     unowned: dict[str, str] = field(default_factory=dict)  # depthwise layer on values no channel owns -> whose they are
     computed: set[str] = field(default_factory=set)  # tensors that forward computes a kernel of, filter by filter
+    depthwise: set[str] = field(default_factory=set)  # of those, the kernels that act on one channel each
     computed_layers: dict[str, str] = field(default_factory=dict)  # layer whose kernel is computed -> why it is pinned
     row_owners: dict[str, Ints] = field(default_factory=dict)  # tensor labelled by slices -> owner of each
     norms: Container[str] = ()  # modules that may turn out to be norms over channels
@@ -452,6 +453,8 @@ class Propagation:
             why = (
                 f"input of {spread}, which moves channels to positions that {self.where(node)} reads as one channel"
                 if spread
+                else f"input of {self.where(node)}, which slides over channels, so that their order counts"
+                if operator_name(node, raw=True) == "convolution"
                 else f"input of {self.where(node)}, which reads several channels as one"
             )
             table.pin(row, why, expose=not silent)

@@ -164,7 +164,7 @@ def test_module_form_takes_equal_clusters_only() -> None:
     graph = ChannelGraph.trace(model, IMAGE)
     tie(model, graph, {"first": EQUAL})
     assert isinstance(merge_channels(model, {"first": EQUAL}, IMAGE, form="module").network.inner, Gate)
-    with pytest.raises(NarrowingError, match="mean in inner must count channels.*make all clusters equally large"):
+    with pytest.raises(NarrowingError, match=r"mean in inner must count channels.*make all clusters equally large"):
         merge_channels(model, {"first": UNEQUAL}, IMAGE, form="module", tolerance=float("inf"))
 
 
@@ -178,15 +178,21 @@ class TwoCalls(nn.Module):
         return self.last(self.gate(self.second(self.gate(self.first(x)))))
 
 
-def test_a_body_that_is_called_twice_has_one_count() -> None:
-    model = TwoCalls().double().eval()
-    graph = ChannelGraph.trace(model, IMAGE)
-    assert {g.name for g in graph.groups} == {"first", "second"}
-    alike = {"first": UNEQUAL, "second": UNEQUAL}
-    tie(model, graph, alike)
-    assert compare(model, merge(model, graph, alike), (IMAGE.double(),), {}) <= 1e-12
-    with pytest.raises(NarrowingError, match="called several times"):
-        merge(model, graph, alike | {"second": UNEQUAL.flip(0)})
+def test_a_body_that_counts_other_channels_in_each_call_pins_them() -> None:
+    graph = ChannelGraph.trace(TwoCalls(), IMAGE)
+    assert graph.groups == []
+    assert "gate is called several times, with other channels to count" in graph.pinned["second"]
+
+
+class OneStream(TwoCalls):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gate(self.first(x))
+        return self.last(self.gate(x + self.second(F.pad(x, (1, 1, 1, 1)))))
+
+
+def test_a_body_that_counts_the_same_channels_in_each_call_is_one_graph() -> None:
+    graph, _ = check_exact(OneStream(), IMAGE, keep=0.5)
+    assert [g.layers for g in graph.groups] == [("first", "second")]
 
 
 class Lightning(pl.LightningModule):
