@@ -359,6 +359,10 @@ def reduction(state: Propagation, node: Node) -> Value:
         if not state.stay_apart(_lines(labels, mixed)):
             if name in _AVERAGES and len(mixed) == 1 and state.count(node, state.channels(labels, mixed[0], node)):
                 return state.fixed(node)
+            kind = None if _value(state, node.args[0]).is_parameter else _countable(node)
+            if kind is not None and len(mixed) == 1:
+                state.reduce(node, kind, mixed[0], state.channels(labels, mixed[0], node))
+                return state.fixed(node)
             state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
             return state.fixed(node)
         labels = _joined(state, node, labels, mixed)
@@ -378,6 +382,19 @@ def reduction(state: Propagation, node: Node) -> Value:
 
     value = node.value
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
+
+
+def _countable(node: Node) -> str | None:
+    """The kind of a reduction that a count per channel makes right where equal channels are one; None for others."""
+    call, name = arguments(node), operator_name(node, raw=True)
+    if call.get("dtype") is not None:
+        return None
+    if name in ("max", "min"):  # over a dimension: values, and indices, which must not be used
+        unused = not any(user.args[1] == 1 and user.users for user in node.users)
+        return f"a{name}" if "dim" in call and unused else None
+    if name in ("linalg_vector_norm", "norm"):
+        return "norm" if call.get("ord", call.get("p")) in (None, 2) else None
+    return name if name in ("mean", "sum", "amax", "amin") else None
 
 
 def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:

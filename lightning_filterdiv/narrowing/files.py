@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
-from lightning_filterdiv.channel_graph.counted import COUNTED, CountedNorm, counted
+from lightning_filterdiv.channel_graph.counted import COUNTED, CountedNorm, CountedReduction, counted
 from lightning_filterdiv.channel_graph.forms import FORMS
 from lightning_filterdiv.channel_graph.graph_body import CONSTANT, GraphBody
 from lightning_filterdiv.channel_graph.history import chosen_channels, example_inputs_of, history_of, set_history
@@ -117,7 +117,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     norms = {
         name: (type(module).__name__, module.options)
         for name, module in named_modules(model).items()
-        if isinstance(module, CountedNorm)
+        if isinstance(module, CountedNorm) and not isinstance(module, CountedReduction)
     }
     content = io.BytesIO()  # on disk, torch would report a full one as an internal error
     torch.save(
@@ -139,13 +139,9 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All tensors but those that a graph is written with."""
-    bodies = {name for name, module in named_modules(model).items() if isinstance(module, GraphBody)}
-
-    def is_constant(name: str) -> bool:
-        path, _, key = name.rpartition(".")
-        return path in bodies and key.startswith(CONSTANT)
-
-    return {name: tensor for name, tensor in named_tensors(model).items() if not is_constant(name)}
+    bodies = [name for name, module in named_modules(model).items() if isinstance(module, GraphBody)]
+    constants = tuple(f"{name}.{CONSTANT}" if name else CONSTANT for name in bodies)
+    return {name: tensor for name, tensor in named_tensors(model).items() if not name.startswith(constants)}
 
 
 def _maps(model: nn.Module) -> list[tuple[str, ChannelMap]]:
@@ -289,8 +285,7 @@ def _take_forms(model: nn.Module, rebuilt: nn.Module) -> nn.Module:
     for path, new in sorted(named_modules(rebuilt).items(), key=lambda item: -len(item[0])):
         old = named_modules(result).get(path)
         if isinstance(new, GraphBody) and old is not None:
-            constants = {name: value for name, value in new.named_buffers(recurse=False) if name.startswith(CONSTANT)}
-            result = _put(result, path, GraphBody(old, copy.deepcopy(new.graph), constants))
+            result = _put(result, path, GraphBody(old, copy.deepcopy(new.graph), new.constants))
         elif old is not None and type(old) is not type(new) and not isinstance(new, ChannelMap):
             result = _put(result, path, new.train(old.training))
     for path, module in named_modules(rebuilt).items():
@@ -380,7 +375,7 @@ def _replace(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                     made[id(old)] = nn.Parameter(tensors[prefix + key].to(old.device), old.requires_grad)
                 module._parameters[key] = made[id(old)]
         for key in buffers:
-            if isinstance(module, GraphBody) and key.startswith(CONSTANT):
+            if isinstance(module, CountedReduction) or (isinstance(module, GraphBody) and key.startswith(CONSTANT)):
                 continue
             if (buffer := module._buffers[key]) is not None:
                 if id(buffer) not in made:

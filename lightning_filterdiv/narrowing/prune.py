@@ -204,8 +204,7 @@ def prune_channels(
     shifted, moved = copy_network(model), None
     if bias and keep:
         moved = compensate(shifted, graph, _contributions(model, graph, keep, given))
-    silent = copy_network(shifted)
-    silence(silent, graph, keep)
+    silent = silence(copy_network(shifted), graph, keep)
     result = narrowing(shifted)
     arguments = example_arguments(_traced(model, network), example_inputs)
     # Not made of the silent network: there, norms over channels do not count the channels that go.
