@@ -5,6 +5,7 @@ Nothing here unpickles arbitrary objects unless it is told to trust the file.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import os
@@ -33,9 +34,11 @@ __all__ = [
     "PICKLED",
     "build_model",
     "load_named",
+    "load_source",
     "load_weights",
     "read_checkpoint",
     "restore_model",
+    "saved_gate_means",
     "search_here",
     "suggest_source",
 ]
@@ -358,7 +361,7 @@ def _check_weights(path: Path, weights: Mapping[Any, Any]) -> None:
 
 
 def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[str, Any]) -> nn.Module:
-    """Construct the network of a checkpoint and load its weights.
+    """Construct the network of a checkpoint, with the gates that ChannelImportance gave it, and load its weights.
 
     Args:
         model: see :func:`build_model`; the hyper-parameters are those in the checkpoint.
@@ -369,8 +372,52 @@ def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[st
         CommandError: the network cannot be constructed, or the weights are those of another.
     """
     network = build_model(model, config, checkpoint.get("hyper_parameters"))
+    saved_gate_means(network, checkpoint)
     load_weights(network, checkpoint["state_dict"])
     return network
+
+
+def saved_gate_means(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Put gates into ``network`` where the checkpoint's has them; return what they let through in the fit.
+
+    Raises:
+        CommandError: the state of ChannelImportance is damaged or that of another network.
+    """
+    if not checkpoint.get("callbacks"):
+        return {}
+    from lightning_filterdiv.channel_importance.checkpoints import restore_gates  # needs Lightning
+
+    try:
+        return restore_gates(network, checkpoint)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def load_source(options: argparse.Namespace) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Network that ``SOURCE`` names, and the checkpoint that its weights are from; ``{}`` for one without a file.
+
+    Args:
+        options: ``source``, ``model``, ``config``, ``weights`` and ``trust_pickle``.
+
+    Raises:
+        CommandError: no such file or network, or options that do not go together.
+    """
+    source: str = options.source
+    if ":" in source and not Path(source).exists():
+        if options.model is not None or options.config is not None:
+            raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
+        if options.weights is not None:
+            return load_named(source, options.weights, options.trust_pickle), {}
+        built = build_model(source)
+        if source.partition(":")[0] in _LIBRARIES:
+            print("weights       random; name a file, or trained weights with --weights DEFAULT")
+        return built, {}
+    if options.weights is not None:
+        raise CommandError(f"--weights belongs to torchvision:NAME and timm:NAME; {source} brings its own")
+    if not Path(source).exists():
+        raise CommandError(f"{source}: no such file, and none of {MODEL_SOURCES} either{suggest_source(source)}")
+    checkpoint = read_checkpoint(Path(source), options.trust_pickle)
+    return restore_model(options.model, options.config, checkpoint), checkpoint
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, Narrow
 from lightning_filterdiv.channel_graph.forms import Form
 from lightning_filterdiv.channel_graph.modules import copy_network
 from lightning_filterdiv.channel_graph.narrow import Narrowing, count_in_bodies, weigh
-from lightning_filterdiv.channel_graph.verify import Proof, as_type, dtype_of, prove
+from lightning_filterdiv.channel_graph.verify import Proof, as_type, check_finite, dtype_of, prove
 from lightning_filterdiv.filters import canonical_name, named_tensors
 
 __all__ = ["check_narrowable", "check_same", "narrow", "removed_mask", "silence"]
@@ -50,7 +50,8 @@ def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *,
 
 
 def check_narrowable(model: nn.Module) -> None:
-    """Raise ValueError where a module says that the network must not be narrowed as it is."""
+    """Raise ValueError where a module says that the network must not be narrowed as it is, or weights are NaN."""
+    check_finite(model)
     for name, module in model.named_modules():
         if obstacle := getattr(module, "narrowing_obstacle", None):
             raise ValueError(f"{canonical_name(name)!r} {obstacle}")

@@ -18,7 +18,7 @@ from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
     "GatedLayer", "Importance", "Loss", "ScoreFunction", "batch_inputs", "channel_scores", "gate_means", "gated_layers",
-    "redundancy_scores", "without_gates",
+    "known_gate_means", "redundancy_scores", "without_gates",
 ]  # fmt: skip
 
 Importance = Literal["l1", "l2", "bn_scale", "taylor", "gates", "redundancy", "random"]
@@ -322,6 +322,38 @@ def gate_means(model: nn.Module, batches: Iterable[Any] | None) -> dict[str, Ten
     if not images:
         raise ValueError("batches holds no images to measure importance on; give at least one batch")
     return {name: total / images for name, total in sums.items()}
+
+
+def known_gate_means(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean gate of every gated layer, out of what the caller measured.
+
+    Args:
+        model: with gates.
+        given: layer -> (C,) mean gates, as :attr:`~lightning_filterdiv.ChannelImportance.importance`; names may be
+            those of the network around or inside ``model``.
+
+    Returns:
+        Canonical layer name -> (C,).
+
+    Raises:
+        ValueError: a gate without a mean, one of another width, or numbers that are no means of gates, by name.
+    """
+    hosts, modules = gated_layers(model), named_modules(model)
+    strip, add = (find_prefix(given, modules) if given else None) or ("", "")
+    known = {add + name.removeprefix(strip): torch.as_tensor(values).detach() for name, values in given.items()}
+    for name in hosts:
+        if name not in known:
+            raise ValueError(
+                f"importance has no mean of the gate that {name!r} still has: pass callback.importance of the fit, or "
+                f"importance='gates' with batches=...; remove_gates takes gates out"
+            )
+        values, filters = known[name], len(cast(Tensor, modules[name].weight))
+        if values.shape != (filters,) or not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError(
+                f"importance of {name!r} must be mean gates of its {filters} channels, in [0, 1], because it still has "
+                f"its gate; remove_gates takes gates out"
+            )
+    return {name: known[name] for name in hosts}
 
 
 @torch.no_grad()
