@@ -201,17 +201,18 @@ class CentripetalSGD(FilterCallback):
         new = [name for name in groups if name not in self._seen]
         check_finite(pl_module, [groups[name] for name in new])
         if new:
-            # On every rank: an error on one of them alone would leave the others waiting.
             plan = self._plan(pl_module, graph, groups)
             rank_zero_info(f"CentripetalSGD will merge\n{plan}")
-            clusters: dict[str, Tensor] | None = None
-            if trainer.is_global_zero:
-                clusters = cluster_channels(
-                    pl_module, graph, method=self.clustering, seed=self.seed, groups=new, plan=plan
-                )
-            clusters = trainer.strategy.broadcast(clusters)
-            assert clusters is not None
-            self.clusters |= {name: index.cpu() for name, index in clusters.items()}
+            clusters = cluster_channels(
+                pl_module,
+                graph,
+                method=self.clustering,
+                seed=self.seed,
+                groups=new,
+                plan=plan,
+                among_ranks=trainer.world_size > 1,
+            )
+            self.clusters |= clusters
             self._seen += new
         active = {name: index for name, index in self.clusters.items() if name in groups}
         self._check_clusters(graph, active)
@@ -228,7 +229,9 @@ class CentripetalSGD(FilterCallback):
         fixed = {name: len(index.unique()) for name, index in self.clusters.items() if name in groups}
         fixed |= {name: group.size for name, group in groups.items() if name in self._seen and name not in fixed}
         chosen = list(groups.values())
-        scores = redundancy_scores(model, graph, chosen) if self.scope == "global" else None
+        scores = None
+        if self.scope == "global":
+            scores = redundancy_scores(model, graph, chosen, among_ranks=self.trainer.world_size > 1)
         return plan_widths(graph, self._rule, groups=chosen, scores=scores, fixed=fixed)
 
     def _check_clusters(self, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> None:

@@ -57,9 +57,10 @@ class FilterSimilarityMonitor(FilterCallback):
     ``filterdiv_figures/...`` shows some layers filter by filter. Filters that a callback (RePr) has taken out do not
     count while they are out: all numbers are those of the network without them.
 
-    It reads weights, changes nothing, and costs nothing on the epochs between. Rank 0 only. A figure or number that
-    cannot be measured, drawn or written (a full disk, no permission, a logger without its server) does not stop
-    training: the first failure of each kind is a warning.
+    It reads weights, changes nothing, and costs nothing on the epochs between. Under DDP the layers are divided among
+    the ranks for the numbers; rank 0 alone draws, measures activations and writes. A figure or number that cannot be
+    measured, drawn or written (a full disk, no permission, a logger without its server) does not stop training: the
+    first failure of each kind is a warning.
 
     Args:
         every_n_epochs: how often to look.
@@ -229,7 +230,7 @@ class FilterSimilarityMonitor(FilterCallback):
             self._draw_all(trainer, "at the end", dropped, self._correlations(trainer, dropped))
 
     def should_log(self, completed: int) -> bool:
-        """The decision, to be overridden: whether to look when ``completed`` epochs are done."""
+        """The decision, to be overridden: whether to look when ``completed`` epochs are done; the same on all ranks."""
         return completed % self.every_n_epochs == 0
 
     def _is_last(self, trainer: pl.Trainer, completed: int) -> bool:
@@ -263,12 +264,12 @@ class FilterSimilarityMonitor(FilterCallback):
     # ------------------------------------------------------------------ what
 
     def _take_snapshot(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
-        if not trainer.is_global_zero:
-            return
         dropped = collect_dropped(self._others(trainer), self.layers)
-        metrics = redundancy_metrics(self.layers, dropped)
+        metrics = redundancy_metrics(self.layers, dropped, among_ranks=trainer.world_size > 1)
         ratios = {name: row["cosine_over_chance"] for name, row in metrics.items()}
         self._snapshots.append(Snapshot(epoch, trainer.global_step, ratios))
+        if not trainer.is_global_zero:
+            return
         draws = self._writer is not None and (
             (len(self._snapshots) - 1) % self.figures_every_n_looks == 0 or self._is_last(trainer, epoch)
         )

@@ -16,6 +16,7 @@ from lightning_filterdiv.filters import named_modules, named_tensors
 from lightning_filterdiv.narrowing.widths import KeepFraction, WidthPlan, WidthRule, plan_widths
 from lightning_filterdiv.tensors.arguments import check_choice, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = [
     "ClusteredTensor",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 Clustering = Literal["kmeans", "even", "imbalanced"]
+#: What trying to move one filter between clusters costs, in multiplications of a Gram matrix.
+_MOVES = 4e6
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -149,6 +152,7 @@ def cluster_channels(
     seed: int = 0,
     groups: Iterable[str] | None = None,
     plan: WidthPlan | None = None,
+    among_ranks: bool = False,
 ) -> dict[str, Tensor]:
     """Cluster every group of channels on the kernels of all its layers, laid side by side, each block on its own.
 
@@ -161,6 +165,7 @@ def cluster_channels(
         seed: of k-means.
         groups: names of the groups to cluster; ``None`` for all.
         plan: of :func:`~lightning_filterdiv.narrowing.plan_widths`, in the place of ``keep_fraction``.
+        among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
 
     Returns:
         Group name -> ``(size,)`` int64 cluster index, for groups that lose channels.
@@ -171,16 +176,23 @@ def cluster_channels(
     chosen = [group for group in graph.groups if groups is None or group.name in set(groups)]
     check_finite(model, chosen)
     counts = (plan or plan_widths(graph, WidthRule(keep_fraction), groups=chosen)).counts
-    clusters: dict[str, Tensor] = {}
-    for group in chosen:
-        if counts.get(group.name, group.size) < group.size:
-            kernels = kernels_of(model, group)
-            each = counts[group.name] // group.block_count
-            index = torch.empty(group.size, dtype=torch.int64)
-            for block, members in enumerate(group.members()):
-                index[members] = cluster_filters(kernels[members], each, method=method, seed=seed) + block * each
-            clusters[group.name] = index
-    return clusters
+    squeezed = {group.name: group for group in chosen if counts.get(group.name, group.size) < group.size}
+
+    def cluster(name: str) -> Tensor:
+        group = squeezed[name]
+        kernels, each = kernels_of(model, group), counts[name] // group.block_count
+        index = torch.empty(group.size, dtype=torch.int64)
+        for block, members in enumerate(group.members()):
+            index[members] = cluster_filters(kernels[members], each, method=method, seed=seed) + block * each
+        return index
+
+    tensors = named_tensors(model)
+    lengths = {
+        name: sum(tensors[f"{layer}.weight"].numel() // group.size for layer in group.layers)
+        for name, group in squeezed.items()
+    }
+    costs = {name: group.size**2 * lengths[name] + _MOVES * group.size for name, group in squeezed.items()}
+    return share(costs, cluster, among_ranks=among_ranks)
 
 
 def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:

@@ -15,6 +15,7 @@ from lightning_filterdiv.channel_graph.modules import copy_network
 from lightning_filterdiv.filters import find_prefix, named_modules, named_tensors
 from lightning_filterdiv.narrowing.clusters import layer_kernels
 from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = [
     "GatedLayer", "Importance", "Loss", "ScoreFunction", "batch_inputs", "channel_scores", "gate_means", "gated_layers",
@@ -153,7 +154,9 @@ def _norms(model: nn.Module, group: ChannelGroup, order: int) -> Tensor:
     return total / len(layers)
 
 
-def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+def redundancy_scores(
+    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], *, among_ranks: bool = False
+) -> dict[str, Tensor]:
     """Share of each filter that the others of its layer cannot express, in the order in which they would go.
 
     With unit-length filters as rows of ``F``, the unexplained share of filter j in a ridge regression on the others is
@@ -165,6 +168,7 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
         graph: its channel graph.
         groups: what to score. Coupled layers count as one long filter, each scaled to the same total. Filters of a
             grouped convolution that read different inputs do not express each other.
+        among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
 
     Returns:
         Group name -> (size,) float64 in [0, 1].
@@ -172,8 +176,10 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
     from scipy.linalg.lapack import dpstrf
 
     modules = named_modules(model)
-    scores = {}
-    for group in groups:
+    by_name = {group.name: group for group in groups}
+
+    def score(name: str) -> Tensor:
+        group = by_name[name]
         gram = torch.zeros(group.size, group.size, dtype=torch.float64)
         for layer in _writers(group):
             kernels = layer_kernels(model, group, layer)
@@ -186,9 +192,16 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
         inverse = torch.linalg.inv(gram + _RIDGE * torch.eye(group.size, dtype=torch.float64))
         factor, pivots, _, _ = dpstrf(inverse.numpy(), lower=1)
         left = 1 / torch.from_numpy(factor).diagonal().square() - _RIDGE
-        scores[group.name] = torch.empty(group.size, dtype=torch.float64)
-        scores[group.name][torch.from_numpy(pivots).long() - 1] = left.clamp(0, 1).cummax(0).values
-    return scores
+        scores = torch.empty(group.size, dtype=torch.float64)
+        scores[torch.from_numpy(pivots).long() - 1] = left.clamp(0, 1).cummax(0).values
+        return scores
+
+    weights = {
+        name: sum(tensors[part.tensor].numel() for part in group.parts if part.kind == "filter")
+        for name, group in by_name.items()
+    }
+    costs = {name: group.size * weights[name] + 2.0 * group.size**3 for name, group in by_name.items()}
+    return share(costs, score, among_ranks=among_ranks)
 
 
 def _norm_scales(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -30,6 +30,7 @@ from lightning_filterdiv.repr_.schedule import (
 )
 from lightning_filterdiv.similarity import orthogonality_score
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
+from lightning_filterdiv.tensors.sharing import share
 from lightning_filterdiv.training.callback import FilterCallback
 from lightning_filterdiv.training.example_inputs import ExampleInputs
 from lightning_filterdiv.training.learning_rates import fit_epochs, forecast_learning_rates
@@ -437,11 +438,16 @@ class RePr(FilterCallback):
                 f"include"
             )
         key = (self.seed, "rank", event.cycle)
-        scores = rank_filters(matrices, self.criterion, dim_correct=self.dim_correct, generator_key=key)
+        scores = rank_filters(
+            matrices,
+            self.criterion,
+            dim_correct=self.dim_correct,
+            generator_key=key,
+            among_ranks=trainer.world_size > 1,
+        )
         chosen = select_dropped(
             scores, self.prune_fraction, scope=self.scope, max_layer_fraction=self.max_layer_fraction
         )
-        chosen = trainer.strategy.broadcast(chosen)
         if not any(rows.numel() for rows in chosen.values()):
             raise NoLayersError(
                 f"RePr would drop no filter: prune_fraction={self.prune_fraction:g} of the "
@@ -459,7 +465,7 @@ class RePr(FilterCallback):
     def _drop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: RePrEvent) -> dict[str, float]:
         assert self._ranked is not None
         assert self._inputs is not None
-        numbers = {"score_before_drop": _mean_score(self.layers)}
+        numbers = {"score_before_drop": self._mean_score(trainer)}
         dropped = DroppedFilters.collect(pl_module, self._inputs.trace(), self._ranked[1])
         self._ranked = None
         # From this assignment on the filters count as out: where an exception leaves some of them, on_exception or
@@ -473,8 +479,9 @@ class RePr(FilterCallback):
     def _regrow(self, trainer: pl.Trainer, event: RePrEvent) -> dict[str, float]:
         dropped = self._progress.dropped
         assert dropped is not None
-        values, spaces = dropped.new_filters(self.gain, (self.seed, "regrow", event.cycle))
-        values = trainer.strategy.broadcast(values)
+        values, spaces = dropped.new_filters(
+            self.gain, (self.seed, "regrow", event.cycle), among_ranks=trainer.world_size > 1
+        )
         done = self._completed(trainer, event, dropped)
         self._holds = {}
         # Until the second assignment the filters count as out: an exception silences them again, they are regrown anew.
@@ -483,7 +490,18 @@ class RePr(FilterCallback):
         )
         self._progress = self._progress.leaving(done)
         numbers = {f"null_space/{layer}": float(space) for layer, space in spaces.items()}
-        return numbers | {"score_after_regrowth": _mean_score(self.layers)}
+        return numbers | {"score_after_regrowth": self._mean_score(trainer)}
+
+    def _mean_score(self, trainer: pl.Trainer) -> float:
+        """Mean over layers of their filters' mean overlap."""
+        matrices = {name: filter_matrix(conv) for name, conv in self.layers.items()}
+        costs = {name: count * count * fan_in for name, (count, fan_in) in ((n, m.shape) for n, m in matrices.items())}
+        scores = share(
+            costs,
+            lambda name: float(orthogonality_score(matrices[name]).mean()),
+            among_ranks=trainer.world_size > 1,
+        )
+        return fmean(scores.values())
 
     @staticmethod
     def _completed(trainer: pl.Trainer, event: RePrEvent, dropped: DroppedFilters) -> CompletedEvent:
@@ -644,8 +662,3 @@ def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 f"RePr needs optimizer state per filter, and {type(optimizer).__name__} keeps a history of the "
                 f"whole network or factors of whole matrices; use SGD, Adam or another element-wise optimizer"
             )
-
-
-def _mean_score(layers: Mapping[str, Conv]) -> float:
-    """Mean over layers of their filters' mean overlap."""
-    return fmean(float(orthogonality_score(filter_matrix(conv)).mean()) for conv in layers.values())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from lightning_filterdiv.filters import (
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold, initial_state, row_state
 from lightning_filterdiv.repr_.functional import regrow_filters
 from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = ["DroppedFilters", "NextLayer", "Slice", "default_layers", "rankable"]
 
@@ -242,12 +243,15 @@ class DroppedFilters:
         return RowHold(part.held(tensors) for part in parts if isinstance(tensors[part.tensor], nn.Parameter))
 
     @torch.no_grad()
-    def new_filters(self, gain: float, key: tuple[int | str, ...]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def new_filters(
+        self, gain: float, key: tuple[int | str, ...], *, among_ranks: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Draw what replaces the dropped filters, orthogonal to their old values and to the present survivors.
 
         Args:
             gain: length relative to the mean norm of the layer's survivors, see :func:`regrow_filters`.
             key: names the random draws, together with the layer.
+            among_ranks: divide the layers among the ranks of the default process group, all of which must call this.
 
         Returns:
             Layer -> ``(n, d)`` float64 on the CPU, in the order of ``filters``, and layer -> dimension of the null
@@ -256,22 +260,27 @@ class DroppedFilters:
         Raises:
             ValueError: a layer holds NaN or inf; it is named.
         """
-        modules = named_modules(self.model)
-        values: dict[str, Tensor] = {}
-        spaces: dict[str, int] = {}
-        for layer, rows in self.filters.items():
-            matrix = filter_matrix(modules[layer]).cpu()  # type: ignore[arg-type]
+        layers = {name: cast(Conv, named_modules(self.model)[name]) for name in self.filters}
+
+        def regrown(layer: str) -> tuple[Tensor, int]:
+            matrix = filter_matrix(layers[layer]).cpu()
             surviving = torch.ones(matrix.shape[0], dtype=torch.bool, device="cpu")
-            surviving[rows] = False
+            surviving[self.filters[layer]] = False
             old, generator = self.old_filters(layer).cpu(), keyed_generator(*key, layer)
             try:
-                values[layer], spaces[layer] = regrow_filters(old, matrix[surviving], gain, generator)
+                return regrow_filters(old, matrix[surviving], gain, generator)
             except ValueError as error:
                 raise ValueError(
                     f"RePr cannot regrow filters of {layer!r} ({error}): resume from a checkpoint before the training "
                     f"diverged, with a smaller learning rate or gain"
                 ) from error
-        return values, spaces
+
+        shapes = {name: filter_matrix(conv).shape for name, conv in layers.items()}
+        costs = {name: count * fan_in * min(count, fan_in) for name, (count, fan_in) in shapes.items()}
+        drawn = share(costs, regrown, among_ranks=among_ranks)
+        return {name: values for name, (values, _) in drawn.items()}, {
+            name: space for name, (_, space) in drawn.items()
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
