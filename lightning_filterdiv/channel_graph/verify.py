@@ -35,6 +35,7 @@ __all__ = [
 
 #: Largest relative difference that counts as rounding in float64.
 TOLERANCE = 1e-9
+_NO_VALUES = "a model on meta has no values to verify with: construct it on a real device, or load its weights"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -146,7 +147,10 @@ def _outputs(network: nn.Module, call: Call, decisions: list[Decision] | None = 
 
 def _difference(expected: list[Tensor], obtained: list[Tensor]) -> float:
     if [t.shape for t in expected] != [t.shape for t in obtained]:
-        raise NarrowingError("the narrowed network has outputs of another shape")
+        raise NarrowingError(
+            f"the narrowed network gives outputs of shape {[tuple(t.shape) for t in obtained]}, the whole one "
+            f"{[tuple(t.shape) for t in expected]}"
+        )
     return max(map(relative_difference, expected, obtained), default=0.0)
 
 
@@ -217,7 +221,7 @@ def prove(
             :attr:`Proof.exact`.
     """
     if device_of(reference).type == "meta":
-        raise NarrowingError("a model on meta has no values to verify with")
+        raise NarrowingError(_NO_VALUES)
     call = graph.arguments if arguments is None else arguments
     wide = _run(reference, narrowing, original, graph, call, torch.float64, seed)
     return wide or _own_type(reference, narrowing, original, graph, call, seed)
@@ -293,7 +297,7 @@ def verify(graph: ChannelAnswers, example_inputs: Any = None, *, seed: int = 0) 
     if example_inputs is not None:
         arguments = example_arguments(bare_module(find_submodule(graph.model, graph.network)), example_inputs)
     if device_of(graph.model).type == "meta":
-        raise NarrowingError("a model on meta has no values to verify with")
+        raise NarrowingError(_NO_VALUES)
     clusters = random_clusters(graph, generator)
     keep, sums = merging(graph, clusters)
     model = copy_network(graph.model)

@@ -20,6 +20,7 @@ from lightning_filterdiv.command_line.model_source import (
     restore_model,
     search_here,
     suggest_source,
+    zeros,
 )
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     check_outputs(options)
     model = _network(options)
     training, test = (None, None) if options.data is None else _loaders(options.data, options.seed)
-    inputs = None if options.input_shape is None else torch.zeros(options.input_shape)
+    inputs = None if options.input_shape is None else zeros(options.input_shape)
     try:
         network, report = prune_channels(
             model,
@@ -76,6 +77,7 @@ def _in_options(message: str) -> str:
     names = ("keep_fraction", "target_macs", "target_parameters", "max_layer_fraction", "channels_multiple")
     for name in names:
         message = message.replace(name, f"--{name.replace('_', '-')}")
+    message = message.replace("(include, exclude", "(--include, --exclude")
     message = re.sub(r"importance='(\w+)'", r"--importance \1", message)
     return message.replace("example_inputs=...", "--input-shape").replace("batches=...", "--data")
 
