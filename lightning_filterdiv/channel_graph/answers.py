@@ -377,6 +377,8 @@ class ChannelAnswers:
         """Why ``layer``, a convolution that is not among :attr:`layers`, is not."""
         if layer in self._pinned:
             return self._pinned[layer]
+        if layer in self._regions:
+            return "nothing keeps it out, it is among the layers"
         if self.network and not layer.startswith(f"{self.network}."):
             return f"it is outside of the traced network {self.network!r}"
         return (

@@ -498,7 +498,10 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         rest = [row for row in range(lengths[graph][tensor][dim]) if row not in owned]
         free = [row for row in range(lengths[narrower][tensor][dim]) if row not in places]
         if len(rest) != len(free):
-            raise NarrowingError(f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns")
+            raise NarrowingError(
+                f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns. Leave its layer out "
+                f"with exclude"
+            )
         places.update(zip(free, rest, strict=True))
         index = torch.tensor([places[i] for i in range(len(places))])
         cuts.setdefault(tensor, {}).setdefault(dim, Cut()).index = index

@@ -36,6 +36,7 @@ __all__ = [
 
 #: Largest relative difference that counts as rounding in float64.
 TOLERANCE = 1e-9
+_NO_VALUES = "a model on meta has no values to verify with: construct it on a real device, or load its weights"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 #: A network before a step, or the tensors that the step changed, as they were.
 Earlier = nn.Module | Mapping[str, Tensor]
@@ -150,7 +151,10 @@ def _outputs(network: nn.Module, call: Call, decisions: list[Decision]) -> tuple
 
 def _difference(expected: list[Tensor], obtained: list[Tensor]) -> float:
     if [t.shape for t in expected] != [t.shape for t in obtained]:
-        raise NarrowingError("the narrowed network has outputs of another shape")
+        raise NarrowingError(
+            f"the narrowed network gives outputs of shape {[tuple(t.shape) for t in obtained]}, the whole one "
+            f"{[tuple(t.shape) for t in expected]}"
+        )
     return max(map(relative_difference, expected, obtained), default=0.0)
 
 
@@ -241,7 +245,7 @@ def prove(
             differs is no error here: see :attr:`Proof.exact`.
     """
     if device_of(reference).type == "meta":
-        raise NarrowingError("a model on meta has no values to verify with")
+        raise NarrowingError(_NO_VALUES)
     call = graph.arguments if arguments is None else arguments
     wide = _run(reference, narrowing, earlier, graph, call, torch.float64, seed)
     return wide or _own_type(reference, narrowing, earlier, graph, call, seed)
@@ -361,7 +365,7 @@ def verify(graph: ChannelAnswers, example_inputs: Any = None, *, seed: int = 0) 
     if example_inputs is not None:
         arguments = example_arguments(bare_module(find_submodule(graph.model, graph.network)), example_inputs)
     if device_of(graph.model).type == "meta":
-        raise NarrowingError("a model on meta has no values to verify with")
+        raise NarrowingError(_NO_VALUES)
     check_finite(graph.model)
     clusters = random_clusters(graph, generator)
     keep, sums = merging(graph, clusters)

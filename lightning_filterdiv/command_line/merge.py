@@ -16,7 +16,7 @@ from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relat
 from lightning_filterdiv.centripetal.forecast import Forecast
 from lightning_filterdiv.channel_graph import ChannelGraphError, ExampleInputsError, TraceError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import load_source, read_checkpoint, restore_model
+from lightning_filterdiv.command_line.model_source import load_source, read_checkpoint, restore_model, zeros
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
 from lightning_filterdiv.narrowing.twins import merge_twins
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     inputs: Any = None
     network = state["arguments"]["network"]
     if options.input_shape is not None:
-        inputs = torch.zeros(options.input_shape)
+        inputs = zeros(options.input_shape)
     elif getattr(model, "example_input_array", None) is None:
         inputs, network = inputs_from_state(state["extra"]["inputs"], network)
     clusters, network = relative_to(model, clusters, network)
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _merge_twins(options: argparse.Namespace) -> None:
     model, _ = load_source(options)
-    inputs = None if options.input_shape is None else torch.zeros(options.input_shape)
+    inputs = None if options.input_shape is None else zeros(options.input_shape)
     try:
         merged, report = merge_twins(
             model,

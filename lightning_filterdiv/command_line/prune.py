@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_filterdiv.channel_graph import ChannelGraphError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import load_source, saved_gate_means, search_here
+from lightning_filterdiv.command_line.model_source import load_source, saved_gate_means, search_here, zeros
 from lightning_filterdiv.command_line.options import LABELLED_SOURCES
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.importance import gated_layers
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         )
     if importance == "gates" and (training is None or not gated_layers(model)):
         importance = _saved_means(options.source, model, checkpoint)
-    inputs = None if options.input_shape is None else torch.zeros(options.input_shape)
+    inputs = None if options.input_shape is None else zeros(options.input_shape)
     try:
         network, report = prune_channels(
             model,
@@ -105,6 +105,7 @@ def _in_options(message: str) -> str:
     names = ("keep_fraction", "target_macs", "target_parameters", "max_layer_fraction", "channels_multiple")
     for name in names:
         message = message.replace(name, f"--{name.replace('_', '-')}")
+    message = message.replace("(include, exclude", "(--include, --exclude")
     message = re.sub(r"(importance|scope|network)='([\w.]+)'", r"--\1 \2", message)
     message = message.replace("--network ...", "--network NAME").replace(
         "loss=...,", "in Python prune_channels(..., loss=...),"

@@ -29,6 +29,7 @@ from lightning_filterdiv.monitor.layout import custom_scalars_layout, tag_names
 from lightning_filterdiv.monitor.loggers import ArgumentRecord, FigureWriter
 from lightning_filterdiv.monitor.replay import FixedBatch
 from lightning_filterdiv.monitor.views import view_layer
+from lightning_filterdiv.selection import quote_names
 from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
 from lightning_filterdiv.tensors.arguments import check_flag, check_integer
 from lightning_filterdiv.training.callback import FilterCallback
@@ -128,10 +129,13 @@ class FilterSimilarityMonitor(FilterCallback):
         self._batch = FixedBatch(pl_module) if self.activations and trainer.is_global_zero else None
         dry = bool(getattr(trainer, "fast_dev_run", False))
         if trainer.is_global_zero and not dry:
-            self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
-            shown = [f"{_NETWORK}/{name}" for name in METRICS] if self.scalars else []
-            for logger in trainer.loggers:
-                self.attempt("hyper-parameters", partial(self._record.write, logger, shown))
+            self.attempt("hyper-parameters", partial(self._write_arguments, trainer, pl_module))
+
+    def _write_arguments(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
+        shown = [f"{_NETWORK}/{name}" for name in METRICS] if self.scalars else []
+        for logger in trainer.loggers:
+            self.attempt("hyper-parameters", partial(self._record.write, logger, shown))
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the loggers and look before the first step, so that every plot has its starting point."""
@@ -139,7 +143,8 @@ class FilterSimilarityMonitor(FilterCallback):
             self._named = [name for name in select_filters(pl_module, self.figure_layers) if name in self.layers]
             if not self._named:
                 raise NoLayersError(
-                    f"figure_layers={self.figure_layers!r} names only layers that include and exclude leave out"
+                    f"figure_layers={self.figure_layers!r} names only layers that include and exclude leave out; name "
+                    f"some of {quote_names(list(self.layers))}"
                 )
         if self._record is not None:
             self._record.close()

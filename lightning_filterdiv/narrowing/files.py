@@ -22,7 +22,7 @@ from lightning_filterdiv.channel_graph.history import chosen_channels, example_i
 from lightning_filterdiv.channel_graph.inputs import without_targets
 from lightning_filterdiv.channel_graph.modules import bare_module, copy_network, device_of, update_attributes
 from lightning_filterdiv.channel_graph.narrow import Narrowing
-from lightning_filterdiv.files import find_damage, why_unwritable, write_files
+from lightning_filterdiv.files import find_damage, is_pickled, why_unwritable, write_files
 from lightning_filterdiv.filters import canonical_name, named_modules, named_tensors
 
 __all__ = ["MergedFileError", "load_merged", "save_merged"]
@@ -163,7 +163,7 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
         ``fresh_original``; a ``GraphModule`` in its place where its own forward takes graph form.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, PermissionError: there is no such file, or it must not be read.
         MergedFileError: it is no merged network, its entries contradict each other, or its tensors are not those of
             ``fresh_original``. ``fresh_original`` is left as it was.
     """
@@ -176,11 +176,15 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not is_pickled(path):
+            raise MergedFileError(foreign) from error
         raise MergedFileError(
             f"{shown} is not a file that save_merged wrote: only unpickling would open it, which can run any code, so "
             f"it was not opened; merge the checkpoint again"
         ) from error
     except Exception as error:  # torch reports a file that is none by many types
+        if isinstance(error, PermissionError):
+            raise
         raise MergedFileError(foreign) from error
     if damage := find_damage(path):
         raise MergedFileError(f"{shown} is damaged: {damage}; copy it or merge the checkpoint again")

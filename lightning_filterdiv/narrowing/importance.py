@@ -175,7 +175,7 @@ def redundancy_scores(
     """
     from scipy.linalg.lapack import dpstrf
 
-    modules = named_modules(model)
+    tensors, modules = named_tensors(model), named_modules(model)
     by_name = {group.name: group for group in groups}
 
     def score(name: str) -> Tensor:

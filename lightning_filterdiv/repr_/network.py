@@ -17,6 +17,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import (
     FAKE_QUANTISED,
     Conv,
+    check_rows,
     filter_matrix,
     named_modules,
     named_tensors,
@@ -230,8 +231,8 @@ class DroppedFilters:
 
     def old_filters(self, layer: str) -> Tensor:
         """Weights of the dropped filters of ``layer`` before the drop, ``(n, d)`` in the order of ``filters``."""
-        parts = zip(self._private[layer], self._old[layer], strict=True)
-        part, values = next((p, v) for p, v in parts if p.tensor == f"{layer}.weight")
+        parts = {part.tensor: (part, old) for part, old in zip(self._private[layer], self._old[layer], strict=True)}
+        part, values = parts[f"{layer}.weight"]
         return values.movedim(part.dim, 0).flatten(1)
 
     def hold(self, consumers: bool) -> RowHold:
@@ -286,8 +287,7 @@ class DroppedFilters:
     def restore(self) -> None:
         """Undo the drop: write the old values back, norm statistics included."""
         tensors = named_tensors(self.model)
-        kept = [pair for layer in self.filters for pair in zip(self._private[layer], self._old[layer], strict=True)]
-        for part, values in [*kept, *self._statistics]:
+        for part, values in [*self._kept(), *self._statistics]:
             tensor = tensors[part.tensor].detach()
             tensor.index_copy_(part.dim, part.rows.to(tensor.device), values.to(tensor))
 
@@ -383,6 +383,7 @@ class DroppedFilters:
 
         Raises:
             ValueError: the model has no such tensor: it is not the network that was saved.
+            AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: the state is damaged.
         """
         private, consumers = (
             {layer: [Slice.unpacked(part) for part in parts] for layer, parts in state[entry].items()}
@@ -391,6 +392,30 @@ class DroppedFilters:
         tensors = named_tensors(model)
         for part in (part for regions in (private, consumers) for parts in regions.values() for part in parts):
             if part.tensor not in tensors:
-                raise ValueError(f"the network has no tensor {part.tensor!r}, which holds dropped filters in the state")
+                raise ValueError(
+                    f"the network has no tensor {part.tensor!r}, which holds dropped filters in the state of RePr: "
+                    f"name the network that the state was saved with"
+                )
         statistics = [(Slice.unpacked(part), values) for part, values in state["statistics"]]
-        return cls(model, state["filters"], private, consumers, state["old"], statistics)
+        dropped = cls(model, state["filters"], private, consumers, state["old"], statistics)
+        dropped._check_shapes(tensors)
+        return dropped
+
+    def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise an error of any kind unless everything fits the network."""
+        if not self.filters.keys() == self._private.keys() == self._consumers.keys() == self._old.keys():
+            raise ValueError("its filters, old values and consumers are of different layers")
+        for part, values in [*self._kept(), *self._statistics]:
+            if part.of(tensors).shape != values.shape:
+                raise ValueError(f"old values of {part.tensor!r} have the shape {tuple(values.shape)}")
+        for part in (part for parts in self._consumers.values() for part in parts):
+            part.of(tensors)
+        modules = named_modules(self.model)
+        for layer, rows in self.filters.items():
+            check_rows(modules[layer], rows)  # type: ignore[arg-type]
+            if len(self.old_filters(layer)) != len(rows):
+                raise ValueError(f"{layer!r} has other filters out than its old values are of")
+
+    def _kept(self) -> list[tuple[Slice, Tensor]]:
+        """Parts of the private regions with their old values."""
+        return [pair for layer in self.filters for pair in zip(self._private[layer], self._old[layer], strict=True)]
