@@ -234,7 +234,7 @@ class DroppedFilters:
         return values.movedim(part.dim, 0).flatten(1)
 
     def hold(self, consumers: bool) -> RowHold:
-        """Return a hold that keeps dropped filters bit-identical, with ``consumers`` also the columns that read them."""
+        """Return a hold on dropped filters, with ``consumers`` also on the columns that read them."""
         tensors = named_tensors(self.model)
         parts = [part for layer in self.filters for part in self._private[layer]]
         if consumers:
