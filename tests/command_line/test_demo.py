@@ -32,8 +32,9 @@ def test_squeezed_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     full, same, narrow = (int(number.replace(",", "")) for number in rows["parameters"])
     assert full == same > 3 * narrow
     assert f"tensorboard --logdir {out}" in captured.out
+    assert captured.err.splitlines() == [f"{name}: training for 5 epochs" for name in ("plain", "csgd")], "no terminal"
     for noise in ("Warning", "srun", "TPU", "Tip"):
-        assert noise not in captured.out + captured.err
+        assert noise not in captured.out
     network = load_merged(SmallConvNet(image_size=8), out / "csgd" / "version_0" / "narrow.pt")
     assert count_parameters(network) == narrow
     assert f"for load_merged: {out / 'csgd' / 'version_0' / 'narrow.pt'}" in captured.out, "a folder of this run"
