@@ -116,8 +116,8 @@ def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Modu
         raise
     except Exception as error:  # of networks, servers and caches, by many types
         raise CommandError(
-            f"--weights {weights} of {source} cannot be loaded: {_reason(error)}. Without a network, name a file with "
-            f"--model {source}"
+            f"--weights {weights} of {source} cannot be loaded: {_reason(error)}. Without internet access, name a file "
+            f"with --model {source}"
         ) from error
     return built
 
