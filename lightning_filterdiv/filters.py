@@ -79,9 +79,9 @@ def _is_wrapped(name: str) -> bool:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Canonical name -> module, under every name it has; of a wrapper and what it wraps, what it wraps.
+    """Canonical name -> module, under every name it has. A wrapper is left out in favour of the module that it wraps.
 
-    Names that collide when they are shortened (``conv`` beside ``module.conv``) stay long, or a module would be lost.
+    Names that would collide when shortened (``conv`` beside ``module.conv``) stay long, so that no module is lost.
     """
     named = list(model.named_modules(remove_duplicate=False))
     taken = Counter(canonical_name(name) for name, _ in named if not _is_wrapped(name))
@@ -97,7 +97,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def find_submodule(model: nn.Module, name: str | None, error: type[ValueError] = NoLayersError) -> nn.Module:
     """Return the submodule of a canonical name, ``model`` itself for ``None`` and for an empty name.
 
-    Of a wrapper and what it wraps, the wrapper: hooks inside a compiled module may never fire.
+    If the submodule is wrapped, the wrapper is returned, because hooks inside a compiled module may never fire.
 
     Args:
         model: the network.
@@ -173,7 +173,7 @@ def filter_matrix(conv: Conv) -> Tensor:
 
     Columns are ordered (input channel, kernel position), whatever the memory format. For a contiguous ordinary
     convolution this is a view of the weight; for ``channels_last`` weights and transposed convolutions it is a copy.
-    Treat it as read-only and write with :func:`write_filters`, which is right for all of them.
+    Treat it as read-only. :func:`write_filters` writes in all of these cases.
 
     Args:
         conv: ``Conv1d/2d/3d`` or ``ConvTranspose1d/2d/3d``, any ``groups``.
@@ -237,7 +237,7 @@ def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> N
 
 
 def mask_layout(conv: Conv, axis: str = "out") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How a vector with one entry per slice of ``conv.weight`` broadcasts over the weight.
+    """Shapes in which a vector with one entry per slice of ``conv.weight`` broadcasts over the weight.
 
     Args:
         conv: the convolution.
@@ -268,10 +268,10 @@ def _weight_parameter(conv: nn.Module) -> nn.Parameter | None:
 
 
 def find_weight_obstacle(layer: nn.Module) -> Obstacle | None:
-    """Return why the filters of ``layer`` are not the rows of a weight that can be read and updated as it is.
+    """Return why the filters of ``layer`` cannot be read from and written to its weight.
 
-    ``None`` if they are, also for a lazy layer, which has no weight yet. A parametrization may say so itself, by an
-    attribute ``obstacle``.
+    ``None`` if they can, and for a lazy layer, which has no weight yet. A parametrization may give its own reason, by
+    an attribute ``obstacle``.
     """
     weight = _weight_parameter(layer)
     if weight is None:

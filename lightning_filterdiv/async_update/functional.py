@@ -317,7 +317,7 @@ class AsynchronousUpdate:
         return [name for _, names in self._batches for name in names]
 
     def holds_nothing(self) -> bool:
-        """Whether ``update_fraction`` comes to all slices of every layer, as it does for layers of one filter."""
+        """True if every step updates all slices of every layer, as it is with layers of one filter."""
         counts = [count for count, _ in self._batches]
         return all(effective_fraction(count, self.update_fraction, self.sampling) == 1 for count in counts)
 

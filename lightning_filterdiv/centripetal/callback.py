@@ -58,22 +58,21 @@ class CentripetalSGD(FilterCallback):
     Args:
         keep_fraction: share of every layer's channels to keep, in (0, 1], or a dict of layer pattern -> share (layers
             that no pattern matches keep all). ``None``: 0.625, unless a target is given.
-        target_macs: share of the full network's multiply-accumulate operations to end at, in the place of
+        target_macs: share of the network's multiply-accumulate operations that the merged network has, instead of
             ``keep_fraction``. They are counted on the inputs that the graph is traced with.
-        target_parameters: the same for parameters.
-        scope: ``"layer"``: the same share in every layer; ``"global"``: layers whose filters express one another well
-            lose more.
-        max_layer_fraction: at most this share of a layer's channels goes; ``None``: all but one may.
-        channels_multiple: a layer that loses channels keeps a multiple of this; 8 suits hardware.
+        target_parameters: share of the parameters, likewise.
+        scope: ``"layer"``: the same share in every layer; ``"global"``: redundant layers lose more.
+        max_layer_fraction: largest share of its channels that a layer may lose; ``None``: all but one.
+        channels_multiple: a layer that loses channels keeps a multiple of this number; 8 suits hardware.
         strength: eps, the centripetal strength, or ``"auto"``: the smallest that reaches ``K = 18`` in this fit.
-        vector_strength: eps for biases and for scales and shifts of norms; ``None``: the same (the official code: a
-            tenth).
+        vector_strength: eps for biases and for scales and shifts of norms; ``None``: ``strength``. The official code
+            uses a tenth of it.
         clustering: ``"kmeans"`` on the kernels, ``"even"`` blocks, or ``"imbalanced"``: one large cluster.
         network: trace only this submodule, for example ``"backbone"`` of a detector.
         include: patterns of layers; ``None`` for every convolution. Channels are squeezed where every convolution that
             shares them is chosen.
         exclude: patterns of layers to leave out.
-        seed: of the order in which k-means tries to move filters.
+        seed: seed of k-means, which tries to move filters in random order.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
@@ -404,13 +403,13 @@ class CentripetalSGD(FilterCallback):
     def merge(
         self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3, form: Form = "auto"
     ) -> Merged:
-        """Merge every cluster into one channel; print what that did.
+        """Merge every cluster into one channel, and print the report.
 
         Args:
             model: the LightningModule that was trained, or the network inside it. It is left as it was.
             example_inputs: for the trace; ``None``: ``example_input_array``, else the shapes seen in training.
-            tolerance: largest relative change of the outputs by setting members to their mean; ``float("inf")`` to
-                merge whatever it does.
+            tolerance: largest relative change of the outputs that setting members to their mean may cause;
+                ``float("inf")`` merges in any case.
             form: see :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
         Returns:

@@ -89,10 +89,10 @@ class ChannelGroup:
         name: the first layer of the group, numbered where a layer is split into several groups.
         layers: layers with filters in each channel, coupled layers together, in order of execution.
         size: number of channels.
-        parts: every part of every tensor that lives and dies with these channels.
+        parts: every part of every tensor that belongs to these channels and is removed with them.
         channels: (size,) number of each channel in the trace.
-        counted: places of the channels in norms over channels, of a tensor ``counts`` that a norm gets once clusters of
-            unequal sizes are merged.
+        counted: positions of the channels in norms over channels. If clusters of unequal sizes are merged, such a norm
+            gets a tensor ``counts``, which has an entry at each of them.
         blocks: None, or (size,) int64: the block of each channel, 0, 1, ..., all blocks equally large. A grouped
             convolution, or a group norm, reads or writes the channels block by block. Only channels of one block may be
             clustered together, and every block must keep equally many: the number kept is a multiple of

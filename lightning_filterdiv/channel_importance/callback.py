@@ -26,11 +26,11 @@ __all__ = ["ChannelImportance"]
 
 
 class ChannelImportance(FilterCallback):
-    """Train with squeeze-and-excite gates beside convolutions, and average what they let through (UCP).
+    """Train with squeeze-and-excite gates beside convolutions, and average the gates (UCP).
 
-    Gates are inserted in ``setup``, before ``configure_optimizers``, and stay in the network: it was trained with
-    them. The importance of a channel is the mean of its gate over the images of the last epoch, as they were trained
-    on; under DDP over those of all ranks.
+    Gates are inserted in ``setup``, before ``configure_optimizers``. They stay in the network, which was trained with
+    them. The importance of a channel is the mean of its gate over the augmented images of the last epoch, under DDP
+    over those of all ranks.
 
     Args:
         placement: ``"convolution"`` (ours): behind every convolution, no biases. ``"cifar"``, ``"imagenet"``: one gate
@@ -103,7 +103,7 @@ class ChannelImportance(FilterCallback):
             self._inserted = list(gated_layers(pl_module))
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """The layers with a gate that are meant."""
+        """Gated layers that ``include`` and ``exclude`` leave."""
         hosts = gated_layers(pl_module)
         if lost := [name for name in self._inserted if name not in hosts]:
             raise MisconfigurationException(
@@ -114,7 +114,7 @@ class ChannelImportance(FilterCallback):
         return {name: conv for name, conv in super().choose(pl_module).items() if name in hosts}
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the gates count."""
+        """Start averaging the gates."""
         widths = {name: conv.out_channels for name, conv in self.layers.items()}
         if widths != self._widths:
             self._widths, self._sums, self._finished = widths, None, None

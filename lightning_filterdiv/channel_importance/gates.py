@@ -313,7 +313,7 @@ def _insert(
 
 
 def remove_gates(model: nn.Module) -> nn.Module:
-    """Take all gates out again, in place. What was trained with them computes something else without.
+    """Take all gates out again, in place. This changes what the network computes.
 
     Raises:
         NoLayersError: there is none.

@@ -50,6 +50,8 @@ __all__ = [
 PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
 #: Last level of the key under which a module keeps what is no tensor.
 _EXTRA_STATE = "_extra_state"
+#: Entries that ``filterdiv fit`` (LightningCLI) saves among a network's arguments. --model names the class instead.
+_LIGHTNING_CLI = {"_class_path", "_instantiator"}
 #: What a network's name begins with -> module whose ``list_models`` has the names.
 _LIBRARIES = {"torchvision": "torchvision.models", "timm": "timm"}
 _NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
@@ -80,7 +82,7 @@ def build_model(
         return _from_torchvision(name)
     if kind == "timm":
         return _from_timm(name)
-    return _from_class(kind, name, hyper_parameters or {})
+    return _from_class(kind, name, {k: v for k, v in (hyper_parameters or {}).items() if k not in _LIGHTNING_CLI})
 
 
 def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Module:
@@ -122,8 +124,8 @@ def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Modu
         raise
     except Exception as error:  # of networks, servers and caches, by many types
         raise CommandError(
-            f"--weights {weights} of {source} cannot be loaded: {_reason(error)}. Without a network, name a file with "
-            f"--model {source}"
+            f"--weights {weights} of {source} cannot be loaded: {_reason(error)}. Without internet access, name a file "
+            f"with --model {source}"
         ) from error
     return built
 

@@ -16,6 +16,7 @@ import argparse
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lightning_filterdiv import __version__
 
@@ -44,6 +45,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {default})"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line; the usage of some commands is longer than a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of a command that is not in :data:`TRAINING`.
 
@@ -56,7 +64,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: status 0 after ``--help`` or ``--version``; 2 if the arguments are wrong, explained on stderr.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="filterdiv",
         description="Train convolutional networks with diverse filters, measure how alike filters are,\n"
         "and make networks smaller. Help for a command: filterdiv COMMAND --help",

@@ -58,22 +58,22 @@ class FilterSimilarityMonitor(FilterCallback):
     ``filterdiv_figures/...`` shows some layers filter by filter. Filters that a callback (RePr) has taken out do not
     count while they are out: all numbers are those of the network without them.
 
-    It reads weights, changes nothing, and costs nothing on the epochs between. Under DDP the layers are divided among
-    the ranks for the numbers; rank 0 alone draws, measures activations and writes. A figure or number that cannot be
-    measured, drawn or written (a full disk, no permission, a logger without its server) does not stop training: the
-    first failure of each kind is a warning.
+    The monitor changes nothing, and costs nothing in epochs without a snapshot. Under DDP the layers are divided among
+    the ranks for the numbers. Rank 0 alone draws, measures activations and writes. A figure or number that cannot be
+    measured, drawn or written (a full disk, no permission, a logger without its server) does not stop training. The
+    first failure of each kind causes a warning.
 
     Args:
-        every_n_epochs: how often to look.
+        every_n_epochs: epochs between two snapshots.
         scalars: log numbers.
-        figures: draw.
-        figures_every_n_looks: draw at the first look, at every so-manieth after it, and at the last one.
-        max_figures: heat maps and kernels of at most so many layers, evenly spaced from the first to the last; the same
-            ones for the whole fit.
+        figures: draw figures.
+        figures_every_n_looks: snapshots between two drawings. The first and the last snapshot are always drawn.
+        max_figures: largest number of layers whose heat map and kernels are drawn. They are evenly spaced from the
+            first layer to the last, and the same for the whole fit.
         figure_layers: patterns of the layers to draw, at most ``max_figures`` of them, instead of this choice.
-        activations: also measure what the filters compute: the absolute correlation between the channels of each layer
-            on a fixed batch, the first of validation; without validation, ``example_input_array``. One forward pass
-            in evaluation mode per look.
+        activations: also measure the absolute correlation between the channels of each layer. It is measured on the
+            first validation batch, without validation on ``example_input_array``, by one forward pass in evaluation
+            mode per snapshot.
         include: patterns of layers; ``None`` for every ``Conv1d/2d/3d``, frozen ones too.
         exclude: patterns of layers to leave out.
 
@@ -235,7 +235,7 @@ class FilterSimilarityMonitor(FilterCallback):
             self._draw_all(trainer, "at the end", dropped, self._correlations(trainer, dropped))
 
     def should_log(self, completed: int) -> bool:
-        """The decision, to be overridden: whether to look when ``completed`` epochs are done; the same on all ranks."""
+        """True if a snapshot is due after ``completed`` epochs. An override must answer alike on all ranks."""
         return completed % self.every_n_epochs == 0
 
     def _is_last(self, trainer: pl.Trainer, completed: int) -> bool:

@@ -33,7 +33,7 @@ _BLOCK = 128  # rows of a Gram matrix at a time: it stays in the cache, and its 
 
 
 class Dropped(NamedTuple):
-    """What a callback has taken out of a layer for the moment.
+    """Filters and inputs of a layer that a callback has dropped for a time.
 
     Attributes:
         filters: indices of filters that are silenced.

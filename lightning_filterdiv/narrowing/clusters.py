@@ -164,7 +164,7 @@ def cluster_channels(
         method: see :func:`cluster_filters`.
         seed: of k-means.
         groups: names of the groups to cluster; ``None`` for all.
-        plan: of :func:`~lightning_filterdiv.narrowing.plan_widths`, in the place of ``keep_fraction``.
+        plan: result of :func:`~lightning_filterdiv.narrowing.plan_widths`, instead of ``keep_fraction``.
         among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
 
     Returns:
@@ -268,7 +268,7 @@ class ClusteredTensor(NamedTuple):
 def clustered_tensors(model: nn.Module, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> list[ClusteredTensor]:
     """Every parameter that holds filters or per-channel entries of clustered channels.
 
-    Running statistics are no parameters: they become equal because what they see does.
+    Running statistics are not among them: they become equal when the activations do.
 
     Args:
         model: the traced network.

@@ -19,7 +19,9 @@ __all__ = ["check_narrowable", "check_same", "narrow", "removed_mask", "silence"
 
 @torch.no_grad()
 def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *, form: Form = "auto") -> nn.Module:
-    """A copy of ``model`` without the other channels: their filters, norms and the columns that read them are gone.
+    """Return a copy of ``model`` that has only the channels in ``keep``.
+
+    The filters and norm entries of all other channels go, and the columns that read them.
 
     The result is compared with ``model`` whose consumers ignore those channels, on random inputs in float64.
 

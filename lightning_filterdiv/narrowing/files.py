@@ -92,8 +92,8 @@ class MergedFileError(ValueError):
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a merged network: its tensors under canonical names and how it was narrowed; no pickled objects.
 
-    Submodules in graph form are not written as such: the file says which ones they are, which channels were kept, and
-    the shapes of the example inputs, so that :func:`load_merged` records and narrows a fresh network again.
+    The file does not hold the code of submodules in graph form. It names them, the channels that were kept, and the
+    shapes of the example inputs. With these :func:`load_merged` records and narrows a fresh network again.
 
     Args:
         model: a result of :func:`~lightning_filterdiv.narrowing.merge.merge_channels`, trained further or not.

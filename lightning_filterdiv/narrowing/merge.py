@@ -44,15 +44,15 @@ class NotTiedError(NarrowingError):
 
 
 class MergeReport(NamedTuple):
-    """What merging did.
+    """Sizes before and after a merge, and the errors of its steps.
 
     Attributes:
         channels_before: channels of all clustered groups.
         channels_after: clusters.
         deviation: largest ``|w - mean| / |w|`` of a clustered parameter before the merge.
         worst: the parameter that it belongs to.
-        projection: relative change of the outputs by setting every parameter to its cluster's mean.
-        trim: relative change of the outputs by narrowing the tied network, in float64; rounding only.
+        projection: relative change of the outputs when every parameter is set to its cluster's mean.
+        trim: relative change of the outputs when the tied network is narrowed, in float64; rounding only.
         parameters_before: of the original.
         parameters_after: of the narrow network.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
@@ -106,7 +106,7 @@ def _forms(forms: tuple[FormChoice, ...]) -> list[str]:
 
 
 class Merged(NamedTuple):
-    """A narrow network, and what making it did."""
+    """A narrow network and the report of the merge."""
 
     network: nn.Module
     report: MergeReport
@@ -151,9 +151,9 @@ def merge_channels(
         clusters: group name -> ``(size,)`` int64 cluster index of each channel; other groups stay as they are.
         example_inputs: for the trace; see :meth:`~lightning_filterdiv.channel_graph.ChannelGraph.trace`.
         network: trace only this submodule.
-        tolerance: largest relative change of the outputs by setting parameters to their clusters' means;
-            ``float("inf")`` merges whatever it does.
-        form: ``"module"`` keeps every class and takes only widths that each forward follows by itself. ``"graph"``
+        tolerance: largest relative change of the outputs that setting parameters to their clusters' means may
+            cause; ``float("inf")`` merges in any case.
+        form: ``"module"`` keeps every class, and allows only widths that need no change of any forward. ``"graph"``
             makes a ``torch.fx.GraphModule`` of every submodule whose forward decides where channels go (a split by
             stored numbers, a slice, a shuffle). ``"auto"`` does so only where module form cannot express the widths.
 
@@ -163,8 +163,8 @@ def merge_channels(
         graph form; a LightningModule never does.
 
     Warns:
-        UserWarning: averaging running statistics changes the outputs by more than ``tolerance``: those of a checkpoint
-            from the middle of a fit follow tied weights some steps later.
+        UserWarning: averaging running statistics changes the outputs by more than ``tolerance``. In a checkpoint from
+            the middle of a fit they lag some steps behind the tied weights.
 
     Raises:
         NotTiedError: setting parameters to their clusters' means changes the outputs by more than ``tolerance``.

@@ -49,11 +49,11 @@ __all__ = ["PruneReport", "Pruned", "classification_accuracy", "prune_channels"]
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did. It is not lossless.
+    """Sizes before and after pruning, and the change of the outputs.
 
     Attributes:
         plan: channels per group, with the cost that was foreseen.
-        importance: what channels were judged by.
+        importance: measure by which channels were ranked.
         keep: group name -> (n,) channels that are left.
         channels_before: of all groups in the plan.
         channels_after: likewise.
@@ -103,7 +103,7 @@ class PruneReport:
 
 
 class Pruned(NamedTuple):
-    """A narrower network, and what making it did."""
+    """A narrower network and the report of the pruning."""
 
     network: nn.Module
     report: PruneReport
@@ -132,7 +132,7 @@ def prune_channels(
     seed: int = 0,
     verbose: bool = True,
 ) -> Pruned:
-    """Remove the least important channels, as many as a target asks for. Not lossless: fine-tune afterwards.
+    """Remove the least important channels until a target is met. This changes the outputs: fine-tune afterwards.
 
     Args:
         model: the network; it is left as it was.
@@ -158,8 +158,8 @@ def prune_channels(
             measure the means of what removed channels contribute.
         max_batches: read at most so many.
         loss: for ``"taylor"``, of ``(model, batch)``; ``None``: cross-entropy of ``model(batch[0])`` and ``batch[1]``.
-        bias: put the constant part of what removed channels contributed into the next bias or running mean: their mean
-            on ``batches``; without batches only where a channel is constant on the example inputs and on drawn ones.
+        bias: add the mean contribution of removed channels, measured on ``batches``, to the next bias or running mean.
+            Without batches this is done only for channels that are constant on the example inputs and on drawn ones.
         loader: batches of (inputs, labels) for the accuracy before and after.
         seed: of ``"random"``.
         verbose: print the plan before anything is removed.
@@ -168,7 +168,7 @@ def prune_channels(
         The network, trainable and of the same class, and the report.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name; an importance that has not what it needs.
+        TypeError, ValueError: a bad argument, by name; an importance without the data that it needs.
         TargetError: the target is out of reach.
         NoLayersError: no layer is left to prune.
         NarrowingError: the result does not compute what it should.

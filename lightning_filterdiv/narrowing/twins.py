@@ -40,10 +40,10 @@ def merge_twins(
 ) -> Merged:
     """Merge filters that are nearly equal, up to a positive scale where folding the scale is exact.
 
-    Channels are first rescaled, which changes nothing: a filter in front of a norm to unit length, a channel behind
-    whose norm or filter only positively homogeneous operators follow (ReLU, pooling, sums) to unit size, with the scale
-    in the columns that read it. Where this is exact is found by trying it in float64. Then clusters of nearly equal
-    channels are set to their means and merged.
+    Channels are first rescaled without changing the outputs. A filter in front of a norm gets unit length. A channel
+    that meets only positively homogeneous operators (ReLU, pooling, sums) gets unit size, and its scale moves into the
+    columns that read it. A trial in float64 decides where this is exact. Then clusters of nearly equal channels are set
+    to their means and merged.
 
     Args:
         model: the network; it is left as it was.

@@ -41,7 +41,7 @@ class BasisOrthonormality(FilterCallback):
     leave, which then stay diverse (Bansal, Chen, Wang, NeurIPS 2018; Wang et al., CVPR 2020).
 
     Args:
-        weight: of the penalty, > 0; ``None``: the form's own, see
+        weight: factor of the penalty, > 0; ``None``: the default of the form, see
             :data:`~lightning_filterdiv.orthonormality.DEFAULT_WEIGHTS`.
         every_n_steps: act at every so-manieth step of an optimizer, the first one included, with so many times the
             weight. The cost falls by that factor; the weight per step stays the same on average.
@@ -51,11 +51,11 @@ class BasisOrthonormality(FilterCallback):
             ``"convolutional"``. ``"auto"``: ``"basis"`` where shared bases are among the layers, else ``"soft"``.
         decoupled: move the weights after the step, by learning rate times weight times gradient, instead of adding to
             the gradient. ``"auto"``: with optimizers of the Adam family (a class or base whose name holds "Adam").
-        squared: of ``"srip"`` and ``"convolutional"``: the square of the norm or the norm itself. ``None``: the norm
-            for ``"srip"``, the square for ``"convolutional"``. The released codes have it the other way round.
+        squared: ``True``: the square of the norm, ``False``: the norm itself, for ``"srip"`` and ``"convolutional"``.
+            ``None``: the norm for ``"srip"``, the square for ``"convolutional"``. The released codes do the opposite.
         unique: compare shared filters also with the unique filters of the layers that use them (CIFAR-10 experiments of
             DSFB); ``"basis"`` only.
-        linear: ``include`` means linear layers too, ``None`` all of them: the released SRIP script for WRN-28-10
+        linear: penalise linear layers too, those that ``include`` names or all. The released SRIP script for WRN-28-10
             penalises the classifier. A linear layer's filters are the rows of its weight.
         include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none. The
             released OCNN recipes leave the stem out: ``exclude=["conv1"]``.
@@ -115,7 +115,7 @@ class BasisOrthonormality(FilterCallback):
 
     @property
     def resolved_form(self) -> Form:
-        """``form``; of ``"auto"`` what it means in the running or last fit, before the first one ``"soft"``."""
+        """``form``; for ``"auto"`` the choice of the present or last fit, ``"soft"`` before the first."""
         if self.form != "auto":
             return self.form
         return "basis" if self._on_bases else "soft"
@@ -139,7 +139,7 @@ class BasisOrthonormality(FilterCallback):
         return self.base_weight * ((self.milestones or {})[max(reached)] if reached else 1.0)
 
     def values(self) -> dict[str, float]:
-        """Layer or Gram name -> the penalty now, above its reachable minimum, not weighted; ``"total"`` for all."""
+        """Layer or Gram name -> unweighted penalty minus its smallest possible value; ``"total"`` for all."""
         penalties: dict[str, float] = {}
         total = 0.0
         for penalty in self._penalties.values():

@@ -64,18 +64,18 @@ class RePr(FilterCallback):
     Filters are ranked in ``on_train_epoch_end`` and dropped or regrown at the first batch after it, so that every
     checkpoint holds the network whose metric it names.
 
-    An exception or Ctrl-C leaves model and state in agreement: a later fit goes on from there, or
+    Model and state stay consistent after an exception or Ctrl-C. A later fit continues from there, or
     :meth:`restore_now` brings the filters back.
 
     Args:
         full_epochs: S1, epochs with all filters before each drop: an integer, or a fraction of the fit's epochs (a
-            float below 1), which comes to at least one epoch.
+            float below 1). A fraction is at least one epoch.
         sub_epochs: S2, epochs of the sub-network, likewise.
-        cycles: N, how often. With a fraction, cycles for which the fit has no room are left out.
+        cycles: N, number of drops. With fractions, cycles that do not fit into the training are left out.
         prune_fraction: p, share of the ranked filters that is dropped, in (0, 1).
         criterion: ``"orthogonality"`` (the paper), ``"norm"`` (smallest first) or ``"random"`` (control).
         scope: rank over all layers together (the paper) or within each layer.
-        dim_correct: divide the score by what random filters of that fan-in have.
+        dim_correct: divide the score by that of random filters with the same fan-in.
         max_layer_fraction: at most this share of one layer is dropped; ``None``: all but one filter.
         gain: scale of regrown filters relative to the mean norm of the layer's survivors. Values well above 1 with a
             large ``prune_fraction`` destabilise training.
@@ -540,12 +540,12 @@ class RePr(FilterCallback):
         self._holds = {index: dropped.hold(self.hold_consumers) for index in range(len(trainer.optimizers))}
 
     def before_step(self, index: int) -> None:
-        """In a sub-network phase: remember what must not move in this step."""
+        """Remember the rows that must not move in this step of a sub-network phase."""
         if self._holds:
             self._holds[index].before_step(self.trainer.optimizers[index])
 
     def after_step(self, index: int) -> None:
-        """Put back what the step moved of it."""
+        """Put those rows back."""
         if self._holds:
             self._holds[index].after_step(self.trainer.optimizers[index])
 

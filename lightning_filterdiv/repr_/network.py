@@ -236,7 +236,7 @@ class DroppedFilters:
         return values.movedim(part.dim, 0).flatten(1)
 
     def hold(self, consumers: bool) -> RowHold:
-        """Hold on dropped filters, and with ``consumers`` on the columns that read them: bit-still through steps."""
+        """Return a hold on dropped filters, with ``consumers`` also on the columns that read them."""
         tensors = named_tensors(self.model)
         parts = [part for layer in self.filters for part in self._private[layer]]
         if consumers:

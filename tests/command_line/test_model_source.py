@@ -119,9 +119,11 @@ def test_checkpoints_and_state_dicts(tmp_path: Path) -> None:
 
 def test_a_network_with_the_arguments_and_weights_of_its_checkpoint() -> None:
     trained = SmallConvNet(width=5)
-    checkpoint = {"hyper_parameters": {"width": 5}, "state_dict": trained.state_dict()}
-    model = restore_model("lightning_filterdiv.demo:SmallConvNet", None, checkpoint)
-    assert torch.equal(model.net.conv2.weight, trained.net.conv2.weight)
+    of_cli = {"_class_path": "somewhere.Else", "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    for hyper_parameters in ({"width": 5}, {"width": 5, **of_cli}):
+        checkpoint = {"hyper_parameters": hyper_parameters, "state_dict": trained.state_dict()}
+        model = restore_model("lightning_filterdiv.demo:SmallConvNet", None, checkpoint)
+        assert torch.equal(model.net.conv2.weight, trained.net.conv2.weight)
     with pytest.raises(CommandError, match="the weights are not those of a SmallConvNet"):
         restore_model("lightning_filterdiv.demo:SmallConvNet", None, {"state_dict": trained.state_dict()})
 

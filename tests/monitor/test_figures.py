@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -40,6 +41,17 @@ def layer(rows: torch.Tensor, name: str = "stage.conv") -> Any:
     conv = nn.Conv2d(rows.shape[1], rows.shape[0], 1)
     write_filters(conv, range(len(rows)), rows)
     return view_layer(name, conv)
+
+
+def test_titles_stay_inside_the_figure() -> None:
+    """Long names, many filters, and filters that are out make the longest lines."""
+    conv = nn.Conv2d(64, 150, 3)
+    view = view_layer("backbone.stage3.block12.a.long.name.conv2", conv, Dropped(range(30)))
+    for figure in (similarity_heat_map(view, "after epoch 120"), kernel_mosaic(view, "after epoch 120")):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (heading,) = (text for text in figure.texts if text.get_text() == figure.get_suptitle())
+        assert heading.get_window_extent(canvas.get_renderer()).x1 <= figure.bbox.x1
 
 
 # --------------------------------------------------------------------------- views
