@@ -202,7 +202,8 @@ class CountedReduction(CountedNorm):
             return self.mean(values)
         if self.kind in ("amax", "amin"):
             nothing = -torch.inf if self.kind == "amax" else torch.inf
-            return getattr(values.masked_fill(self.counts == 0, nothing), self.kind)(-1, keepdim=True)
+            reduced: Tensor = getattr(values.masked_fill(self.counts == 0, nothing), self.kind)(-1, keepdim=True)
+            return reduced
         values = values.square() if self.kind == "norm" else values
         return (values * self.counts).sum(-1, keepdim=True)
 

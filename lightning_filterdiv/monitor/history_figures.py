@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lightning_filterdiv.monitor.events import Deviations, FilterEvent
 from lightning_filterdiv.monitor.figures import BLUE, RED, new_figure, shorten, title
@@ -104,9 +105,7 @@ def network_summary(
         f"all layers: {change}{f';  {marked}' if marked else ''}",
     )
     figure.supxlabel("epochs completed (0: before training)", fontsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(looks) == 1:
-        axes.set_xticks(epochs)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True) if len(looks) > 1 else FixedLocator(epochs.tolist()))
     return figure
 
 
