@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, TensorRows
 from lightning_filterdiv.channel_graph.answers import layer_of
 from lightning_filterdiv.filters import named_modules, named_tensors
 from lightning_filterdiv.narrowing.widths import KeepFraction, WidthPlan, WidthRule, plan_widths
@@ -186,9 +186,8 @@ def cluster_channels(
             index[members] = cluster_filters(kernels[members], each, method=method, seed=seed) + block * each
         return index
 
-    tensors = named_tensors(model)
     lengths = {
-        name: sum(tensors[f"{layer}.weight"].numel() // group.size for layer in group.layers)
+        name: sum(_kernel_rows(model, group, layer)[1].numel() // group.size for layer in group.layers)
         for name, group in squeezed.items()
     }
     costs = {name: group.size**2 * lengths[name] + _MOVES * group.size for name, group in squeezed.items()}
@@ -226,6 +225,12 @@ def layer_kernels(model: nn.Module, group: ChannelGroup, layer: str) -> Tensor:
         group: of its channel graph.
         layer: name of a layer with rows in the group.
     """
+    rows, values = _kernel_rows(model, group, layer)
+    return rows.entries(values.detach()).flatten(1).double().cpu()
+
+
+def _kernel_rows(model: nn.Module, group: ChannelGroup, layer: str) -> tuple[TensorRows, Tensor]:
+    """The rows of the channels in the weight of ``layer``, and that weight."""
     tensors = named_tensors(model)
     parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
     part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
@@ -233,7 +238,7 @@ def layer_kernels(model: nn.Module, group: ChannelGroup, layer: str) -> Tensor:
     if part.tensor != f"{layer}.weight":
         computed = getattr(named_modules(model)[layer], "weight", None)
         values = computed if isinstance(computed, Tensor) and computed.shape == values.shape else values
-    return part.entries(values.detach()).flatten(1).double().cpu()
+    return part, values
 
 
 class ClusteredTensor(NamedTuple):

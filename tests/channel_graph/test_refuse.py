@@ -39,7 +39,6 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
         lambda: lambda x: torch.cumprod(x, 2),
         r"cumprod in forward, an operator the channel graph has no",
     ),
-    "gated halves": (lambda: lambda x: F.glu(torch.cat([x, x], 1), 1), r"input of glu in forward"),
     "constants per channel": (
         lambda: lambda x: x * torch.arange(8.0).reshape(1, 8, 1, 1),
         r"meets values that no channel owns",
