@@ -48,7 +48,7 @@ class GraphBody(fx.GraphModule):
     @property
     def constants(self) -> dict[str, Tensor | nn.Module]:
         """What the graph brought along."""
-        own = [*self.named_buffers(recurse=False), *self.named_children()]
+        own: list[tuple[str, Tensor | nn.Module]] = [*self.named_buffers(recurse=False), *self.named_children()]
         return {name: value for name, value in own if name.startswith(CONSTANT)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphBody:
