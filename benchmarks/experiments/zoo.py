@@ -37,11 +37,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from benchmarks.common.paths import RESULTS
-from benchmarks.cost.channel_graph_speed import build, networks
+from benchmarks.cost.channel_graph_speed import NETWORKS, build, networks
 from benchmarks.cost.peers import TOLERANCE, prune_silently
 from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import random_clusters, randomise
-from lightning_filterdiv.narrowing import MergeReport, merge_channels, tie_channels
+from lightning_filterdiv.narrowing import MergeReport, merge_channels
 
 RESULT = RESULTS / "zoo.json"
 LIMIT = 300
@@ -71,7 +72,7 @@ def ours(library: str, name: str, size: int) -> dict[str, Any]:
         clusters = random_clusters(graph, torch.Generator().manual_seed(0), keep=0.5)
         row["pinned"] = reasons(graph)
         if clusters:
-            tie_channels(model, clusters, arguments)
+            tie(model, graph, clusters)
             start = time.process_time()
             merged = merge_channels(model, clusters, arguments, tolerance=float("inf"))
             row["seconds"] = time.process_time() - start
@@ -168,15 +169,22 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _listed() -> int:
+    """Networks on the committed list, whether their library is installed or not."""
+    return sum(bool(line) and not line.startswith("#") for line in NETWORKS.read_text().splitlines())
+
+
 def summary_table(rows: dict[str, dict[str, Any]]) -> str:
     """The summary as a Markdown table."""
     s = summary(rows)
-    peer = ", ".join(f"{count} {verdict}" for verdict, count in s["torch-pruning"].items())
+    peer = ", ".join(f"{count} {verdict}" for verdict, count in sorted(s["torch-pruning"].items()))
+    tried = sum(s["torch-pruning"].values())
     lines = [
         "| | channel graph | torch-pruning |",
         "|---|---|---|",
+        f"| networks of the list that are measured | {s['networks']} of {_listed()} | {tried} of {_listed()} |",
         f"| networks answered for | {s['networks'] - len(s['no answer'])} of {s['networks']} | {peer} |",
-        f"| mean share of filters merged, all networks | {100 * s['mean share']:.0f} % | |",
+        f"| mean share of filters merged | {100 * s['mean share']:.0f} % | |",
         f"| mean share, the {len(HARD)} hardest | {100 * s['mean share, hard list']:.0f} % | |",
         f"| largest deviation of the outputs | {s['largest deviation']:.0e} | |",
     ]
@@ -184,7 +192,7 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """One row per network, as a Markdown table."""
+    """One row per network, as a Markdown table; "-": not measured."""
 
     def mine(row: dict[str, Any]) -> str:
         if "error" in row:
@@ -194,7 +202,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
     def other(row: dict[str, Any]) -> str:
         verdict = row["verdict"] + (f" ({row['deviation']:.1g})" if row["verdict"] == "wrong" else "")
-        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        seconds = f"{row['seconds']:.1f}" if row.get("seconds") else "-"
         return f"{verdict} | {seconds}"
 
     lines = [
@@ -203,7 +211,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for key, row in rows.items():
         name = key.partition("@")[0]
-        lines.append(f"| {name}{' (hard)' if name in HARD else ''} | {mine(row['ours'])} | {other(row['theirs'])} |")
+        theirs = other(row["theirs"]) if "theirs" in row else "- | -"
+        lines.append(f"| {name}{' (hard)' if name in HARD else ''} | {mine(row['ours'])} | {theirs} |")
     return "\n".join(lines)
 
 

@@ -202,8 +202,8 @@ class CountedReduction(CountedNorm):
             return self.mean(values)
         if self.kind in ("amax", "amin"):
             nothing = -torch.inf if self.kind == "amax" else torch.inf
-            reduced: Tensor = getattr(values.masked_fill(self.counts == 0, nothing), self.kind)(-1, keepdim=True)
-            return reduced
+            values = values.masked_fill(self.counts == 0, nothing)
+            return values.amax(-1, keepdim=True) if self.kind == "amax" else values.amin(-1, keepdim=True)
         values = values.square() if self.kind == "norm" else values
         return (values * self.counts).sum(-1, keepdim=True)
 

@@ -482,6 +482,22 @@ _LINEAR = ("sum", "mean")
 _AVERAGES = ("mean", "var", "var_mean", "std")
 
 
+def batched_product(state: Propagation, node: Node) -> Value:
+    """A product that sums over positions, with weights that are alike for all channels: like a mean over them."""
+    if any(state.labels_of(n) is None for n in node.args[:2]):
+        return unknown(state, node)
+    values = [_value(state, n) for n in node.args[:2]]
+    for dim, (own, weights) in ((1, values), (2, values[::-1])):
+        alike = not _varying(weights.labels) and not own.is_parameter and not weights.is_parameter
+        if alike and _varying(own.labels) == {dim}:
+            state.pin(weights, f"acts on all channels at once in {state.where(node)}")
+            small = own.labels
+            for d in {0, 1, 2} - {dim}:
+                small = small.narrow(d, 0, 1)
+            return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
+    return unknown(state, node)
+
+
 def creation(state: Propagation, node: Node) -> Value:
     """Tensors made in forward: zeros take places like padding, other constants are the same for every channel."""
     name, value = operator_name(node, raw=True), node.value
@@ -515,6 +531,7 @@ RULES: dict[str, Rule] = {
     "copy": overwrite,
     **dict.fromkeys(("as_strided", "as_strided_"), restride),
     **dict.fromkeys(("cat", "stack"), concatenate),
+    "bmm": batched_product,
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape", "flatten", "unflatten"), reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
     **dict.fromkeys((f"{mode}_pad{rank}d" for mode in ("reflection", "replication") for rank in (1, 2, 3)), pad),

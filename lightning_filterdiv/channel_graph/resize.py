@@ -117,7 +117,7 @@ def _reads(group: ChannelGroup, path: str) -> bool:
 
 
 def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
-    """Find the body that holds a number for ``group``; None if its graph form makes the group narrowable."""
+    """Find the bodies that hold a number for ``group``; None if their graph forms make the group narrowable."""
     model, (selection,) = graph.model, leave_out([group])
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
@@ -128,24 +128,40 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
     fixing = find_deviation(graph.recording.record, masks, nodes)
     if fixing is None:
         return ""
-    if (reason := refusal(graph, fixing.module)) is not None:
-        return f", and {reason}"
-    graph.recording.literal[fixing.module] = operator_name(fixing)
-    try:
-        narrowing = Narrowing(graph, {group.name: selection.kept}, form="graph")
-        with without_compilation(model), unchanged(model):
-            replace_tensors(model, meta_stand_ins(model))
-            narrow = narrowing(model)
+    literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
+    reason, tried = "", set[str]()
+    while path not in tried:
+        if (refused := refusal(graph, path)) is not None:
+            reason = f", and {refused}"
+            break
+        modules = named_modules(model)
+        alike = [name for name, module in modules.items() if type(module) is type(modules[path])]
+        tried.update(alike)
+        literal |= {name: operator_name(fixing) for name in alike if refusal(graph, name) is None}
+        try:
+            narrowing = Narrowing(graph, {group.name: selection.kept}, form="graph")
+            with without_compilation(model), unchanged(model):
+                replace_tensors(model, meta_stand_ins(model))
+                narrow = narrowing(model)
+        except ChannelGraphError as error:
+            reason = f", and {error}"
+            break
         traced = bare_module(find_submodule(narrow, graph.network))
-        outputs = record(traced, graph.inputs, tensor_names(narrow), graph.network).outputs
+        call = graph.inputs, tensor_names(narrow), graph.network
+        try:
+            outputs = record(traced, *call).outputs
+        except (ExampleInputsError, TraceError):  # there is another body
+            failing = failing_part(traced, *call)
+            if failing is None or failing not in modules:
+                break
+            path = failing
+            continue
         if tuple(node.shape for node in outputs) == graph.output_shapes:
             return None
-    except (ExampleInputsError, TraceError):
-        pass  # it does not run; what its forward says is about widths that nobody asked for
-    except ChannelGraphError as error:
-        reason = f", and {error}"
-    del graph.recording.literal[fixing.module]
-    return reason or ""
+        break
+    literal.clear()
+    literal.update(before)
+    return reason
 
 
 def _try_graphs(graph: ChannelAnswers) -> None:

@@ -390,3 +390,26 @@ def test_random_clusters_are_random() -> None:
     graph = ChannelGraph.trace(models.plain(), IMAGE)
     draws = [random_clusters(graph, torch.Generator().manual_seed(s))["3"].tolist() for s in range(2)]
     assert draws[0] != draws[1]
+
+
+class WeighedPositions(nn.Module):
+    """A mean over positions with computed weights: the context of GCNet, or attention with one head."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.weigh, self.write, self.first = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 8, 1), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weigh(x).flatten(2).softmax(2)
+        if self.first:
+            context = x.flatten(2) @ weights.transpose(1, 2)
+        else:
+            context = (weights @ x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return x + self.write(context.unsqueeze(3))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_products_that_sum_over_positions_keep_channels_apart(first: bool) -> None:
+    graph, _ = check_exact(nn.Sequential(nn.Conv2d(3, 8, 3), WeighedPositions(first), nn.Conv2d(8, 4, 1)), IMAGE)
+    assert {g.layers for g in graph.groups} == {("0", "1.write")}
+    assert set(graph.pinned) == {"1.weigh", "2"}
