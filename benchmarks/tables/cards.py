@@ -28,6 +28,7 @@ from benchmarks.cost import (
     monitor,
     overhead,
     peers,
+    prune_zoo,
     scaling,
 )
 from benchmarks.cost import channel_graph as channel_graph_cost
@@ -118,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),
     "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
+    "prune_zoo": lambda: prune_zoo.table(json.loads(prune_zoo.OUT.read_text())),
     "zoo_summary": lambda: zoo.summary_table(json.loads(zoo.RESULT.read_text())["rows"]),
     "zoo": lambda: zoo.table(json.loads(zoo.RESULT.read_text())["rows"]),
     "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),

@@ -17,6 +17,7 @@ from lightning_filterdiv.channel_importance.gates import (
     Placement,
     gated_layers,
     insert_gates,
+    mean_gates,
 )
 from lightning_filterdiv.filters import Conv
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer
@@ -82,12 +83,7 @@ class ChannelImportance(FilterCallback):
         left out.
         """
         sums = self._finished if self._finished is not None else self._sums
-        return {} if sums is None else self._split(sums)
-
-    def _split(self, sums: Tensor) -> dict[str, Tensor]:
-        parts = sums.double().cpu().split([count + 1 for count in self._widths.values()])
-        seen = {name: part for name, part in zip(self._widths, parts, strict=True) if part[-1] > 0}
-        return {name: part[:-1] / part[-1] for name, part in seen.items()}
+        return {} if sums is None else mean_gates(self._widths, sums)
 
     # ------------------------------------------------------------------ start, end
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_filterdiv.channel_importance.callback import ChannelImportance
-from lightning_filterdiv.channel_importance.gates import insert_gates
+from lightning_filterdiv.channel_importance.gates import insert_gates, mean_gates
 from lightning_filterdiv.filters import find_prefix, named_modules
 
 __all__ = ["restore_gates"]
+
+#: By these entries the state of a ChannelImportance is known.
+_OWN = {"widths", "sums", "finished", "epoch"}
 
 
 def restore_gates(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -28,36 +30,39 @@ def restore_gates(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, 
     Raises:
         ValueError: the callback's state is damaged, or ``model`` lacks a layer that had a gate.
     """
-    own = ChannelImportance().extra_state().keys()
     for state in (checkpoint.get("callbacks") or {}).values():
-        if isinstance(state, dict) and isinstance(extra := state.get("extra"), dict) and own <= extra.keys():
+        if isinstance(state, dict) and isinstance(extra := state.get("extra"), dict) and extra.keys() >= _OWN:
             return _restore(model, state)
     return {}
 
 
 def _restore(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    extra = state["extra"]
     try:
-        callback = ChannelImportance(**{name: state["arguments"][name] for name in ("placement", "reduction")})
-        callback.load_extra_state(state["extra"])
-        layers = [name for name, _ in state["extra"]["widths"]]
-        means = callback.importance
+        placement, reduction = (state["arguments"][name] for name in ("placement", "reduction"))
+        widths = {str(name): int(count) for name, count in extra["widths"]}
+        for key in ("sums", "finished"):
+            if extra[key] is not None and extra[key].shape != (sum(widths.values()) + len(widths),):
+                raise ValueError(f"{key} has shape {tuple(extra[key].shape)}")
+        sums = extra["sums"] if extra["finished"] is None else extra["finished"]
+        means = {} if sums is None else mean_gates(widths, sums)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"the state of ChannelImportance is damaged ({error}); take another checkpoint of the fit"
         ) from error
-    if not layers:
+    if not widths:
         return {}
-    prefixes = find_prefix(layers, named_modules(model))
+    prefixes = find_prefix(widths, named_modules(model))
     if prefixes is None:
         raise ValueError(
-            f"{layers[0]!r} had a gate in the fit, and {type(model).__name__} has no such layer; name the network that "
-            f"was trained"
+            f"{next(iter(widths))!r} had a gate in the fit, and {type(model).__name__} has no such layer; name the "
+            f"network that was trained"
         )
     strip, add = prefixes
     insert_gates(
         model,
-        [add + name.removeprefix(strip) for name in layers],
-        placement=callback.placement,
-        reduction=callback.reduction,
+        [add + name.removeprefix(strip) for name in widths],
+        placement=placement,
+        reduction=reduction,
     )
     return {add + name.removeprefix(strip): mean for name, mean in means.items()}

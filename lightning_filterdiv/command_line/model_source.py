@@ -25,6 +25,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_filterdiv.channel_importance.checkpoints import restore_gates
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
 from lightning_filterdiv.command_line.yaml_errors import find_cause
@@ -410,13 +411,9 @@ def saved_gate_means(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[
     Raises:
         CommandError: the state of ChannelImportance is damaged or that of another network.
     """
-    if not checkpoint.get("callbacks"):
-        return {}
-    from lightning_filterdiv.channel_importance.checkpoints import restore_gates  # needs Lightning
-
     try:
         return restore_gates(network, checkpoint)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
 
 

@@ -31,6 +31,7 @@ from lightning_filterdiv.narrowing import (
     save_merged,
     tie_channels,
 )
+from lightning_filterdiv.narrowing.export import export_onnx
 from lightning_filterdiv.narrowing.measure import count_macs, count_parameters
 from tests.channel_graph.checks import expected_count
 from tests.channel_graph.test_zoo import build, image
@@ -318,6 +319,32 @@ def test_wrong_clusters_and_inputs() -> None:
     coupled = {"conv": 0.5, "stage1.0.conv2": 0.75}
     with pytest.raises(ValueError, match="different fractions to layers that share channels"):
         cluster_channels(model, graph, coupled)
+
+
+class _Remembers(nn.Module):
+    """Adds a grid that is made anew where the shape is not that of the last call, as heads of detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.shape: torch.Size | None = None
+        self.grid = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, 4, H, W)``."""
+        if self.shape != x.shape:
+            self.shape, self.grid = x.shape, torch.arange(x.shape[-1], dtype=x.dtype)
+        result: Tensor = self.conv(x) + self.grid
+        return result
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its ONNX exporter needs a protobuf of its time")
+def test_onnx_of_a_network_that_remembers_the_last_shape(tmp_path: Path) -> None:
+    model = _Remembers().eval()
+    for batch in (1, 2):
+        model(torch.randn(batch, 3, 8, 8))
+    assert export_onnx(model, tmp_path / "net.onnx", torch.zeros(2, 3, 8, 8)) <= 1e-3
+    torch.testing.assert_close(model(torch.zeros(2, 3, 8, 8)).shape, torch.Size([2, 4, 8, 8]))
 
 
 # -- weights that are no numbers ---------------------------------------------------------------------------------------
