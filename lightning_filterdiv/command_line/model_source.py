@@ -40,6 +40,7 @@ __all__ = [
     "restore_model",
     "search_here",
     "suggest_source",
+    "with_values",
     "zeros",
 ]
 
@@ -270,6 +271,21 @@ def _from_config(config: Path) -> nn.Module:
     if not isinstance(built, nn.Module):
         raise CommandError(f"--config {config}: its model is no LightningModule; name one, as class_path")
     return built
+
+
+def with_values(model: nn.Module) -> nn.Module:
+    """Return ``model``, whose layers are ready to run.
+
+    Raises:
+        CommandError: one is lazy or on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            what = "is lazy and has no shape yet" if is_lazy(parameter) else "has no values (device meta)"
+            raise CommandError(
+                f"{name!r} of {type(model).__name__} {what}; build the network with its sizes, on a real device"
+            )
+    return model
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:

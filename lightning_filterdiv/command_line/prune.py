@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_filterdiv.channel_graph import ChannelGraphError
+from lightning_filterdiv.command_line.entropy import reading_data
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import (
     build_model,
@@ -20,6 +21,7 @@ from lightning_filterdiv.command_line.model_source import (
     restore_model,
     search_here,
     suggest_source,
+    with_values,
     zeros,
 )
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     check_outputs(options)
-    model = _network(options)
+    model = with_values(_network(options))
     training, test = (None, None) if options.data is None else _loaders(options.data, options.seed)
     inputs = None if options.input_shape is None else zeros(options.input_shape)
     try:
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
         )
     except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise CommandError(f"{options.source}: {_in_options(str(error))}") from error
+        raise CommandError(f"{options.source}: {_in_options(' '.join(str(error).split()))}") from error
     print(report)
     finish(options, model, network, inputs, options.network)
 
@@ -78,6 +80,7 @@ def _in_options(message: str) -> str:
     for name in names:
         message = message.replace(name, f"--{name.replace('_', '-')}")
     message = message.replace("(include, exclude", "(--include, --exclude")
+    message = message.removesuffix(", or loss=..., a function of (model, batch)")
     message = re.sub(r"importance='(\w+)'", r"--importance \1", message)
     return message.replace("example_inputs=...", "--input-shape").replace("batches=...", "--data")
 
@@ -93,6 +96,17 @@ def _network(options: argparse.Namespace) -> Any:
     return restore_model(options.model, options.config, read_checkpoint(Path(source), options.trust_pickle))
 
 
+class _Reported:
+    """Batches whose errors name ``--data``."""
+
+    def __init__(self, batches: Iterable[Any], source: str) -> None:
+        self.batches, self.source = batches, source
+
+    def __iter__(self) -> Iterator[Any]:
+        with reading_data(self.source):
+            yield from self.batches
+
+
 def _loaders(source: str, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
     """Batches to measure on and batches to judge on; of a plain data set the same."""
     package, separator, name = source.partition(":")
@@ -105,9 +119,10 @@ def _loaders(source: str, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
             built.prepare_data()
             built.setup("fit")
             judged = built.val_dataloader()
-            return built.train_dataloader(), judged
+            return _Reported(built.train_dataloader(), source), _Reported(judged, source)
         generator = torch.Generator().manual_seed(seed)
-        return DataLoader(built, _BATCH, shuffle=True, generator=generator), DataLoader(built, _BATCH)
+        training = DataLoader(built, _BATCH, shuffle=True, generator=generator)
+        return _Reported(training, source), _Reported(DataLoader(built, _BATCH), source)
     except Exception as error:  # of whatever the user's class does
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"--data {source}: it gives no batches ({reason})") from error
