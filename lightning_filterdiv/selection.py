@@ -152,7 +152,7 @@ def select_layers(
                 left_out.setdefault(obstacle, []).append(name)
     if not selected:
         reason = f"every selected layer {', or '.join(map(str, left_out))}" if left_out else nothing
-        raise NoLayersError(f"no layer is left: {reason}. Available: {quote_names(names)}")
+        raise NoLayersError(f"no layer is left: {reason}" + (f". Available: {quote_names(names)}" if names else ""))
     for obstacle, layers in left_out.items():
         warnings.warn(f"left out, because each {obstacle.reason}: {quote_names(layers)}; {obstacle.fix}", stacklevel=3)
     return selected

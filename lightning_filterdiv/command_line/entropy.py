@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import build_model, search_here, zeros
+from lightning_filterdiv.command_line.model_source import build_model, search_here, with_values, zeros
 from lightning_filterdiv.command_line.options import DATA_SOURCES
 from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
 from lightning_filterdiv.entropy_depth.estimate import estimate_depth_bound
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     print(bound.describe())
     if options.model is None and options.config is None:
         return
-    model = build_model(options.model, options.config)
+    model = with_values(build_model(options.model, options.config))
     inputs = _example_inputs(model, data, options.input_shape)
     try:
         graph = ChannelGraph.trace(model, inputs)

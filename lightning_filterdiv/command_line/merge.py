@@ -16,7 +16,13 @@ from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relat
 from lightning_filterdiv.centripetal.forecast import Forecast
 from lightning_filterdiv.channel_graph import ChannelGraphError, ExampleInputsError, TraceError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import load_source, read_checkpoint, restore_model, zeros
+from lightning_filterdiv.command_line.model_source import (
+    load_source,
+    read_checkpoint,
+    restore_model,
+    with_values,
+    zeros,
+)
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
 from lightning_filterdiv.narrowing.twins import merge_twins
@@ -51,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     except KeyError as error:
         raise CommandError(f"{options.source}: {error.args[0]}") from error
     assert state is not None  # it holds the clusters
-    model = restore_model(options.model, options.config, checkpoint)
+    model = with_values(restore_model(options.model, options.config, checkpoint))
     inputs: Any = None
     network = state["arguments"]["network"]
     if options.input_shape is not None:

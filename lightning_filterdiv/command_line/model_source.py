@@ -44,6 +44,7 @@ __all__ = [
     "saved_gate_means",
     "search_here",
     "suggest_source",
+    "with_values",
     "zeros",
 ]
 
@@ -278,6 +279,21 @@ def _from_config(config: Path) -> nn.Module:
     return built
 
 
+def with_values(model: nn.Module) -> nn.Module:
+    """Return ``model``, whose layers are ready to run.
+
+    Raises:
+        CommandError: one is lazy or on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            what = "is lazy and has no shape yet" if is_lazy(parameter) else "has no values (device meta)"
+            raise CommandError(
+                f"{name!r} of {type(model).__name__} {what}; build the network with its sizes, on a real device"
+            )
+    return model
+
+
 def zeros(shape: tuple[int, ...]) -> Tensor:
     """A batch of ``--input-shape``.
 
@@ -424,7 +440,7 @@ def load_source(options: argparse.Namespace) -> tuple[nn.Module, Mapping[str, An
         options: ``source``, ``model``, ``config``, ``weights`` and ``trust_pickle``.
 
     Raises:
-        CommandError: no such file or network, or options that do not go together.
+        CommandError: no such file or network, options that do not go together, or layers without values.
     """
     source: str = options.source
     if ":" in source and not Path(source).exists():
@@ -435,13 +451,13 @@ def load_source(options: argparse.Namespace) -> tuple[nn.Module, Mapping[str, An
         built = build_model(source)
         if source.partition(":")[0] in _LIBRARIES:
             print("weights       random; name a file, or trained weights with --weights DEFAULT")
-        return built, {}
+        return with_values(built), {}
     if options.weights is not None:
         raise CommandError(f"--weights belongs to torchvision:NAME and timm:NAME; {source} brings its own")
     if not Path(source).exists():
         raise CommandError(f"{source}: no such file, and none of {MODEL_SOURCES} either{suggest_source(source)}")
     checkpoint = read_checkpoint(Path(source), options.trust_pickle)
-    return restore_model(options.model, options.config, checkpoint), checkpoint
+    return with_values(restore_model(options.model, options.config, checkpoint)), checkpoint
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_filterdiv.channel_graph import ChannelGraphError
+from lightning_filterdiv.command_line.entropy import reading_data
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import load_source, saved_gate_means, search_here, zeros
 from lightning_filterdiv.command_line.options import LABELLED_SOURCES
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
         )
     except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise CommandError(f"{options.source}: {_in_options(str(error))}") from error
+        raise CommandError(f"{options.source}: {_in_options(' '.join(str(error).split()))}") from error
     print(report)
     finish(options, model, network, inputs, options.network)
 
@@ -106,6 +107,7 @@ def _in_options(message: str) -> str:
     for name in names:
         message = message.replace(name, f"--{name.replace('_', '-')}")
     message = message.replace("(include, exclude", "(--include, --exclude")
+    message = message.removesuffix(", or loss=..., a function of (model, batch)")
     message = re.sub(r"(importance|scope|network)='([\w.]+)'", r"--\1 \2", message)
     message = message.replace("--network ...", "--network NAME").replace(
         "loss=...,", "in Python prune_channels(..., loss=...),"
@@ -115,6 +117,17 @@ def _in_options(message: str) -> str:
 
 #: Names that stand for data modules of the demo.
 _KNOWN_DATA = {"digits": "lightning_filterdiv.demo:Digits", "fashion_mnist": "lightning_filterdiv.demo:FashionMNIST"}
+
+
+class _Reported:
+    """Batches whose errors name ``--data``."""
+
+    def __init__(self, batches: Iterable[Any], source: str) -> None:
+        self.batches, self.source = batches, source
+
+    def __iter__(self) -> Iterator[Any]:
+        with reading_data(self.source):
+            yield from self.batches
 
 
 def _loaders(source: str, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -129,9 +142,10 @@ def _loaders(source: str, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
             built.prepare_data()
             built.setup("fit")
             judged = built.val_dataloader()
-            return built.train_dataloader(), judged
+            return _Reported(built.train_dataloader(), source), _Reported(judged, source)
         generator = torch.Generator().manual_seed(seed)
-        return DataLoader(built, _BATCH, shuffle=True, generator=generator), DataLoader(built, _BATCH)
+        training = DataLoader(built, _BATCH, shuffle=True, generator=generator)
+        return _Reported(training, source), _Reported(DataLoader(built, _BATCH), source)
     except Exception as error:  # of whatever the user's class does
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"--data {source}: it gives no batches ({reason})") from error

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.channel_graph.modules import bare_module, find_tensors
 from lightning_filterdiv.channel_graph.verify import random_inputs
+from lightning_filterdiv.files import write_files
 from lightning_filterdiv.filters import find_submodule
 
 __all__ = ["ExportError", "Latency", "export_onnx", "latency_table", "onnx_session"]
@@ -92,7 +93,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Any = None, 
             f"the ONNX file differs from the network by {worst:.1e} (relative), more than {TOLERANCE:g}; nothing was "
             f"written"
         )
-    Path(path).write_bytes(content)
+    write_files(Path(path).parent, {Path(path).name: content})
     return worst
 
 

@@ -604,6 +604,12 @@ class RePr(FilterCallback):
                 f"an earlier fit of this model ended inside a sub-network phase of RePr: its {dropped.count} filters "
                 f"({dropped}) start this fit with their values from before the drop"
             )
+        elif dropped is not None and not known and dropped.silent:
+            rank_zero_warn(
+                f"RePr forgets the {dropped.count} filters ({dropped}) that an earlier fit left out of another model, "
+                f"where they stay zero. RePr.restore(model, checkpoint) brings them back from a file; "
+                f"callback.restore_now(model) does so before the next fit"
+            )
         self._progress, self._epochs, self._loaded, self._ranked = Progress(), None, None, None
         self._unsilenceable, self._saved_inputs, self._plan_start = set(), None, 0
 

@@ -201,12 +201,15 @@ class DroppedFilters:
 
     @property
     def silent(self) -> bool:
-        """Whether all parameters of the private regions are zero in the model as it is now."""
+        """Whether the model as it is now has the private regions, and all their parameters are zero."""
         tensors = named_tensors(self.model)
-        parts = (part for parts in self._private.values() for part in parts)
-        return not any(
-            isinstance(tensors[part.tensor], nn.Parameter) and bool(part.of(tensors).any()) for part in parts
-        )
+        parts = [part for parts in self._private.values() for part in parts]
+        try:
+            return not any(
+                isinstance(tensors[part.tensor], nn.Parameter) and bool(part.of(tensors).any()) for part in parts
+            )
+        except (IndexError, KeyError, RuntimeError):  # narrowed or rebuilt since
+            return False
 
     @property
     def count(self) -> int:

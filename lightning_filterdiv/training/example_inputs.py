@@ -19,7 +19,7 @@ from lightning_filterdiv.channel_graph import (
 )
 from lightning_filterdiv.channel_graph.inputs import without_targets
 from lightning_filterdiv.channel_graph.modules import bare_module
-from lightning_filterdiv.filters import find_submodule, named_convolutions
+from lightning_filterdiv.filters import NoLayersError, find_submodule, named_convolutions
 
 __all__ = ["ExampleInputs", "check_inputs_state"]
 
@@ -69,6 +69,12 @@ class ExampleInputs:
         if network is None and pl_module.example_input_array is not None:
             return
         if state is not None:
+            try:
+                find_submodule(pl_module, state["network"])
+            except NoLayersError as error:
+                raise NoLayersError(
+                    f"{error}. The name is that of the fit that saved the checkpoint: resume with the same network"
+                ) from error
             known = capture_inputs(nn.Identity())
             known.arguments = (tuple(state["args"]), dict(state["kwargs"]))
             self._captured[state["network"]] = known

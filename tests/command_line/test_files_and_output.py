@@ -133,8 +133,18 @@ class Diverged(Broken):
 
 class Empty(Broken):
     def __len__(self): return 0
+
+class Images(Broken):
+    def __getitem__(self, index): return torch.rand(1, 8, 8)
+
+class Lazy(torch.nn.Sequential):
+    def __init__(self): super().__init__(torch.nn.LazyConv2d(4, 3))
+
+class Meta(torch.nn.Sequential):
+    def __init__(self): super().__init__(torch.nn.Conv2d(1, 4, 3, device="meta"))
 """
 NETWORK = "lightning_filterdiv.demo:SmallConvNet"
+PRUNE = ("prune", "--keep-fraction", "0.5", "--importance", "taylor", "--out", "a.pt", "--input-shape", "1,1,8,8")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +159,23 @@ NETWORK = "lightning_filterdiv.demo:SmallConvNet"
             ("prune", NETWORK, "--keep-fraction", "0.5", "--out", "a.pt", "--input-shape", "99999999999,1,8,8"),
             "--input-shape 99999999999,1,8,8 does not fit into memory; give a smaller one",
         ),
+        ((*PRUNE, NETWORK, "--data", "my_data:Broken"), "--data my_data:Broken: reading it fails (KeyError: 'line one"),
+        ((*PRUNE, NETWORK, "--data", "my_data:Images"), "needs batches of (inputs, labels) for the cross-entropy\n"),
+        ((*PRUNE, "my_data:Lazy"), "'0.weight' of Lazy is lazy and has no shape yet; build the network with its sizes"),
+        ((*PRUNE, "my_data:Meta"), "'0.weight' of Meta has no values (device meta); build the network"),
     ],
-    ids=["broken", "NaN", "empty", "broken, entropy", "NaN, entropy", "memory"],
+    ids=[
+        "broken",
+        "NaN",
+        "empty",
+        "broken, entropy",
+        "NaN, entropy",
+        "memory",
+        "broken, prune",
+        "labels",
+        "lazy",
+        "meta",
+    ],
 )
 def test_data_that_cannot_be_used(
     command: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -246,7 +246,7 @@ def _with_nan() -> Tensor:
         (lambda: torch.zeros(8, 16), "holds no images: they need at least height and width"),
         (lambda: "cifar10", "cannot find images in str"),
         (lambda: 3, "cannot find images in int"),
-        (_with_nan, r"Tensor of shape \(40, 3, 8, 8\): image 17 holds NaN values"),
+        (_with_nan, r"Tensor of shape \(40, 3, 12, 10\): image 17 holds NaN values"),
         (lambda: DataLoader([_with_nan()[:10], _with_nan()[10:]], batch_size=None), "image 17 holds NaN values"),
     ],
 )

@@ -271,9 +271,18 @@ def test_the_next_fit_begins_with_all_filters_and_says_so() -> None:
     assert zeros(model.state_dict()) == 0
     # Another model is left alone, and so is the first.
     model, callback = _stopped()
-    fit([callback], model=Classifier(seed=2), max_epochs=5)
+    with pytest.warns(UserWarning, match=r"forgets the 7 filters .* left out of another model, where they stay zero"):
+        fit([callback], model=Classifier(seed=2), max_epochs=5)
     assert happened(callback) == PLANNED
     assert zeros(model.state_dict()) == 7
+    # One that was changed since is nobody's.
+    model, callback = _stopped()
+    model.net[5] = nn.Identity()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([callback], model=Classifier(seed=2), max_epochs=5)
+    assert happened(callback) == PLANNED
+    assert not [str(warning.message) for warning in caught if "another model" in str(warning.message)]
 
 
 def test_filters_that_moved_meanwhile_are_left_as_they_are() -> None:

@@ -93,7 +93,7 @@ def check_resume(case: Case, checkpoint: dict[str, Any], state: dict[str, Any], 
             said = str(error)
         else:
             return
-    assert case.cls.__name__ in said or "those of the fit that saved the checkpoint" in said
+    assert case.cls.__name__ in said or "of the fit that saved the checkpoint" in said
     assert "\n" not in said or "Use " in said  # the plan of RePr is a table
 
 
