@@ -80,13 +80,13 @@ def comparison_summary(pairs: Sequence[Both]) -> str:
     twins = [sum(row.twins for row in side) for side in zip(*common, strict=True)]
     return (
         f"Two filters of a layer are {means[0]:.2f} times as alike as random ones in A and {means[1]:.2f} times in B "
-        f"(mean of {len(common)} layers). In B {_layers(more)} more than a tenth more alike, {less} less. {twins[0]} "
-        f"filters of A and {twins[1]} of B have a twin.{tail}"
+        f"(mean of {len(common)} layers). The filters of {_layers(more)} are over a tenth more alike in B, those of "
+        f"{_layers(less)} over a tenth less. {twins[0]} filters of A and {twins[1]} of B have a twin.{tail}"
     )
 
 
 def _layers(count: int) -> str:
-    return f"{count} layer is" if count == 1 else f"{count} layers are"
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def comparison_text(pairs: Sequence[Both], heading: str) -> str:

@@ -90,7 +90,7 @@ class PruneReport:
             f"channels      {share(self.channels_after, self.channels_before)}, by {self.importance}",
             f"parameters    {share(self.parameters_after, self.parameters_before)}",
             f"MACs          {share(self.macs_after, self.macs_before)}",
-            f"outputs       change by at most {self.change:.1e} (relative): fine-tune the network",
+            f"outputs       change by at most {self.change:.1e} (relative). Pruning is not lossless: fine-tune",
             f"trimming      changes the outputs by {self.difference:.1e} (relative), which is rounding",
         ]
         if self.compensation is not None:
