@@ -71,7 +71,11 @@ def comparison_summary(pairs: Sequence[Both]) -> str:
     """The difference in two sentences, over the layers that both have."""
     common = [(a, b) for _, a, b in pairs if a is not None and b is not None and min(a.filters, b.filters) > 1]
     lonely = [sum(pair[1 + side] is None for pair in pairs) for side in (1, 0)]
-    tail = f" {_layers(lonely[0])} only in A, {lonely[1]} only in B." if any(lonely) else ""
+    tail = (
+        f" {_layers(lonely[0])} {'is' if lonely[0] == 1 else 'are'} only in A, {lonely[1]} only in B."
+        if any(lonely)
+        else ""
+    )
     if not common:
         return f"The networks have no layer of one name in common.{tail}"
     ratios = [[row.over_chance for row in side] for side in zip(*common, strict=True)]
