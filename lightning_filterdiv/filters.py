@@ -29,6 +29,7 @@ __all__ = [
     "Obstacle",
     "canonical_name",
     "check_patterns",
+    "check_rows",
     "filter_count",
     "filter_matrix",
     "find_prefix",
@@ -184,6 +185,25 @@ def filter_matrix(conv: Conv) -> Tensor:
     return (view.flatten(0, 1) if _is_transposed(conv) else view).flatten(1)
 
 
+def check_rows(conv: Conv, rows: Tensor | Sequence[int]) -> Tensor:
+    """Return filter indices as ``(n,)`` int64 on the CPU.
+
+    Raises:
+        TypeError: ``rows`` are not integers; a bool mask is not a list of indices.
+        IndexError: a row is outside ``0 <= row < J`` or given twice.
+    """
+    index = torch.as_tensor(rows).reshape(-1).cpu()
+    if index.numel() and (index.dtype == torch.bool or index.is_floating_point() or index.is_complex()):
+        raise TypeError(f"rows must be integers (filter indices), got {index.dtype}: {index.tolist()}")
+    index = index.long()
+    count = filter_count(conv)
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+        raise IndexError(f"rows must be in 0..{count - 1} for a layer of {count} filters, got {index.tolist()}")
+    if index.unique().numel() != index.numel():
+        raise IndexError(f"rows must name each filter once, got {index.tolist()}")
+    return index
+
+
 def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> None:
     """Overwrite the filters ``rows`` of ``conv`` in place with the rows of ``values``.
 
@@ -198,16 +218,8 @@ def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> N
         ValueError: ``values`` does not have shape ``(n, d)``.
     """
     check_tensor("values", values)
-    index = torch.as_tensor(rows).reshape(-1).cpu()
-    if index.numel() and (index.dtype == torch.bool or index.is_floating_point() or index.is_complex()):
-        raise TypeError(f"rows must be integers (filter indices), got {index.dtype}: {index.tolist()}")
-    index = index.long()
-    count = filter_count(conv)
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
-        raise IndexError(f"rows must be in 0..{count - 1} for a layer of {count} filters, got {index.tolist()}")
-    if index.unique().numel() != index.numel():
-        raise IndexError(f"rows must name each filter once, got {index.tolist()}")
-    fan_in = conv.weight.numel() // count
+    index = check_rows(conv, rows)
+    fan_in = conv.weight.numel() // filter_count(conv)
     if values.shape != (index.numel(), fan_in):
         raise ValueError(
             f"values must have shape ({index.numel()}, {fan_in}): one row of fan-in {fan_in} per filter, "
@@ -330,7 +342,7 @@ def select_filters(
     convolutions = dict(named_convolutions(model))
     packed = {name: module for name, module in quantised_modules(model).items() if hasattr(module, "kernel_size")}
     if not convolutions and not packed:
-        raise NoLayersError(f"{type(model).__name__} has no convolution: nothing for filter callbacks to act on")
+        raise NoLayersError(f"{type(model).__name__} has no convolution to act on; use a network with some")
 
     def find_obstacle(name: str, layer: nn.Module) -> Obstacle | None:
         if name in packed:

@@ -110,6 +110,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_resnet20": lambda: _resnet20(),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
+    "events_divided": lambda: events.divided_table(read_result("events_divided.json")),
     "large_steps": lambda: large_steps.table(
         read_result("gpu/large_steps.json"), read_result("scaling.json")["counted"]
     ),

@@ -95,7 +95,8 @@ class WeightAsynchronousUpdate(FilterCallback):
         if self._taken and len(self._taken) != count:
             raise ValueError(
                 f"the state of WeightAsynchronousUpdate was saved with {len(self._taken)} optimizers, "
-                f"this run has {count}"
+                f"this run has {count}: resume with as many, or remove checkpoint['callbacks'][{self.state_key!r}] to "
+                f"count steps from 0 again"
             )
         self._taken = self._taken or [0] * count
         for index, optimizer in enumerate(trainer.optimizers):

@@ -248,10 +248,16 @@ class AsynchronousUpdate:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         mine = {name: conv for name, conv in layers.items() if id(conv.weight) in owned}
         if not mine:
-            raise ValueError("none of the layers has a trainable weight in this optimizer")
+            raise ValueError(
+                "none of the layers has a trainable weight in this optimizer; hand it their weights, or give other "
+                "layers"
+            )
         devices = {conv.weight.device for conv in mine.values()}
         if len(devices) > 1:
-            raise ValueError(f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}")
+            raise ValueError(
+                f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}; give the layers "
+                f"of each device an optimizer of their own, or leave some out"
+            )
         self._device = devices.pop()
 
         def slices(conv: Conv) -> int:
@@ -359,7 +365,9 @@ class AsynchronousUpdate:
             RuntimeError: no :meth:`before_step` announced this step.
         """
         if not self._pending:
-            raise RuntimeError("optimizer.step() ran without AsynchronousUpdate.before_step(...) before it")
+            raise RuntimeError(
+                "optimizer.step() ran without AsynchronousUpdate.before_step(step) before it; call it before every step"
+            )
         if self.hold == "update":
             with torch.autocast(self._device.type, enabled=False):
                 for values in self._values:

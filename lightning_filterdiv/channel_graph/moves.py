@@ -329,6 +329,14 @@ def over_space(state: Propagation, node: Node) -> Value:
     return [LabelTensor(small.expand(part.shape)) for part in value]
 
 
+def sampled(state: Propagation, node: Node) -> Value:
+    """Values at positions that another operand gives, alike for every channel."""
+    positions = state.labels_of(node.args[1])
+    if positions is not None and bool((core(positions.labels) > 0).any()):
+        state.pin(positions, f"acts on all channels at once in {state.where(node)}")
+    return over_space(state, node)
+
+
 def _axis(dims: Sequence[int], labels: Tensor) -> str:
     """Words for the dimensions that an operator mixes: channels where they lie along one dimension, else its number."""
     if _varying(labels) == set(dims):
@@ -351,6 +359,10 @@ def reduction(state: Propagation, node: Node) -> Value:
         if not state.stay_apart(_lines(labels, mixed)):
             if name in _AVERAGES and len(mixed) == 1 and state.count(node, state.channels(labels, mixed[0], node)):
                 return state.fixed(node)
+            kind = None if _value(state, node.args[0]).is_parameter else _countable(node)
+            if kind is not None and len(mixed) == 1:
+                state.reduce(node, kind, mixed[0], state.channels(labels, mixed[0], node))
+                return state.fixed(node)
             state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
             return state.fixed(node)
         labels = _joined(state, node, labels, mixed)
@@ -370,6 +382,19 @@ def reduction(state: Propagation, node: Node) -> Value:
 
     value = node.value
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
+
+
+def _countable(node: Node) -> str | None:
+    """The kind of a reduction that a count per channel makes right where equal channels are one; None for others."""
+    call, name = arguments(node), operator_name(node, raw=True)
+    if call.get("dtype") is not None:
+        return None
+    if name in ("max", "min"):  # over a dimension: values, and indices, which must not be used
+        unused = not any(user.args[1] == 1 and user.users for user in node.users)
+        return f"a{name}" if "dim" in call and unused else None
+    if name in ("linalg_vector_norm", "norm"):
+        return "norm" if call.get("ord", call.get("p")) in (None, 2) else None
+    return name if name in ("mean", "sum", "amax", "amin") else None
 
 
 def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:
@@ -506,6 +531,7 @@ RULES: dict[str, Rule] = {
         ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_trilinear3d"),
         over_space,
     ),
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), sampled),
     **dict.fromkeys(
         ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "softmax", "_softmax"), reduction
     ),

@@ -32,7 +32,7 @@ def maps_zero_to_zero(node: Node) -> bool:
 
 def pointwise(state: Propagation, node: Node) -> Value:
     """Positions that meet become one channel; zero is neutral under a sum and wins in a product."""
-    operands = [(n, value) for n in node.inputs if (value := state.labels_of(n)) is not None]
+    operands = [_before_expansion(state, n, value) for n in node.inputs if (value := state.labels_of(n)) is not None]
     out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
         return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
@@ -78,6 +78,16 @@ def pointwise(state: Propagation, node: Node) -> Value:
     if len(joined) == 1:
         return LabelTensor(join.unary(joined[0][1].labels).expand(out), is_parameter=parameters)
     return LabelTensor(join.run([value.labels for _, value in joined], out), is_parameter=parameters)
+
+
+def _before_expansion(state: Propagation, node: Node, value: LabelTensor) -> tuple[Node, LabelTensor]:
+    """What no channel owns as it was before ``expand``, which says along which dimensions it is the same."""
+    while node.op == "call" and operator_name(node, raw=True) == "expand" and bool((core(value.labels) < 0).all()):
+        source = state.labels_of(node.args[0])
+        if source is None:
+            break
+        node, value = node.args[0], source
+    return node, value
 
 
 def _by_slices(state: Propagation, value: LabelTensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -16,16 +16,24 @@ from .propagate import Event, Propagation
 __all__ = ["filter_regions", "layers_in_order", "neighbours", "pinned_layers"]
 
 
-def layers_in_order(modules: Mapping[str, nn.Module], events: Iterable[Event]) -> tuple[list[str], set[str]]:
-    """(layers in order of execution, their weights): convolutions and linear layers with filters of their own."""
+def layers_in_order(
+    modules: Mapping[str, nn.Module], events: Iterable[Event], depthwise: Container[str] = ()
+) -> tuple[list[str], set[str]]:
+    """(layers in order of execution, their weights): convolutions and linear layers with filters of their own.
+
+    Args:
+        modules: of the network.
+        events: of the trace.
+        depthwise: tensors that forward computes depthwise kernels of.
+    """
     order: dict[str, None] = {}
     weights: set[str] = set()
     for event in events:
         path, attribute = layer_of(event.tensor), event.tensor.rpartition(".")[2]
-        conv = isinstance(modules.get(path), CONVOLUTIONS) and attribute == "weight"
+        conv = isinstance(modules.get(path), CONVOLUTIONS) and (attribute == "weight" or event.tensor in depthwise)
         if event.kind == "filter" or (event.kind == "member" and conv):
             order[path] = None
-            if attribute == "weight" or (event.kind == "filter" and attribute != "bias"):
+            if attribute == "weight" or event.tensor in depthwise or (event.kind == "filter" and attribute != "bias"):
                 weights.add(event.tensor)
     return list(order), weights
 

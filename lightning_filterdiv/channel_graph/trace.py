@@ -217,7 +217,7 @@ def _collect(
     roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
     for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
         pins.setdefault(root, reason)
-    order, layer_tensors = layers_in_order(named_modules(model), state.events)
+    order, layer_tensors = layers_in_order(named_modules(model), state.events, state.depthwise)
     sites, bodies = find_sites(model, records, state, network)
     constrained = constrained_channels(sites, bodies, state, set(pins))
     fixed = set().union(*constrained)
@@ -241,6 +241,7 @@ def _collect(
         "row_dims": row_dims,
         "operations": tuple(_operations(records[0])),
         "norms": norms,
+        "counted_sizes": {name: site.size for name, site in (norms | state.reductions).items()},
         "map_sites": tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
         "constrained": constrained,
         "table": table,

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_filterdiv.channel_importance.gates import (
@@ -174,6 +174,13 @@ class ChannelImportance(FilterCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how far gates differ."""
+        super().on_train_end(trainer, pl_module)
+        if not self.importance:
+            rank_zero_warn(
+                "ChannelImportance has nothing to report: no image passed a gate with finite values in this fit. Check "
+                "that training_step calls the network, and that training does not diverge"
+            )
+            return
         spans = {name: (float(gates.min()), float(gates.max())) for name, gates in self.importance.items()}
         listed = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in list(spans.items())[:8])
         rank_zero_info(f"ChannelImportance: mean gates of {listed}")

@@ -87,7 +87,10 @@ class GateHost(nn.Module):
     """
 
     #: Why narrowing refuses the network, read by :mod:`lightning_filterdiv.narrowing`.
-    narrowing_obstacle = "still has its gate: prune a fresh network, or call remove_gates first"
+    narrowing_obstacle = (
+        "still has its gate: prune_channels(..., importance='gates') folds gates into the filters; else narrow a fresh "
+        "network, or call remove_gates first"
+    )
     #: What the layer is without its gate.
     plain_class: ClassVar[type[nn.Module]]
     #: Dimension of the layer's weight that the gate scales.

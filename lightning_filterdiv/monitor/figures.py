@@ -54,9 +54,9 @@ _TICKS = 4  # at most, per axis: drawing labels takes longer than drawing the pi
 _MARGIN, _BELOW_TITLE = 0.0116, 0.854
 
 
-def new_figure(height: float, *, layout: Literal["constrained", "none"] = "constrained") -> Figure:
-    """An empty white figure 3.6 inches wide and ``height`` inches high; ``none``: its axes are placed by hand."""
-    figure = Figure(figsize=(3.6, height), dpi=180, facecolor="white")
+def new_figure(height: float, *, width: float = 3.6, layout: Literal["constrained", "none"] = "constrained") -> Figure:
+    """An empty white figure of ``height`` and ``width`` inches; layout ``none``: its axes are placed by hand."""
+    figure = Figure(figsize=(width, height), dpi=180, facecolor="white")
     figure.set_layout_engine(layout)
     return figure
 

@@ -26,6 +26,8 @@ from lightning_filterdiv.narrowing.importance import (
     batch_inputs,
     channel_scores,
     gate_means,
+    gated_layers,
+    known_gate_means,
     limited,
     without_gates,
 )
@@ -138,8 +140,9 @@ def prune_channels(
         importance: ``"l1"``, ``"l2"``, ``"bn_scale"``, ``"taylor"``, ``"redundancy"``, ``"random"``, a dict of layer ->
             scores, or a function of ``(model, group)``: see
             :func:`~lightning_filterdiv.narrowing.channel_scores`. Also ``"gates"``, for a network trained with
-            :class:`~lightning_filterdiv.ChannelImportance`: mean gates on ``batches``; the result has no gates, their
-            means are multiplied into the filters.
+            :class:`~lightning_filterdiv.ChannelImportance`: mean gates on ``batches``. A dict of such means, as
+            ``callback.importance``, does the same without batches. The result has no gates, their means are multiplied
+            into the filters.
         keep_fraction: share of every layer's channels to keep, or a dict of layer pattern -> share.
         target_macs: share of the full network's multiply-accumulate operations to end at, in (0, 1].
         target_parameters: the same for parameters. One of these three must be given.
@@ -181,6 +184,8 @@ def prune_channels(
     original, source = model, importance
     if importance == "gates":
         importance = gate_means(model, given)
+    if isinstance(importance, Mapping) and gated_layers(model):
+        importance, source = known_gate_means(model, importance), "gates"
         model = without_gates(model, importance)
     check_narrowable(model)
     graph = ChannelGraph.trace(model, example_inputs, network=network)
@@ -204,13 +209,12 @@ def prune_channels(
     shifted, moved = copy_network(model), None
     if bias and keep:
         moved = compensate(shifted, graph, _contributions(model, graph, keep, given))
-    silent = copy_network(shifted)
-    silence(silent, graph, keep)
+    silent = silence(copy_network(shifted), graph, keep)
     result = narrowing(shifted)
     arguments = example_arguments(_traced(model, network), example_inputs)
     # Not made of the silent network: there, norms over channels do not count the channels that go.
     proof = prove(
-        silent, lambda whole: narrowing(as_type(shifted, dtype_of(whole))), graph, arguments, original=original
+        silent, lambda whole: narrowing(as_type(shifted, dtype_of(whole))), graph, arguments, earlier=[original]
     )
     check_same(proof)
     before, after = _accuracies(original, result, loader)
@@ -224,7 +228,7 @@ def prune_channels(
         parameters_after=count_parameters(result),
         macs_before=macs_of_call(_traced(original, network), *arguments),
         macs_after=macs_of_call(_traced(result, network), *arguments),
-        change=proof.change,
+        change=proof.changes[0],
         difference=proof.difference,
         compensation=moved,
         accuracy_before=before,

@@ -13,7 +13,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.answers import TensorRows, layer_of, rows_back, rows_first
 from lightning_filterdiv.channel_graph.forms import Form
 from lightning_filterdiv.channel_graph.modules import copy_network, device_of, find_tensors
-from lightning_filterdiv.channel_graph.verify import TOLERANCE, random_inputs
+from lightning_filterdiv.channel_graph.verify import TOLERANCE, check_finite, random_inputs
 from lightning_filterdiv.filters import find_submodule, named_modules, named_tensors
 from lightning_filterdiv.narrowing.merge import Merged, merge_channels
 from lightning_filterdiv.narrowing.widths import choose_groups
@@ -68,6 +68,7 @@ def merge_twins(
     """
     check_module("model", model)
     check_number("threshold", threshold, above=0.0, high=1.0)
+    check_finite(model)
     graph = ChannelGraph.trace(model, example_inputs, network=network)
     groups = choose_groups(graph, include, exclude)[0]
     rescaled = rescale_channels(model, graph, groups)

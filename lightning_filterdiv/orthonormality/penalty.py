@@ -142,10 +142,16 @@ class OrthonormalityPenalty:
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         self.blocks = [block for block in blocks if any(id(p) in self._groups for p in block.parameters)]
         if not self.blocks:
-            raise ValueError("none of the layers has a trainable weight in this optimizer")
+            raise ValueError(
+                "none of the layers has a trainable weight in this optimizer; hand it their weights, or give other "
+                "layers"
+            )
         devices = {p.device for block in self.blocks for p in block.parameters}
         if len(devices) > 1:
-            raise ValueError(f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}")
+            raise ValueError(
+                f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}; give the layers "
+                f"of each device an optimizer of their own, or leave some out"
+            )
         self._device = devices.pop()
 
         def layout(block: FilterBlock) -> Hashable:

@@ -144,6 +144,30 @@ class _Treated(nn.Module):
         return self.second(torch.cat([self.treat(a), b], 1)).mean((2, 3))
 
 
+class _Sampled(nn.Module):
+    """A spatial transformer: one path says where the other is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.offsets, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 2, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = self.offsets(x).permute(0, 2, 3, 1).tanh()
+        return self.head(nn.functional.grid_sample(self.features(x).relu(), where, align_corners=False))
+
+
+def test_channels_are_sampled_alike_wherever_another_path_says() -> None:
+    graph, _ = check_exact(_Sampled(), IMAGE)
+    assert [group.name for group in graph.groups] == ["features"]
+    assert graph.pinned["offsets"] == "acts on all channels at once in grid_sampler_2d in forward"
+
+
+def test_a_gated_linear_unit_is_a_product_of_halves() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.GLU(1), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    graph, _ = check_exact(model, IMAGE)
+    assert [(group.name, group.size) for group in graph.groups] == [("0", 6), ("2", 4)]
+
+
 class _Halves(nn.Module):
     """Three stages that forward splits in halves, each on its own."""
 
