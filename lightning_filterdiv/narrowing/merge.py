@@ -89,8 +89,14 @@ class MergeReport(NamedTuple):
                 f"MACs          {share(self.macs_after, self.macs_before)}",
                 f"deviation     {self.deviation:.1e} of the norm, the largest of all parameters ({self.worst})",
                 f"projection    changes the outputs by {self.projection:.1e} (relative)",
-                f"statistics    {self.lag:.1e} of the norm ({self.lagging}); averaging changes the outputs by "
-                f"{self.averaging:.1e}",
+                *(
+                    [
+                        f"statistics    {self.lag:.1e} of the norm ({self.lagging}); averaging changes the outputs by "
+                        f"{self.averaging:.1e}"
+                    ]
+                    if self.lag  # 0 without running statistics
+                    else []
+                ),
                 f"trimming      changes the outputs by {self.trim:.1e} (relative, float64)",
                 *(f"form          {line}" for line in _forms(self.forms)),
             ]

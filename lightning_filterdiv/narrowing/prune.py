@@ -92,11 +92,11 @@ class PruneReport:
             f"channels      {share(self.channels_after, self.channels_before)}, by {self.importance}",
             f"parameters    {share(self.parameters_after, self.parameters_before)}",
             f"MACs          {share(self.macs_after, self.macs_before)}",
-            f"outputs       change by {self.change:.1e} (relative, the largest); pruning is not lossless: fine-tune",
-            f"cutting       changes the outputs by {self.difference:.1e} more (relative)",
+            f"outputs       change by at most {self.change:.1e} (relative). Pruning is not lossless: fine-tune",
+            f"trimming      changes the outputs by {self.difference:.1e} (relative), which is rounding",
         ]
         if self.compensation is not None:
-            lines.append(f"constant part of what went: into {self.compensation}")
+            lines.append(f"biases        {self.compensation}")
         if self.accuracy_before is not None and self.accuracy_after is not None:
             lines.append(f"accuracy      {100 * self.accuracy_before:.2f} % -> {100 * self.accuracy_after:.2f} %")
         return "\n".join(lines)
