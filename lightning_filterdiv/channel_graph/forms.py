@@ -15,7 +15,7 @@ from .answers import KINDS, ChannelAnswers
 from .counted import CountedReduction
 from .errors import GraphFormError
 from .graph_form import BodyGraph, Mask, RaggedError, is_movement, kept_positions, move, write_body
-from .labels import Ints, LabelTensor, core
+from .labels import Ints, LabelTensor, core, unique
 from .modules import bare_module, tensor_names
 from .propagate import Propagation
 from .record import Node, Record
@@ -102,7 +102,7 @@ def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, s
     if unknown and len(wanted):
         # They shape what no channel owns by the width of what they read.
         table = graph.table
-        read = np.unique(table.tensor[(table.kind == KINDS.index("consumer")) & np.isin(table.root, wanted)])
+        read = unique(table.tensor[(table.kind == KINDS.index("consumer")) & np.isin(table.root, wanted)])
         readers = [table.tensors[tensor] for tensor in read.tolist()]
         for path in sorted(unknown):
             if any(name.startswith(f"{path}.") for name in readers):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .answers import layer_of
-from .labels import Ints, LabelTensor, core, mix
+from .labels import Ints, LabelTensor, core, mix, unique
 from .propagate import Event, Grouped, Propagation, Rule, Value, unknown
 from .record import Node, arguments
 
@@ -63,7 +63,7 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
     if any(n > 1 for d, n in enumerate(small.shape) if d != dim):
         return None
     rows = small.reshape(-1).expand(value.shape[dim]).numpy()
-    if (rows <= 0).any() or len(np.unique(table.roots(table.owner[rows]))) < len(rows):
+    if (rows <= 0).any() or len(unique(table.roots(table.owner[rows]))) < len(rows):
         return None
     names = [name for name in state.tensors_behind(weight) if name in state.row_owners]
     if not names:
@@ -102,7 +102,7 @@ def _computed_depthwise(
     state.computed.update(names)
     state.depthwise.add(main)
     tensors = dict.fromkeys([*names, *([bias] if bias is not None else [])], False)
-    for origin in np.unique(table.origin[vector[vector > 0]]).tolist():
+    for origin in unique(table.origin[vector[vector > 0]]).tolist():
         table.exposed.setdefault(origin, f"forward computes the kernel of {layer_of(main)} from its weight")
     return _members(state, node, vector, tensors, repeat=repeat, silenced=False, offset=bias is not None)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Ints, LabelTensor, compress, core, distinct, mix
+from .labels import Ints, LabelTensor, compress, core, distinct, mix, unique
 from .propagate import Grouped, Move, Propagation, Rule, Value, fixed_labels, moved, nullified, pattern, unknown
 from .record import Node, arguments, map_nodes, operator_name
 
@@ -79,7 +79,7 @@ def _varying(labels: Tensor) -> set[int]:
 def _note_move(state: Propagation, node: Node, labels: Tensor, natural: Callable[[Tensor], bool] | None = None) -> None:
     """Remember a movement; ``natural`` says whether it means the same at every width if it moves given labels."""
     values, _ = distinct(core(labels).numpy())
-    owners = np.unique(state.table.owner[values[values > 0]])
+    owners = unique(state.table.owner[values[values > 0]])
     if len(owners):
         fits = natural is not None and natural(labels)
         move = Move(operator_name(node), node.module, owners, labels, natural)
@@ -90,7 +90,7 @@ def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) 
     """Remember a movement that lays channels out along more dimensions than before."""
     if len(_varying(after)) > len(_varying(before)):
         values, _ = distinct(core(after).numpy())
-        for owner in np.unique(state.table.owner[values[values > 0]]).tolist():
+        for owner in unique(state.table.owner[values[values > 0]]).tolist():
             state.spread[owner] = state.where(node)
 
 
@@ -439,7 +439,7 @@ def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int])
         table.unite(np.repeat(owners[:, 0], rows.shape[1]), owners.reshape(-1))
         alone = (origins == origins[:, :1]).all(axis=1)
         if operator_name(node, raw=True) not in _LINEAR:
-            for origin in np.unique(origins[~alone]).tolist():
+            for origin in unique(origins[~alone]).tolist():
                 table.exposed.setdefault(origin, f"joined by {state.where(node)}")
         table.expose_leaks(rows[~alone])
         values[owned] = table.add(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash
+from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash, unique
 from .record import Node, Record, is_shape_only, operator_name
 
 __all__ = ["FLAT", "Event", "Grouped", "Move", "Propagation", "Reduction", "Rule", "Value", "pattern"]
@@ -316,7 +316,7 @@ class Propagation:
 
     def _note_counts(self, node: Node, name: str, values: Ints) -> None:
         self.record(Event("counted", f"{name}.counts", 0, np.arange(len(values), dtype=np.int64), values))
-        for origin in np.unique(self.table.origin[values[values > 0]]).tolist():
+        for origin in unique(self.table.origin[values[values > 0]]).tolist():
             self.table.exposed.setdefault(origin, f"input of {self.where(node)}, which mixes channels")
 
     def use_as_weight(self, *tensors: str | None) -> None:
@@ -441,14 +441,14 @@ class Propagation:
         return result
 
     def _one_value(self, row: Ints, node: Node, silent: bool) -> int:
-        table, found = self.table, np.unique(row)
+        table, found = self.table, unique(row)
         owned, fixed = found[found > 0], found[found < 0]
         live = owned[table.zero[owned] == 0]
         if len(owned) + len(fixed) == 1:
             return int(found[0])
         if not len(owned):
             return int(fixed[0])
-        if len(fixed) or len(np.unique(table.roots(table.owner[live]))) > 1:
+        if len(fixed) or len(unique(table.roots(table.owner[live]))) > 1:
             spread = next((self.spread[o] for o in table.owner[owned].tolist() if o in self.spread), None)
             why = (
                 f"input of {spread}, which moves channels to positions that {self.where(node)} reads as one channel"
@@ -463,7 +463,7 @@ class Propagation:
         # One channel in several states (a flatten, a mosaic, zeros beside it): their pattern becomes part of the trail.
         table.unite(table.owner[owned[:-1]], table.owner[owned[1:]])
         trail = pattern(table, row[None])
-        origins = np.unique(table.origin[live])
+        origins = unique(table.origin[live])
         if len(origins) > 1:
             table.expose_leaks(live)
         alone = len(origins) == 1
@@ -542,7 +542,7 @@ def fixed_labels(shape: Sequence[int], label: int) -> Tensor:
 def nullified(state: Propagation, node: Node, labels: Tensor) -> Tensor:
     """Labels of zeros in the places of ``labels`` (``x * 0``, ``zeros_like(x)``)."""
     result = state.table.derive(labels, state.key(node))
-    values = np.unique(core(result).numpy())
+    values = unique(core(result).numpy())
     values = values[values > 0]
     state.table.zero[values], state.table.origin[values], state.table.leak[values] = 1, -1, 0
     return result

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..filters import CONVOLUTIONS
 from .answers import ConsumerColumns, FilterRegion, Table, layer_of, ranges
-from .labels import Ints
+from .labels import Ints, unique
 from .propagate import Event, Propagation
 
 __all__ = ["filter_regions", "layers_in_order", "neighbours", "pinned_layers"]
@@ -95,7 +95,7 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
         if event.dim == 1 and event.tensor in state.grouped:
             size = state.grouped[event.tensor].sizes[1]
             block, rows = np.divmod(rows, size)
-        numbers = np.unique(block).tolist()
+        numbers = unique(block).tolist()
         known = {b: places.setdefault((event.tensor, event.dim, b if size else -1), len(places)) for b in numbers}
         reads.append([ids, np.asarray([known[b] for b in numbers])[np.searchsorted(numbers, block)], filters, rows])
     names, keys = list(position), list(places)
@@ -164,8 +164,8 @@ def _expose_shared(state: Propagation) -> None:
         rows = np.concatenate([e.rows for e in events if e.kind != "member" or e.silence])
         origins = np.concatenate([table.origin[e.values] for e in events if e.kind != "member" or e.silence])
         pairs = np.unique(np.stack([rows, origins], axis=1), axis=0)
-        unique, counts = np.unique(pairs[:, 0], return_counts=True)
-        shared = np.isin(pairs[:, 0], unique[counts > 1])
+        met, counts = np.unique(pairs[:, 0], return_counts=True)
+        shared = np.isin(pairs[:, 0], met[counts > 1])
         for origin in pairs[shared, 1].tolist():
             table.exposed.setdefault(origin, f"{tensor} is shared with other channels")
 

@@ -35,7 +35,7 @@ from .counted import CountedNorm, counted_form
 from .errors import ChannelGraphError, TraceError
 from .forms import Recording
 from .inputs import example_arguments
-from .labels import Ints
+from .labels import Ints, unique
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
@@ -184,7 +184,7 @@ def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str)
     """Tensors that cannot be narrowed -> why."""
     modules, outside = named_modules(model), _names_outside(model, network)
     found: dict[str, str] = {}
-    dense_tensors = set(np.unique(table.tensor[(table.kind == 0) | (table.kind == 2)]).tolist())
+    dense_tensors = set(unique(table.tensor[(table.kind == 0) | (table.kind == 2)]).tolist())
     for index, tensor in enumerate(table.tensors):
         path, attribute = layer_of(tensor), tensor.rpartition(".")[2]
         dense = index in dense_tensors
