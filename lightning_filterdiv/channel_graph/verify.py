@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..filters import find_submodule, named_modules, named_tensors
+from ..tensors.arguments import check_module
 from .answers import ChannelAnswers
 from .decisions import Decision, FollowDecisions, RecordDecisions, relative_difference
 from .errors import NarrowingError
@@ -167,8 +168,10 @@ def check_finite(model: nn.Module) -> None:
     """Refuse a network that computes NaN: any two of those are equal.
 
     Raises:
+        TypeError: no network.
         NarrowingError: a parameter or running statistic is not finite, by name.
     """
+    check_module("model", model)
     for name, tensor in named_tensors(model).items():
         layer, _, own = name.rpartition(".")
         if not isinstance(tensor, nn.Parameter) and not own.startswith("running_"):
