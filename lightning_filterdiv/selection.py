@@ -150,9 +150,9 @@ def select_layers(
                 selected[name] = candidates[name]
             else:
                 left_out.setdefault(obstacle, []).append(name)
+    for obstacle, layers in left_out.items():
+        warnings.warn(f"left out, because each {obstacle.reason}: {quote_names(layers)}; {obstacle.fix}", stacklevel=3)
     if not selected:
         reason = f"every selected layer {', or '.join(map(str, left_out))}" if left_out else nothing
         raise NoLayersError(f"no layer is left: {reason}" + (f". Available: {quote_names(names)}" if names else ""))
-    for obstacle, layers in left_out.items():
-        warnings.warn(f"left out, because each {obstacle.reason}: {quote_names(layers)}; {obstacle.fix}", stacklevel=3)
     return selected
