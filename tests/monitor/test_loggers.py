@@ -35,7 +35,7 @@ from tests.support.training import Classifier, batches, fit, make_trainer
 ONE_LAYER: dict[str, Any] = {"max_figures": 1, "include": ["net.3"]}
 
 #: Pixels; the summary is in the shape of a card of Time Series.
-WIDTHS = {False: 648, True: 792}
+WIDTHS = {False: 648, True: 882}
 
 
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
