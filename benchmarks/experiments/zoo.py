@@ -8,8 +8,8 @@ stopped at 300 s of CPU time.
 
 *This package* ties random clusters, half as many as channels in every group, and merges them with ``merge_channels``.
 *Share* is the number of convolution filters that are gone, over half of all convolution filters. *Deviation* is the
-relative difference between the outputs of the narrow network and those of the tied one, in float64. *Form* says whether
-all modules kept their class ("module") or how many became a graph.
+relative difference between the outputs of the narrow network and those of the tied one, in float64; in the network's
+own type where its forward casts. *Form* says whether all modules kept their class ("module") or how many became a graph.
 
 *torch-pruning* gets the easier task: half of the channels of each of its groups are silenced, that is, every row of a
 producer and of a norm that its own group lists is set to zero, and then pruned. If the group is right, the outputs do
@@ -78,6 +78,8 @@ def ours(library: str, name: str, size: int) -> dict[str, Any]:
             row["seconds"] = time.process_time() - start
             row["deviation"] = merged.report.trim
             row["form"] = form_of(merged.report)
+            if merged.report.precision != "float64":
+                row["precision"] = merged.report.precision
             row["share"] = (before - filters_of(merged.network)) / (before / 2)
         else:
             row |= {"share": 0.0, "deviation": 0.0, "form": "-"}
@@ -157,7 +159,8 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Means of the shares, the largest deviation, what gave no answer."""
     shares = {name: row.get("ours", {}).get("share", 0.0) for name, row in rows.items()}
     hard = [share for name, share in shares.items() if name.partition("@")[0] in HARD]
-    deviations = [row["ours"]["deviation"] for row in rows.values() if "deviation" in row.get("ours", {})]
+    answers = [row["ours"] for row in rows.values() if "deviation" in row.get("ours", {})]
+    deviations = [answer["deviation"] for answer in answers if "precision" not in answer]
     return {
         "networks": len(rows),
         "mean share": statistics.mean(shares.values()),
@@ -186,7 +189,7 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
         f"| networks answered for | {s['networks'] - len(s['no answer'])} of {s['networks']} | {peer} |",
         f"| mean share of filters merged | {100 * s['mean share']:.0f} % | |",
         f"| mean share, the {len(HARD)} hardest | {100 * s['mean share, hard list']:.0f} % | |",
-        f"| largest deviation of the outputs | {s['largest deviation']:.0e} | |",
+        f"| largest deviation of the outputs, in float64 | {s['largest deviation']:.0e} | |",
     ]
     return "\n".join(lines)
 
@@ -198,7 +201,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if "error" in row:
             return f"no answer: {row['error'].partition(':')[0]} | | | "
         seconds = f"{row['seconds']:.1f}" if "seconds" in row else "-"
-        return f"{100 * row['share']:.0f} % | {row['deviation']:.0e} | {row['form']} | {seconds}"
+        precision = f" ({row['precision']})" if "precision" in row else ""
+        return f"{100 * row['share']:.0f} % | {row['deviation']:.0e}{precision} | {row['form']} | {seconds}"
 
     def other(row: dict[str, Any]) -> str:
         verdict = row["verdict"] + (f" ({row['deviation']:.1g})" if row["verdict"] == "wrong" else "")

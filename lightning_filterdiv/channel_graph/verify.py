@@ -67,12 +67,16 @@ class Proof:
         """Whether the difference is no more than rounding."""
         return self.difference <= self.tolerance
 
+    @property
+    def precision(self) -> str:
+        """Name of :attr:`dtype`."""
+        return str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
-        kind = str(self.dtype).removeprefix("torch.")
         why = "" if self.dtype == torch.float64 else ", the network's own type, because forward casts"
         return (
-            f"outputs differ by {self.difference:.1e} (relative; tolerance {self.tolerance:.0e}) in {kind}{why}, on "
-            f"{' and '.join(self.cases)}"
+            f"outputs differ by {self.difference:.1e} (relative; tolerance {self.tolerance:.0e}) in {self.precision}{why}, "
+            f"on {' and '.join(self.cases)}"
         )
 
 

@@ -52,7 +52,7 @@ class MergeReport(NamedTuple):
         deviation: largest ``|w - mean| / |w|`` of a clustered parameter before the merge.
         worst: the parameter that it belongs to.
         projection: relative change of the outputs when every parameter is set to its cluster's mean.
-        trim: relative change of the outputs when the tied network is narrowed, in float64; rounding only.
+        trim: relative change of the outputs when the tied network is narrowed; rounding only.
         parameters_before: of the original.
         parameters_after: of the narrow network.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
@@ -61,6 +61,7 @@ class MergeReport(NamedTuple):
         lag: ``deviation`` of running statistics, which follow tied weights some steps later.
         lagging: the statistic that it belongs to.
         averaging: relative change of the outputs by averaging running statistics over clusters.
+        precision: dtype of the comparison: ``"float64"``, or the network's own where forward casts.
     """
 
     channels_before: int
@@ -77,6 +78,7 @@ class MergeReport(NamedTuple):
     lag: float = 0.0
     lagging: str = "none"
     averaging: float = 0.0
+    precision: str = "float64"
 
     def __str__(self) -> str:
         def share(after: int, before: int) -> str:
@@ -97,7 +99,7 @@ class MergeReport(NamedTuple):
                     if self.lag  # 0 without running statistics
                     else []
                 ),
-                f"trimming      changes the outputs by {self.trim:.1e} (relative, float64)",
+                f"trimming      changes the outputs by {self.trim:.1e} (relative, {self.precision})",
                 *(f"form          {line}" for line in _forms(self.forms)),
             ]
         )
@@ -221,6 +223,7 @@ def merge_channels(
         worst=worst,
         projection=projection,
         trim=proof.difference,
+        precision=proof.precision,
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(merged),
         macs_before=macs_of_call(_traced(model, network), *arguments),
