@@ -75,8 +75,8 @@ class Proof:
     def __str__(self) -> str:
         why = "" if self.dtype == torch.float64 else ", the network's own type, because forward casts"
         return (
-            f"outputs differ by {self.difference:.1e} (relative; tolerance {self.tolerance:.0e}) in {self.precision}{why}, "
-            f"on {' and '.join(self.cases)}"
+            f"outputs differ by {self.difference:.1e} (relative; tolerance {self.tolerance:.0e}) in "
+            f"{self.precision}{why}, on {' and '.join(self.cases)}"
         )
 
 
