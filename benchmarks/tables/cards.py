@@ -34,7 +34,7 @@ from benchmarks.cost import (
 from benchmarks.cost import channel_graph as channel_graph_cost
 from benchmarks.cost import entropy as entropy_speed
 from benchmarks.cost import structure as structure_cost
-from benchmarks.experiments import entropy_depth, reproduced, shared_basis, squeeze, ucp, widen, zoo
+from benchmarks.experiments import entropy_depth, prune, reproduced, shared_basis, squeeze, ucp, widen, zoo
 from benchmarks.tables import summary
 from benchmarks.training import report
 from benchmarks.training.runs import read_runs
@@ -120,6 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
     "prune_zoo": lambda: prune_zoo.table(json.loads(prune_zoo.OUT.read_text())),
+    "prune_quality": lambda: prune.table(prune.OUT),
     "zoo_summary": lambda: zoo.summary_table(json.loads(zoo.RESULT.read_text())["rows"]),
     "zoo": lambda: zoo.table(json.loads(zoo.RESULT.read_text())["rows"]),
     "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),
