@@ -54,6 +54,7 @@ FRAMEWORK_FREE = (
 )
 #: Methods of every callback, described once at FilterCallback.
 INHERITED = "^(on_|setup$|teardown$|prepare$|release$|reset$|extra_state$|load_extra_state$|choose$|touched_tensors$)"
+_NAME_CELL = re.compile(r"(<t[hd][^>]*>)([A-Za-z]+)(</t[hd]>)")
 _ROLE = re.compile(r":(?:func|class|meth|data|attr|mod):<code>(~?)([\w.]+)</code>")
 _LINK = re.compile(r"(!?\[[^\]]*\])\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 
@@ -78,13 +79,19 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Roles in docstrings become links where their target has a place in the site, else code."""
+    """Roles in docstrings become links where their target has a place in the site, else code.
+
+    Names of classes in tables may be broken at their capitals: a table of all callbacks is as wide as a page then.
+    """
 
     def linked(match: re.Match[str]) -> str:
         name = match[2].rpartition(".")[2] if match[1] else match[2]
         return f'<autoref optional identifier="{match[2]}"><code>{name}</code></autoref>'
 
-    return _ROLE.sub(linked, html)
+    def breakable(match: re.Match[str]) -> str:
+        return match[1] + re.sub(r"(?<=[a-z])(?=[A-Z])", "<wbr>", match[2]) + match[3]
+
+    return _NAME_CELL.sub(breakable, _ROLE.sub(linked, html))
 
 
 def _relinked(text: str, source: str, target: str, extra: dict[str, bytes]) -> str:

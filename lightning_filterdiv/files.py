@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-__all__ = ["WriteError", "find_damage", "printable", "safe_file_name", "why_unwritable", "write_files"]
+__all__ = ["WriteError", "find_damage", "is_pickled", "printable", "safe_file_name", "why_unwritable", "write_files"]
 
 _NAME_LENGTH = 150  # file systems take 255 bytes, and callers add an ending
 
@@ -47,6 +47,8 @@ def why_unwritable(path: str | os.PathLike[str], *, folder: bool = False) -> str
             _try(target if folder else target.parent)
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
+    except ValueError as error:  # a NUL
+        return f"{error}"
     return ""
 
 
@@ -125,6 +127,12 @@ def safe_file_name(name: str) -> str:
         digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
         safe = f"{safe[: _NAME_LENGTH - 17]}-{digest}"
     return safe
+
+
+def is_pickled(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an archive or begins as pickles do; letters of a text are opcodes of old ones, too."""
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
 def find_damage(path: str | os.PathLike[str]) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "Obstacle",
     "canonical_name",
     "check_patterns",
+    "check_rows",
     "filter_count",
     "filter_matrix",
     "find_prefix",
@@ -78,9 +79,9 @@ def _is_wrapped(name: str) -> bool:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Canonical name -> module, under every name it has; of a wrapper and what it wraps, what it wraps.
+    """Canonical name -> module, under every name it has. A wrapper is left out in favour of the module that it wraps.
 
-    Names that collide when they are shortened (``conv`` beside ``module.conv``) stay long, or a module would be lost.
+    Names that would collide when shortened (``conv`` beside ``module.conv``) stay long, so that no module is lost.
     """
     named = list(model.named_modules(remove_duplicate=False))
     taken = Counter(canonical_name(name) for name, _ in named if not _is_wrapped(name))
@@ -96,7 +97,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def find_submodule(model: nn.Module, name: str | None, error: type[ValueError] = NoLayersError) -> nn.Module:
     """Return the submodule of a canonical name, ``model`` itself for ``None`` and for an empty name.
 
-    Of a wrapper and what it wraps, the wrapper: hooks inside a compiled module may never fire.
+    If the submodule is wrapped, the wrapper is returned, because hooks inside a compiled module may never fire.
 
     Args:
         model: the network.
@@ -172,7 +173,7 @@ def filter_matrix(conv: Conv) -> Tensor:
 
     Columns are ordered (input channel, kernel position), whatever the memory format. For a contiguous ordinary
     convolution this is a view of the weight; for ``channels_last`` weights and transposed convolutions it is a copy.
-    Treat it as read-only and write with :func:`write_filters`, which is right for all of them.
+    Treat it as read-only. :func:`write_filters` writes in all of these cases.
 
     Args:
         conv: ``Conv1d/2d/3d`` or ``ConvTranspose1d/2d/3d``, any ``groups``.
@@ -182,6 +183,25 @@ def filter_matrix(conv: Conv) -> Tensor:
     """
     view = _filter_view(conv)
     return (view.flatten(0, 1) if _is_transposed(conv) else view).flatten(1)
+
+
+def check_rows(conv: Conv, rows: Tensor | Sequence[int]) -> Tensor:
+    """Return filter indices as ``(n,)`` int64 on the CPU.
+
+    Raises:
+        TypeError: ``rows`` are not integers; a bool mask is not a list of indices.
+        IndexError: a row is outside ``0 <= row < J`` or given twice.
+    """
+    index = torch.as_tensor(rows).reshape(-1).cpu()
+    if index.numel() and (index.dtype == torch.bool or index.is_floating_point() or index.is_complex()):
+        raise TypeError(f"rows must be integers (filter indices), got {index.dtype}: {index.tolist()}")
+    index = index.long()
+    count = filter_count(conv)
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+        raise IndexError(f"rows must be in 0..{count - 1} for a layer of {count} filters, got {index.tolist()}")
+    if index.unique().numel() != index.numel():
+        raise IndexError(f"rows must name each filter once, got {index.tolist()}")
+    return index
 
 
 def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> None:
@@ -198,16 +218,8 @@ def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> N
         ValueError: ``values`` does not have shape ``(n, d)``.
     """
     check_tensor("values", values)
-    index = torch.as_tensor(rows).reshape(-1).cpu()
-    if index.numel() and (index.dtype == torch.bool or index.is_floating_point() or index.is_complex()):
-        raise TypeError(f"rows must be integers (filter indices), got {index.dtype}: {index.tolist()}")
-    index = index.long()
-    count = filter_count(conv)
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
-        raise IndexError(f"rows must be in 0..{count - 1} for a layer of {count} filters, got {index.tolist()}")
-    if index.unique().numel() != index.numel():
-        raise IndexError(f"rows must name each filter once, got {index.tolist()}")
-    fan_in = conv.weight.numel() // count
+    index = check_rows(conv, rows)
+    fan_in = conv.weight.numel() // filter_count(conv)
     if values.shape != (index.numel(), fan_in):
         raise ValueError(
             f"values must have shape ({index.numel()}, {fan_in}): one row of fan-in {fan_in} per filter, "
@@ -225,7 +237,7 @@ def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> N
 
 
 def mask_layout(conv: Conv, axis: str = "out") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How a vector with one entry per slice of ``conv.weight`` broadcasts over the weight.
+    """Shapes in which a vector with one entry per slice of ``conv.weight`` broadcasts over the weight.
 
     Args:
         conv: the convolution.
@@ -256,10 +268,10 @@ def _weight_parameter(conv: nn.Module) -> nn.Parameter | None:
 
 
 def find_weight_obstacle(layer: nn.Module) -> Obstacle | None:
-    """Return why the filters of ``layer`` are not the rows of a weight that can be read and updated as it is.
+    """Return why the filters of ``layer`` cannot be read from and written to its weight.
 
-    ``None`` if they are, also for a lazy layer, which has no weight yet. A parametrization may say so itself, by an
-    attribute ``obstacle``.
+    ``None`` if they can, and for a lazy layer, which has no weight yet. A parametrization may give its own reason, by
+    an attribute ``obstacle``.
     """
     weight = _weight_parameter(layer)
     if weight is None:
@@ -330,7 +342,7 @@ def select_filters(
     convolutions = dict(named_convolutions(model))
     packed = {name: module for name, module in quantised_modules(model).items() if hasattr(module, "kernel_size")}
     if not convolutions and not packed:
-        raise NoLayersError(f"{type(model).__name__} has no convolution: nothing for filter callbacks to act on")
+        raise NoLayersError(f"{type(model).__name__} has no convolution to act on; use a network with some")
 
     def find_obstacle(name: str, layer: nn.Module) -> Obstacle | None:
         if name in packed:

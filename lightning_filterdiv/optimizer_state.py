@@ -170,7 +170,7 @@ class _Saved(NamedTuple):
 
 
 class RowHold:
-    """Holds rows of parameters bit-still through optimizer steps, whatever the optimizer does with them.
+    """Keeps rows of parameters bit-identical through the steps of any optimizer.
 
     Protocol, once per step: :meth:`before_step` when the gradients are final (it zeroes those of held rows, so that
     gradient clipping does not see them), then the step, then :meth:`after_step`. A step that never happens (an fp16

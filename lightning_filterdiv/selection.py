@@ -154,5 +154,5 @@ def select_layers(
         warnings.warn(f"left out, because each {obstacle.reason}: {quote_names(layers)}; {obstacle.fix}", stacklevel=3)
     if not selected:
         reason = f"every selected layer {', or '.join(map(str, left_out))}" if left_out else nothing
-        raise NoLayersError(f"no layer is left: {reason}. Available: {quote_names(names)}")
+        raise NoLayersError(f"no layer is left: {reason}" + (f". Available: {quote_names(names)}" if names else ""))
     return selected

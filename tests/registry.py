@@ -148,6 +148,7 @@ _ORTHONORMALITY_WRONG: tuple[Wrong, ...] = (
     ({"weight": float("nan")}, ValueError, "a finite number"),
     ({"weight": "auto"}, TypeError, "must be a number"),
     ({"form": "hard"}, ValueError, "'basis', 'soft', 'double_soft', 'mutual_coherence'"),
+    ({"every_n_steps": 0}, ValueError, ">= 1"),
     ({"milestones": {}}, ValueError, "use milestones=None"),
     ({"milestones": [20, 50]}, TypeError, "a dict of epoch -> factor"),
     ({"milestones": {-1: 0.1}}, ValueError, ">= 0"),
@@ -228,7 +229,7 @@ CASES: tuple[Case, ...] = (
         refused_precisions=("bf16-true",),
     ),
     _orthonormality("basis", form="basis", decoupled=False),
-    _orthonormality("soft_decoupled", form="soft", decoupled=True, weight=0.05, milestones={1: 0.5}),
+    _orthonormality("soft_decoupled", form="soft", decoupled=True, weight=0.05, milestones={1: 0.5}, every_n_steps=2),
     _orthonormality("double_soft", form="double_soft"),
     _orthonormality("mutual_coherence", form="mutual_coherence", weight=0.1),
     # Six shapes of twenty-two operations on vectors each.

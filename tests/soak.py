@@ -15,7 +15,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     # Networks through the channel graph, narrowed, expanded and pruned.
     "soak_graph": ("tests/channel_graph/", "tests/narrowing/", "tests/expansion/", "tests/channel_importance/"),
     # Every configuration of every callback in the suites; what composes; other tasks.
-    "soak_suites": (r"tests/suites/test_(?!resume|kill_and_resume|long_run|injection)",),
+    "soak_suites": (r"tests/suites/test_(?!resume|kill_and_resume|long_run|injection|damaged)",),
     # A fault at every hook and in every call of a logger.
     "soak_injection": ("tests/suites/test_injection.py::.*(wau|basis|monitor|expand|importance)-",),
     "soak_injection_traced": ("tests/suites/test_injection.py::.*(repr|csgd|entropy)-",),
@@ -34,8 +34,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "soak_ddp_fp16": (DDP + r"fp16\]",),
     # Clusters, sweeps and commands, in processes of their own.
     "soak_processes": ("tests/benchmarks/", "tests/command_line/(?!test_fuzz)", "tests/training/"),
-    # Files of every kind, damaged at random.
-    "soak_fuzz": ("tests/command_line/test_fuzz.py::",),
+    # Files of every kind, damaged at random; states of callbacks, entry by entry.
+    "soak_fuzz": ("tests/command_line/test_fuzz.py::", "tests/suites/test_damaged_state.py::"),
 }
 
 

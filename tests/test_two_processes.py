@@ -25,7 +25,7 @@ def check(*options: str, limit: int) -> None:
 
 
 def test_ddp_suite() -> None:
-    check(limit=900)
+    check(limit=3600)
 
 
 #: Every configuration of every callback in every mode of training, a part for each precision, and what else is long.

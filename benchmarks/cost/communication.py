@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from importlib.metadata import version
@@ -26,7 +23,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.paths import RESULTS, ROOT
+from benchmarks.common.paths import RESULTS
+from benchmarks.cost.processes import run_processes
 from benchmarks.models import CifarResNet
 from benchmarks.training.classification import Classifier
 from benchmarks.training.loader import SeededBatches
@@ -39,6 +37,7 @@ from lightning_filterdiv import (
 )
 
 RESULT = RESULTS / "communication.json"
+_MODULE = "benchmarks.cost.communication"
 STEPS, LOOK = 12, range(6, 10)
 
 METHODS: dict[str, list[Callback]] = {
@@ -150,24 +149,6 @@ def images_per_second(batch: int = 32, steps: int = 40) -> float:
     return batch * ranks / median(gaps)
 
 
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _processes(count: int, *options: str) -> str:
-    """Start this module on ``count`` processes and return what rank 0 printed last."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}",
-               f"--master-port={_port()}", "-m", "benchmarks.cost.communication", "--here", *options]  # fmt: skip
-    # One thread per process, also of a single one, to which torchrun would leave all cores.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if process.returncode:
-        raise RuntimeError(process.stderr[-3000:])
-    return process.stdout.strip().splitlines()[-1]
-
-
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     rows = ["| callback | collectives per step | bytes per step |", "|---|---|---|"]
@@ -201,11 +182,11 @@ def main() -> None:
         return
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.weak:
-        speeds = {str(n): json.loads(_processes(n, "--weak"))["images_per_second"] for n in options.weak}
+        speeds = {str(n): json.loads(run_processes(_MODULE, n, "--weak"))["images_per_second"] for n in options.weak}
         result["weak"] = speeds
         print(weak_table(speeds))
     else:
-        result |= {"processes": 2, "network": "ResNet-20", "methods": json.loads(_processes(2))}
+        result |= {"processes": 2, "network": "ResNet-20", "methods": json.loads(run_processes(_MODULE, 2))}
         print(table(result))
     result["torch"] = version("torch")
     options.out.write_text(json.dumps(result, indent=1) + "\n")

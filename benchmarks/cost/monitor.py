@@ -2,9 +2,9 @@
 
     python -m benchmarks.cost.monitor --networks resnet50 wrn28_10
 
-A real Trainer with a TensorBoard logger, one batch per epoch; the hook at the epoch's end is timed. Peak memory is the
-kernel's high-water mark of resident memory, reset before each look (Linux). On a busy machine CPU seconds say more than
-wall time: both are given, with the load average. The first look of a run also loads fonts: only later ones count.
+A real Trainer with a TensorBoard logger, one batch per epoch; the hook at the epoch's end is timed, in CPU time of the
+process. Peak memory is the kernel's high-water mark of resident memory, reset before each look (Linux). The first look
+of a run also loads fonts: only later ones count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Timed(FilterSimilarityMonitor):
     def _take_snapshot(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
         with measured() as cost:
             super()._take_snapshot(trainer, epoch, when)
-        self.costs.append({"seconds": cost.seconds, "CPU seconds": cost.cpu_seconds, "peak extra MiB": cost.extra_mib})
+        self.costs.append({"CPU seconds": cost.cpu_seconds, "peak extra MiB": cost.extra_mib})
 
 
 def measure(network: str, looks: int) -> dict[str, float]:

@@ -4,14 +4,16 @@
 
 Every pair is one step with and one step without the callback, in random order, on the same batch; ``A/A`` repeats the
 measurement with no callback on both sides and shows what the interleaved ratio can resolve on this machine. The primary
-figure is the time inside hooks: it is measured, not a difference of two noisy numbers. Times are synchronised with the
-device here, and only here.
+figure is the time inside hooks: it is measured, not a difference of two noisy numbers. On a CPU times are those of the
+process, so that other work on the machine adds little. On a GPU they are synchronised with the device here, and only
+here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -187,6 +189,10 @@ class Cost(NamedTuple):
     pairs: int  # of steps, with and without
 
 
+def _now(device: torch.device) -> float:
+    return time.process_time() if device.type == "cpu" else clock(device)
+
+
 def measure(method: str, depth: int, pairs: int, device: torch.device, batch: int = 64) -> Cost:
     """Train two copies of a ResNet side by side, one with the hooks."""
     torch.manual_seed(0)
@@ -201,19 +207,19 @@ def measure(method: str, depth: int, pairs: int, device: torch.device, batch: in
 
     def step(which: int, number: int) -> tuple[float, float]:
         hooked = 0.0
-        start = clock(device)
+        start = _now(device)
         optimizers[which].zero_grad()
         nn.functional.cross_entropy(models[which](images), labels).backward()
         if which:
-            mark = clock(device)
+            mark = _now(device)
             before(number)
-            hooked += clock(device) - mark
+            hooked += _now(device) - mark
         optimizers[which].step()
         if which:
-            mark = clock(device)
+            mark = _now(device)
             after()
-            hooked += clock(device) - mark
-        return clock(device) - start, hooked
+            hooked += _now(device) - mark
+        return _now(device) - start, hooked
 
     steps = interleaved(step, pairs)
     inside = median(hooked / (total - hooked) for _, (total, hooked) in steps)

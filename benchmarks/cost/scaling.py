@@ -22,13 +22,14 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from benchmarks.common.device import result_path
-from benchmarks.common.paths import RESULTS
+from benchmarks.common.device import read_result, result_path
+from benchmarks.cost.events import LOG, NUMBERS
 from benchmarks.cost.fake_device import KernelCounter, host_draws_apart, profiled_operations
 from benchmarks.cost.overhead import trained_hooks
 from benchmarks.models import CifarResNet, build_network
 from lightning_filterdiv.narrowing import count_macs, count_parameters
 from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
+from lightning_filterdiv.tensors.sharing import divide
 
 RESULT = result_path("scaling.json", "cpu")
 SHOWN = ("wau", "repr sub-network phase", "csgd", "basis", "soft", "srip")
@@ -61,6 +62,8 @@ REACHED_BANDWIDTH, REACHED_PRODUCTS, GAP = 0.6, 0.3, 4e-6
 #: (``FITTED``); the other methods check it.
 HOST_STEP, HOST_KERNEL = 1.2e-3, 20e-6
 FITTED = ("wau", "repr sub-network phase", "srip")
+#: Assumed, of results that ranks send each other: seconds of a collective, bytes per second that are packed and read.
+COLLECTIVE, READ = 1e-3, 1e9
 
 
 class Workload(NamedTuple):
@@ -177,32 +180,73 @@ def step_table(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def event_seconds() -> dict[str, tuple[float, float]]:
-    """Event -> (seconds measured on ResNet-50 on a CPU, how often per epoch)."""
-    events = json.loads((RESULTS / "events.json").read_text())["events"]["resnet50"]
-    look = json.loads((RESULTS / "monitor.json").read_text())["looks"]["resnet50"]
+class Event(NamedTuple):
+    """Work that is done now and then.
+
+    Attributes:
+        divided: (items' seconds, items' estimated costs, bytes of the results) of each part whose layers are divided.
+        whole: seconds of what every rank does alike, or rank 0 while the others wait.
+        per_epoch: how often.
+    """
+
+    divided: tuple[tuple[tuple[float, ...], tuple[float, ...], int], ...]
+    whole: float
+    per_epoch: float
+
+    def seconds(self, devices: int, gpu: Gpu) -> float:
+        """Predicted time of one event, with the layers divided among so many devices; 1: not divided."""
+        total = self.whole
+        for seconds, costs, size in self.divided:
+            parts = divide(dict(enumerate(costs)), devices)
+            total += max(sum(seconds[item] for item in part) for part in parts)
+            if devices > 1:
+                total += 2 * COLLECTIVE + 2 * (devices - 1) / devices * size / gpu.network + size / READ
+        return total
+
+
+def measured_events() -> dict[str, Event]:
+    """Events of ResNet-50, from what was measured on a CPU."""
+    events = read_result("events.json")["events"]["resnet50"]
+    look = read_result("monitor.json")["looks"]["resnet50"]
+    parts = read_result("events_divided.json")["divided"]["1"]
+    seconds = {name: of["seconds"] for name, of in events.items()}
+
+    def part(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+        return tuple(parts[name]["items"]), tuple(parts[name]["costs"]), parts[name]["bytes"]
+
+    figures = look["CPU seconds"] - look["CPU seconds of the numbers alone"]
+    # The mean overlap for the log is that of the ranking, in single precision; it sends a number per layer.
+    items, costs, _ = part("RePr: rank")
+    overlap = (tuple(item * seconds[LOG] / sum(items) for item in items), costs, 0)
+    of_repr = (part("RePr: rank"), part("RePr: new directions"), overlap, overlap)
     return {
-        "RePr 20/10/3 of 100 epochs": (events["rank + drop + regrow + log"]["seconds"], 0.03),
-        "monitor, every epoch": (look["seconds"], 1.0),
+        "RePr 20/10/3 of 100 epochs": Event(of_repr, seconds["drop"] + seconds["regrow"], 0.03),
+        "monitor, numbers every epoch": Event((part(NUMBERS),), 0.0, 1.0),
+        "monitor, figures every tenth epoch": Event((), figures, 0.1),
     }
 
 
+def event_share(event: Event, devices: int, result: dict[str, Any], *, divided: bool) -> float:
+    """Predicted share of the training time of ResNet-50 on A100 that an event takes."""
+    gpu, workload, of = GPUS[0], WORKLOADS["ResNet-50, ImageNet"], result["counted"]["ResNet-50, ImageNet"]
+    step = max(
+        step_seconds(workload, gpu, of["forward_flops"]),
+        communication_seconds(of["parameters"], devices, gpu),
+    )
+    epoch = workload.images / (workload.batch * devices) * step
+    return event.per_epoch * event.seconds(devices if divided else 1, gpu) / epoch
+
+
 def event_table(result: dict[str, Any]) -> str:
-    """Markdown: share of the training time that events take, by number of devices; every rank does them alike."""
-    rows = ["| network | event | seconds, CPU | " + " | ".join(f"{n} GPUs" for n in GPUS_SHOWN) + " |"]
+    """Markdown: share of the training time that events take, by number of devices."""
+    rows = ["| event | layers | seconds, one CPU | " + " | ".join(f"{n} GPUs" for n in GPUS_SHOWN) + " |"]
     rows.append("|---|---|---|" + "---|" * len(GPUS_SHOWN))
-    name, gpu = "ResNet-50, ImageNet", GPUS[0]
-    workload, of = WORKLOADS[name], result["counted"]["ResNet-50, ImageNet"]
-    for event, (seconds, per_epoch) in event_seconds().items():
-        shares = []
-        for devices in GPUS_SHOWN:
-            step = max(
-                step_seconds(workload, gpu, of["forward_flops"]),
-                communication_seconds(of["parameters"], devices, gpu),
-            )
-            epoch = workload.images / (workload.batch * devices) * step
-            shares.append(f"{100 * per_epoch * seconds / epoch:.{0 if per_epoch * seconds > 0.1 * epoch else 1}f} %")
-        rows.append(f"| {name} | {event} | {seconds:.1f} | {' | '.join(shares)} |")
+    for name, event in measured_events().items():
+        for divided in (False, True) if event.divided else (False,):
+            shares = [event_share(event, devices, result, divided=divided) for devices in GPUS_SHOWN]
+            cells = (f"{100 * share:.{0 if share > 0.1 else 1}f} %" for share in shares)
+            layers = "" if not event.divided else "divided" if divided else "all on every rank"
+            rows.append(f"| {name} | {layers} | {event.seconds(1, GPUS[0]):.1f} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

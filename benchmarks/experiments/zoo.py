@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
+from importlib import import_module
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from benchmarks.common.paths import RESULTS, ROOT
-from benchmarks.cost.channel_graph_speed import build, networks
+from benchmarks.common.paths import RESULTS
+from benchmarks.cost.channel_graph_speed import NETWORKS, build, networks
 from benchmarks.cost.peers import TOLERANCE, prune_silently
 from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import random_clusters, randomise
-from lightning_filterdiv.narrowing import MergeReport, merge_channels, tie_channels
+from lightning_filterdiv.narrowing import MergeReport, merge_channels
 
 RESULT = RESULTS / "zoo.json"
 LIMIT = 300
@@ -71,7 +72,7 @@ def ours(library: str, name: str, size: int) -> dict[str, Any]:
         clusters = random_clusters(graph, torch.Generator().manual_seed(0), keep=0.5)
         row["pinned"] = reasons(graph)
         if clusters:
-            tie_channels(model, clusters, arguments)
+            tie(model, graph, clusters)
             start = time.process_time()
             merged = merge_channels(model, clusters, arguments, tolerance=float("inf"))
             row["seconds"] = time.process_time() - start
@@ -126,19 +127,30 @@ def theirs(library: str, name: str, size: int) -> dict[str, Any]:
 
 
 def _run(what: str, network: tuple[str, str, int]) -> dict[str, Any]:
-    """``ours`` or ``theirs`` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.experiments.zoo", "--one", what, *map(str, network)]
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, preexec_fn=limit)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["?"])[-1][:200]
-        return {"error": f"stopped at {LIMIT} s" if done.returncode < 0 else last, "verdict": "no answer"}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """``ours`` or ``theirs`` in a process of its own, forked from this one: the libraries are imported already."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sending, what, network))
+    process.start()
+    sending.close()
+    try:
+        row: dict[str, Any] = receiving.recv()
+    except EOFError:
+        row = {}
+    process.join()
+    if not row:
+        error = f"stopped at {LIMIT} s" if (process.exitcode or 0) < 0 else "it ended without an answer"
+        return {"error": error, "verdict": "no answer"}
     return row
+
+
+def _answer(sending: Connection, what: str, network: tuple[str, str, int]) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+    try:
+        row = (ours if what == "ours" else theirs)(*network)
+    except Exception as error:  # the network cannot be built
+        row = {"error": f"{type(error).__name__}: {error}"[:200], "verdict": "no answer"}
+    sending.send(row)
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -157,15 +169,22 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _listed() -> int:
+    """Networks on the committed list, whether their library is installed or not."""
+    return sum(bool(line) and not line.startswith("#") for line in NETWORKS.read_text().splitlines())
+
+
 def summary_table(rows: dict[str, dict[str, Any]]) -> str:
     """The summary as a Markdown table."""
     s = summary(rows)
-    peer = ", ".join(f"{count} {verdict}" for verdict, count in s["torch-pruning"].items())
+    peer = ", ".join(f"{count} {verdict}" for verdict, count in sorted(s["torch-pruning"].items()))
+    tried = sum(s["torch-pruning"].values())
     lines = [
         "| | channel graph | torch-pruning |",
         "|---|---|---|",
+        f"| networks of the list that are measured | {s['networks']} of {_listed()} | {tried} of {_listed()} |",
         f"| networks answered for | {s['networks'] - len(s['no answer'])} of {s['networks']} | {peer} |",
-        f"| mean share of filters merged, all networks | {100 * s['mean share']:.0f} % | |",
+        f"| mean share of filters merged | {100 * s['mean share']:.0f} % | |",
         f"| mean share, the {len(HARD)} hardest | {100 * s['mean share, hard list']:.0f} % | |",
         f"| largest deviation of the outputs | {s['largest deviation']:.0e} | |",
     ]
@@ -173,7 +192,7 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """One row per network, as a Markdown table."""
+    """One row per network, as a Markdown table; "-": not measured."""
 
     def mine(row: dict[str, Any]) -> str:
         if "error" in row:
@@ -183,7 +202,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
     def other(row: dict[str, Any]) -> str:
         verdict = row["verdict"] + (f" ({row['deviation']:.1g})" if row["verdict"] == "wrong" else "")
-        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        seconds = f"{row['seconds']:.1f}" if row.get("seconds") else "-"
         return f"{verdict} | {seconds}"
 
     lines = [
@@ -192,26 +211,24 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for key, row in rows.items():
         name = key.partition("@")[0]
-        lines.append(f"| {name}{' (hard)' if name in HARD else ''} | {mine(row['ours'])} | {other(row['theirs'])} |")
+        theirs = other(row["theirs"]) if "theirs" in row else "- | -"
+        lines.append(f"| {name}{' (hard)' if name in HARD else ''} | {mine(row['ours'])} | {theirs} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=4, metavar=("WHAT", "LIBRARY", "NAME", "SIZE"), help="measure this, print JSON")
     parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--hard", action="store_true", help="the hard list only")
     parser.add_argument("--missing", action="store_true", help="only what the result file lacks")
     parser.add_argument("--what", nargs="+", choices=["ours", "theirs"], default=["ours", "theirs"])
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    if options.one:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        what, library, name, size = options.one
-        print(json.dumps((ours if what == "ours" else theirs)(library, name, int(size))))
-        return
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for library in ("timm", "torchvision", *(["torch_pruning"] if "theirs" in options.what else [])):
+        import_module(library)
     rows: dict[str, dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
     for network in networks():
         if options.only not in network[1] or (options.hard and network[1] not in HARD):

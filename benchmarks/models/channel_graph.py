@@ -336,7 +336,7 @@ class PadThenNorm(nn.Module):
         return mixed
 
 
-#: What mixes channels when it stands in :class:`Between`: its first convolution must be refused.
+#: What mixes channels when it stands in :class:`Between`: norms are exact, behind the others the first layer is pinned.
 MIXING: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "layer norm over channels": lambda: ChannelNorm(8),
     "group norm": lambda: nn.GroupNorm(2, 8),

@@ -28,6 +28,7 @@ from benchmarks.cost import (
     monitor,
     overhead,
     peers,
+    prune_zoo,
     scaling,
 )
 from benchmarks.cost import channel_graph as channel_graph_cost
@@ -110,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_resnet20": lambda: _resnet20(),
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
+    "events_divided": lambda: events.divided_table(read_result("events_divided.json")),
     "large_steps": lambda: large_steps.table(
         read_result("gpu/large_steps.json"), read_result("scaling.json")["counted"]
     ),
@@ -117,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),
     "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
+    "prune_zoo": lambda: prune_zoo.table(json.loads(prune_zoo.OUT.read_text())),
     "zoo_summary": lambda: zoo.summary_table(json.loads(zoo.RESULT.read_text())["rows"]),
     "zoo": lambda: zoo.table(json.loads(zoo.RESULT.read_text())["rows"]),
     "monitor": lambda: monitor.table(json.loads(monitor.RESULT.read_text())),

@@ -25,7 +25,7 @@ class WeightAsynchronousUpdate(FilterCallback):
 
     Args:
         update_fraction: share of a layer's filters updated per step, in (0, 1].
-        axis: ``"out"``: a filter is an output channel, its bias goes with it; ``"in"``: slices of input channels.
+        axis: ``"out"``: a subset consists of output channels with their bias; ``"in"``: of slices of input channels.
         sampling: ``"without_replacement"``: exactly ``max(1, round(fraction * J))`` filters;
             ``"with_replacement"``: ``max(1, floor(fraction * n))`` draws.
         hold: ``"update"``: filters outside the subset stay bit-identical through the step while the optimizer's state
@@ -95,7 +95,8 @@ class WeightAsynchronousUpdate(FilterCallback):
         if self._taken and len(self._taken) != count:
             raise ValueError(
                 f"the state of WeightAsynchronousUpdate was saved with {len(self._taken)} optimizers, "
-                f"this run has {count}"
+                f"this run has {count}: resume with as many, or remove checkpoint['callbacks'][{self.state_key!r}] to "
+                f"count steps from 0 again"
             )
         self._taken = self._taken or [0] * count
         for index, optimizer in enumerate(trainer.optimizers):

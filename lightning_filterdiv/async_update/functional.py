@@ -248,10 +248,16 @@ class AsynchronousUpdate:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         mine = {name: conv for name, conv in layers.items() if id(conv.weight) in owned}
         if not mine:
-            raise ValueError("none of the layers has a trainable weight in this optimizer")
+            raise ValueError(
+                "none of the layers has a trainable weight in this optimizer; hand it their weights, or give other "
+                "layers"
+            )
         devices = {conv.weight.device for conv in mine.values()}
         if len(devices) > 1:
-            raise ValueError(f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}")
+            raise ValueError(
+                f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}; give the layers "
+                f"of each device an optimizer of their own, or leave some out"
+            )
         self._device = devices.pop()
 
         def slices(conv: Conv) -> int:
@@ -311,7 +317,7 @@ class AsynchronousUpdate:
         return [name for _, names in self._batches for name in names]
 
     def holds_nothing(self) -> bool:
-        """Whether ``update_fraction`` comes to all slices of every layer, as it does for layers of one filter."""
+        """True if every step updates all slices of every layer, as it is with layers of one filter."""
         counts = [count for count, _ in self._batches]
         return all(effective_fraction(count, self.update_fraction, self.sampling) == 1 for count in counts)
 
@@ -359,7 +365,9 @@ class AsynchronousUpdate:
             RuntimeError: no :meth:`before_step` announced this step.
         """
         if not self._pending:
-            raise RuntimeError("optimizer.step() ran without AsynchronousUpdate.before_step(...) before it")
+            raise RuntimeError(
+                "optimizer.step() ran without AsynchronousUpdate.before_step(step) before it; call it before every step"
+            )
         if self.hold == "update":
             with torch.autocast(self._device.type, enabled=False):
                 for values in self._values:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ from lightning_filterdiv.narrowing.clusters import (
 from lightning_filterdiv.narrowing.importance import redundancy_scores
 from lightning_filterdiv.narrowing.merge import Merged, NotTiedError, merge_channels
 from lightning_filterdiv.narrowing.widths import Scope, WidthPlan, WidthRule, plan_widths
-from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_number
+from lightning_filterdiv.tensors.arguments import check_choice, check_integer, check_module, check_number
 from lightning_filterdiv.training.callback import FilterCallback
-from lightning_filterdiv.training.example_inputs import ExampleInputs
+from lightning_filterdiv.training.example_inputs import ExampleInputs, check_inputs_state
 from lightning_filterdiv.training.steps import gradient_scale
 from lightning_filterdiv.training.submodule import check_network, layers_inside
 
@@ -40,6 +41,10 @@ __all__ = ["CentripetalSGD"]
 def _nan_last(value: float) -> tuple[bool, float]:
     """Sorts NaN above every number."""
     return math.isnan(value), value
+
+
+def _is_clustering(index: object) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1 and bool((index >= 0).all())
 
 
 class CentripetalSGD(FilterCallback):
@@ -53,22 +58,21 @@ class CentripetalSGD(FilterCallback):
     Args:
         keep_fraction: share of every layer's channels to keep, in (0, 1], or a dict of layer pattern -> share (layers
             that no pattern matches keep all). ``None``: 0.625, unless a target is given.
-        target_macs: share of the full network's multiply-accumulate operations to end at, in the place of
+        target_macs: share of the network's multiply-accumulate operations that the merged network has, instead of
             ``keep_fraction``. They are counted on the inputs that the graph is traced with.
-        target_parameters: the same for parameters.
-        scope: ``"layer"``: the same share in every layer; ``"global"``: layers whose filters express one another well
-            lose more.
-        max_layer_fraction: at most this share of a layer's channels goes; ``None``: all but one may.
-        channels_multiple: a layer that loses channels keeps a multiple of this; 8 suits hardware.
+        target_parameters: share of the parameters, likewise.
+        scope: ``"layer"``: the same share in every layer; ``"global"``: redundant layers lose more.
+        max_layer_fraction: largest share of its channels that a layer may lose; ``None``: all but one.
+        channels_multiple: a layer that loses channels keeps a multiple of this number; 8 suits hardware.
         strength: eps, the centripetal strength, or ``"auto"``: the smallest that reaches ``K = 18`` in this fit.
-        vector_strength: eps for biases and for scales and shifts of norms; ``None``: the same (the official code: a
-            tenth).
+        vector_strength: eps for biases and for scales and shifts of norms; ``None``: ``strength``. The official code
+            uses a tenth of it.
         clustering: ``"kmeans"`` on the kernels, ``"even"`` blocks, or ``"imbalanced"``: one large cluster.
         network: trace only this submodule, for example ``"backbone"`` of a detector.
         include: patterns of layers; ``None`` for every convolution. Channels are squeezed where every convolution that
             shares them is chosen.
         exclude: patterns of layers to leave out.
-        seed: of the order in which k-means tries to move filters.
+        seed: seed of k-means, which tries to move filters in random order.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
@@ -201,23 +205,25 @@ class CentripetalSGD(FilterCallback):
         new = [name for name in groups if name not in self._seen]
         check_finite(pl_module, [groups[name] for name in new])
         if new:
-            # On every rank: an error on one of them alone would leave the others waiting.
             plan = self._plan(pl_module, graph, groups)
             rank_zero_info(f"CentripetalSGD will merge\n{plan}")
-            clusters: dict[str, Tensor] | None = None
-            if trainer.is_global_zero:
-                clusters = cluster_channels(
-                    pl_module, graph, method=self.clustering, seed=self.seed, groups=new, plan=plan
-                )
-            clusters = trainer.strategy.broadcast(clusters)
-            assert clusters is not None
-            self.clusters |= {name: index.cpu() for name, index in clusters.items()}
+            clusters = cluster_channels(
+                pl_module,
+                graph,
+                method=self.clustering,
+                seed=self.seed,
+                groups=new,
+                plan=plan,
+                among_ranks=trainer.world_size > 1,
+            )
+            self.clusters |= clusters
             self._seen += new
         active = {name: index for name, index in self.clusters.items() if name in groups}
         self._check_clusters(graph, active)
         if not active:
             raise NoLayersError(
-                f"CentripetalSGD would leave every channel as it is: {self._rule.asked} removes none"
+                f"CentripetalSGD would leave every channel as it is: {self._rule.asked} removes none. Ask for fewer "
+                f"channels, or choose other layers with include and exclude"
                 + "".join(f"; {layer}: {reason}" for layer, reason in list(self.left_alone.items())[:3])
             )
         self._tensors = clustered_tensors(pl_module, graph, active)
@@ -228,7 +234,9 @@ class CentripetalSGD(FilterCallback):
         fixed = {name: len(index.unique()) for name, index in self.clusters.items() if name in groups}
         fixed |= {name: group.size for name, group in groups.items() if name in self._seen and name not in fixed}
         chosen = list(groups.values())
-        scores = redundancy_scores(model, graph, chosen) if self.scope == "global" else None
+        scores = None
+        if self.scope == "global":
+            scores = redundancy_scores(model, graph, chosen, among_ranks=self.trainer.world_size > 1)
         return plan_widths(graph, self._rule, groups=chosen, scores=scores, fixed=fixed)
 
     def _check_clusters(self, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> None:
@@ -236,7 +244,8 @@ class CentripetalSGD(FilterCallback):
         if wrong:
             raise MisconfigurationException(
                 f"the clusters in the checkpoint belong to another network: {wrong[0]!r} has "
-                f"{len(clusters[wrong[0]])} channels there, {graph.group(wrong[0]).size} here"
+                f"{len(clusters[wrong[0]])} channels there, {graph.group(wrong[0]).size} here. Resume with the network "
+                f"it was saved from, or start a new fit"
             )
 
     def _start(self, trainer: pl.Trainer, first: bool) -> None:
@@ -351,12 +360,12 @@ class CentripetalSGD(FilterCallback):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`extra_state`."""
         clusters = state["clusters"]
-        if not isinstance(clusters, dict) or not all(isinstance(index, Tensor) for index in clusters.values()):
-            raise TypeError("clusters must be a dict of tensors")
+        if not isinstance(clusters, dict) or not all(map(_is_clustering, clusters.values())):
+            raise TypeError("clusters must be a dict of tensors, the number of each channel's cluster from 0")
         self._forecast, self._changed = Forecast.from_state(state), set()
         self._seen, self._began = [str(name) for name in state["seen"]], [int(number) for number in state["began"]]
         self.clusters = {name: index.clone() for name, index in clusters.items()}
-        self._saved_inputs = state["inputs"]
+        self._saved_inputs = check_inputs_state(state["inputs"])
 
     def kept_on_resume(self) -> Mapping[str, str]:
         """What made the clusters, once there are some."""
@@ -394,24 +403,29 @@ class CentripetalSGD(FilterCallback):
     def merge(
         self, model: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-3, form: Form = "auto"
     ) -> Merged:
-        """Merge every cluster into one channel; print what that did.
+        """Merge every cluster into one channel, and print the report.
 
         Args:
             model: the LightningModule that was trained, or the network inside it. It is left as it was.
             example_inputs: for the trace; ``None``: ``example_input_array``, else the shapes seen in training.
-            tolerance: largest relative change of the outputs by setting members to their mean; ``float("inf")`` to
-                merge whatever it does.
+            tolerance: largest relative change of the outputs that setting members to their mean may cause;
+                ``float("inf")`` merges in any case.
             form: see :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
         Returns:
             Network and report, see :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
         Raises:
+            TypeError: ``model`` is no module.
             RuntimeError: nothing was clustered yet.
             NotTiedError, NarrowingError, ExampleInputsError, TraceError: see there.
         """
+        check_module("model", model)
         if not self.clusters:
-            raise RuntimeError("CentripetalSGD has no clusters to merge: they are made at the first step of a fit")
+            raise RuntimeError(
+                "CentripetalSGD has no clusters to merge: they are made at the first step of a fit. Merge with the "
+                "callback of that fit, or give CentripetalSGD.clusters_from(checkpoint) to merge_channels"
+            )
         network = self.network
         if example_inputs is None and getattr(model, "example_input_array", None) is None:
             state = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs

@@ -8,16 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_filterdiv.filters import find_prefix, named_modules
+from lightning_filterdiv.tensors.arguments import check_checkpoint
 
 __all__ = ["inputs_from_state", "relative_to", "saved_states"]
 
 
 def saved_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a checkpoint keeps of every CentripetalSGD, subclasses included."""
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(
-            f"checkpoint must be what torch.load(path, weights_only=True) returns, got {type(checkpoint).__name__}"
-        )
+    check_checkpoint(checkpoint)
     states = [state for state in (checkpoint.get("callbacks") or {}).values() if isinstance(state, dict)]
     return [s for s in states if isinstance(extra := s.get("extra"), dict) and {"clusters", "strength"} <= extra.keys()]
 

@@ -190,9 +190,9 @@ class Forecast:
         steps = max(len(future) for future in settings)
         needed = steps_until(settings, limit, missing, decoupled=decoupled)
         per_epoch = steps_per_epoch(trainer)
-        length = f"about {needed} steps"
+        length = f"About {needed} steps"
         if per_epoch is not None:
-            length = f"about {math.ceil(needed / per_epoch)} epochs ({length})"
+            length = f"About {math.ceil(needed / per_epoch)} epochs ({needed} steps)"
         rank_zero_warn(
             f"strength='auto' of CentripetalSGD resolves to {strength:.4g}, above a tenth of 1 / learning rate "
             f"({limit:.3g}): in the {steps} steps that are left, clusters are tied within a few steps, and accuracy "
@@ -248,8 +248,9 @@ class Forecast:
                 )
         k = self.k[lowest]
         return (
-            f"the budget of CentripetalSGD is too short: K = {k:.1f} for {lowest}, so its clusters end e^-{k:.1f} of "
-            f"their first distance apart, and below K = {LOSSLESS_K:.0f} merging is not lossless; {advice}"
+            f"this fit is too short for CentripetalSGD: K = {k:.1f} for {lowest}, so distances inside its clusters "
+            f"shrink to {math.exp(min(-k, 99)):.1e} of what they were, and below K = {LOSSLESS_K:.0f} merging is not "
+            f"lossless; {advice}"
         )
 
     # ------------------------------------------------------------------ clipping
@@ -368,9 +369,12 @@ class Forecast:
         forecast.clipping.load(state["clip"])
         if not isinstance(course, Mapping) or not isinstance(course["points"], Mapping):
             raise TypeError("course must be a dict of what was measured and forecast")
-        forecast.k = dict(state["forecast"])
-        forecast.points = {name: [list(point) for point in points] for name, points in course["points"].items()}
-        forecast._start, forecast._reached = dict(course["start"]), dict(course.get("reached", {}))
+        forecast.k = _numbers(state["forecast"])
+        forecast.points = {
+            str(name): [[int(step), float(measured), float(expected)] for step, measured, expected in points]
+            for name, points in course["points"].items()
+        }
+        forecast._start, forecast._reached = _numbers(course["start"]), _numbers(course.get("reached", {}))
         for names, steps, logs in course["forecasts"]:
             curve = _Curve([*map(str, names)], [*map(float, steps)], [*map(float, logs)])
             if not curve.steps or len(curve.steps) != len(curve.logs):
@@ -392,6 +396,11 @@ def _shares(trainer: pl.Trainer, tensors: Sequence[ClusteredTensor]) -> list[_Sh
                     decoupled = not isinstance(optimizer, SGD)
                     shares.append(_Share(names, vectors, settings, StepSettings.of(group), decoupled))
     return shares
+
+
+def _numbers(entries: Mapping[Any, Any]) -> dict[str, float]:
+    """Name -> number, of a state; an error where it is something else."""
+    return {str(name): float(value) for name, value in entries.items()}
 
 
 def _k(factor: float) -> float:

@@ -116,7 +116,7 @@ def solve_strength(
     groups = list(dict.fromkeys(tuple(settings) for settings in groups))
     rates = [sum(at.lr for at in settings) for settings in groups]
     if not rates or min(rates) <= 0:
-        raise ValueError("no learning rate is left in this fit: nothing can pull filters together")
+        raise ValueError("no learning rate is left in this fit: nothing can pull filters together. Train for longer")
     highest = max(at.lr for settings in groups for at in settings)
     # The small-step limit, from well below (weight decay helps) up to where every optimizer diverges.
     lowest = min(target * (1 - max(at.momentum for at in s)) / r for s, r in zip(groups, rates, strict=True))
@@ -165,7 +165,7 @@ def steps_until(
     groups = list(dict.fromkeys(tuple(settings) for settings in groups))
     rates = [sum(at.lr for at in settings) for settings in groups]
     if not rates or min(rates) <= 0:
-        raise ValueError("no learning rate is left in this fit: nothing can pull filters together")
+        raise ValueError("no learning rate is left in this fit: nothing can pull filters together. Train for longer")
     steps = max(map(len, groups))
 
     def reaches(length: int) -> float:

@@ -89,10 +89,10 @@ class ChannelGroup:
         name: the first layer of the group, numbered where a layer is split into several groups.
         layers: layers with filters in each channel, coupled layers together, in order of execution.
         size: number of channels.
-        parts: every part of every tensor that lives and dies with these channels.
+        parts: every part of every tensor that belongs to these channels and is removed with them.
         channels: (size,) number of each channel in the trace.
-        counted: places of the channels in norms over channels, of a tensor ``counts`` that a norm gets once clusters of
-            unequal sizes are merged.
+        counted: positions of the channels in norms over channels. If clusters of unequal sizes are merged, such a norm
+            gets a tensor ``counts``, which has an entry at each of them.
         blocks: None, or (size,) int64: the block of each channel, 0, 1, ..., all blocks equally large. A grouped
             convolution, or a group norm, reads or writes the channels block by block. Only channels of one block may be
             clustered together, and every block must keep equally many: the number kept is a multiple of
@@ -260,6 +260,7 @@ class ChannelAnswers:
         network: canonical name of the traced submodule, empty for the whole model.
         map_sites: submodules that move channels, which narrowing wraps.
         norms: norms over channels, by the name of their module.
+        counted_sizes: norm or reduction over channels -> how many channels it counts.
         constrained: sets of channels whose counts a forward body ties together.
         table: every row of every tensor that some channel owns.
         read_values: where forward read the values of tensors, empty if it did not.
@@ -281,6 +282,7 @@ class ChannelAnswers:
         operations: tuple[Operation, ...],
         map_sites: tuple[MapSite, ...],
         norms: Mapping[str, NormSite],
+        counted_sizes: Mapping[str, int],
         constrained: list[frozenset[int]],
         table: Table,
         body_moves: Mapping[int, str],
@@ -297,6 +299,7 @@ class ChannelAnswers:
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
         self._operations, self.norms, self.recording = operations, norms, recording
         self._body_moves, self.network = body_moves, network
+        self.counted_sizes = counted_sizes
         self.output_shapes, self.read_values, self.stacked = output_shapes, read_values, stacked
         self.map_sites, self.constrained, self.table, self._arguments = map_sites, constrained, table, arguments
 
@@ -374,6 +377,8 @@ class ChannelAnswers:
         """Why ``layer``, a convolution that is not among :attr:`layers`, is not."""
         if layer in self._pinned:
             return self._pinned[layer]
+        if layer in self._regions:
+            return "nothing keeps it out, it is among the layers"
         if self.network and not layer.startswith(f"{self.network}."):
             return f"it is outside of the traced network {self.network!r}"
         return (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .answers import KINDS, ChannelGroup, Table, TensorRows, layer_of
-from .labels import Ints, mix, stable_hash
+from .labels import Ints, mix, stable_hash, unique
 from .propagate import FLAT, Event, Grouped, Propagation
 
 __all__ = [
@@ -70,7 +70,7 @@ def couple_shared_rows(state: Propagation) -> None:
         again = np.flatnonzero((np.diff(rows) == 0) & (np.diff(owners) != 0))
         table.unite(owners[again], owners[again + 1])
         foreign = np.isin(rows, np.asarray(sorted(state.unowned_rows.get((tensor, dim), ())), dtype=np.int64))
-        for owner in np.unique(owners[foreign]).tolist():
+        for owner in unique(owners[foreign]).tolist():
             table.pins.setdefault(owner, f"{tensor} is also used on values that no channel owns")
 
 
@@ -144,16 +144,17 @@ def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str
         reason = obstacles.get(name)
         other = state.read_elsewhere.get(name)
         if reason is not None:
-            for root in np.unique(table.root[table.tensor == index]).tolist():
+            for root in unique(table.root[table.tensor == index]).tolist():
                 pins.setdefault(root, reason)
         if other is not None:
-            for root in np.unique(table.root[(table.tensor == index) & (table.kind != 1)]).tolist():
+            for root in unique(table.root[(table.tensor == index) & (table.kind != 1)]).tolist():
                 pins.setdefault(root, f"{name} is also read by {other}, not as the weight of a layer")
     # One dimension cannot lose rows and add up columns at once (tied encoder and decoder).
     count = 1 + len(table.tensors)
     place = (table.root * count + table.tensor) * 2 + table.dim
     narrow = table.dim < 2
-    both = np.unique(np.intersect1d(place[narrow & (table.kind < 2)], place[narrow & (table.kind == 2)]) // 2)
+    cut, added = place[narrow & (table.kind < 2)], place[narrow & (table.kind == 2)]
+    both = unique(np.intersect1d(unique(cut), unique(added), assume_unique=True) // 2)
     for root, index in zip((both // count).tolist(), (both % count).tolist(), strict=True):
         pins.setdefault(root, f"{table.tensors[index]} is the weight of layers that use it in different ways")
 

@@ -1,5 +1,7 @@
 """Norms over channels of unequal weight: what a norm becomes when clusters of unequal sizes are merged.
 
+Reductions that forward makes itself (``x.mean(1)``) become :class:`CountedReduction` in its graph form.
+
 A norm over N channels, of which clusters of n_c equal ones are merged, has the mean ``sum n_c x_c / N``. Where all
 clusters are equally large the plain norm computes just that; elsewhere one of the modules here takes its place.
 """
@@ -20,6 +22,7 @@ __all__ = [
     "CountedLayerNorm",
     "CountedNorm",
     "CountedRMSNorm",
+    "CountedReduction",
     "CountedResponseNorm",
     "counted",
     "counted_form",
@@ -146,6 +149,63 @@ class CountedResponseNorm(CountedNorm):
         norms = values.square().sum((1, 2), keepdim=True).sqrt()
         result = values + self.affine(values * (norms / (self.mean(norms) + self.least(input))))
         return result.movedim(-1, self.dim).to(input.dtype)
+
+
+class CountedReduction(CountedNorm):
+    """A reduction over channels, each counted as often as ``counts`` says; 0: not at all.
+
+    Args:
+        counts: (C,) integers.
+        kind: ``"mean"``, ``"sum"``, ``"norm"`` (the Euclidean one), ``"amax"`` or ``"amin"``.
+        dim: the dimension of channels.
+        dims: all dimensions that are reduced, ``dim`` among them.
+        keepdim: they keep their place, with size one.
+    """
+
+    def __init__(self, counts: Tensor, *, kind: str, dim: int, dims: Sequence[int], keepdim: bool) -> None:
+        super().__init__(counts, dim=dim)
+        self.kind, self.dims, self.keepdim = kind, tuple(dims), keepdim
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the constructor."""
+        return {"kind": self.kind, "dim": self.dim, "dims": self.dims, "keepdim": self.keepdim}
+
+    def extra_repr(self) -> str:
+        """Kind, channels, and those that they stand for."""
+        return f"{self.kind}, {super().extra_repr()}"
+
+    @staticmethod
+    def plain(kind: str, counts: Tensor) -> bool:
+        """Whether the operator itself does the same with one channel for each of ``counts``."""
+        if kind in ("amax", "amin"):
+            return bool((counts > 0).all())
+        return bool((counts == (counts[0] if kind == "mean" else 1)).all())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Reduce."""
+        values = self._reduced(_wide(input).movedim(self.dim, -1)).movedim(-1, self.dim)
+        dims = [d for d in self.dims if d != self.dim]
+        if dims:
+            values = getattr(values, self._plain_kind)(dims, keepdim=True)
+        if self.kind == "norm":
+            values = values.sqrt()
+        return (values if self.keepdim else values.squeeze(self.dims)).to(input.dtype)
+
+    @property
+    def _plain_kind(self) -> str:
+        return "sum" if self.kind == "norm" else self.kind
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        """Over the last dimension."""
+        if self.kind == "mean":
+            return self.mean(values)
+        if self.kind in ("amax", "amin"):
+            nothing = -torch.inf if self.kind == "amax" else torch.inf
+            values = values.masked_fill(self.counts == 0, nothing)
+            return values.amax(-1, keepdim=True) if self.kind == "amax" else values.amin(-1, keepdim=True)
+        values = values.square() if self.kind == "norm" else values
+        return (values * self.counts).sum(-1, keepdim=True)
 
 
 #: By class name, as files of merged networks name them.

@@ -67,12 +67,13 @@ class RecordDecisions(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if is_shape_only(func):
             return result
-        read = _numbers(args, kwargs)
         if isinstance(result, Tensor) and result.is_floating_point():
             precision = torch.finfo(result.dtype).eps
-            if precision > torch.finfo(self.narrowest).eps and any(torch.finfo(t.dtype).eps < precision for t in read):
+            if precision > torch.finfo(self.narrowest).eps and any(
+                torch.finfo(t.dtype).eps < precision for t in _numbers(args, kwargs)
+            ):
                 self.narrowest = result.dtype
-        elif read and _decides(result):
+        elif _decides(result) and (read := _numbers(args, kwargs)):
             self.decisions.append(Decision(str(func), [t.clone() for t in read], result))
         return result
 
@@ -82,19 +83,21 @@ class FollowDecisions(TorchDispatchMode):
 
     Attributes:
         difference: largest relative difference of the numbers that a decision rests on.
+        taken: the decisions that were taken over, with the numbers that they rest on here.
     """
 
     def __init__(self, decisions: list[Decision]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.difference = 0.0
+        self.taken: list[Decision] = []
         self._left = iter(decisions)
         self._follows = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        read = [] if is_shape_only(func) or not self._follows else _numbers(args, kwargs)
-        floats = isinstance(result, Tensor) and result.is_floating_point()
-        if not read or floats or not _decides(result):
+        if isinstance(result, Tensor) and result.is_floating_point():
+            return result
+        if is_shape_only(func) or not self._follows or not _decides(result) or not (read := _numbers(args, kwargs)):
             return result
         decision = next(self._left, None)
         if decision is None or decision.operator != str(func):
@@ -104,4 +107,5 @@ class FollowDecisions(TorchDispatchMode):
             return result  # channels that were narrowed
         for expected, obtained in zip(decision.numbers, read, strict=True):
             self.difference = max(self.difference, relative_difference(expected, obtained))
+        self.taken.append(Decision(decision.operator, [t.clone() for t in read], decision.result))
         return decision.result

@@ -20,9 +20,8 @@ def describe(graph: ChannelAnswers) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
     total = sum(group.size for group in graph.groups)
-    lines.append(
-        f"{total} channels in {len(graph.groups)} groups may be clustered; {len(graph.pinned)} layers are pinned:"
-    )
+    pinned = "1 layer is" if len(graph.pinned) == 1 else f"{len(graph.pinned)} layers are"
+    lines.append(f"{total} channels in {len(graph.groups)} groups may be clustered; {pinned} pinned:")
     lines.extend(f"  {layer}: {reason}" for layer, reason in graph.pinned.items())
     return "\n".join(lines)
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from ..filters import find_submodule, named_modules
 from .answers import KINDS, ChannelAnswers
+from .counted import CountedReduction
 from .errors import GraphFormError
 from .graph_form import BodyGraph, Mask, RaggedError, is_movement, kept_positions, move, write_body
-from .labels import Ints, LabelTensor, core
+from .labels import Ints, LabelTensor, core, unique
 from .modules import bare_module, tensor_names
 from .propagate import Propagation
 from .record import Node, Record
@@ -101,7 +102,7 @@ def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, s
     if unknown and len(wanted):
         # They shape what no channel owns by the width of what they read.
         table = graph.table
-        read = np.unique(table.tensor[(table.kind == KINDS.index("consumer")) & np.isin(table.root, wanted)])
+        read = unique(table.tensor[(table.kind == KINDS.index("consumer")) & np.isin(table.root, wanted)])
         readers = [table.tensors[tensor] for tensor in read.tolist()]
         for path in sorted(unknown):
             if any(name.startswith(f"{path}.") for name in readers):
@@ -223,17 +224,24 @@ class Masks:
         return mask
 
 
-def graph_bodies(graph: ChannelAnswers, paths: Mapping[str, str], masks: Masks) -> list[BodyGraph]:
+def graph_bodies(
+    graph: ChannelAnswers,
+    paths: Mapping[str, str],
+    masks: Masks,
+    counted: Mapping[Node, CountedReduction] | None = None,
+) -> list[BodyGraph]:
     """Graphs of the bodies at ``paths`` without the channels that go, inner ones first.
 
     Args:
         graph: channel graph of the network.
         paths: path -> the operator that fixes widths.
         masks: what remains of each tensor.
+        counted: reductions over channels -> what takes their place.
 
     Raises:
         GraphFormError: one of them cannot be written; the message names it.
     """
+    counted = counted or {}
     names = graph.recording.record.tensors
     written = []
     for path in sorted(paths, key=lambda p: (-p.count("."), p) if p else (1, p)):
@@ -241,18 +249,24 @@ def graph_bodies(graph: ChannelAnswers, paths: Mapping[str, str], masks: Masks) 
         if isinstance(aligned, str):
             raise GraphFormError(aligned)
         try:
-            _check_visits(graph, aligned, masks)
-            written.append(write_body(path, graph.model, aligned, masks, names))
+            _check_visits(graph, aligned, masks, counted)
+            written.append(write_body(path, graph.model, aligned, masks, names, counted))
         except GraphFormError as error:
             raise GraphFormError(f"{path or 'the whole model'} has no graph form at these widths: {error}") from error
     return written
 
 
-def _check_visits(graph: ChannelAnswers, aligned: Alignment, masks: Masks) -> None:
+def _check_visits(
+    graph: ChannelAnswers, aligned: Alignment, masks: Masks, counted: Mapping[Node, CountedReduction]
+) -> None:
     """A body that is called several times has one graph: what remains must be the same."""
     labelled = graph.recording.state.values
     for twin in aligned.twins:
         for mine, theirs in twin.items():
+            if theirs in labelled and (mine in counted or theirs in counted):
+                first_counts, other_counts = (counted[n].counts if n in counted else None for n in (mine, theirs))
+                if first_counts is None or other_counts is None or not torch.equal(first_counts, other_counts):
+                    raise GraphFormError("forward is called several times, with different channels to count")
             if theirs in labelled and isinstance(mine.value, torch.Tensor):
                 first, second = masks(mine), masks(theirs)
                 if first.size == second.size == 1 and bool(first.all()) == bool(second.all()):

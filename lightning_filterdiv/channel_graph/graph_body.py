@@ -12,7 +12,7 @@ from torch.fx.graph_module import reduce_graph_module
 
 __all__ = ["CONSTANT", "GraphBody"]
 
-#: Names of buffers that hold what a graph reads begin so.
+#: Names of buffers and modules that hold what a graph reads begin so.
 CONSTANT = "_constant"
 
 
@@ -25,20 +25,31 @@ class GraphBody(fx.GraphModule):
     Args:
         module: the original submodule, or what is left of one. Its children and tensors are shared, not copied.
         graph: calls children of ``module`` by their names, and ATen operators.
-        constants: name -> tensor that the graph reads; kept as buffers that are not saved.
+        constants: name -> tensor that the graph reads, kept as a buffer that is not saved, or module that it calls.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor | nn.Module] | None = None
+    ) -> None:
         module = _bare(vars(module))
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        for name in [name for name in module._buffers if name.startswith(CONSTANT) and name not in read]:
+        read = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+        for name in [n for n in (*module._buffers, *module._modules) if n.startswith(CONSTANT) and n not in read]:
             delattr(module, name)  # of an earlier graph
         for name, value in (constants or {}).items():
-            module.register_buffer(name, value, persistent=False)
+            if isinstance(value, nn.Module):
+                module.add_module(name, value)
+            else:
+                module.register_buffer(name, value, persistent=False)
         super().__init__(module, graph, "GraphBody")
         for key, value in vars(module).items():
             if key not in _graph_attributes() and key != "forward":  # one that the original put on itself
                 self.__dict__[key] = value
+
+    @property
+    def constants(self) -> dict[str, Tensor | nn.Module]:
+        """What the graph brought along."""
+        own: list[tuple[str, Tensor | nn.Module]] = [*self.named_buffers(recurse=False), *self.named_children()]
+        return {name: value for name, value in own if name.startswith(CONSTANT)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphBody:
         copied = GraphBody(_bare(copy.deepcopy(_without_graph(vars(self)), memo)), copy.deepcopy(self.graph))

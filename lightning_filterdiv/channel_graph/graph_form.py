@@ -7,10 +7,11 @@ intermediate results have no rectangular shape at the new widths (an uneven chan
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..filters import named_modules, named_tensors
+from .counted import CountedReduction
 from .errors import GraphFormError
 from .graph_body import CONSTANT, GraphBody
 from .labels import Ints
@@ -64,11 +66,11 @@ class BodyGraph:
 
     Attributes:
         path: of the module that it replaces.
-        write: makes the graph anew, and the constants that it reads by name.
+        write: makes the graph anew, and what it reads and calls besides its own, by name.
     """
 
     path: str
-    write: Callable[[], tuple[fx.Graph, dict[str, Tensor]]]
+    write: Callable[[], tuple[fx.Graph, dict[str, Tensor | nn.Module]]]
 
     def install(self, model: nn.Module) -> nn.Module:
         """Put it into ``model``; returns ``model``, or what takes its place if the path is its own."""
@@ -77,7 +79,7 @@ class BodyGraph:
         graph, constants = self.write()
         tensors = [*old.parameters(), *old.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
-        new = GraphBody(old, graph, {name: value.to(device) for name, value in constants.items()})
+        new = GraphBody(old, graph, {name: copy.deepcopy(value).to(device) for name, value in constants.items()})
         if old is model:
             return new
         for parent in list(model.modules()):
@@ -95,10 +97,18 @@ class Writer:
         model: the original network.
         aligned: its calls.
         mask: node of the first sample -> which of its positions remain, constant dimensions of size one.
+        counted: reductions over channels -> what takes their place.
     """
 
-    def __init__(self, path: str, model: nn.Module, aligned: Alignment, mask: Callable[[Node], Mask]) -> None:
-        self._path, self._aligned, self._mask = path, aligned, mask
+    def __init__(
+        self,
+        path: str,
+        model: nn.Module,
+        aligned: Alignment,
+        mask: Callable[[Node], Mask],
+        counted: Mapping[Node, CountedReduction],
+    ) -> None:
+        self._path, self._aligned, self._mask, self._counted = path, aligned, mask, counted
         body = named_modules(model)[path]
         self._signature = inspect.signature(body.forward)
         self._tensors = {id(t): n for n, t in reversed([*body.named_parameters(remove_duplicate=False),
@@ -108,14 +118,14 @@ class Writer:
         self._kept: dict[Node, Kept] = {}
         self._ragged: set[Node] = set()
         self.graph = fx.Graph()
-        self.constants: dict[str, Tensor] = {}
+        self.constants: dict[str, Tensor | nn.Module] = {}
         self._env: dict[Node, fx.Node] = {}
         self._numbers: list[tuple[tuple[int, ...], Callable[[], fx.Node]]] = []
         self._made: dict[int, fx.Node] = {}
         self._first: fx.Node | None = None
 
-    def write(self, names: dict[Node, str]) -> tuple[fx.Graph, dict[str, Tensor]]:
-        """The graph, and its constants by name.
+    def write(self, names: dict[Node, str]) -> tuple[fx.Graph, dict[str, Tensor | nn.Module]]:
+        """The graph, and its constants and new modules by name.
 
         Args:
             names: node of a parameter or buffer -> its name.
@@ -265,10 +275,14 @@ class Writer:
         return made
 
     def _constant(self, value: Tensor) -> fx.Node:
-        taken = {*self._tensors.values(), *self.constants}
+        return self._attribute(self._named(value.detach().cpu().clone()))
+
+    def _named(self, value: Tensor | nn.Module) -> str:
+        """A new name for ``value``."""
+        taken = {*self._tensors.values(), *self._children.values(), *self.constants}
         name = next(name for i in itertools.count() if (name := f"{CONSTANT}{i}") not in taken)
-        self.constants[name] = value.detach().cpu().clone()
-        return self._attribute(name)
+        self.constants[name] = value
+        return name
 
     def _attribute(self, name: str) -> fx.Node:
         return self.graph.create_node("get_attr", name)  # get_attr() would ask a module that owns the graph
@@ -294,7 +308,9 @@ class Writer:
                 ) from None
             self._ragged.add(node)
             return
-        if node.op == "item":
+        if node in self._counted:
+            made = self.graph.call_module(self._named(self._counted[node]), (self._tensor(node.inputs[0]),))
+        elif node.op == "item":
             made = self._item(node, parent)
         elif any(source in self._ragged for source in node.inputs):
             made = self._indexed(node)
@@ -306,6 +322,8 @@ class Writer:
             self._env[node] = made
 
     def _item(self, node: Node, parent: Node) -> fx.Node:
+        if parent in self._counted:  # of values and indices, the former
+            return self._env[parent]
         if operator_name(parent, raw=True) not in _PARTS:
             return self.graph.call_function(operator.getitem, (self._env[parent], node.args[1]))
         if parent.args[0] in self._ragged:
@@ -356,6 +374,8 @@ class Writer:
             return self._pad(node)
         if name == "copy":
             return self._copy(node)
+        if name in ("as_strided", "as_strided_") and node.shape == node.args[0].shape:
+            return self._tensor(node.args[0])  # memory of channels-last pooling
         if name == "pixel_shuffle" and self._whole_mosaics(node):
             return self._same(node)
         if name == "slice_scatter":
@@ -406,7 +426,14 @@ class Writer:
         """An operand without the positions that its partner lost: constants for every channel have no owner."""
         if not isinstance(node, Node) or not isinstance(node.value, Tensor):
             return made
-        kept, own = self.kept(result), self.kept(node)
+        kept = self.kept(result)
+        narrowed = {dim for dim in range(-len(kept), 0) if kept[dim] is not None}
+        while node.op == "call" and operator_name(node, raw=True) == "expand" and narrowed:
+            source = node.args[0]
+            if self._narrowed(source) or any(d >= -len(source.shape) and source.shape[d] != 1 for d in narrowed):
+                break
+            node, made = source, self._tensor(source)  # it broadcasts, whatever the width
+        own = self.kept(node)
         for dim in range(1, len(own) + 1):
             lost = kept[-dim]
             if lost is not None and own[-dim] is None and node.shape[-dim] == result.shape[-dim]:
@@ -582,7 +609,12 @@ class Writer:
 
 
 def write_body(
-    path: str, model: nn.Module, aligned: Alignment, mask: Callable[[Node], Mask], names: dict[Node, str]
+    path: str,
+    model: nn.Module,
+    aligned: Alignment,
+    mask: Callable[[Node], Mask],
+    names: dict[Node, str],
+    counted: Mapping[Node, CountedReduction],
 ) -> BodyGraph:
     """The body at ``path`` as a graph.
 
@@ -592,14 +624,15 @@ def write_body(
         aligned: calls of it.
         mask: node of the first call -> which positions remain.
         names: node of a parameter or buffer -> its name.
+        counted: reductions over channels -> what takes their place.
 
     Raises:
         GraphFormError: it cannot be written as one; the message says why.
     """
 
-    def write() -> tuple[fx.Graph, dict[str, Tensor]]:
+    def write() -> tuple[fx.Graph, dict[str, Tensor | nn.Module]]:
         with _disable_current_modes():
-            return Writer(path, model, aligned, mask).write(names)
+            return Writer(path, model, aligned, mask, counted).write(names)
 
     try:
         write()

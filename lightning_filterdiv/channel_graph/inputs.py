@@ -108,7 +108,10 @@ def example_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any,
         )
     if isinstance(example_inputs, CapturedInputs):
         if example_inputs.arguments is None:
-            raise ExampleInputsError("no example inputs were captured: the module has not been called yet")
+            raise ExampleInputsError(
+                "no example inputs were captured: the module has not been called yet. Call it once, or pass inputs "
+                "instead"
+            )
         example_inputs = without_targets(model, *example_inputs.arguments)
     reference = next((t for t in model.parameters() if t.is_floating_point()), None)
     devices = {t.device for t in [*model.parameters(), *model.buffers()]}

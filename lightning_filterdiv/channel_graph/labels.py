@@ -46,6 +46,12 @@ def mix(*parts: Ints | int) -> Ints:
     return np.asarray(state).view(np.int64)
 
 
+def unique(values: Ints) -> Ints:
+    """Sorted distinct entries, by sorting: since 2.3 NumPy hashes integers, which takes several times as long here."""
+    found = np.sort(values, axis=None)
+    return found[np.r_[True, found[1:] != found[:-1]]] if len(found) else found
+
+
 def distinct(labels: Ints) -> tuple[Ints, Ints]:
     """Sorted distinct entries of ``labels``, and the position of each entry among them; without sorting if it can."""
     flat = labels.reshape(-1)
@@ -224,15 +230,15 @@ class ValueTable:
         """Pin the owners of the positive ``labels``; with ``expose`` they also cannot be silenced, for that reason."""
         values, _ = distinct(core(labels).numpy() if isinstance(labels, Tensor) else labels)
         values = values[values > 0]
-        for owner in np.unique(self.owner[values]).tolist():
+        for owner in unique(self.owner[values]).tolist():
             self.pins.setdefault(owner, reason)
         if expose:
-            for origin in np.unique(self.origin[values]).tolist():
+            for origin in unique(self.origin[values]).tolist():
                 self.exposed.setdefault(origin, reason)
 
     def expose_leaks(self, values: Ints) -> None:
         """Values that reach a join or a consumer: whatever leaks there cannot be silenced."""
-        self.expose_leaks_in_order(np.unique(values[values > 0]))
+        self.expose_leaks_in_order(unique(values[values > 0]))
 
     def expose_leaks_in_order(self, values: Ints) -> None:
         """:meth:`expose_leaks` of positive ``values``; the first reason that is met for a filter stays."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .answers import layer_of
-from .labels import Ints, LabelTensor, core, mix
+from .labels import Ints, LabelTensor, core, mix, unique
 from .propagate import Event, Grouped, Propagation, Rule, Value, unknown
 from .record import Node, arguments
 
@@ -30,7 +30,7 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 
 
 def _computed_weight(state: Propagation, node: Node) -> Value:
-    """A kernel that is not made filter by filter, or of a layer that reads channels in groups: pinned on both sides."""
+    """A kernel that is not made filter by filter: pinned on both sides."""
     state.computed_layers.setdefault(node.module, f"its weight is computed by {_computes(state, node)}, not by filters")
     for leaf in node.inputs:
         reason = f"input of {state.where(node)}, whose weight is computed in forward"
@@ -63,17 +63,23 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
     if any(n > 1 for d, n in enumerate(small.shape) if d != dim):
         return None
     rows = small.reshape(-1).expand(value.shape[dim]).numpy()
-    if (rows <= 0).any() or len(np.unique(table.roots(table.owner[rows]))) < len(rows):
+    if (rows <= 0).any() or len(unique(table.roots(table.owner[rows]))) < len(rows):
         return None
     names = [name for name in state.tensors_behind(weight) if name in state.row_owners]
     if not names:
         return None
-    state.channels(labels, -(value.labels.ndim - 1), node)
+    vector, groups = state.channels(labels, -(value.labels.ndim - 1), node), arguments(node)["groups"]
+    main = max(names, key=lambda name: (state.size_of(name), name))
+    if groups > 1:
+        if dim:
+            return None
+        if groups == len(vector):
+            return _computed_depthwise(state, node, vector, rows, main, names, bias)
+        state.grouped[main] = Grouped(groups, (len(rows) // groups, value.shape[1]))
     reason = f"input of {state.where(node)}, whose weight is computed by {_computes(state, node)}: columns do not add"
     state.pin(LabelTensor(labels), reason, expose=False)
     table.expose_leaks(core(labels).numpy())
     result = table.add(owner=table.owner[rows], trail=mix(table.trail[rows], state.key(node) or 0))
-    main = max(names, key=lambda name: (state.size_of(name), name))
     for name in names:
         index = np.arange(len(rows), dtype=np.int64)
         state.record(Event("filter" if name == main else "member", name, state.row_dims[name], index, result))
@@ -83,6 +89,22 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
     for owner in table.owner[rows].tolist():
         table.exposed.setdefault(owner, f"forward computes the kernel of {layer_of(main)} from its weight")
     return result
+
+
+def _computed_depthwise(
+    state: Propagation, node: Node, vector: Ints, rows: Ints, main: str, names: list[str], bias: str | None
+) -> Ints:
+    """A kernel that forward computes filter by filter, each of which acts on one channel: no columns to add."""
+    table, repeat = state.table, len(rows) // len(vector)
+    each = np.repeat(vector, repeat)
+    owned = each > 0
+    table.unite(table.owner[rows[owned]], table.owner[each[owned]])
+    state.computed.update(names)
+    state.depthwise.add(main)
+    tensors = dict.fromkeys([*names, *([bias] if bias is not None else [])], False)
+    for origin in unique(table.origin[vector[vector > 0]]).tolist():
+        table.exposed.setdefault(origin, f"forward computes the kernel of {layer_of(main)} from its weight")
+    return _members(state, node, vector, tensors, repeat=repeat, silenced=False, offset=bias is not None)
 
 
 def _filters(state: Propagation, node: Node, weight: str, bias: str | None, dim: int, count: int) -> Ints:
@@ -152,7 +174,7 @@ def convolution(state: Propagation, node: Node) -> Value:
         return _computed_weight(state, node)
     if weight is None:
         dim = 1 if call["transposed"] else 0
-        computed = _computed_filters(state, node, labels, bias, dim) if call["groups"] == 1 else None
+        computed = _computed_filters(state, node, labels, bias, dim)
         if computed is None:
             return _computed_weight(state, node)
         return _place(computed, -(len(call["weight"].value.shape) - 1), node.value.shape)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Ints, LabelTensor, compress, core, distinct, mix
+from .labels import Ints, LabelTensor, compress, core, distinct, mix, unique
 from .propagate import Grouped, Move, Propagation, Rule, Value, fixed_labels, moved, nullified, pattern, unknown
 from .record import Node, arguments, map_nodes, operator_name
 
@@ -79,7 +79,7 @@ def _varying(labels: Tensor) -> set[int]:
 def _note_move(state: Propagation, node: Node, labels: Tensor, natural: Callable[[Tensor], bool] | None = None) -> None:
     """Remember a movement; ``natural`` says whether it means the same at every width if it moves given labels."""
     values, _ = distinct(core(labels).numpy())
-    owners = np.unique(state.table.owner[values[values > 0]])
+    owners = unique(state.table.owner[values[values > 0]])
     if len(owners):
         fits = natural is not None and natural(labels)
         move = Move(operator_name(node), node.module, owners, labels, natural)
@@ -90,7 +90,7 @@ def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) 
     """Remember a movement that lays channels out along more dimensions than before."""
     if len(_varying(after)) > len(_varying(before)):
         values, _ = distinct(core(after).numpy())
-        for owner in np.unique(state.table.owner[values[values > 0]]).tolist():
+        for owner in unique(state.table.owner[values[values > 0]]).tolist():
             state.spread[owner] = state.where(node)
 
 
@@ -329,6 +329,14 @@ def over_space(state: Propagation, node: Node) -> Value:
     return [LabelTensor(small.expand(part.shape)) for part in value]
 
 
+def sampled(state: Propagation, node: Node) -> Value:
+    """Values at positions that another operand gives, alike for every channel."""
+    positions = state.labels_of(node.args[1])
+    if positions is not None and bool((core(positions.labels) > 0).any()):
+        state.pin(positions, f"acts on all channels at once in {state.where(node)}")
+    return over_space(state, node)
+
+
 def _axis(dims: Sequence[int], labels: Tensor) -> str:
     """Words for the dimensions that an operator mixes: channels where they lie along one dimension, else its number."""
     if _varying(labels) == set(dims):
@@ -351,6 +359,10 @@ def reduction(state: Propagation, node: Node) -> Value:
         if not state.stay_apart(_lines(labels, mixed)):
             if name in _AVERAGES and len(mixed) == 1 and state.count(node, state.channels(labels, mixed[0], node)):
                 return state.fixed(node)
+            kind = None if _value(state, node.args[0]).is_parameter else _countable(node)
+            if kind is not None and len(mixed) == 1:
+                state.reduce(node, kind, mixed[0], state.channels(labels, mixed[0], node))
+                return state.fixed(node)
             state.pin(node.args[0], f"input of {state.where(node)} over {_axis(mixed, labels)}, which mixes channels")
             return state.fixed(node)
         labels = _joined(state, node, labels, mixed)
@@ -370,6 +382,19 @@ def reduction(state: Propagation, node: Node) -> Value:
 
     value = node.value
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
+
+
+def _countable(node: Node) -> str | None:
+    """The kind of a reduction that a count per channel makes right where equal channels are one; None for others."""
+    call, name = arguments(node), operator_name(node, raw=True)
+    if call.get("dtype") is not None:
+        return None
+    if name in ("max", "min"):  # over a dimension: values, and indices, which must not be used
+        unused = not any(user.args[1] == 1 and user.users for user in node.users)
+        return f"a{name}" if "dim" in call and unused else None
+    if name in ("linalg_vector_norm", "norm"):
+        return "norm" if call.get("ord", call.get("p")) in (None, 2) else None
+    return name if name in ("mean", "sum", "amax", "amin") else None
 
 
 def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:
@@ -414,7 +439,7 @@ def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int])
         table.unite(np.repeat(owners[:, 0], rows.shape[1]), owners.reshape(-1))
         alone = (origins == origins[:, :1]).all(axis=1)
         if operator_name(node, raw=True) not in _LINEAR:
-            for origin in np.unique(origins[~alone]).tolist():
+            for origin in unique(origins[~alone]).tolist():
                 table.exposed.setdefault(origin, f"joined by {state.where(node)}")
         table.expose_leaks(rows[~alone])
         values[owned] = table.add(
@@ -457,6 +482,22 @@ _LINEAR = ("sum", "mean")
 _AVERAGES = ("mean", "var", "var_mean", "std")
 
 
+def batched_product(state: Propagation, node: Node) -> Value:
+    """A product that sums over positions, with weights that are alike for all channels: like a mean over them."""
+    if any(state.labels_of(n) is None for n in node.args[:2]):
+        return unknown(state, node)
+    values = [_value(state, n) for n in node.args[:2]]
+    for dim, (own, weights) in ((1, values), (2, values[::-1])):
+        alike = not _varying(weights.labels) and not own.is_parameter and not weights.is_parameter
+        if alike and _varying(own.labels) == {dim}:
+            state.pin(weights, f"acts on all channels at once in {state.where(node)}")
+            small = own.labels
+            for d in {0, 1, 2} - {dim}:
+                small = small.narrow(d, 0, 1)
+            return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
+    return unknown(state, node)
+
+
 def creation(state: Propagation, node: Node) -> Value:
     """Tensors made in forward: zeros take places like padding, other constants are the same for every channel."""
     name, value = operator_name(node, raw=True), node.value
@@ -490,6 +531,7 @@ RULES: dict[str, Rule] = {
     "copy": overwrite,
     **dict.fromkeys(("as_strided", "as_strided_"), restride),
     **dict.fromkeys(("cat", "stack"), concatenate),
+    "bmm": batched_product,
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape", "flatten", "unflatten"), reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
     **dict.fromkeys((f"{mode}_pad{rank}d" for mode in ("reflection", "replication") for rank in (1, 2, 3)), pad),
@@ -506,6 +548,7 @@ RULES: dict[str, Rule] = {
         ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_trilinear3d"),
         over_space,
     ),
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), sampled),
     **dict.fromkeys(
         ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "softmax", "_softmax"), reduction
     ),

@@ -15,18 +15,20 @@ from ..filters import named_modules, named_tensors
 from ..tensors.arguments import check_choice
 from .answers import ChannelAnswers, ChannelGroup, rows_back, rows_first
 from .channel_map import ChannelMap
-from .counted import CountedNorm, counted
+from .counted import CountedNorm, CountedReduction, counted
 from .errors import NarrowingError
 from .forms import Form, FormChoice, Masks, fixing_bodies, graph_bodies, refusal, take_graph_form
 from .graph_form import BodyGraph
 from .history import narrowing_step, remember
 from .modules import copy_network, device_of, replace_tensors, set_norm_width, update_attributes
+from .record import Node, arguments, operator_name
 from .widths import Layout, layout_for, record_again, stuck_sets, widths_of
 
 __all__ = [
     "Cut",
     "Narrowing",
     "check_blocks",
+    "count_in_bodies",
     "cut_in_place",
     "leave_out",
     "masks_of",
@@ -309,6 +311,10 @@ class Narrowing:
             FormChoice(path, "graph" if path in written else "module", f"{operator} fixes widths")
             for path, operator in self._fixing.items()
             if path in written or path in followed
+        ) + tuple(
+            FormChoice(path, "graph", f"{operator} counts channels")
+            for path, operator in self._counting.items()
+            if path not in self._fixing
         )
 
     def _choose(
@@ -316,24 +322,26 @@ class Narrowing:
     ) -> tuple[list[_Selection], Layout | None, list[BodyGraph]]:
         """(selections in module form that forward ties together, the network at their widths, bodies in graph form)."""
         graph, fixing = self._graph, self._fixing
-        if self._form != "graph" and not graph.recording.literal.keys() & fixing.keys():
+        self._counting = _bodies_of(counted_reductions(graph, _counts(graph, _cuts(selections))))
+        if self._form != "graph" and not graph.recording.literal.keys() & fixing.keys() and not self._counting:
             layout = _layout_of(graph, tied) if tied else None
             if not tied or layout is not None:
                 return tied, layout, []
         if self._form == "module":
-            raise _inexpressible(graph, tied, fixing)
+            raise _inexpressible(graph, tied, fixing, self._counting)
         stuck = frozenset().union(*stuck_sets(graph))
         first = [s for s in tied if int(s.group.channels[0]) in stuck]
         layout = _layout_of(graph, first) if first else None
         if first and layout is None:
-            raise _inexpressible(graph, first, {})
+            raise _inexpressible(graph, first, {}, {})
         done = {s.group.name for s in first}
         second = [s for s in selections if s.group.name not in done]
         narrower = graph if layout is None else layout.graph
         if layout is not None:
             second = self._remaining(narrower, second)
         paths = fixing_bodies(narrower, {int(c) for s in second for c in s.group.channels})
-        return first, layout, graph_bodies(narrower, paths, masks_of(narrower, second))
+        counted = counted_reductions(narrower, _counts(narrower, _cuts(second)))
+        return first, layout, graph_bodies(narrower, paths | _bodies_of(counted), masks_of(narrower, second), counted)
 
     def _remaining(self, graph: ChannelAnswers, selections: list[_Selection]) -> list[_Selection]:
         """Selections by the graph of a network that is narrower in other groups."""
@@ -375,8 +383,16 @@ def _rows(parts: Sequence[Tensor]) -> npt.NDArray[np.int64]:
     return torch.cat([rows.reshape(-1) for rows in parts]).numpy()
 
 
-def _inexpressible(graph: ChannelAnswers, tied: list[_Selection], fixing: Mapping[str, str]) -> NarrowingError:
+def _inexpressible(
+    graph: ChannelAnswers, tied: list[_Selection], fixing: Mapping[str, str], counting: Mapping[str, str]
+) -> NarrowingError:
     """The error about widths that no form can express."""
+    if counting and not tied:
+        path, operator = next(iter(counting.items()))
+        return NarrowingError(
+            f"{operator} in {path or 'forward'} must count channels that stand for unequally many, which module form "
+            f'cannot; form="auto" writes such a forward as a graph. Or make all clusters equally large'
+        )
     wanted = {s.group.name: len(s.kept) for s in tied}
     reasons = [reason for path in fixing_bodies(graph, graph_channels(tied)) if (reason := refusal(graph, path))]
     advice = f": {reasons[0]}" if reasons else '; form="auto" writes such a forward as a graph' if fixing else ""
@@ -423,8 +439,27 @@ def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
     """The network at the widths of ``tied``, if forward follows them by itself."""
     wanted = {s.group.name: len(s.kept) for s in tied}
     layout = layout_for(graph, widths_of(graph, wanted))
-    fits = layout is not None and all(layout.counts[name] == count for name, count in wanted.items())
-    return layout if fits else None
+    if layout is None or any(layout.counts[name] != count for name, count in wanted.items()):
+        return None
+    return layout if _keeps_blocks(graph, tied, layout) else None
+
+
+def _keeps_blocks(graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> bool:
+    """Whether what is kept meets the blocks of grouped layers in the order in which forward brings it there."""
+    kept = {s.group.name: s.kept for s in tied}
+    blocks = {
+        group.name: group.blocks[kept.get(group.name, slice(None))].tolist()
+        for group in graph.groups
+        if group.blocks is not None
+    }
+    pairs: set[tuple[tuple[str, int], tuple[str, int]]] = set()
+    for group in layout.graph.groups:
+        there = [0] * group.size if group.blocks is None else group.blocks.tolist()
+        for channel, block in zip(group.channels.tolist(), there, strict=True):
+            name, i = layout.channels.get(channel, ("", 0))
+            if name in blocks:
+                pairs.add(((group.name, block), (name, blocks[name][i])))
+    return len(pairs) == len({new for new, _ in pairs}) == len({old for _, old in pairs})
 
 
 def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> nn.Module:
@@ -448,7 +483,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
     old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
     lengths = {
         g: {name: tuple(t.shape) for name, t in named_tensors(g.model).items()}
-        | {f"{name}.counts": (site.size,) for name, site in g.norms.items()}
+        | {f"{name}.counts": (size,) for name, size in g.counted_sizes.items()}
         for g in (graph, narrower)
     }
     for (tensor, dim), by_channel in new_rows.items():
@@ -463,7 +498,10 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         rest = [row for row in range(lengths[graph][tensor][dim]) if row not in owned]
         free = [row for row in range(lengths[narrower][tensor][dim]) if row not in places]
         if len(rest) != len(free):
-            raise NarrowingError(f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns")
+            raise NarrowingError(
+                f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns. Leave its layer out "
+                f"with exclude"
+            )
         places.update(zip(free, rest, strict=True))
         index = torch.tensor([places[i] for i in range(len(places))])
         cuts.setdefault(tensor, {}).setdefault(dim, Cut()).index = index
@@ -524,11 +562,57 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
 
 def _install_counts(model: nn.Module, graph: ChannelAnswers, cuts: Cuts) -> None:
     """Have norms over channels weigh those that stand for unequally many."""
-    counts = {}
-    for name, site in graph.norms.items():
-        if f"{name}.counts" in cuts:
-            counts[name] = _cut_tensor(torch.ones(site.size, dtype=torch.int64), cuts[f"{name}.counts"])
-    weigh(model, graph, counts)
+    weigh(model, graph, {name: numbers for name, numbers in _counts(graph, cuts).items() if name in graph.norms})
+
+
+def _counts(graph: ChannelAnswers, cuts: Cuts) -> dict[str, Tensor]:
+    """Norm or reduction over channels -> how many of them each that is left stands for."""
+    return {
+        name: _cut_tensor(torch.ones(size, dtype=torch.int64), cuts[f"{name}.counts"])
+        for name, size in graph.counted_sizes.items()
+        if f"{name}.counts" in cuts
+    }
+
+
+def counted_reductions(graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> dict[Node, CountedReduction]:
+    """Reductions over channels that must count them -> what takes their place in a graph form.
+
+    Args:
+        graph: channel graph of the network.
+        counts: name of the reduction, and of norms -> how often it counts each channel that is left.
+    """
+    found = {}
+    for name, site in graph.recording.state.reductions.items():
+        if name in counts and not CountedReduction.plain(site.kind, counts[name]):
+            call, rank = arguments(site.node), len(site.node.inputs[0].shape)
+            dims = call.get("dim")
+            dims = [dims] if isinstance(dims, int) else dims or range(rank)
+            found[site.node] = CountedReduction(
+                counts[name],
+                kind=site.kind,
+                dim=site.dim,
+                dims=[d % rank for d in dims],
+                keepdim=bool(call.get("keepdim", False)),
+            )
+    return found
+
+
+def _bodies_of(counted: Mapping[Node, CountedReduction]) -> dict[str, str]:
+    """Path of each body -> a reduction in its forward."""
+    return {node.module: operator_name(node) for node in counted}
+
+
+def count_in_bodies(model: nn.Module, graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> nn.Module:
+    """Put reductions that count channels into ``model``, which keeps its widths; returns it, or what takes its place.
+
+    Args:
+        model: a network like that of ``graph``.
+        graph: its channel graph.
+        counts: reduction over channels -> (C,) how often it counts each.
+    """
+    record_again(graph)
+    counted = counted_reductions(graph, counts)
+    return take_graph_form(model, graph_bodies(graph, _bodies_of(counted), masks_of(graph, []), counted))
 
 
 def weigh(model: nn.Module, graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Ints, LabelTensor, core, distinct, mix
+from .labels import Ints, LabelTensor, core, distinct, mix, unique
 from .propagate import FLAT, Event, Propagation, Value, nullified
 from .record import Node, map_nodes, operator_name
 
@@ -32,7 +32,7 @@ def maps_zero_to_zero(node: Node) -> bool:
 
 def pointwise(state: Propagation, node: Node) -> Value:
     """Positions that meet become one channel; zero is neutral under a sum and wins in a product."""
-    operands = [(n, value) for n in node.inputs if (value := state.labels_of(n)) is not None]
+    operands = [_before_expansion(state, n, value) for n in node.inputs if (value := state.labels_of(n)) is not None]
     out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
         return LabelTensor(nullified(state, node, operands[0][1].labels.expand(out)))
@@ -78,6 +78,16 @@ def pointwise(state: Propagation, node: Node) -> Value:
     if len(joined) == 1:
         return LabelTensor(join.unary(joined[0][1].labels).expand(out), is_parameter=parameters)
     return LabelTensor(join.run([value.labels for _, value in joined], out), is_parameter=parameters)
+
+
+def _before_expansion(state: Propagation, node: Node, value: LabelTensor) -> tuple[Node, LabelTensor]:
+    """What no channel owns as it was before ``expand``, which says along which dimensions it is the same."""
+    while node.op == "call" and operator_name(node, raw=True) == "expand" and bool((core(value.labels) < 0).all()):
+        source = state.labels_of(node.args[0])
+        if source is None:
+            break
+        node, value = node.args[0], source
+    return node, value
 
 
 def _by_slices(state: Propagation, value: LabelTensor) -> bool:
@@ -212,7 +222,7 @@ class _Join:
         """Label of what results where a value that no channel owns is among those that meet."""
         table = self.table
         others = columns.min(axis=1, initial=0)
-        for other in np.unique(others)[::-1].tolist():
+        for other in unique(others)[::-1].tolist():
             values = columns[others == other]
             reason = f"meets values that no channel owns ({table.fixed_reasons[-1 - other]}) in {self.where}"
             table.pin(values[values > 0], reason, expose=False)
@@ -229,7 +239,7 @@ class _Join:
         if zero and not self.keeps_zero:
             table.pin(values, f"zero padding is shifted by {self.where}")
             return table.add_fixed(f"zero padding shifted by {self.where}")
-        slots = np.unique(table.slot[activations]) if len(activations) else np.zeros(1, np.int64)
+        slots = unique(table.slot[activations]) if len(activations) else np.zeros(1, np.int64)
         if len(slots) > 1:
             table.pin(values, f"meets another order of positions in {self.where}")
             return table.add_fixed(f"computed by {self.where}")
@@ -251,7 +261,7 @@ class _Join:
     def _private(self, column: Ints, activations: Ints) -> tuple[int, int]:
         """(origin, leak) of the result. Values whose private region ends here must be zero once silenced."""
         table = self.table
-        origins, leaks = np.unique(table.origin[activations]), table.leak[activations]
+        origins, leaks = unique(table.origin[activations]), table.leak[activations]
         if len(origins) != 1 or origins[0] < 0:
             if len(origins) > 1 and not self.product and self.name not in _SUMS:
                 # Zero is neutral in a sum and wins in a product; what another function makes of it is not "nothing".
@@ -310,7 +320,7 @@ def _raw_entries(
     state: Propagation, labels: Tensor, tensors: Sequence[str] | frozenset[str]
 ) -> dict[int, list[tuple[str, int]]]:
     """Value -> the (parameter, row) pairs it is computed from."""
-    values = np.unique(core(labels).numpy())
+    values = unique(core(labels).numpy())
     values = values[values > 0]
     roots = state.table.roots(state.table.owner[values])
     found: dict[int, list[tuple[str, int]]] = {int(v): [] for v in values}

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash
+from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash, unique
 from .record import Node, Record, is_shape_only, operator_name
 
-__all__ = ["FLAT", "Event", "Grouped", "Move", "Propagation", "Rule", "Value", "pattern"]
+__all__ = ["FLAT", "Event", "Grouped", "Move", "Propagation", "Reduction", "Rule", "Value", "pattern"]
 
 FLAT = -1  # "dimension" of an event whose rows are positions in the flattened tensor
 Value = LabelTensor | list[Any] | None
@@ -28,7 +28,7 @@ class Event:
     Kinds: ``filter`` (rows that produce a channel), ``member`` (entries of a per-channel tensor), ``private`` (entries
     that silence a channel, listed a second time), ``consumer`` (columns that read a channel). ``silence``: these rows
     are set to zero to silence the channel. Rows along dim 1 of a :class:`Grouped` tensor count through its blocks.
-    ``counted``: places of channels in a norm over them; the tensor is named ``counts`` and need not exist.
+    ``counted``: places of channels in a norm or reduction over them; the tensor is named ``counts`` and need not exist.
     """
 
     kind: Literal["filter", "member", "private", "consumer", "counted"]
@@ -44,6 +44,15 @@ class Grouped(NamedTuple):
 
     groups: int
     sizes: tuple[int, ...]  # rows of one block along each dimension
+
+
+class Reduction(NamedTuple):
+    """A reduction over channels that forward makes itself, such as ``x.mean(1)``."""
+
+    node: Node
+    kind: str  # of :class:`~.counted.CountedReduction`
+    dim: int  # of channels
+    size: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Propagation:
     )  # (tensor, dim) -> rows met by no channel
     unowned: dict[str, str] = field(default_factory=dict)  # depthwise layer on values no channel owns -> whose they are
     computed: set[str] = field(default_factory=set)  # tensors that forward computes a kernel of, filter by filter
+    depthwise: set[str] = field(default_factory=set)  # of those, the kernels that act on one channel each
     computed_layers: dict[str, str] = field(default_factory=dict)  # layer whose kernel is computed -> why it is pinned
     row_owners: dict[str, Ints] = field(default_factory=dict)  # tensor labelled by slices -> owner of each
     norms: Container[str] = ()  # modules that may turn out to be norms over channels
@@ -92,6 +102,7 @@ class Propagation:
     counted: dict[str, dict[tuple[torch.Size, int], str]] = field(
         default_factory=dict
     )  # norm -> (shape of its input, dimension of channels) -> where it mixes them
+    reductions: dict[str, Reduction] = field(default_factory=dict)  # name, as that of a norm -> what counts channels
     grouped: dict[str, Grouped] = field(default_factory=dict)  # kernels of grouped convolutions, norms over blocks
     ranks: Mapping[str, Ints] = field(
         default_factory=dict
@@ -134,8 +145,11 @@ class Propagation:
                 for source in node.inputs:
                     self.pin(source, f"its values are read by {self.where(node)}")
                 read = read or f"used after {self.where(node)} read values that decide what forward does"
+        counting = {reduction.node for reduction in self.reductions.values()}
         for node in record.outputs:
             self._finish(node, "network output")
+            if node.op == "item" and node.args[1] == 1 and node.args[0] in counting:
+                self.pin(node.args[0].inputs[0], f"{self.where(node.args[0])} numbers them in a network output")
         for node, name in record.written:
             self._finish(node, f"written to buffer {name}")
 
@@ -290,11 +304,20 @@ class Propagation:
         if len(dims) != 1 or small.shape[dims[0]] != len(values):
             return False
         self.counted.setdefault(node.module, {}).setdefault((source.shape, dims[0]), self.where(node))
-        name = f"{node.module}.counts"
-        self.record(Event("counted", name, 0, np.arange(len(values), dtype=np.int64), values))
-        for origin in np.unique(self.table.origin[values[values > 0]]).tolist():
-            self.table.exposed.setdefault(origin, f"input of {self.where(node)}, which mixes channels")
+        self._note_counts(node, node.module, values)
         return True
+
+    def reduce(self, node: Node, kind: str, dim: int, values: Ints) -> None:
+        """Note that forward itself reduces ``values``, which lie along ``dim``: its graph form can count them."""
+        site = f"{node.module}.{kind}_"
+        name = f"{site}{sum(known.startswith(site) for known in self.reductions)}"
+        self.reductions[name] = Reduction(node, kind, dim, len(values))
+        self._note_counts(node, name, values)
+
+    def _note_counts(self, node: Node, name: str, values: Ints) -> None:
+        self.record(Event("counted", f"{name}.counts", 0, np.arange(len(values), dtype=np.int64), values))
+        for origin in unique(self.table.origin[values[values > 0]]).tolist():
+            self.table.exposed.setdefault(origin, f"input of {self.where(node)}, which mixes channels")
 
     def use_as_weight(self, *tensors: str | None) -> None:
         """Note that a layer has these for its weight and bias: they must serve nothing else."""
@@ -418,18 +441,20 @@ class Propagation:
         return result
 
     def _one_value(self, row: Ints, node: Node, silent: bool) -> int:
-        table, found = self.table, np.unique(row)
+        table, found = self.table, unique(row)
         owned, fixed = found[found > 0], found[found < 0]
         live = owned[table.zero[owned] == 0]
         if len(owned) + len(fixed) == 1:
             return int(found[0])
         if not len(owned):
             return int(fixed[0])
-        if len(fixed) or len(np.unique(table.roots(table.owner[live]))) > 1:
+        if len(fixed) or len(unique(table.roots(table.owner[live]))) > 1:
             spread = next((self.spread[o] for o in table.owner[owned].tolist() if o in self.spread), None)
             why = (
                 f"input of {spread}, which moves channels to positions that {self.where(node)} reads as one channel"
                 if spread
+                else f"input of {self.where(node)}, which slides over channels, so that their order counts"
+                if operator_name(node, raw=True) == "convolution"
                 else f"input of {self.where(node)}, which reads several channels as one"
             )
             table.pin(row, why, expose=not silent)
@@ -438,7 +463,7 @@ class Propagation:
         # One channel in several states (a flatten, a mosaic, zeros beside it): their pattern becomes part of the trail.
         table.unite(table.owner[owned[:-1]], table.owner[owned[1:]])
         trail = pattern(table, row[None])
-        origins = np.unique(table.origin[live])
+        origins = unique(table.origin[live])
         if len(origins) > 1:
             table.expose_leaks(live)
         alone = len(origins) == 1
@@ -517,7 +542,7 @@ def fixed_labels(shape: Sequence[int], label: int) -> Tensor:
 def nullified(state: Propagation, node: Node, labels: Tensor) -> Tensor:
     """Labels of zeros in the places of ``labels`` (``x * 0``, ``zeros_like(x)``)."""
     result = state.table.derive(labels, state.key(node))
-    values = np.unique(core(result).numpy())
+    values = unique(core(result).numpy())
     values = values[values > 0]
     state.table.zero[values], state.table.origin[values], state.table.leak[values] = 1, -1, 0
     return result

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.func import functional_call, functionalize
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -42,6 +43,8 @@ _ELEMENTWISE = frozenset(
     }
 )
 _MUTE = frozenset({torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg})
+# Recorded as what they are made of, for which there are rules.
+_COMPOSED = get_decompositions([torch.ops.aten.glu.default, torch.ops.aten.unsafe_split.Tensor])
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _COPY = torch.ops.aten.copy_.default
 _EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
@@ -228,6 +231,9 @@ class _Recorder(TorchDispatchMode):
         if func in _MUTE:
             return None
         kwargs = kwargs or {}
+        if func in _COMPOSED:
+            with self:
+                return _COMPOSED[func](*args, **kwargs)
         inputs: dict[Node, None] = {}
 
         def symbolic(item: Any) -> Any:

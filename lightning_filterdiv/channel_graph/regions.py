@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -10,22 +10,30 @@ from torch import nn
 
 from ..filters import CONVOLUTIONS
 from .answers import ConsumerColumns, FilterRegion, Table, layer_of, ranges
-from .labels import Ints
+from .labels import Ints, unique
 from .propagate import Event, Propagation
 
 __all__ = ["filter_regions", "layers_in_order", "neighbours", "pinned_layers"]
 
 
-def layers_in_order(modules: Mapping[str, nn.Module], events: Iterable[Event]) -> tuple[list[str], set[str]]:
-    """(layers in order of execution, their weights): convolutions and linear layers with filters of their own."""
+def layers_in_order(
+    modules: Mapping[str, nn.Module], events: Iterable[Event], depthwise: Container[str] = ()
+) -> tuple[list[str], set[str]]:
+    """(layers in order of execution, their weights): convolutions and linear layers with filters of their own.
+
+    Args:
+        modules: of the network.
+        events: of the trace.
+        depthwise: tensors that forward computes depthwise kernels of.
+    """
     order: dict[str, None] = {}
     weights: set[str] = set()
     for event in events:
         path, attribute = layer_of(event.tensor), event.tensor.rpartition(".")[2]
-        conv = isinstance(modules.get(path), CONVOLUTIONS) and attribute == "weight"
+        conv = isinstance(modules.get(path), CONVOLUTIONS) and (attribute == "weight" or event.tensor in depthwise)
         if event.kind == "filter" or (event.kind == "member" and conv):
             order[path] = None
-            if attribute == "weight" or (event.kind == "filter" and attribute != "bias"):
+            if attribute == "weight" or event.tensor in depthwise or (event.kind == "filter" and attribute != "bias"):
                 weights.add(event.tensor)
     return list(order), weights
 
@@ -87,7 +95,7 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
         if event.dim == 1 and event.tensor in state.grouped:
             size = state.grouped[event.tensor].sizes[1]
             block, rows = np.divmod(rows, size)
-        numbers = np.unique(block).tolist()
+        numbers = unique(block).tolist()
         known = {b: places.setdefault((event.tensor, event.dim, b if size else -1), len(places)) for b in numbers}
         reads.append([ids, np.asarray([known[b] for b in numbers])[np.searchsorted(numbers, block)], filters, rows])
     names, keys = list(position), list(places)
@@ -156,8 +164,8 @@ def _expose_shared(state: Propagation) -> None:
         rows = np.concatenate([e.rows for e in events if e.kind != "member" or e.silence])
         origins = np.concatenate([table.origin[e.values] for e in events if e.kind != "member" or e.silence])
         pairs = np.unique(np.stack([rows, origins], axis=1), axis=0)
-        unique, counts = np.unique(pairs[:, 0], return_counts=True)
-        shared = np.isin(pairs[:, 0], unique[counts > 1])
+        met, counts = np.unique(pairs[:, 0], return_counts=True)
+        shared = np.isin(pairs[:, 0], met[counts > 1])
         for origin in pairs[shared, 1].tolist():
             table.exposed.setdefault(origin, f"{tensor} is shared with other channels")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers, ChannelGroup
 from .errors import ChannelGraphError, ExampleInputsError, GraphFormError, TraceError
-from .forms import find_deviation, fixing_bodies, graph_bodies, refusal
+from .forms import Masks, find_deviation, fixing_bodies, graph_bodies, refusal
 from .modules import (
     bare_module,
     meta_stand_ins,
@@ -22,7 +23,7 @@ from .narrow import Narrowing, cut_in_place, leave_out, masks_of
 from .record import operator_name
 from .recorder import failing_part, record, record_as_far_as_it_runs
 from .trace import trace_at
-from .widths import unresizable_sets
+from .widths import stuck_sets, unresizable_sets, why_stuck
 
 __all__ = ["find_unresizable", "pin_unresizable"]
 
@@ -31,6 +32,7 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     """Pin the groups that no other width of theirs would fit into forward, in neither form."""
     if graph.constrained:
         _try_graphs(graph)
+    _pin_uncountable(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
     for group in find_unresizable(graph):
@@ -70,12 +72,52 @@ def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
         tried.update(alike)
 
 
+def _pin_uncountable(graph: ChannelAnswers) -> None:
+    """Pin groups that forward itself reduces (``x.mean(1)``) in a body without a graph form, which would count them."""
+    reductions = graph.recording.state.reductions
+    if not reductions:
+        return
+    stuck = frozenset().union(*stuck_sets(graph))
+    narrower = masks_of(graph, leave_out(graph.groups))
+    for path in dict.fromkeys(site.node.module for site in reductions.values()):
+        _try_graph(graph, path, "a reduction", narrower)
+        if refusal(graph, path) is None and _counts_differ(graph, path):
+            again = f"{path or 'the whole model'} is called several times, with other channels to count"
+            graph.recording.aligned[path] = again
+    for name, site in reductions.items():
+        reason = refusal(graph, site.node.module)
+        for group in graph.groups:
+            if any(part.tensor == f"{name}.counts" for part in group.counted):
+                why = reason or (why_stuck(graph, group.channels.tolist()) if int(group.channels[0]) in stuck else None)
+                if why is not None:
+                    where = graph.recording.state.where(site.node)
+                    graph.exclude({group.name: f"input of {where} over channels, which must count them, and {why}"})
+
+
+def _counts_differ(graph: ChannelAnswers, path: str) -> bool:
+    """Whether calls of the body at ``path`` reduce different channels, which one graph cannot count."""
+    state, aligned = graph.recording.state, graph.recording.aligned[path]
+    counted = {
+        name: state.table.roots(state.table.owner[event.values])
+        for event in state.events
+        if event.kind == "counted" and (name := event.tensor.removesuffix(".counts")) in state.reductions
+    }
+    names = {site.node: name for name, site in state.reductions.items()}
+    nothing = np.zeros(0, dtype=np.int64)
+    return any(
+        not np.array_equal(counted.get(names[mine], nothing), counted.get(names[theirs], nothing))
+        for twin in aligned.twins
+        for mine, theirs in twin.items()
+        if mine in names and theirs in names
+    )
+
+
 def _reads(group: ChannelGroup, path: str) -> bool:
     return any(part.kind == "consumer" and part.tensor.startswith(f"{path}.") for part in group.parts)
 
 
 def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
-    """Find the body that holds a number for ``group``; None if its graph form makes the group narrowable."""
+    """Find the bodies that hold a number for ``group``; None if their graph forms make the group narrowable."""
     model, (selection,) = graph.model, leave_out([group])
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
@@ -86,24 +128,40 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
     fixing = find_deviation(graph.recording.record, masks, nodes)
     if fixing is None:
         return ""
-    if (reason := refusal(graph, fixing.module)) is not None:
-        return f", and {reason}"
-    graph.recording.literal[fixing.module] = operator_name(fixing)
-    try:
-        narrowing = Narrowing(graph, {group.name: selection.kept}, form="graph")
-        with without_compilation(model), unchanged(model):
-            replace_tensors(model, meta_stand_ins(model))
-            narrow = narrowing(model)
+    literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
+    reason, tried = "", set[str]()
+    while path not in tried:
+        if (refused := refusal(graph, path)) is not None:
+            reason = f", and {refused}"
+            break
+        modules = named_modules(model)
+        alike = [name for name, module in modules.items() if type(module) is type(modules[path])]
+        tried.update(alike)
+        literal |= {name: operator_name(fixing) for name in alike if refusal(graph, name) is None}
+        try:
+            narrowing = Narrowing(graph, {group.name: selection.kept}, form="graph")
+            with without_compilation(model), unchanged(model):
+                replace_tensors(model, meta_stand_ins(model))
+                narrow = narrowing(model)
+        except ChannelGraphError as error:
+            reason = f", and {error}"
+            break
         traced = bare_module(find_submodule(narrow, graph.network))
-        outputs = record(traced, graph.inputs, tensor_names(narrow), graph.network).outputs
+        call = graph.inputs, tensor_names(narrow), graph.network
+        try:
+            outputs = record(traced, *call).outputs
+        except (ExampleInputsError, TraceError):  # there is another body
+            failing = failing_part(traced, *call)
+            if failing is None or failing not in modules:
+                break
+            path = failing
+            continue
         if tuple(node.shape for node in outputs) == graph.output_shapes:
             return None
-    except (ExampleInputsError, TraceError):
-        pass  # it does not run; what its forward says is about widths that nobody asked for
-    except ChannelGraphError as error:
-        reason = f", and {error}"
-    del graph.recording.literal[fixing.module]
-    return reason or ""
+        break
+    literal.clear()
+    literal.update(before)
+    return reason
 
 
 def _try_graphs(graph: ChannelAnswers) -> None:
@@ -111,11 +169,15 @@ def _try_graphs(graph: ChannelAnswers) -> None:
     channels = frozenset().union(*graph.constrained)
     masks = masks_of(graph, leave_out([g for g in graph.groups if int(g.channels[0]) in channels]))
     for path, operator in fixing_bodies(graph, channels).items():
-        if refusal(graph, path) is None:
-            try:
-                graph_bodies(graph, {path: operator}, masks)
-            except GraphFormError as error:
-                graph.recording.aligned[path] = str(error)
+        _try_graph(graph, path, operator, masks)
+
+
+def _try_graph(graph: ChannelAnswers, path: str, operator: str, masks: Masks) -> None:
+    if refusal(graph, path) is None:
+        try:
+            graph_bodies(graph, {path: operator}, masks)
+        except GraphFormError as error:
+            graph.recording.aligned[path] = str(error)
 
 
 def _fixed_by(graph: ChannelAnswers, group: ChannelGroup) -> str:

@@ -35,7 +35,7 @@ from .counted import CountedNorm, counted_form
 from .errors import ChannelGraphError, TraceError
 from .forms import Recording
 from .inputs import example_arguments
-from .labels import Ints
+from .labels import Ints, unique
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
@@ -184,7 +184,7 @@ def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str)
     """Tensors that cannot be narrowed -> why."""
     modules, outside = named_modules(model), _names_outside(model, network)
     found: dict[str, str] = {}
-    dense_tensors = set(np.unique(table.tensor[(table.kind == 0) | (table.kind == 2)]).tolist())
+    dense_tensors = set(unique(table.tensor[(table.kind == 0) | (table.kind == 2)]).tolist())
     for index, tensor in enumerate(table.tensors):
         path, attribute = layer_of(tensor), tensor.rpartition(".")[2]
         dense = index in dense_tensors
@@ -217,7 +217,7 @@ def _collect(
     roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
     for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
         pins.setdefault(root, reason)
-    order, layer_tensors = layers_in_order(named_modules(model), state.events)
+    order, layer_tensors = layers_in_order(named_modules(model), state.events, state.depthwise)
     sites, bodies = find_sites(model, records, state, network)
     constrained = constrained_channels(sites, bodies, state, set(pins))
     fixed = set().union(*constrained)
@@ -241,6 +241,7 @@ def _collect(
         "row_dims": row_dims,
         "operations": tuple(_operations(records[0])),
         "norms": norms,
+        "counted_sizes": {name: site.size for name, site in (norms | state.reductions).items()},
         "map_sites": tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
         "constrained": constrained,
         "table": table,

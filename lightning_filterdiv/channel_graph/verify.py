@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..filters import find_submodule
+from ..filters import find_submodule, named_modules, named_tensors
+from ..tensors.arguments import check_module
 from .answers import ChannelAnswers
 from .decisions import Decision, FollowDecisions, RecordDecisions, relative_difference
 from .errors import NarrowingError
@@ -24,6 +25,7 @@ __all__ = [
     "TOLERANCE",
     "Proof",
     "as_type",
+    "check_finite",
     "compare",
     "dtype_of",
     "prove",
@@ -35,7 +37,10 @@ __all__ = [
 
 #: Largest relative difference that counts as rounding in float64.
 TOLERANCE = 1e-9
+_NO_VALUES = "a model on meta has no values to verify with: construct it on a real device, or load its weights"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: A network before a step, or the tensors that the step changed, as they were.
+Earlier = nn.Module | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,15 @@ class Proof:
         tolerance: largest difference that counts as rounding in ``dtype``.
         dtype: floating type of the comparison: float64, or the network's own where forward casts.
         cases: inputs that were compared: ``"example inputs"``, ``"drawn inputs"``.
-        change: relative change of the outputs from ``original`` to the reference, 0 without an original.
+        changes: relative change of the outputs from each earlier network to the next one, from the last to the
+            reference.
     """
 
     difference: float
     tolerance: float
     dtype: torch.dtype
     cases: tuple[str, ...]
-    change: float = 0.0
+    changes: tuple[float, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -131,14 +137,14 @@ def compare(first: nn.Module, second: nn.Module, args: tuple[Any, ...], kwargs: 
     Raises:
         NarrowingError: the second network does not run, or its outputs have other shapes.
     """
-    return _difference(list(find_tensors(first(*args, **kwargs))), _outputs(second, (args, dict(kwargs)))[0])
+    return _difference(list(find_tensors(first(*args, **kwargs))), _outputs(second, (args, dict(kwargs)), [])[0])
 
 
-def _outputs(network: nn.Module, call: Call, decisions: list[Decision] | None = None) -> tuple[list[Tensor], float]:
-    """(outputs, largest difference of the numbers that the network's decisions rest on); see :mod:`.decisions`."""
-    with FollowDecisions(decisions or []) as follow:
+def _outputs(network: nn.Module, call: Call, decisions: list[Decision]) -> tuple[list[Tensor], FollowDecisions]:
+    """Outputs under the decisions of another network, and how it followed them."""
+    with FollowDecisions(decisions) as follow:
         try:
-            return list(find_tensors(network(*call[0], **call[1]))), follow.difference
+            return list(find_tensors(network(*call[0], **call[1]))), follow
         except (RuntimeError, ValueError, IndexError) as error:
             message = (str(error).splitlines() or [type(error).__name__])[0]
             raise NarrowingError(f"the narrowed network does not run: {message}") from error
@@ -146,13 +152,37 @@ def _outputs(network: nn.Module, call: Call, decisions: list[Decision] | None = 
 
 def _difference(expected: list[Tensor], obtained: list[Tensor]) -> float:
     if [t.shape for t in expected] != [t.shape for t in obtained]:
-        raise NarrowingError("the narrowed network has outputs of another shape")
+        raise NarrowingError(
+            f"the narrowed network gives outputs of shape {[tuple(t.shape) for t in obtained]}, the whole one "
+            f"{[tuple(t.shape) for t in expected]}"
+        )
     return max(map(relative_difference, expected, obtained), default=0.0)
 
 
 def _change(before: list[Tensor], after: list[Tensor]) -> float:
     """Relative change of outputs; infinite where their shapes are others, as the number of a detector's boxes."""
     return _difference(before, after) if [t.shape for t in before] == [t.shape for t in after] else math.inf
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a network that computes NaN: any two of those are equal.
+
+    Raises:
+        TypeError: no network.
+        NarrowingError: a parameter or running statistic is not finite, by name.
+    """
+    check_module("model", model)
+    for name, tensor in named_tensors(model).items():
+        layer, _, own = name.rpartition(".")
+        if not isinstance(tensor, nn.Parameter) and not own.startswith("running_"):
+            continue  # a mask may hold infinities
+        if tensor.is_meta or nn.parameter.is_lazy(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        # The sum takes a tenth of the time, and is infinite at worst where all numbers are finite.
+        if not bool(tensor.detach().sum().isfinite()) and not bool(tensor.detach().isfinite().all()):
+            raise NarrowingError(
+                f"{own} of {layer!r} holds NaN or inf; has the training diverged? Start from a checkpoint before that"
+            )
 
 
 def as_type(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -194,7 +224,7 @@ def prove(
     graph: ChannelAnswers,
     arguments: Call | None = None,
     *,
-    original: nn.Module | None = None,
+    earlier: Sequence[Earlier] = (),
     seed: int = 0,
 ) -> Proof:
     """Compare a network with what ``narrowing`` makes of it, in eval mode.
@@ -209,30 +239,31 @@ def prove(
         narrowing: a copy of ``reference`` -> the narrow network.
         graph: channel graph of the network.
         arguments: (args, kwargs) of the traced network, by default those of the trace.
-        original: the network before tying; the proof says how far its outputs are from the reference's.
+        earlier: what the network was before, step by step: a network, or canonical name -> tensor where it had others
+            than one step later. The proof says how much each step changed the outputs.
         seed: of the drawn inputs.
 
     Raises:
-        NarrowingError: the model has no values, or the narrow network does not run. What differs is no error here: see
-            :attr:`Proof.exact`.
+        NarrowingError: the model has no values, no output of it is finite, or the narrow network does not run. What
+            differs is no error here: see :attr:`Proof.exact`.
     """
     if device_of(reference).type == "meta":
-        raise NarrowingError("a model on meta has no values to verify with")
+        raise NarrowingError(_NO_VALUES)
     call = graph.arguments if arguments is None else arguments
-    wide = _run(reference, narrowing, original, graph, call, torch.float64, seed)
-    return wide or _own_type(reference, narrowing, original, graph, call, seed)
+    wide = _run(reference, narrowing, earlier, graph, call, torch.float64, seed)
+    return wide or _own_type(reference, narrowing, earlier, graph, call, seed)
 
 
 def _own_type(
     reference: nn.Module,
     narrowing: Callable[[nn.Module], nn.Module],
-    original: nn.Module | None,
+    earlier: Sequence[Earlier],
     graph: ChannelAnswers,
     call: Call,
     seed: int,
 ) -> Proof:
     own = dtype_of(reference)
-    proof = _run(reference, narrowing, original, graph, call, own, seed, casts=True)
+    proof = _run(reference, narrowing, earlier, graph, call, own, seed, casts=True)
     if proof is None:
         raise NarrowingError(
             f"{type(bare_module(reference)).__name__} runs neither in float64 nor in {own} on its example inputs: "
@@ -244,7 +275,7 @@ def _own_type(
 def _run(
     reference: nn.Module,
     narrowing: Callable[[nn.Module], nn.Module],
-    original: nn.Module | None,
+    earlier: Sequence[Earlier],
     graph: ChannelAnswers,
     call: Call,
     dtype: torch.dtype,
@@ -269,17 +300,61 @@ def _run(
             return None
     if not expected:
         return None
+    _check_outputs(find_submodule(whole, graph.network), expected)
     narrowed = find_submodule(narrowing(whole), graph.network)
-    before = None if original is None else find_submodule(as_type(original, dtype), graph.network)
-    difference = change = 0.0
+    difference = 0.0
     for arguments, outputs, decisions in expected.values():
-        obtained, apart = _outputs(narrowed, arguments, decisions)
-        difference = max(difference, apart, _difference(outputs, obtained))
-        if before is not None:
-            earlier, apart = _outputs(before, arguments, decisions)
-            change = max(change, apart, _change(earlier, outputs))
+        obtained, follow = _outputs(narrowed, arguments, decisions)
+        difference = max(difference, follow.difference, _difference(outputs, obtained))
+    changes: list[float] = []
+    for step in reversed(earlier):
+        whole, change = _before(step, whole, dtype), 0.0
+        before = find_submodule(whole, graph.network)
+        for name, (arguments, outputs, decisions) in expected.items():
+            ahead, follow = _outputs(before, arguments, decisions)
+            change = max(change, follow.difference, _change(ahead, outputs))
+            expected[name] = arguments, ahead, follow.taken
+        changes.insert(0, change)
     tolerance = TOLERANCE if narrowest == torch.float64 else torch.finfo(narrowest).eps ** 0.5
-    return Proof(difference, tolerance, dtype, tuple(sorted(expected, reverse=True)), change)
+    return Proof(difference, tolerance, dtype, tuple(sorted(expected, reverse=True)), tuple(changes))
+
+
+def _before(step: Earlier, whole: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network before a step; ``whole``, which is the one after it, may be changed."""
+    if isinstance(step, nn.Module):
+        return as_type(step, dtype)
+    tensors = named_tensors(whole)
+    for name, values in step.items():
+        tensors[name].copy_(values)
+    return whole
+
+
+def _check_outputs(network: nn.Module, expected: Mapping[str, tuple[Call, list[Tensor], list[Decision]]]) -> None:
+    """Raise NarrowingError where no output holds a finite number: there is nothing to compare."""
+    outputs = [tensor for _, tensors, _ in expected.values() for tensor in tensors if tensor.numel()]
+    if not outputs or any(bool(tensor.isfinite().any()) for tensor in outputs):
+        return
+    first: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if not any(bool(t.isfinite().any()) for t in find_tensors(output) if t.numel()):
+                first.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in named_modules(network).items() if not list(m.children())]
+    try:
+        arguments = next(iter(expected.values()))[0]
+        network(*arguments[0], **arguments[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f", from {first[0]!r} on" if first else ""
+    raise NarrowingError(
+        f"every output of {type(bare_module(network)).__name__} is NaN or infinite{where}, on its example inputs and "
+        f"on drawn ones: nothing can be compared. Start from weights that compute numbers, or pass other example inputs"
+    )
 
 
 def verify(graph: ChannelAnswers, example_inputs: Any = None, *, seed: int = 0) -> Proof:
@@ -293,7 +368,8 @@ def verify(graph: ChannelAnswers, example_inputs: Any = None, *, seed: int = 0) 
     if example_inputs is not None:
         arguments = example_arguments(bare_module(find_submodule(graph.model, graph.network)), example_inputs)
     if device_of(graph.model).type == "meta":
-        raise NarrowingError("a model on meta has no values to verify with")
+        raise NarrowingError(_NO_VALUES)
+    check_finite(graph.model)
     clusters = random_clusters(graph, generator)
     keep, sums = merging(graph, clusters)
     model = copy_network(graph.model)

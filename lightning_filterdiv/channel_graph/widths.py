@@ -97,7 +97,9 @@ def unresizable_sets(graph: ChannelAnswers) -> list[tuple[ChannelGroup, str]]:
     found: list[tuple[ChannelGroup, str]] = []
     for channels in stuck_sets(graph):
         for groups in _tied_groups(graph, [channels]):
-            if _together(graph, [(groups, 0.75)], _STEPS) is None:
+            # Blocks that alternate along a layer stay where forward looks for them only by chance.
+            alternating = any(g.blocks is not None and bool((g.blocks.diff() < 0).any()) for g in groups)
+            if alternating or _together(graph, [(groups, 0.75)], _STEPS) is None:
                 found += [(g, why_stuck(graph, channels) or "") for g in groups if g.size > 1]
     return found
 

@@ -1,4 +1,5 @@
 from .callback import ChannelImportance as ChannelImportance
+from .checkpoints import restore_gates as restore_gates
 from .gates import ChannelGate as ChannelGate
 from .gates import GatedBatchNorm2d as GatedBatchNorm2d
 from .gates import GatedConv2d as GatedConv2d

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_filterdiv.channel_importance.gates import (
@@ -17,6 +17,7 @@ from lightning_filterdiv.channel_importance.gates import (
     Placement,
     gated_layers,
     insert_gates,
+    mean_gates,
 )
 from lightning_filterdiv.filters import Conv
 from lightning_filterdiv.tensors.arguments import check_choice, check_integer
@@ -26,11 +27,11 @@ __all__ = ["ChannelImportance"]
 
 
 class ChannelImportance(FilterCallback):
-    """Train with squeeze-and-excite gates beside convolutions, and average what they let through (UCP).
+    """Train with squeeze-and-excite gates beside convolutions, and average the gates (UCP).
 
-    Gates are inserted in ``setup``, before ``configure_optimizers``, and stay in the network: it was trained with
-    them. The importance of a channel is the mean of its gate over the images of the last epoch, as they were trained
-    on; under DDP over those of all ranks.
+    Gates are inserted in ``setup``, before ``configure_optimizers``. They stay in the network, which was trained with
+    them. The importance of a channel is the mean of its gate over the augmented images of the last epoch, under DDP
+    over those of all ranks.
 
     Args:
         placement: ``"convolution"`` (ours): behind every convolution, no biases. ``"cifar"``, ``"imagenet"``: one gate
@@ -82,12 +83,7 @@ class ChannelImportance(FilterCallback):
         left out.
         """
         sums = self._finished if self._finished is not None else self._sums
-        return {} if sums is None else self._split(sums)
-
-    def _split(self, sums: Tensor) -> dict[str, Tensor]:
-        parts = sums.double().cpu().split([count + 1 for count in self._widths.values()])
-        seen = {name: part for name, part in zip(self._widths, parts, strict=True) if part[-1] > 0}
-        return {name: part[:-1] / part[-1] for name, part in seen.items()}
+        return {} if sums is None else mean_gates(self._widths, sums)
 
     # ------------------------------------------------------------------ start, end
 
@@ -103,7 +99,7 @@ class ChannelImportance(FilterCallback):
             self._inserted = list(gated_layers(pl_module))
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """The layers with a gate that are meant."""
+        """Gated layers that ``include`` and ``exclude`` leave."""
         hosts = gated_layers(pl_module)
         if lost := [name for name in self._inserted if name not in hosts]:
             raise MisconfigurationException(
@@ -114,7 +110,7 @@ class ChannelImportance(FilterCallback):
         return {name: conv for name, conv in super().choose(pl_module).items() if name in hosts}
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the gates count."""
+        """Start averaging the gates."""
         widths = {name: conv.out_channels for name, conv in self.layers.items()}
         if widths != self._widths:
             self._widths, self._sums, self._finished = widths, None, None
@@ -174,6 +170,13 @@ class ChannelImportance(FilterCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how far gates differ."""
+        super().on_train_end(trainer, pl_module)
+        if not self.importance:
+            rank_zero_warn(
+                "ChannelImportance has nothing to report: no image passed a gate with finite values in this fit. Check "
+                "that training_step calls the network, and that training does not diverge"
+            )
+            return
         spans = {name: (float(gates.min()), float(gates.max())) for name, gates in self.importance.items()}
         listed = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in list(spans.items())[:8])
         rank_zero_info(f"ChannelImportance: mean gates of {listed}")

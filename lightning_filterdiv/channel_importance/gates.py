@@ -7,7 +7,7 @@ acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -20,7 +20,7 @@ from lightning_filterdiv.tensors.randomness import keyed_generator
 
 __all__ = [
     "REDUCTION", "ChannelGate", "GateHost", "GatedBatchNorm2d", "GatedConv2d", "InputGatedConv2d", "Placement",
-    "gated_layers", "insert_gates", "measure_importance", "remove_gates",
+    "gated_layers", "insert_gates", "mean_gates", "measure_importance", "remove_gates",
 ]  # fmt: skip
 
 #: Channels per hidden unit of a gate.
@@ -87,7 +87,10 @@ class GateHost(nn.Module):
     """
 
     #: Why narrowing refuses the network, read by :mod:`lightning_filterdiv.narrowing`.
-    narrowing_obstacle = "still has its gate: prune a fresh network, or call remove_gates first"
+    narrowing_obstacle = (
+        "still has its gate: prune_channels(..., importance='gates') folds gates into the filters; else narrow a fresh "
+        "network, or call remove_gates first"
+    )
     #: What the layer is without its gate.
     plain_class: ClassVar[type[nn.Module]]
     #: Dimension of the layer's weight that the gate scales.
@@ -310,7 +313,7 @@ def _insert(
 
 
 def remove_gates(model: nn.Module) -> nn.Module:
-    """Take all gates out again, in place. What was trained with them computes something else without.
+    """Take all gates out again, in place. This changes what the network computes.
 
     Raises:
         NoLayersError: there is none.
@@ -323,6 +326,21 @@ def remove_gates(model: nn.Module) -> nn.Module:
     for host in hosts.values():
         cast(GateHost, host).remove_gate()
     return model
+
+
+def mean_gates(widths: Mapping[str, int], sums: Tensor) -> dict[str, Tensor]:
+    """Mean gates from what a fit summed.
+
+    Args:
+        widths: layer -> channels ``C``.
+        sums: for layer after layer ``C`` sums of factors and the number of images, as :attr:`ChannelGate.total`.
+
+    Returns:
+        Layer -> ``(C,)`` float64 on the CPU; without layers that saw no image.
+    """
+    parts = sums.double().cpu().split([count + 1 for count in widths.values()])
+    seen = {name: part for name, part in zip(widths, parts, strict=True) if part[-1] > 0}
+    return {name: part[:-1] / part[-1] for name, part in seen.items()}
 
 
 def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def select_channels(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """The channels to keep, by how open their gates are.
+    """Choose the channels to keep by their mean gates.
 
     Args:
         graph: of the network to prune.

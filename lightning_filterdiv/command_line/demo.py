@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -119,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"--out {options.out} cannot be written ({reason}); name another folder")
     outcomes: dict[str, Outcome] = {}
     saved: list[str] = []
-    with _quiet(), tqdm(total=options.epochs * (1 + len(methods)), unit="epoch", desc="plain") as bar:
+    with _quiet(), tqdm(total=options.epochs * (1 + len(methods)), unit="epoch", disable=None) as bar:
         _warm_up(options)
         outcomes["plain"], _, _ = _train("plain", Method(list), options, bar)
         for name in methods:
@@ -193,6 +194,8 @@ def _train(
     name: str, method: Method, options: argparse.Namespace, bar: tqdm[Any]
 ) -> tuple[Outcome, pl.LightningModule, list[pl.Callback]]:
     bar.set_description(name)
+    if bar.disable:  # stderr is no terminal
+        print(f"{name}: training for {options.epochs} epochs", file=sys.stderr, flush=True)
     pl.seed_everything(options.seed, verbose=False)
     data = DATA[options.data](options.seed)
     model = SmallConvNet(image_size=data.image_size)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import build_model, search_here
+from lightning_filterdiv.command_line.model_source import build_model, search_here, with_values, zeros
 from lightning_filterdiv.command_line.options import DATA_SOURCES
 from lightning_filterdiv.entropy_depth.depth import NetworkDepth, network_depth
 from lightning_filterdiv.entropy_depth.estimate import estimate_depth_bound
@@ -35,14 +36,12 @@ def run(options: argparse.Namespace) -> None:
     if options.max_images is not None and options.max_images < 1:
         raise CommandError(f"--max-images must be at least 1, got {options.max_images}")
     data = build_data(options.data, options.root)
-    try:
+    with reading_data(options.data):
         bound = estimate_depth_bound(data, options.unit, options.rounding, options.max_images)
-    except ImageDataError as error:
-        raise CommandError(f"--data {options.data}: {error}") from error
     print(bound.describe())
     if options.model is None and options.config is None:
         return
-    model = build_model(options.model, options.config)
+    model = with_values(build_model(options.model, options.config))
     inputs = _example_inputs(model, data, options.input_shape)
     try:
         graph = ChannelGraph.trace(model, inputs)
@@ -51,6 +50,26 @@ def run(options: argparse.Namespace) -> None:
         reason = str(error).replace("example_inputs=...", "--input-shape")
         raise CommandError(f"{type(model).__name__} cannot be traced: {reason}; see --input-shape") from error
     print(_comparison(type(model).__name__, depth, bound))
+
+
+@contextlib.contextmanager
+def reading_data(source: str) -> Iterator[None]:
+    """Report what reading ``--data`` raises, in a user's class too, in one line.
+
+    Raises:
+        CommandError: it holds no images, or an error of any kind.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except ImageDataError as error:
+        raise CommandError(f"--data {source}: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CommandError(
+            f"--data {source}: reading it fails ({type(error).__name__}: {reason}); repair it or name other data"
+        ) from error
 
 
 def _comparison(name: str, depth: NetworkDepth, bound: DepthBound) -> str:
@@ -164,7 +183,7 @@ def _torchvision(name: str, root: Path | None) -> Any:
 def _example_inputs(model: nn.Module, data: Any, shape: tuple[int, ...] | None) -> Any:
     """The model's own example, else zeros of the images' size with the channels that its first convolution reads."""
     if shape is not None:
-        return torch.zeros(shape)
+        return zeros(shape)
     if getattr(model, "example_input_array", None) is not None:
         return None
     first = next((conv for _, conv in named_convolutions(model)), None)

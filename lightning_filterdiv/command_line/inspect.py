@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_filterdiv.command_line.entropy import build_data
+from lightning_filterdiv.command_line.entropy import build_data, reading_data
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import (
     build_model,
@@ -24,7 +24,7 @@ from lightning_filterdiv.command_line.model_source import (
 )
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
 from lightning_filterdiv.command_line.outputs import check_replaced
-from lightning_filterdiv.entropy_depth.images import ImageDataError, image_source
+from lightning_filterdiv.entropy_depth.images import image_source
 from lightning_filterdiv.files import printable, safe_file_name, why_unwritable, write_files
 from lightning_filterdiv.filters import Conv, NoLayersError, named_convolutions, select_filters
 from lightning_filterdiv.monitor.activations import measure_channels
@@ -194,7 +194,9 @@ def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
         # Under its whole name, and not by add_module: a file may hold names that no attribute can have.
         network._modules[name] = conv
     if not any(True for _ in network.parameters()):
-        raise CommandError(f"{path} holds no convolution: no weight of it has 3 to 5 dimensions")
+        raise CommandError(
+            f"{path} holds no convolution: no weight of it has 3 to 5 dimensions; name a file of a network with some"
+        )
     return network
 
 
@@ -265,6 +267,8 @@ def _show_images(
             f"--model ({MODEL_SOURCES}) or --config"
         )
     images, note = _images(found.network, options)
+    if not bool(images.isfinite().all()):
+        raise CommandError(f"--data {options.data} holds NaN or infinite values; repair or remove them")
 
     def show() -> None:
         for part in images.split(_BATCH):
@@ -279,7 +283,10 @@ def _show_images(
             f"({type(error).__name__}: {reason}); give a .pt file with a batch as the network takes it"
         ) from error
     if not correlations:
-        raise CommandError(f"--data {options.data}: a forward pass of {found.title} runs none of the layers")
+        raise CommandError(
+            f"--data {options.data}: a forward pass of {found.title} runs none of the layers; name others with "
+            f"--include, or leave --data out"
+        )
     return correlations, note
 
 
@@ -290,22 +297,25 @@ def _images(network: nn.Module, options: argparse.Namespace) -> tuple[Tensor, st
         try:
             batch = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch reports a file that is none by many types
-            raise CommandError(f"--data {path} is no file that torch.save wrote of a tensor ({error})"[:300]) from error
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CommandError(
+                f"--data {path} is no file that torch.save wrote of a tensor ({reason}); save one"
+            ) from error
         if not isinstance(batch, Tensor) or batch.dim() < 3 or not len(batch):
             raise CommandError(f"--data {path} holds no batch of images, a tensor (N, C, ...); save one")
         return batch[
             : options.max_images
         ].float(), f"Shown {min(len(batch), options.max_images)} images of {path.name}."
-    try:
+    images: list[Tensor] = []
+    with reading_data(options.data):
         source = image_source(build_data(options.data, options.root), options.max_images)
-        images: list[Tensor] = []
         for batch in source.batches:
             images += list(batch)
             if len(images) >= options.max_images:
                 break
-    except ImageDataError as error:
-        raise CommandError(f"--data {options.data}: {error}") from error
     images = images[: options.max_images]
+    if not images:
+        raise CommandError(f"--data {options.data}: no image came; check the folder, split or indices")
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) != 1:
         raise CommandError(

@@ -7,7 +7,9 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.options import TRAINING, parse
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 2 if a network, a file or an option cannot be used, which stderr explains. Also 0 if the
-        reader of stdout has gone (``filterdiv ... | head``).
+        reader of stdout has gone (``filterdiv ... | head``). 130 after Ctrl-C.
 
     Raises:
         SystemExit: status 0 after ``--help`` or ``--version``; 2 if the arguments are wrong.
@@ -39,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 options = parse(arguments)
                 command = options.command
-                importlib.import_module(f"lightning_filterdiv.command_line.{command}").run(options)
+                run = importlib.import_module(f"lightning_filterdiv.command_line.{command}").run
+                with _warnings_on_one_line(command):
+                    run(options)
             sys.stdout.flush()
     except (CommandError, OSError) as error:
         if isinstance(error, BrokenPipeError) and command not in TRAINING:  # where it may be a worker's pipe
@@ -50,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             _discard_output()
         return 2
+    except KeyboardInterrupt:
+        print(f"filterdiv {command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -73,6 +80,23 @@ def _forgiving_output() -> Iterator[None]:
         yield
     finally:
         out.reconfigure(errors=before)
+
+
+@contextlib.contextmanager
+def _warnings_on_one_line(command: str) -> Iterator[None]:
+    """Print warnings for users without the line of code that they come from."""
+    before = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        if category is not UserWarning:
+            return before(message, category, *place, **more)
+        return f"filterdiv {command}: warning: {printable(' '.join(str(message).split()))}\n"
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _discard_output() -> None:

@@ -14,9 +14,15 @@ from torch import Tensor
 from lightning_filterdiv.centripetal.callback import CentripetalSGD
 from lightning_filterdiv.centripetal.checkpoints import inputs_from_state, relative_to, saved_states
 from lightning_filterdiv.centripetal.forecast import Forecast
-from lightning_filterdiv.channel_graph import ChannelGraphError
+from lightning_filterdiv.channel_graph import ChannelGraphError, ExampleInputsError, TraceError
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import read_checkpoint, restore_model
+from lightning_filterdiv.command_line.model_source import (
+    load_source,
+    read_checkpoint,
+    restore_model,
+    with_values,
+    zeros,
+)
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
 from lightning_filterdiv.narrowing.twins import merge_twins
@@ -38,21 +44,24 @@ def run(options: argparse.Namespace) -> None:
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     check_outputs(options)
-    checkpoint = read_checkpoint(options.checkpoint, options.trust_pickle)
     if options.twins is not None:
-        _merge_twins(options, checkpoint)
+        _merge_twins(options)
         return
-    state = _check_states(checkpoint, options.checkpoint)
+    for name in ("weights", "network", "include", "exclude"):
+        if getattr(options, name) is not None:
+            raise CommandError(f"--{name} belongs to --twins; what CentripetalSGD made equal stands in the checkpoint")
+    checkpoint = read_checkpoint(Path(options.source), options.trust_pickle)
+    state = _check_states(checkpoint, options.source)
     try:
         clusters = CentripetalSGD.clusters_from(checkpoint)
     except KeyError as error:
-        raise CommandError(f"{options.checkpoint}: {error.args[0]}") from error
+        raise CommandError(f"{options.source}: {error.args[0]}") from error
     assert state is not None  # it holds the clusters
-    model = restore_model(options.model, options.config, checkpoint)
+    model = with_values(restore_model(options.model, options.config, checkpoint))
     inputs: Any = None
     network = state["arguments"]["network"]
     if options.input_shape is not None:
-        inputs = torch.zeros(options.input_shape)
+        inputs = zeros(options.input_shape)
     elif getattr(model, "example_input_array", None) is None:
         inputs, network = inputs_from_state(state["extra"]["inputs"], network)
     clusters, network = relative_to(model, clusters, network)
@@ -67,9 +76,10 @@ def run(options: argparse.Namespace) -> None:
     except NotTiedError as error:
         error = error.before_the_end(unfinished) if unfinished else error
         reason = str(error).replace("tolerance=float('inf')", "--tolerance inf")
-        raise CommandError(f"{options.checkpoint}: {reason}") from error
+        raise CommandError(f"{options.source}: {reason}") from error
     except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:  # of sizes in a file
-        raise CommandError(f"{options.checkpoint}: {error}; see --input-shape") from error
+        known = isinstance(error, ValueError) and not isinstance(error, ExampleInputsError | TraceError)
+        raise CommandError(f"{options.source}: {error}{'' if known else '; see --input-shape'}") from error
     if unfinished:
         print(f"checkpoint    {unfinished}")
     print(report)
@@ -78,19 +88,27 @@ def run(options: argparse.Namespace) -> None:
     finish(options, model, merged, inputs, network)
 
 
-def _merge_twins(options: argparse.Namespace, checkpoint: Mapping[str, Any]) -> None:
-    model = restore_model(options.model, options.config, checkpoint)
-    inputs = None if options.input_shape is None else torch.zeros(options.input_shape)
+def _merge_twins(options: argparse.Namespace) -> None:
+    model, _ = load_source(options)
+    inputs = None if options.input_shape is None else zeros(options.input_shape)
     try:
-        merged, report = merge_twins(model, inputs, threshold=options.twins, form=options.form)
+        merged, report = merge_twins(
+            model,
+            inputs,
+            threshold=options.twins,
+            include=options.include,
+            exclude=options.exclude,
+            network=options.network,
+            form=options.form,
+        )
     except (ChannelGraphError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         reason = str(error).replace("threshold", "--twins").replace("example_inputs=...", "--input-shape")
-        raise CommandError(f"{options.checkpoint}: {reason}") from error
+        raise CommandError(f"{options.source}: {reason}") from error
     print(report)
-    finish(options, model, merged, inputs, None)
+    finish(options, model, merged, inputs, options.network)
 
 
-def _check_states(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+def _check_states(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any] | None:
     """What the checkpoint keeps of the first CentripetalSGD; ``None``: nothing.
 
     Raises:

@@ -5,6 +5,7 @@ Nothing here unpickles arbitrary objects unless it is told to trust the file.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import os
@@ -22,28 +23,37 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_filterdiv.channel_importance.checkpoints import restore_gates
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.options import MODEL_SOURCES
 from lightning_filterdiv.command_line.yaml_errors import find_cause
-from lightning_filterdiv.files import find_damage
+from lightning_filterdiv.files import find_damage, is_pickled
 from lightning_filterdiv.filters import canonical_name, find_prefix
+from lightning_filterdiv.selection import quote_names
 
 __all__ = [
     "PICKLED",
     "build_model",
     "load_named",
+    "load_source",
     "load_weights",
     "read_checkpoint",
     "restore_model",
+    "saved_gate_means",
     "search_here",
     "suggest_source",
+    "with_values",
+    "zeros",
 ]
 
 #: Of a file that a restrained unpickler refuses.
 PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
 #: Last level of the key under which a module keeps what is no tensor.
 _EXTRA_STATE = "_extra_state"
+#: Entries that ``filterdiv fit`` (LightningCLI) saves among a network's arguments. --model names the class instead.
+_LIGHTNING_CLI = {"_class_path", "_instantiator"}
 #: What a network's name begins with -> module whose ``list_models`` has the names.
 _LIBRARIES = {"torchvision": "torchvision.models", "timm": "timm"}
 _NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
@@ -74,7 +84,7 @@ def build_model(
         return _from_torchvision(name)
     if kind == "timm":
         return _from_timm(name)
-    return _from_class(kind, name, hyper_parameters or {})
+    return _from_class(kind, name, {k: v for k, v in (hyper_parameters or {}).items() if k not in _LIGHTNING_CLI})
 
 
 def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Module:
@@ -116,8 +126,8 @@ def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Modu
         raise
     except Exception as error:  # of networks, servers and caches, by many types
         raise CommandError(
-            f"--weights {weights} of {source} cannot be loaded: {_reason(error)}. Without a network, name a file with "
-            f"--model {source}"
+            f"--weights {weights} of {source} cannot be loaded: {_reason(error)}. Without internet access, name a file "
+            f"with --model {source}"
         ) from error
     return built
 
@@ -223,7 +233,8 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
         ) from error
     if not isinstance(built, nn.Module):
         raise CommandError(
-            f"--model {path}:{name} gives a {type(built).__name__}, not a torch.nn.Module; name a network"
+            f"--model {path}:{name} gives an object of type {type(built).__name__}, not a torch.nn.Module; name a "
+            f"network"
         )
     return built
 
@@ -268,6 +279,34 @@ def _from_config(config: Path) -> nn.Module:
     return built
 
 
+def with_values(model: nn.Module) -> nn.Module:
+    """Return ``model``, whose layers are ready to run.
+
+    Raises:
+        CommandError: one is lazy or on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            what = "is lazy and has no shape yet" if is_lazy(parameter) else "has no values (device meta)"
+            raise CommandError(
+                f"{name!r} of {type(model).__name__} {what}; build the network with its sizes, on a real device"
+            )
+    return model
+
+
+def zeros(shape: tuple[int, ...]) -> Tensor:
+    """A batch of ``--input-shape``.
+
+    Raises:
+        CommandError: it does not fit into memory.
+    """
+    try:
+        return torch.zeros(shape)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        listed = ",".join(map(str, shape))
+        raise CommandError(f"--input-shape {listed} does not fit into memory; give a smaller one") from error
+
+
 def _other_format(path: Path) -> str | None:
     """What torch calls a file that is no checkpoint and not opened here; ``None``: nothing it knows."""
     try:
@@ -308,10 +347,13 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
+        refused = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
+        if not (refused and is_pickled(path)):
             raise CommandError(f"{path} {_NO_CHECKPOINT}") from error
         raise CommandError(f"{path} {PICKLED}. If you trust where it comes from, add --trust-pickle") from error
     except Exception as error:  # torch reports a file that is none by many types
+        if isinstance(error, PermissionError):
+            raise CommandError(f"{path} cannot be read: {error.strerror}; change its permissions") from error
         if (other := _other_format(path)) is not None:
             raise CommandError(
                 f"{path} is {other}, which was not opened: save the weights, torch.save(model.state_dict(), path)"
@@ -327,9 +369,14 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
         _check_weights(path, content)
         return {"state_dict": dict(content)}
+    what = f"an object of type {type(content).__name__}"
+    if isinstance(content, Mapping):
+        what = (
+            f"a dict with the entries {quote_names([str(key) for key in content], 4)}" if content else "an empty dict"
+        )
     raise CommandError(
-        f"{path} holds neither a Lightning checkpoint nor a state dict, but a {type(content).__name__}; "
-        f"torch.save(model.state_dict(), path) makes one"
+        f"{path} holds neither a Lightning checkpoint nor a state dict, but {what}; torch.save(model.state_dict(), "
+        f"path) makes one"
     )
 
 
@@ -340,8 +387,8 @@ def _check_entries(path: Path, checkpoint: Mapping[Any, Any]) -> None:
         entry = checkpoint.get(name)
         if not (entry is None or (isinstance(entry, Mapping) and all(isinstance(key, str) for key in entry))):
             raise CommandError(
-                f"{path} is damaged: its entry {name!r} is a {type(entry).__name__}, not a dict with names; save it "
-                f"again"
+                f"{path} is damaged: its entry {name!r} is of type {type(entry).__name__}, not a dict with names; save "
+                f"it again"
             )
 
 
@@ -352,13 +399,13 @@ def _check_weights(path: Path, weights: Mapping[Any, Any]) -> None:
         # A module may keep anything as its extra state.
         if not isinstance(value, Tensor) and name.rpartition(".")[2] != _EXTRA_STATE:
             raise CommandError(
-                f"{path}: {name!r} in its state dict is a {type(value).__name__}, not a tensor; save "
+                f"{path}: {name!r} in its state dict is of type {type(value).__name__}, not a tensor; save "
                 f"model.state_dict() again"
             )
 
 
 def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[str, Any]) -> nn.Module:
-    """Construct the network of a checkpoint and load its weights.
+    """Construct the network of a checkpoint, with the gates that ChannelImportance gave it, and load its weights.
 
     Args:
         model: see :func:`build_model`; the hyper-parameters are those in the checkpoint.
@@ -369,8 +416,48 @@ def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[st
         CommandError: the network cannot be constructed, or the weights are those of another.
     """
     network = build_model(model, config, checkpoint.get("hyper_parameters"))
+    saved_gate_means(network, checkpoint)
     load_weights(network, checkpoint["state_dict"])
     return network
+
+
+def saved_gate_means(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Put gates into ``network`` where the checkpoint's has them; return what they let through in the fit.
+
+    Raises:
+        CommandError: the state of ChannelImportance is damaged or that of another network.
+    """
+    try:
+        return restore_gates(network, checkpoint)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def load_source(options: argparse.Namespace) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Network that ``SOURCE`` names, and the checkpoint that its weights are from; ``{}`` for one without a file.
+
+    Args:
+        options: ``source``, ``model``, ``config``, ``weights`` and ``trust_pickle``.
+
+    Raises:
+        CommandError: no such file or network, options that do not go together, or layers without values.
+    """
+    source: str = options.source
+    if ":" in source and not Path(source).exists():
+        if options.model is not None or options.config is not None:
+            raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
+        if options.weights is not None:
+            return load_named(source, options.weights, options.trust_pickle), {}
+        built = build_model(source)
+        if source.partition(":")[0] in _LIBRARIES:
+            print("weights       random; name a file, or trained weights with --weights DEFAULT")
+        return with_values(built), {}
+    if options.weights is not None:
+        raise CommandError(f"--weights belongs to torchvision:NAME and timm:NAME; {source} brings its own")
+    if not Path(source).exists():
+        raise CommandError(f"{source}: no such file, and none of {MODEL_SOURCES} either{suggest_source(source)}")
+    checkpoint = read_checkpoint(Path(source), options.trust_pickle)
+    return with_values(restore_model(options.model, options.config, checkpoint)), checkpoint
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -388,8 +475,9 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         given = {name.removeprefix(prefix): tensor for name, tensor in given.items() if name.startswith(prefix)}
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
-    shapes = {name: _shape(value) for name, value in model.state_dict().items()}
-    wrong = [n for n, key in own.items() if n in given and _shape(given[n]) != shapes[key]]
+    # A lazy layer takes the shape of what is loaded.
+    shapes = {name: _shape(value) for name, value in model.state_dict().items() if not is_lazy(value)}
+    wrong = [n for n, key in own.items() if n in given and key in shapes and _shape(given[n]) != shapes[key]]
     if missing or unexpected or wrong:
         parts = [f"{len(missing)} missing ({missing[0]!r}, ...)"] if missing else []
         parts += [f"{len(unexpected)} unknown ({unexpected[0]!r}, ...)"] if unexpected else []

@@ -16,10 +16,11 @@ import argparse
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lightning_filterdiv import __version__
 
-__all__ = ["COMMANDS", "DATA_SOURCES", "MODEL_SOURCES", "TRAINING", "parse"]
+__all__ = ["COMMANDS", "DATA_SOURCES", "LABELLED_SOURCES", "MODEL_SOURCES", "TRAINING", "parse"]
 
 #: Commands of LightningCLI, which parses their options itself.
 TRAINING = {
@@ -31,6 +32,7 @@ MODEL_SOURCES = "pkg.module:Class, torchvision:NAME or timm:NAME"
 DATA_SOURCES = (
     "digits, fashion_mnist, torchvision:NAME, pkg.module:Name (a data set or LightningDataModule), or a folder"
 )
+LABELLED_SOURCES = "digits, fashion_mnist, or pkg.module:Name of a data set or LightningDataModule"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -41,6 +43,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             return action.help
         default = " ".join(action.default) if isinstance(action.default, list) else "%(default)s"
         return f"{action.help} (default: {default})"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line; the usage of some commands is longer than a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -55,7 +64,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: status 0 after ``--help`` or ``--version``; 2 if the arguments are wrong, explained on stderr.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="filterdiv",
         description="Train convolutional networks with diverse filters, measure how alike filters are,\n"
         "and make networks smaller. Help for a command: filterdiv COMMAND --help",
@@ -131,12 +140,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 def _report(parser: argparse.ArgumentParser, folder: str) -> None:
     """Add the options of commands that look at networks and write a report."""
-    parser.add_argument(
-        "--weights",
-        metavar="NAME",
-        help="trained weights of torchvision:NAME or timm:NAME; DEFAULT is the choice of the library. They are "
-        "downloaded unless they are on this machine",
-    )
+    _weights(parser)
     parser.add_argument(
         "--data",
         metavar="SOURCE",
@@ -154,12 +158,13 @@ def _report(parser: argparse.ArgumentParser, folder: str) -> None:
 
 def _merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="Lightning checkpoint from the end of a fit with CentripetalSGD; with --twins a file with any weights",
+        "source",
+        metavar="SOURCE",
+        help="Lightning checkpoint from the end of a fit with CentripetalSGD; with --twins also a file with any "
+        f"weights, {MODEL_SOURCES}",
     )
     _model(parser)
+    _weights(parser)
     _input_shape(parser, "the checkpoint or the network")
     parser.add_argument(
         "--twins",
@@ -169,6 +174,10 @@ def _merge(parser: argparse.ArgumentParser) -> None:
         metavar="COSINE",
         help="merge filters of any network whose cosine similarity is at least COSINE, 0.99 if none is given",
     )
+    parser.add_argument(
+        "--network", metavar="NAME", help="with --twins: merge only in this submodule, such as backbone"
+    )
+    _layers(parser, "with --twins: ")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -186,11 +195,14 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     _input_shape(parser, "the network")
     parser.add_argument("--network", metavar="NAME", help="prune only this submodule, for example backbone")
+    _weights(parser)
     parser.add_argument(
         "--keep-fraction",
-        type=float,
-        metavar="SHARE",
-        help="keep this SHARE of each layer's channels (give this or a --target)",
+        action="append",
+        type=_share,
+        metavar="[PATTERN=]SHARE",
+        help="keep this SHARE of each layer's channels (give this or a --target). Repeat the option for several "
+        "patterns: --keep-fraction 'layer1.*=0.75' --keep-fraction 'layer2.*=0.5'",
     )
     parser.add_argument("--target-macs", type=float, metavar="SHARE", help="end at this SHARE of the network's MACs")
     parser.add_argument(
@@ -198,9 +210,10 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--importance",
-        choices=("l1", "l2", "bn_scale", "taylor", "redundancy", "random"),
+        choices=("l1", "l2", "bn_scale", "taylor", "gates", "redundancy", "random"),
         default="l2",
-        help="measure by which channels are ranked; the lowest are removed",
+        help="measure by which channels are ranked; the lowest are removed. taylor needs --data; gates needs a "
+        "checkpoint of a fit with ChannelImportance as SOURCE, and measures gates anew with --data",
     )
     parser.add_argument(
         "--scope",
@@ -217,9 +230,9 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     _layers(parser)
     parser.add_argument(
         "--data",
-        metavar="pkg.module:Name",
-        help="data set or LightningDataModule of (inputs, labels). It is needed for --importance taylor, corrects "
-        "biases by the means of removed channels, and gives the accuracy before and after",
+        metavar="SOURCE",
+        help=f"(inputs, labels): {LABELLED_SOURCES}. At most 16 batches are measured, for --importance taylor and for "
+        "the means of removed channels, which correct biases; all validation data give the accuracy before and after",
     )
     _seed(parser, "--importance random and the order of the data")
     _form(parser)
@@ -256,6 +269,15 @@ def _model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="trained weights of torchvision:NAME or timm:NAME; DEFAULT is the choice of the library. They are "
+        "downloaded unless they are on this machine",
+    )
+
+
 def _input_shape(parser: argparse.ArgumentParser, known_by: str) -> None:
     parser.add_argument(
         "--input-shape",
@@ -265,11 +287,14 @@ def _input_shape(parser: argparse.ArgumentParser, known_by: str) -> None:
     )
 
 
-def _layers(parser: argparse.ArgumentParser) -> None:
+def _layers(parser: argparse.ArgumentParser, when: str = "") -> None:
     parser.add_argument(
-        "--include", nargs="+", metavar="PATTERN", help="use only layers whose names match, for example 'layer1.*'"
+        "--include",
+        nargs="+",
+        metavar="PATTERN",
+        help=f"{when}use only layers whose names match, for example 'layer1.*'",
     )
-    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="leave out layers whose names match")
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help=f"{when}leave out layers whose names match")
 
 
 def _root(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +352,17 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _share(text: str) -> tuple[str, float]:
+    """Pattern (empty: all layers) and share."""
+    pattern, _, number = text.rpartition("=")
+    try:
+        return pattern, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a share such as 0.5 or PATTERN=SHARE such as 'layer1.*=0.5', got {text!r}"
+        ) from None
+
+
 #: Name of a command -> its line of help, more about it with an example, and what adds its options. Module ``NAME``
 #: beside this one runs it.
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -355,14 +391,17 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
     ),
     "merge": (
         "merge a CentripetalSGD checkpoint into a narrower network",
-        "The outputs of both networks are compared before anything is written.\n\n"
-        "  filterdiv merge end.ckpt --model my_package.nets:Net --out narrow.pt",
+        "The outputs of both networks are compared before anything is written. With --twins any network will do.\n\n"
+        "  filterdiv merge end.ckpt --model my_package.nets:Net --out narrow.pt\n"
+        "  filterdiv merge torchvision:resnet18 --weights DEFAULT --input-shape 1,3,224,224 --twins --out narrow.pt",
         _merge,
     ),
     "prune": (
         "remove the least important channels of a network",
-        "Pruning changes the outputs: train the narrow network afterwards.\n\n"
-        "  filterdiv prune torchvision:resnet18 --input-shape 1,3,224,224 --target-macs 0.5 --out narrow.pt",
+        "The plan is printed first. Pruning changes the outputs: train the narrow network afterwards.\n\n"
+        "  filterdiv prune end.ckpt --model my_package.nets:Net --target-macs 0.5 --out narrow.pt\n"
+        "  filterdiv prune torchvision:resnet18 --weights DEFAULT --input-shape 1,3,224,224 --target-macs 0.5 "
+        "--out narrow.pt",
         _prune,
     ),
     "entropy": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
@@ -202,6 +203,8 @@ class EntropyDepthBound(FilterCallback):
             if not isinstance(packed, list) or len(packed) != len(Measurement._fields):
                 raise TypeError(f"measured must be a list of {', '.join(Measurement._fields)}, got {packed!r}")
             entropy, std, n_images, source, notes = packed
+            if not (math.isfinite(entropy) and math.isfinite(std) and entropy >= 0):
+                raise ValueError(f"entropy must be a finite number >= 0, got {entropy!r} (std {std!r})")
             measured = Measurement(float(entropy), float(std), int(n_images), str(source), tuple(notes))
         if state.get("max_images", self.max_images) != self.max_images:
             measured = None
@@ -240,5 +243,5 @@ def _from_rank_zero(trainer: pl.Trainer, action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if message:
-        raise RuntimeError(f"rank 0 failed: {message}")
+        raise RuntimeError(f"EntropyDepthBound failed on rank 0: {message}")
     return cast(T, result)

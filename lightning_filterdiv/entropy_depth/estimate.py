@@ -92,11 +92,9 @@ def measure(source: ImageSource, progress: bool = True) -> Measurement:
     with preserve_rng_state(*source.generators), line as batches:
         for images in batches:
             try:
-                statistics.add(image_entropy(images))
+                statistics.add(image_entropy(images, first=statistics.count))
             except ValueError as error:
-                raise ImageDataError(
-                    f"{source.description}, in the {len(images)} images after the first {statistics.count:,}: {error}"
-                ) from error
+                raise ImageDataError(f"{source.description}: {error}") from error
             check.update(images)
     if statistics.count == 0:
         raise ImageDataError(

@@ -27,7 +27,7 @@ _CHUNK = 1 << 20
 _LEVELS = 256
 
 
-def image_entropy(images: Tensor) -> Tensor:
+def image_entropy(images: Tensor, *, first: int = 0) -> Tensor:
     """Shannon entropy of the histogram of values of each image, in nats.
 
     ``H = -sum_v p_v ln p_v`` with ``p_v`` the fraction of the image's entries (all channels pooled) that equal ``v``
@@ -36,13 +36,14 @@ def image_entropy(images: Tensor) -> Tensor:
 
     Args:
         images: ``(N, ...)``, any real dtype and device; one bincount per chunk for ``uint8``, else a sort.
+        first: number of the first one, for errors.
 
     Returns:
         ``(N,)`` float64 on the same device.
 
     Raises:
         TypeError: complex numbers.
-        ValueError: no axis for ``N``, images without entries, or NaN or infinite values; with the image's index.
+        ValueError: no axis for ``N``, images without entries, or NaN or infinite values; with the image's number.
     """
     if images.ndim < 2:
         raise ValueError(f"images must be (N, ...) with at least one axis per image, got shape {tuple(images.shape)}")
@@ -63,7 +64,7 @@ def image_entropy(images: Tensor) -> Tensor:
     for start in range(0, count, rows):
         part = flat[start : start + rows]
         if part.is_floating_point():
-            _require_finite(part, start)
+            _require_finite(part, first + start)
         result[start : start + rows] = (
             _entropy_of_bytes(part) if part.dtype == torch.uint8 else _entropy_of_values(part)
         )
@@ -73,9 +74,9 @@ def image_entropy(images: Tensor) -> Tensor:
 def _require_finite(part: Tensor, start: int) -> None:
     bad = ~torch.isfinite(part).all(dim=1)
     if bool(bad.any()):
-        first = int(bad.nonzero()[0, 0])
-        values = "NaN" if bool(part[first].isnan().any()) else "infinite values"
-        raise ValueError(f"image {start + first} holds {values}: it has no entropy. Repair or remove it")
+        index = int(bad.nonzero()[0, 0])
+        values = "NaN values" if bool(part[index].isnan().any()) else "infinite values"
+        raise ValueError(f"image {start + index} holds {values}, which have no entropy. Repair or remove it")
 
 
 def _entropy_of_bytes(part: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ _SMALL_SHARE = 0.1
 class ExpandNet(FilterCallback):
     """Train over-parameterised, keep the compact network (ExpandNets, Guo et al., NeurIPS 2020).
 
-    Layers are expanded in ``setup``, before ``configure_optimizers``, and contracted when the fit ends, however it
-    ends. ``state_dict`` shows the compact network all the time: every checkpoint loads into the model's own class,
-    with or without this callback; the factors are in the callback's state, so that a resume with it is exact.
+    Layers are expanded in ``setup``, before ``configure_optimizers``. They are contracted when the fit ends, also after
+    an error. ``state_dict`` always shows the compact network, so every checkpoint loads into the model's own class,
+    with or without this callback. The callback's state holds the factors, so a resume with it is exact.
 
     Args:
         kind: ``"CL"``: 1x1, k x k, 1x1 for each convolution larger than 1x1; ``"CK"``: 3x3 convolutions for kernels of
@@ -40,7 +40,7 @@ class ExpandNet(FilterCallback):
         initial: ``"keep"``: start from the weights that the network has; ``"fresh"``: draw new ones.
         expand_image: expand convolutions that read at most 3 channels to ``rate`` times as many, too. By default their
             first factor keeps that number, and with ``CK`` they start from new weights.
-        include: patterns of layers; ``None`` for all that ``kind`` means.
+        include: patterns of layers; ``None`` for all layers of ``kind``.
         exclude: patterns of layers to leave as they are.
         seed: of the factors.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.

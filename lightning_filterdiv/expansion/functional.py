@@ -189,7 +189,7 @@ def draw_factors(
     if target is None:
         return factors
     if not bool(target.isfinite().all()):
-        raise ValueError("the weights contain NaN or inf: the training has diverged")
+        raise ValueError("it contains NaN or inf. Load weights that are finite, or take initial='fresh'")
     drawn = compose_chain(factors, groups=groups)[0]
     missing = target - drawn
     if kind == "CK":

@@ -302,9 +302,9 @@ def expand(
     Nothing is between the factors; grouped layers have grouped factors. Call it before the optimizer is made.
 
     A convolution that reads at most 3 channels keeps their number in its first factor, as in the released CIFAR
-    networks. ``CK`` factors of that size cannot compose to the kernel that such a layer has: it starts from new
-    weights, with a warning, or stays as it is where it is frozen. ``expand_image=True`` expands it like the others, as
-    the released MobileNets and ShuffleNet do.
+    networks. ``CK`` factors of that size cannot compose to such a layer's kernel. The layer then starts from new
+    weights, with a warning; a frozen layer is not expanded. ``expand_image=True`` expands it like the others, as the
+    released MobileNets and ShuffleNet do.
 
     Args:
         model: the network (a ``LightningModule`` works too).

@@ -29,6 +29,7 @@ from lightning_filterdiv.monitor.layout import custom_scalars_layout, tag_names
 from lightning_filterdiv.monitor.loggers import ArgumentRecord, FigureWriter
 from lightning_filterdiv.monitor.replay import FixedBatch
 from lightning_filterdiv.monitor.views import view_layer
+from lightning_filterdiv.selection import quote_names
 from lightning_filterdiv.similarity import cosine_similarity, expected_abs_cosine
 from lightning_filterdiv.tensors.arguments import check_flag, check_integer
 from lightning_filterdiv.training.callback import FilterCallback
@@ -57,21 +58,22 @@ class FilterSimilarityMonitor(FilterCallback):
     ``filterdiv_figures/...`` shows some layers filter by filter. Filters that a callback (RePr) has taken out do not
     count while they are out: all numbers are those of the network without them.
 
-    It reads weights, changes nothing, and costs nothing on the epochs between. Rank 0 only. A figure or number that
-    cannot be measured, drawn or written (a full disk, no permission, a logger without its server) does not stop
-    training: the first failure of each kind is a warning.
+    The monitor changes nothing, and costs nothing in epochs without a snapshot. Under DDP the layers are divided among
+    the ranks for the numbers. Rank 0 alone draws, measures activations and writes. A figure or number that cannot be
+    measured, drawn or written (a full disk, no permission, a logger without its server) does not stop training. The
+    first failure of each kind causes a warning.
 
     Args:
-        every_n_epochs: how often to look.
+        every_n_epochs: epochs between two snapshots.
         scalars: log numbers.
-        figures: draw.
-        figures_every_n_looks: draw at the first look, at every so-manieth after it, and at the last one.
-        max_figures: heat maps and kernels of at most so many layers, evenly spaced from the first to the last; the same
-            ones for the whole fit.
+        figures: draw figures.
+        figures_every_n_looks: snapshots between two drawings. The first and the last snapshot are always drawn.
+        max_figures: largest number of layers whose heat map and kernels are drawn. They are evenly spaced from the
+            first layer to the last, and the same for the whole fit.
         figure_layers: patterns of the layers to draw, at most ``max_figures`` of them, instead of this choice.
-        activations: also measure what the filters compute: the absolute correlation between the channels of each layer
-            on a fixed batch, the first of validation; without validation, ``example_input_array``. One forward pass
-            in evaluation mode per look.
+        activations: also measure the absolute correlation between the channels of each layer. It is measured on the
+            first validation batch, without validation on ``example_input_array``, by one forward pass in evaluation
+            mode per snapshot.
         include: patterns of layers; ``None`` for every ``Conv1d/2d/3d``, frozen ones too.
         exclude: patterns of layers to leave out.
 
@@ -127,10 +129,13 @@ class FilterSimilarityMonitor(FilterCallback):
         self._batch = FixedBatch(pl_module) if self.activations and trainer.is_global_zero else None
         dry = bool(getattr(trainer, "fast_dev_run", False))
         if trainer.is_global_zero and not dry:
-            self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
-            shown = [f"{_NETWORK}/{name}" for name in METRICS] if self.scalars else []
-            for logger in trainer.loggers:
-                self.attempt("hyper-parameters", partial(self._record.write, logger, shown))
+            self.attempt("hyper-parameters", partial(self._write_arguments, trainer, pl_module))
+
+    def _write_arguments(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._record = ArgumentRecord(self._others(trainer), pl_module, getattr(trainer, "datamodule", None))
+        shown = [f"{_NETWORK}/{name}" for name in METRICS] if self.scalars else []
+        for logger in trainer.loggers:
+            self.attempt("hyper-parameters", partial(self._record.write, logger, shown))
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the loggers and look before the first step, so that every plot has its starting point."""
@@ -138,7 +143,8 @@ class FilterSimilarityMonitor(FilterCallback):
             self._named = [name for name in select_filters(pl_module, self.figure_layers) if name in self.layers]
             if not self._named:
                 raise NoLayersError(
-                    f"figure_layers={self.figure_layers!r} names only layers that include and exclude leave out"
+                    f"figure_layers={self.figure_layers!r} names only layers that include and exclude leave out; name "
+                    f"some of {quote_names(list(self.layers))}"
                 )
         if self._record is not None:
             self._record.close()
@@ -229,7 +235,7 @@ class FilterSimilarityMonitor(FilterCallback):
             self._draw_all(trainer, "at the end", dropped, self._correlations(trainer, dropped))
 
     def should_log(self, completed: int) -> bool:
-        """The decision, to be overridden: whether to look when ``completed`` epochs are done."""
+        """True if a snapshot is due after ``completed`` epochs. An override must answer alike on all ranks."""
         return completed % self.every_n_epochs == 0
 
     def _is_last(self, trainer: pl.Trainer, completed: int) -> bool:
@@ -263,12 +269,12 @@ class FilterSimilarityMonitor(FilterCallback):
     # ------------------------------------------------------------------ what
 
     def _take_snapshot(self, trainer: pl.Trainer, epoch: int, when: str) -> None:
-        if not trainer.is_global_zero:
-            return
         dropped = collect_dropped(self._others(trainer), self.layers)
-        metrics = redundancy_metrics(self.layers, dropped)
+        metrics = redundancy_metrics(self.layers, dropped, among_ranks=trainer.world_size > 1)
         ratios = {name: row["cosine_over_chance"] for name, row in metrics.items()}
         self._snapshots.append(Snapshot(epoch, trainer.global_step, ratios))
+        if not trainer.is_global_zero:
+            return
         draws = self._writer is not None and (
             (len(self._snapshots) - 1) % self.figures_every_n_looks == 0 or self._is_last(trainer, epoch)
         )

@@ -71,7 +71,11 @@ def comparison_summary(pairs: Sequence[Both]) -> str:
     """The difference in two sentences, over the layers that both have."""
     common = [(a, b) for _, a, b in pairs if a is not None and b is not None and min(a.filters, b.filters) > 1]
     lonely = [sum(pair[1 + side] is None for pair in pairs) for side in (1, 0)]
-    tail = f" {_layers(lonely[0])} only in A, {lonely[1]} only in B." if any(lonely) else ""
+    tail = (
+        f" {_layers(lonely[0])} {'is' if lonely[0] == 1 else 'are'} only in A, {lonely[1]} only in B."
+        if any(lonely)
+        else ""
+    )
     if not common:
         return f"The networks have no layer of one name in common.{tail}"
     ratios = [[row.over_chance for row in side] for side in zip(*common, strict=True)]
@@ -80,13 +84,13 @@ def comparison_summary(pairs: Sequence[Both]) -> str:
     twins = [sum(row.twins for row in side) for side in zip(*common, strict=True)]
     return (
         f"Two filters of a layer are {means[0]:.2f} times as alike as random ones in A and {means[1]:.2f} times in B "
-        f"(mean of {len(common)} layers). In B {_layers(more)} more than a tenth more alike, {less} less. {twins[0]} "
-        f"filters of A and {twins[1]} of B have a twin.{tail}"
+        f"(mean of {len(common)} layers). The filters of {_layers(more)} are over a tenth more alike in B, those of "
+        f"{_layers(less)} over a tenth less. {twins[0]} filters of A and {twins[1]} of B have a twin.{tail}"
     )
 
 
 def _layers(count: int) -> str:
-    return f"{count} layer is" if count == 1 else f"{count} layers are"
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def comparison_text(pairs: Sequence[Both], heading: str) -> str:

@@ -68,7 +68,7 @@ class ReportsDeviation(Protocol):
 
 @runtime_checkable
 class ReportsDropped(Protocol):
-    """A callback that takes filters out of the network for a while."""
+    """A callback that takes filters out of the network for a while; every rank of a fit gives the same answer."""
 
     def filterdiv_dropped(self) -> dict[str, list[tuple[str, int, list[int]]]]:
         """What is out at the moment, as (tensor, dim, indices): under ``silent`` rows of tensors that are zero, under

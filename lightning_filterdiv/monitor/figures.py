@@ -47,15 +47,16 @@ _MOSAIC_KERNELS = 256
 _DIRECTIONS = 32
 _ITERATIONS = 8  # of the subspace: more would not show
 _HEAT_MAP_CELLS = 400
+_TITLE = 56  # characters of a title's line that fit at full size
 _TICKS = 4  # at most, per axis: drawing labels takes longer than drawing the picture
 # A square figure under a title of three lines, in fractions of its side. These figures are alike but for the width of
 # their tick labels: laying each out anew takes half of the time it takes to draw it.
 _MARGIN, _BELOW_TITLE = 0.0116, 0.854
 
 
-def new_figure(height: float, *, layout: Literal["constrained", "none"] = "constrained") -> Figure:
-    """An empty white figure 3.6 inches wide and ``height`` inches high; ``none``: its axes are placed by hand."""
-    figure = Figure(figsize=(3.6, height), dpi=180, facecolor="white")
+def new_figure(height: float, *, width: float = 3.6, layout: Literal["constrained", "none"] = "constrained") -> Figure:
+    """An empty white figure of ``height`` and ``width`` inches; layout ``none``: its axes are placed by hand."""
+    figure = Figure(figsize=(width, height), dpi=180, facecolor="white")
     figure.set_layout_engine(layout)
     return figure
 
@@ -79,8 +80,9 @@ def shorten(name: str, limit: int = 17) -> str:
 
 
 def title(figure: Figure, *lines: str) -> None:
-    """Say what is seen, over the whole width of the figure; empty lines are left out."""
-    text = figure.suptitle("\n".join(line for line in lines if line), x=0.02, ha="left", fontsize=8)
+    """Say what is seen, over the whole width of the figure; empty lines are left out, long ones are written smaller."""
+    size = 8 * min(1.0, _TITLE / max(1, *map(len, lines)))
+    text = figure.suptitle("\n".join(line for line in lines if line), x=0.02, ha="left", fontsize=size)
     if figure.get_layout_engine() is None:
         text.set_y(1 - _MARGIN)
 

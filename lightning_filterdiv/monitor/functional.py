@@ -1,16 +1,16 @@
-"""Redundancy of filters as numbers, batched over layers of one shape. No Lightning here."""
+"""Redundancy of filters as numbers. No Lightning here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_filterdiv.filters import Conv, filter_matrix
 from lightning_filterdiv.similarity import expected_abs_cosine
-from lightning_filterdiv.tensors.stacking import group_by
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = ["METRICS", "NEAR_DUPLICATE", "Dropped", "effective_rank_of_gram", "live_filters", "redundancy_metrics"]
 
@@ -27,11 +27,13 @@ METRICS = {
 #: Filters or channels count as twins from this |cos| or |correlation| on.
 NEAR_DUPLICATE = 0.9
 _DEAD = 1e-3
+_Part = Literal["both", "cosines", "rank"]
+_START = 1e7  # what starting the operations of a layer costs, in multiplications of a Gram matrix
 _BLOCK = 128  # rows of a Gram matrix at a time: it stays in the cache, and its upper half is not computed
 
 
 class Dropped(NamedTuple):
-    """What a callback has taken out of a layer for the moment.
+    """Filters and inputs of a layer that a callback has dropped for a time.
 
     Attributes:
         filters: indices of filters that are silenced.
@@ -75,7 +77,7 @@ def _kept(count: int, gone: Sequence[int], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def redundancy_metrics(
-    layers: Mapping[str, Conv], dropped: Mapping[str, Dropped] | None = None
+    layers: Mapping[str, Conv], dropped: Mapping[str, Dropped] | None = None, *, among_ranks: bool = False
 ) -> dict[str, dict[str, float]]:
     """Measure how redundant the filters of each layer are.
 
@@ -83,85 +85,102 @@ def redundancy_metrics(
         layers: name -> convolution.
         dropped: name -> filters and input channels that do not count; the numbers are those of the network without
             them.
+        among_ranks: divide the layers among the ranks of the default process group, all of which must call this.
 
     Returns:
-        name -> metric -> value, metrics as in :data:`METRICS`. A layer of one filter has cosine 0. Layers of equal
-        ``(J, d)`` are one batch and come to the host in one copy.
+        name -> metric -> value, metrics as in :data:`METRICS`. A layer of one filter has cosine 0. Every layer is
+        measured by itself: its numbers do not depend on the others, nor on the number of ranks.
     """
     gone = dropped or {}
-    matrices = {name: live_filters(conv, gone.get(name)) for name, conv in layers.items()}
+    shapes = {name: _live_shape(conv, gone.get(name)) for name, conv in layers.items()}
+    costs = {(name, part): cost for name, shape in shapes.items() for part, cost in _costs(*shape).items()}
+
+    def measure(item: tuple[str, _Part]) -> dict[str, float]:
+        name, part = item
+        return _measure(live_filters(layers[name], gone.get(name)), part)
+
+    measured = share(costs, measure, among_ranks=among_ranks)
     values: dict[str, dict[str, float]] = {}
-    for batch in group_by(matrices.items(), lambda item: (item[1].shape, item[1].dtype, item[1].device)):
-        measured = _measure([matrix for _, matrix in batch]).tolist()
-        for (name, matrix), row in zip(batch, measured, strict=True):
-            values[name] = {"cosine_over_chance": row[0] / expected_abs_cosine(max(1, matrix.shape[1]))}
-            values[name] |= dict(zip(list(METRICS)[1:], row, strict=True))
-    return {name: values[name] for name in layers}
+    for name, (_, fan_in) in shapes.items():
+        found = {metric: value for part in _costs(*shapes[name]) for metric, value in measured[name, part].items()}
+        found["cosine_over_chance"] = found["mean_abs_cosine"] / expected_abs_cosine(max(1, fan_in))
+        values[name] = {metric: found[metric] for metric in METRICS}
+    return values
 
 
-def _measure(matrices: Sequence[Tensor]) -> Tensor:
-    """``B`` matrices ``(J, d)`` -> ``(B, len(METRICS) - 1)`` in float64, without the quotient of the first two."""
-    count, fan_in = matrices[0].shape
-    if count == 0 or fan_in == 0:
-        return torch.zeros(len(matrices), len(METRICS) - 1, dtype=torch.float64)
-    with torch.autocast(matrices[0].device.type, enabled=False):
+def _live_shape(conv: Conv, dropped: Dropped | None) -> tuple[int, int]:
+    """Shape of :func:`live_filters`."""
+    count, fan_in = filter_matrix(conv).shape
+    gone = dropped or Dropped()
+    return count - len(set(gone.filters)), fan_in - _positions(conv) * len(set(gone.inputs))
+
+
+def _costs(count: int, fan_in: int) -> dict[_Part, float]:
+    """Parts that are measured apart, and what they cost: cosines and rank of many short filters share no product."""
+    short, long = sorted((count, fan_in))
+    of_rank = short**2 * long + 4.0 * short**3 + _START
+    return {"both": of_rank} if count <= fan_in else {"cosines": count**2 * fan_in / 3 + _START, "rank": of_rank}
+
+
+def _measure(matrix: Tensor, part: _Part) -> dict[str, float]:
+    """``(J, d)`` -> the metrics of this part."""
+    measured = list(METRICS)[1:]
+    names = [name for name in measured if part == "both" or (name == "effective_rank") == (part == "rank")]
+    if 0 in matrix.shape:
+        return dict.fromkeys(names, 0.0)
+    with torch.autocast(matrix.device.type, enabled=False):
         # In float64 squares of float32 neither under- nor overflow, and singular values can come from Gram matrices.
-        filters = matrices[0].new_empty((len(matrices), count, fan_in), dtype=torch.float64)
-        torch._foreach_copy_(list(filters.unbind()), list(matrices))
-        if matrices[0].dtype == torch.float64:
-            peak = filters.abs().amax(dim=(-2, -1), keepdim=True)
-            filters /= torch.where(peak > 0, peak, 1.0)
-        return _of_wide(filters)
+        filters = matrix.double()
+        if matrix.dtype == torch.float64:
+            peak = filters.abs().max()
+            filters = filters / torch.where(peak > 0, peak, 1.0)
+        count, fan_in = filters.shape
+        gram = None if part == "cosines" else _lower_gram(filters if count <= fan_in else filters.mT)
+        norm = torch.linalg.vector_norm(filters, dim=-1) if gram is None else gram.diagonal().clamp_min(0.0).sqrt()
+        if not bool(norm.isfinite().all()):  # LAPACK raises on NaN
+            return dict.fromkeys(names, torch.nan)
+        found = {} if part == "rank" else _cosines(filters, norm, gram if part == "both" else None)
+        if gram is not None:
+            found["effective_rank"] = effective_rank_of_gram(gram) / min(count, fan_in)
+        return dict(zip(names, torch.stack([found[name] for name in names]).tolist(), strict=True))
 
 
-def _of_wide(filters: Tensor) -> Tensor:
-    count, fan_in = filters.shape[-2:]
-    gram = _lower_gram(filters if count <= fan_in else filters.mT)
-    if count <= fan_in:
-        norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    else:
-        norm = torch.linalg.vector_norm(filters, dim=-1)
-    finite = norm.isfinite().all(dim=-1)
-    if not bool(finite.all()):
-        # LAPACK raises on NaN: a diverged layer is measured as zeros and answered with NaN; the other layers stay.
-        gram[~finite], norm[~finite], filters[~finite] = 0.0, 0.0, 0.0
+def _cosines(filters: Tensor, norm: Tensor, gram: Tensor | None) -> dict[str, Tensor]:
+    """The metrics of cosines and norms; ``gram``: ``W W^T``, where the filters are few."""
+    count = len(filters)
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
     # The Gram matrix of few filters holds their cosines; that of many is one of weights, and single precision will do.
-    unit = None if count <= fan_in else (filters * inverse[..., None]).float()
-    total = filters.new_zeros(len(filters))
-    nearest = filters.new_zeros(filters.shape[:2])
+    unit = None if gram is not None else (filters * inverse[:, None]).float()
+    total = filters.new_zeros(())
+    nearest = filters.new_zeros(count)
     for start in range(0, count, _BLOCK):
         rows, before = slice(start, start + _BLOCK), slice(0, min(start + _BLOCK, count))
         if unit is None:
-            overlap = (gram[:, rows, before] * inverse[:, rows, None] * inverse[:, None, before]).abs_()
+            assert gram is not None
+            overlap = (gram[rows, before] * inverse[rows, None] * inverse[None, before]).abs_()
         else:
-            overlap = (unit[:, rows] @ unit[:, before].mT).abs_()
+            overlap = (unit[rows] @ unit[before].mT).abs_()
         overlap = overlap.clamp_max_(1.0).tril_(start - 1)
-        total += 2 * overlap.sum(dim=(-2, -1))
-        torch.maximum(nearest[:, rows], overlap.amax(dim=-1), out=nearest[:, rows])
-        torch.maximum(nearest[:, before], overlap.amax(dim=-2), out=nearest[:, before])
-    own = (norm <= 0).sum(dim=-1)  # |0 - 1| for a zero filter, whose own cosine is 0
-    measured = torch.stack(
-        [
-            total / max(1, count * (count - 1)),
-            nearest.amax(dim=-1),
-            (total + own) / count**2,
-            effective_rank_of_gram(gram) / min(count, fan_in),
-            (nearest > NEAR_DUPLICATE).double().mean(dim=-1),
-            (norm <= _DEAD * norm.median(dim=-1, keepdim=True).values).double().mean(dim=-1),
-        ],
-        dim=-1,
-    )
-    return measured.masked_fill(~finite[:, None], torch.nan)
+        total += 2 * overlap.sum()
+        torch.maximum(nearest[rows], overlap.amax(dim=-1), out=nearest[rows])
+        torch.maximum(nearest[before], overlap.amax(dim=-2), out=nearest[before])
+    own = (norm <= 0).sum()  # |0 - 1| for a zero filter, whose own cosine is 0
+    return {
+        "mean_abs_cosine": total / max(1, count * (count - 1)),
+        "max_abs_cosine": nearest.amax(),
+        "orthogonality_score": (total + own) / count**2,
+        "near_duplicates": (nearest > NEAR_DUPLICATE).double().mean(),
+        "dead_filters": (norm <= _DEAD * norm.median()).double().mean(),
+    }
 
 
 def _lower_gram(rows: Tensor) -> Tensor:
-    """``(B, n, m) -> (B, n, n)``: ``rows rows^T`` in blocks; of blocks above the diagonal, zeros."""
-    count = rows.shape[-2]
-    gram = rows.new_zeros((*rows.shape[:-1], count))
+    """``(n, m) -> (n, n)``: ``rows rows^T`` in blocks; of blocks above the diagonal, zeros."""
+    count = len(rows)
+    gram = rows.new_zeros((count, count))
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
-        gram[:, start:stop, :stop] = rows[:, start:stop] @ rows[:, :stop].mT
+        gram[start:stop, :stop] = rows[start:stop] @ rows[:stop].mT
     return gram
 
 

@@ -11,14 +11,16 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lightning_filterdiv.monitor.events import Deviations, FilterEvent
 from lightning_filterdiv.monitor.figures import BLUE, RED, new_figure, shorten, title
 
 __all__ = ["Snapshot", "depth_colour", "deviation_curves", "dropped_filters", "network_summary"]
 
-_LABELLED_ROWS = 27
-_ROWS = 2.5  # inches, at most, of the rows of a summary
+_CARD = (4.9, 2.7)  # inches
+_LABELLED_ROWS = 21
+_LARGE_ROWS = 12
 _LEAST = -3  # log2 of |cos| over chance: a layer of orthogonal filters would stretch the scale without end
 _LEGEND = 12  # names
 _FLOOR = 1e-9  # a deviation of exactly 0 on a log axis
@@ -45,7 +47,7 @@ class Snapshot(NamedTuple):
 def network_summary(
     looks: Sequence[Snapshot], events: Sequence[FilterEvent] = (), deviations: Deviations | None = None
 ) -> Figure:
-    """All layers over the epochs: colour is mean ``|cos|`` over chance, the total above, events as lines.
+    """All layers over the epochs: colour is mean ``|cos|`` over chance, the total beside it, events as lines.
 
     The colour scale is logarithmic, so that a layer at 15 times chance does not drown those at 1.5 times. Chance is in
     its middle: orange layers are more alike than random filters, purple ones more diverse. Grey: a single filter.
@@ -53,55 +55,57 @@ def network_summary(
     Args:
         looks: at least one, epochs ascending; rows are the layers of the last one.
         events: moments to mark.
-        deviations: by layer; the largest one and its forecast are drawn on a log axis under the same epochs.
+        deviations: by layer; the largest one and its forecast are drawn on a log axis over the same epochs.
     """
     layers = list(looks[-1].over_chance)
     values = np.array([[look.over_chance.get(layer, np.nan) for look in looks] for layer in layers], dtype=float)
     # A layer without a pair of filters has no ratio.
     paired = np.where((values > 0).any(axis=1))[0]
     totals = values[paired if len(paired) else slice(None)].mean(axis=0)
-    # Time Series fits pictures into cards that are wider than high: a tall one would be unreadable there.
-    above, rows, below = 0.6, min(_ROWS, 0.17 * max(5, len(layers))), 0.7 if deviations else 0.0
-    figure = new_figure(1.35 + above + rows + below)
-    heights = [above, rows, *([below] if deviations else [])]
-    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    upper, axes = panels[0], panels[1]
+    # Time Series fits pictures into cards of this shape: a tall one would be unreadable there.
+    figure = new_figure(_CARD[1], width=_CARD[0])
+    panels = figure.subplot_mosaic(
+        [["layers", "total"], ["layers", "deviation"]] if deviations else [["layers", "total"]],
+        sharex=True,
+        width_ratios=[1.5, 1],
+    )
+    axes, total = panels["layers"], panels["total"]
     epochs = np.array([look.epoch for look in looks], dtype=float)
     # A look fills the time since the one before it; what happens after epoch e stands between the looks at e and e + 1.
     edges = np.concatenate([[epochs[0] - 0.5], epochs + 0.5])
-    upper.plot(epochs, totals, color=BLUE, linewidth=1.6, marker="o", markersize=2.5)
-    upper.axhline(1.0, color=RED, linestyle=(0, (3, 1.5)), linewidth=1.0)
-    upper.margins(y=0.25)
-    upper.set_ylabel("mean of\nall layers", fontsize=7)
-    upper.tick_params(labelsize=7)
-    upper.spines[["top", "right"]].set_visible(False)
+    total.plot(epochs, totals, color=BLUE, linewidth=1.6, marker="o", markersize=2.5)
+    total.axhline(1.0, color=RED, linestyle=(0, (3, 1.5)), linewidth=1.0)
+    total.margins(y=0.25)
+    total.set_title("mean of all layers", fontsize=7, loc="right")
     norm = _ratio_scale(values)
     colours = colormaps["PuOr_r"].with_extremes(bad="0.6")
     drawn = np.ma.masked_invalid(np.log2(np.where(values > 0, values, np.nan)))
     mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), drawn, cmap=colours, norm=norm)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02, ticks=_ratio_ticks(norm), extend="min")
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05, ticks=_ratio_ticks(norm), extend="min")
     bar.ax.minorticks_off()
     bar.ax.set_yticklabels([f"{2.0**tick:g} x" for tick in _ratio_ticks(norm)])
     bar.ax.tick_params(labelsize=7)
     stride = -(-len(layers) // _LABELLED_ROWS)
     axes.set_yticks(np.arange(0, len(layers), stride) + 0.5, [shorten(layer) for layer in layers[::stride]])
     axes.invert_yaxis()
-    axes.tick_params(axis="x", labelsize=7)
-    axes.tick_params(axis="y", labelsize=7 if len(layers) <= _ROWS / 0.15 else 5.5)
     axes.set_xlim(edges[0], edges[-1])
-    marked = _mark(axes, upper, events)
-    change = " → ".join(f"{total:.2f} x" for total in (totals if len(looks) < 2 else totals[[0, -1]]))
+    if deviations:
+        _draw_largest(panels["deviation"], deviations, looks)
+    for panel in panels.values():
+        panel.tick_params(labelsize=7)
+    axes.tick_params(axis="y", labelsize=7 if len(layers) <= _LARGE_ROWS else 5.5)
+    for panel in list(panels.values())[1:]:
+        panel.spines[["top", "right"]].set_visible(False)
+    marked = _mark(axes, total, events)
+    change = " → ".join(f"{mean:.2f} x" for mean in (totals if len(looks) < 2 else totals[[0, -1]]))
     title(
         figure,
         "How alike are the filters of each layer?",
         "colour: mean |cos| over chance (white, 1 x: random)",
         f"all layers: {change}{f';  {marked}' if marked else ''}",
     )
-    last = panels[-1]
-    last.set_xlabel("epochs completed (0: before training)", fontsize=8)
-    last.xaxis.get_major_locator().set_params(integer=True)
-    if deviations:
-        _draw_largest(last, deviations, looks)
+    figure.supxlabel("epochs completed (0: before training)", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True) if len(looks) > 1 else FixedLocator(epochs.tolist()))
     return figure
 
 
@@ -120,16 +124,16 @@ def _ratio_ticks(norm: TwoSlopeNorm) -> list[float]:
     return powers if len(powers) <= 6 else [power for power in powers if power % 2 == 0]
 
 
-def _mark(axes: Axes, upper: Axes, events: Sequence[FilterEvent]) -> str:
+def _mark(axes: Axes, total: Axes, events: Sequence[FilterEvent]) -> str:
     """Vertical lines with a word above each."""
     for event in events:
         axes.axvline(event.epoch + 0.5, color="white", linewidth=2.4)
-        for panel in (axes, upper):
+        for panel in (axes, total):
             panel.axvline(event.epoch + 0.5, color=RED, linewidth=1.2)
-        upper.annotate(
+        axes.annotate(
             event.kind,
             (event.epoch + 0.5, 1.0),
-            xycoords=upper.get_xaxis_transform(),
+            xycoords=axes.get_xaxis_transform(),
             xytext=(0, 3),
             textcoords="offset points",
             rotation=45 if len(events) > 2 else 0,
@@ -153,8 +157,7 @@ def _draw_largest(axes: Axes, deviations: Deviations, looks: Sequence[Snapshot])
     axes.plot(at, [max(worst[step][0], _FLOOR) for step in sorted(worst)], color=BLUE, linewidth=1.6)
     axes.plot(at, [max(worst[step][1], _FLOOR) for step in sorted(worst)], color="black", linestyle="--", linewidth=1)
     axes.set_yscale("log")
-    axes.set_ylabel("distance from\ncluster mean,\ndashed: forecast", fontsize=7)
-    axes.tick_params(labelsize=7)
+    axes.set_title("distance from cluster\nmean (dashed: forecast)", fontsize=7, loc="right")
 
 
 def dropped_filters(events: Sequence[FilterEvent], counts: Mapping[str, int], max_layers: int = 8) -> Figure | None:

@@ -110,9 +110,9 @@ class EffectiveRank(_MeanOverLayers):
 
 
 class ChannelRedundancy(Metric):
-    """How alike the channels of one layer are in what they compute, over all positions and images seen.
+    """Similarity of the outputs of one layer's channels, over all positions and images seen.
 
-    The absolute correlation between channels is gathered batch by batch in float64; no activation is kept.
+    Correlations between channels are accumulated batch by batch in float64. No activation is kept.
 
     Args:
         channels: their number, C.

@@ -116,7 +116,7 @@ COLUMNS = {
 
 
 def advice(filters: int, over_chance: float, tied: int, mergeable: int, dead: float) -> str:
-    """What would help this layer, worst finding first. Nothing that lost accuracy in our own runs is named.
+    """Return advice for a layer, worst finding first. Methods that lost accuracy in our runs are not named.
 
     Args:
         filters: J.

@@ -10,11 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
-from lightning_filterdiv.filters import named_tensors
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, TensorRows
+from lightning_filterdiv.channel_graph.answers import layer_of
+from lightning_filterdiv.filters import named_modules, named_tensors
 from lightning_filterdiv.narrowing.widths import KeepFraction, WidthPlan, WidthRule, plan_widths
 from lightning_filterdiv.tensors.arguments import check_choice, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = [
     "ClusteredTensor",
@@ -23,9 +25,12 @@ __all__ = [
     "cluster_channels",
     "cluster_filters",
     "clustered_tensors",
+    "layer_kernels",
 ]
 
 Clustering = Literal["kmeans", "even", "imbalanced"]
+#: What trying to move one filter between clusters costs, in multiplications of a Gram matrix.
+_MOVES = 4e6
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -147,6 +152,7 @@ def cluster_channels(
     seed: int = 0,
     groups: Iterable[str] | None = None,
     plan: WidthPlan | None = None,
+    among_ranks: bool = False,
 ) -> dict[str, Tensor]:
     """Cluster every group of channels on the kernels of all its layers, laid side by side, each block on its own.
 
@@ -158,7 +164,8 @@ def cluster_channels(
         method: see :func:`cluster_filters`.
         seed: of k-means.
         groups: names of the groups to cluster; ``None`` for all.
-        plan: of :func:`~lightning_filterdiv.narrowing.plan_widths`, in the place of ``keep_fraction``.
+        plan: result of :func:`~lightning_filterdiv.narrowing.plan_widths`, instead of ``keep_fraction``.
+        among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
 
     Returns:
         Group name -> ``(size,)`` int64 cluster index, for groups that lose channels.
@@ -169,16 +176,22 @@ def cluster_channels(
     chosen = [group for group in graph.groups if groups is None or group.name in set(groups)]
     check_finite(model, chosen)
     counts = (plan or plan_widths(graph, WidthRule(keep_fraction), groups=chosen)).counts
-    clusters: dict[str, Tensor] = {}
-    for group in chosen:
-        if counts.get(group.name, group.size) < group.size:
-            kernels = kernels_of(model, group)
-            each = counts[group.name] // group.block_count
-            index = torch.empty(group.size, dtype=torch.int64)
-            for block, members in enumerate(group.members()):
-                index[members] = cluster_filters(kernels[members], each, method=method, seed=seed) + block * each
-            clusters[group.name] = index
-    return clusters
+    squeezed = {group.name: group for group in chosen if counts.get(group.name, group.size) < group.size}
+
+    def cluster(name: str) -> Tensor:
+        group = squeezed[name]
+        kernels, each = kernels_of(model, group), counts[name] // group.block_count
+        index = torch.empty(group.size, dtype=torch.int64)
+        for block, members in enumerate(group.members()):
+            index[members] = cluster_filters(kernels[members], each, method=method, seed=seed) + block * each
+        return index
+
+    lengths = {
+        name: sum(_kernel_rows(model, group, layer)[1].numel() // group.size for layer in group.layers)
+        for name, group in squeezed.items()
+    }
+    costs = {name: group.size**2 * lengths[name] + _MOVES * group.size for name, group in squeezed.items()}
+    return share(costs, cluster, among_ranks=among_ranks)
 
 
 def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
@@ -187,10 +200,9 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
     Raises:
         ValueError: naming the layer.
     """
-    tensors = named_tensors(model)
     for group in groups:
         for layer in group.layers:
-            broken = int((~_kernels(tensors, group, layer).isfinite().all(dim=1)).sum())
+            broken = int((~layer_kernels(model, group, layer).isfinite().all(dim=1)).sum())
             if broken:
                 raise ValueError(
                     f"{layer!r}: {broken} of {group.size} filters contain NaN or inf and cannot be clustered; the "
@@ -200,14 +212,33 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
 
 def kernels_of(model: nn.Module, group: ChannelGroup) -> Tensor:
     """``(size, d)`` float64 on the CPU: the kernels of all layers of a group, side by side; what is clustered."""
+    return torch.cat([layer_kernels(model, group, layer) for layer in group.layers], dim=1)
+
+
+def layer_kernels(model: nn.Module, group: ChannelGroup, layer: str) -> Tensor:
+    """``(size, d)`` float64 on the CPU: the kernels that ``layer`` has for the channels of ``group``.
+
+    Those of a parametrized layer (``weight_norm``) are what its parametrization computes.
+
+    Args:
+        model: the traced network.
+        group: of its channel graph.
+        layer: name of a layer with rows in the group.
+    """
+    rows, values = _kernel_rows(model, group, layer)
+    return rows.entries(values.detach()).flatten(1).double().cpu()
+
+
+def _kernel_rows(model: nn.Module, group: ChannelGroup, layer: str) -> tuple[TensorRows, Tensor]:
+    """The rows of the channels in the weight of ``layer``, and that weight."""
     tensors = named_tensors(model)
-    return torch.cat([_kernels(tensors, group, layer) for layer in group.layers], dim=1)
-
-
-def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
-    """(size, d) flattened kernels that ``layer`` has for the channels of ``group``."""
-    part = next(p for p in group.parts if p.kind != "consumer" and p.tensor == f"{layer}.weight")
-    return part.entries(tensors[part.tensor].detach()).flatten(1).double().cpu()
+    parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
+    part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
+    values = tensors[part.tensor]
+    if part.tensor != f"{layer}.weight":
+        computed = getattr(named_modules(model)[layer], "weight", None)
+        values = computed if isinstance(computed, Tensor) and computed.shape == values.shape else values
+    return part, values
 
 
 class ClusteredTensor(NamedTuple):
@@ -242,7 +273,7 @@ class ClusteredTensor(NamedTuple):
 def clustered_tensors(model: nn.Module, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> list[ClusteredTensor]:
     """Every parameter that holds filters or per-channel entries of clustered channels.
 
-    Running statistics are no parameters: they become equal because what they see does.
+    Running statistics are not among them: they become equal when the activations do.
 
     Args:
         model: the traced network.

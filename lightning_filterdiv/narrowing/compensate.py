@@ -36,12 +36,14 @@ class Compensation:
     nowhere: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.exact)} layers exactly"] if self.exact else []
-        parts += [f"{len(self.mean)} layers by the measured mean"] if self.mean else []
+        parts = [f"corrected exactly in {len(self.exact)} layers"] if self.exact else []
+        parts += [f"corrected by measured means in {len(self.mean)} layers"] if self.mean else []
         parts += (
-            [f"{len(self.nowhere)} layers not at all ({next(iter(self.nowhere.items()))[1]})"] if self.nowhere else []
+            [f"not corrected in {len(self.nowhere)} layers ({next(iter(self.nowhere.values()))})"]
+            if self.nowhere
+            else []
         )
-        return ", ".join(parts) or "nothing to move"
+        return ", ".join(parts) or "need no correction"
 
 
 @dataclass

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup, NarrowingError
 from lightning_filterdiv.channel_graph.forms import Form
 from lightning_filterdiv.channel_graph.modules import copy_network
-from lightning_filterdiv.channel_graph.narrow import Narrowing, weigh
-from lightning_filterdiv.channel_graph.verify import Proof, as_type, dtype_of, prove
+from lightning_filterdiv.channel_graph.narrow import Narrowing, count_in_bodies, weigh
+from lightning_filterdiv.channel_graph.verify import Proof, as_type, check_finite, dtype_of, prove
 from lightning_filterdiv.filters import canonical_name, named_tensors
 
 __all__ = ["check_narrowable", "check_same", "narrow", "removed_mask", "silence"]
@@ -19,7 +19,9 @@ __all__ = ["check_narrowable", "check_same", "narrow", "removed_mask", "silence"
 
 @torch.no_grad()
 def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *, form: Form = "auto") -> nn.Module:
-    """A copy of ``model`` without the other channels: their filters, norms and the columns that read them are gone.
+    """Return a copy of ``model`` that has only the channels in ``keep``.
+
+    The filters and norm entries of all other channels go, and the columns that read them.
 
     The result is compared with ``model`` whose consumers ignore those channels, on random inputs in float64.
 
@@ -41,8 +43,7 @@ def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *,
     check_narrowable(model)
     groups = {group.name: group for group in graph.groups}
     keep = {name: _checked(name, groups.get(name), kept) for name, kept in keep.items()}
-    silent = copy_network(model)
-    silence(silent, graph, keep)
+    silent = silence(copy_network(model), graph, keep)
     narrowing = Narrowing(graph, keep, form=form)
     result = narrowing(model)
     # Not made of the silent network: there, norms over channels do not count the channels that go.
@@ -51,7 +52,8 @@ def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *,
 
 
 def check_narrowable(model: nn.Module) -> None:
-    """Raise ValueError where a module says that the network must not be narrowed as it is."""
+    """Raise ValueError where a module says that the network must not be narrowed as it is, or weights are NaN."""
+    check_finite(model)
     for name, module in model.named_modules():
         if obstacle := getattr(module, "narrowing_obstacle", None):
             raise ValueError(f"{canonical_name(name)!r} {obstacle}")
@@ -91,8 +93,12 @@ def removed_mask(group: ChannelGroup, kept: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> None:
-    """Set the columns that read removed channels to zero, in place; norms over channels do not count them."""
+def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> nn.Module:
+    """Set the columns that read removed channels to zero, in place; norms and means over channels do not count them.
+
+    Returns:
+        ``model``, or what takes its place where its own forward takes graph form.
+    """
     groups = {group.name: group for group in graph.groups}
     tensors = named_tensors(model)
     counts: dict[str, Tensor] = {}
@@ -101,9 +107,9 @@ def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -
             norm = part.tensor.rpartition(".")[0]
             numbers = tensors.get(part.tensor)
             if numbers is None:
-                numbers = counts.setdefault(norm, torch.ones(graph.norms[norm].size, dtype=torch.int64))
+                numbers = counts.setdefault(norm, torch.ones(graph.counted_sizes[norm], dtype=torch.int64))
             numbers[part.rows[removed_mask(groups[name], kept)].reshape(-1).to(numbers.device)] = 0
-    weigh(model, graph, counts)
+    weigh(model, graph, {name: numbers for name, numbers in counts.items() if name in graph.norms})
     for name, kept in keep.items():
         for part in groups[name].parts if name in groups else ():
             if part.kind == "consumer":
@@ -114,3 +120,4 @@ def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -
                     blocks[rows // tensor.shape[1], rows % tensor.shape[1]] = 0
                 else:
                     tensor.index_fill_(part.dim, rows, 0)
+    return count_in_bodies(model, graph, counts)

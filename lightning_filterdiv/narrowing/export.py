@@ -18,12 +18,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.channel_graph.modules import bare_module, find_tensors
 from lightning_filterdiv.channel_graph.verify import random_inputs
+from lightning_filterdiv.files import write_files
 from lightning_filterdiv.filters import find_submodule
 
 __all__ = ["ExportError", "Latency", "export_onnx", "latency_table", "onnx_session"]
 
 #: Largest difference of an output in onnxruntime, relative to the largest entry.
 TOLERANCE = 1e-3
+#: Images that the export sees. A forward that remembers the last shape must see another one: it would take the way for
+#: equal shapes, and the file would be for one batch size.
+_BATCH = 7
 
 
 class ExportError(RuntimeError):
@@ -89,19 +93,19 @@ def export_onnx(model: nn.Module, path: str | Path, example_inputs: Any = None, 
             f"the ONNX file differs from the network by {worst:.1e} (relative), more than {TOLERANCE:g}; nothing was "
             f"written"
         )
-    Path(path).write_bytes(content)
+    write_files(Path(path).parent, {Path(path).name: content})
     return worst
 
 
 def _callable(model: nn.Module, example_inputs: Any, network: str | None) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy of the traced part on the CPU in eval mode, and its arguments with a batch of two."""
+    """A copy of the traced part on the CPU in eval mode, and its arguments with the batch of the export."""
     traced = bare_module(find_submodule(bare_module(model), network))
     args, kwargs = example_arguments(traced, example_inputs)
     if kwargs or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
         raise ExportError("only positional tensors can be inputs of an ONNX file; pass example inputs like that")
     trainer = getattr(traced, "_trainer", None)
     copied = copy.deepcopy(traced, {id(trainer): None} if trainer is not None else None)
-    return copied.cpu().eval(), _drawn(args, 2, seed=0)
+    return copied.cpu().eval(), _drawn(args, _BATCH, seed=0)
 
 
 def _drawn(args: tuple[Any, ...], batch: int, seed: int) -> tuple[Any, ...]:
@@ -126,13 +130,17 @@ def _exported(traced: nn.Module, args: tuple[Any, ...]) -> bytes:
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(traced, args, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            # A copy: what forward remembers of symbolic shapes must not stay in the network.
+            program = torch.onnx.export(copy.deepcopy(traced), args, dynamo=True, dynamic_shapes=shapes, verbose=False)
     except ImportError as error:
         raise ExportError(
             f"ONNX needs the packages onnx and onnxscript ({error}): pip install onnx onnxscript"
         ) from error
     except Exception as error:  # torch has many types for what it cannot export
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones say what to do with a report
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ExportError(f"{type(traced).__name__} cannot be exported to ONNX: {reason}") from error
     assert program is not None
     return program.model_proto.SerializeToString()  # type: ignore[no-any-return]

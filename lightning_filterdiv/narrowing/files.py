@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGraphError
 from lightning_filterdiv.channel_graph.channel_map import ChannelMap
-from lightning_filterdiv.channel_graph.counted import COUNTED, CountedNorm, counted
+from lightning_filterdiv.channel_graph.counted import COUNTED, CountedNorm, CountedReduction, counted
 from lightning_filterdiv.channel_graph.forms import FORMS
 from lightning_filterdiv.channel_graph.graph_body import CONSTANT, GraphBody
 from lightning_filterdiv.channel_graph.history import chosen_channels, example_inputs_of, history_of, set_history
 from lightning_filterdiv.channel_graph.inputs import without_targets
 from lightning_filterdiv.channel_graph.modules import bare_module, copy_network, device_of, update_attributes
 from lightning_filterdiv.channel_graph.narrow import Narrowing
-from lightning_filterdiv.files import find_damage, why_unwritable, write_files
+from lightning_filterdiv.files import find_damage, is_pickled, why_unwritable, write_files
 from lightning_filterdiv.filters import canonical_name, named_modules, named_tensors
 
 __all__ = ["MergedFileError", "load_merged", "save_merged"]
@@ -92,8 +92,8 @@ class MergedFileError(ValueError):
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a merged network: its tensors under canonical names and how it was narrowed; no pickled objects.
 
-    Submodules in graph form are not written as such: the file says which ones they are, which channels were kept, and
-    the shapes of the example inputs, so that :func:`load_merged` records and narrows a fresh network again.
+    The file does not hold the code of submodules in graph form. It names them, the channels that were kept, and the
+    shapes of the example inputs. With these :func:`load_merged` records and narrows a fresh network again.
 
     Args:
         model: a result of :func:`~lightning_filterdiv.narrowing.merge.merge_channels`, trained further or not.
@@ -117,7 +117,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     norms = {
         name: (type(module).__name__, module.options)
         for name, module in named_modules(model).items()
-        if isinstance(module, CountedNorm)
+        if isinstance(module, CountedNorm) and not isinstance(module, CountedReduction)
     }
     content = io.BytesIO()  # on disk, torch would report a full one as an internal error
     torch.save(
@@ -139,13 +139,9 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All tensors but those that a graph is written with."""
-    bodies = {name for name, module in named_modules(model).items() if isinstance(module, GraphBody)}
-
-    def is_constant(name: str) -> bool:
-        path, _, key = name.rpartition(".")
-        return path in bodies and key.startswith(CONSTANT)
-
-    return {name: tensor for name, tensor in named_tensors(model).items() if not is_constant(name)}
+    bodies = [name for name, module in named_modules(model).items() if isinstance(module, GraphBody)]
+    constants = tuple(f"{name}.{CONSTANT}" if name else CONSTANT for name in bodies)
+    return {name: tensor for name, tensor in named_tensors(model).items() if not name.startswith(constants)}
 
 
 def _maps(model: nn.Module) -> list[tuple[str, ChannelMap]]:
@@ -167,7 +163,7 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
         ``fresh_original``; a ``GraphModule`` in its place where its own forward takes graph form.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, PermissionError: there is no such file, or it must not be read.
         MergedFileError: it is no merged network, its entries contradict each other, or its tensors are not those of
             ``fresh_original``. ``fresh_original`` is left as it was.
     """
@@ -180,11 +176,15 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not is_pickled(path):
+            raise MergedFileError(foreign) from error
         raise MergedFileError(
             f"{shown} is not a file that save_merged wrote: only unpickling would open it, which can run any code, so "
             f"it was not opened; merge the checkpoint again"
         ) from error
     except Exception as error:  # torch reports a file that is none by many types
+        if isinstance(error, PermissionError):
+            raise
         raise MergedFileError(foreign) from error
     if damage := find_damage(path):
         raise MergedFileError(f"{shown} is damaged: {damage}; copy it or merge the checkpoint again")
@@ -289,8 +289,7 @@ def _take_forms(model: nn.Module, rebuilt: nn.Module) -> nn.Module:
     for path, new in sorted(named_modules(rebuilt).items(), key=lambda item: -len(item[0])):
         old = named_modules(result).get(path)
         if isinstance(new, GraphBody) and old is not None:
-            constants = {name: value for name, value in new.named_buffers(recurse=False) if name.startswith(CONSTANT)}
-            result = _put(result, path, GraphBody(old, copy.deepcopy(new.graph), constants))
+            result = _put(result, path, GraphBody(old, copy.deepcopy(new.graph), new.constants))
         elif old is not None and type(old) is not type(new) and not isinstance(new, ChannelMap):
             result = _put(result, path, new.train(old.training))
     for path, module in named_modules(rebuilt).items():
@@ -380,7 +379,7 @@ def _replace(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                     made[id(old)] = nn.Parameter(tensors[prefix + key].to(old.device), old.requires_grad)
                 module._parameters[key] = made[id(old)]
         for key in buffers:
-            if isinstance(module, GraphBody) and key.startswith(CONSTANT):
+            if isinstance(module, CountedReduction) or (isinstance(module, GraphBody) and key.startswith(CONSTANT)):
                 continue
             if (buffer := module._buffers[key]) is not None:
                 if id(buffer) not in made:

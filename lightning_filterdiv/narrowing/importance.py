@@ -13,11 +13,13 @@ from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.answers import layer_of
 from lightning_filterdiv.channel_graph.modules import copy_network
 from lightning_filterdiv.filters import find_prefix, named_modules, named_tensors
+from lightning_filterdiv.narrowing.clusters import layer_kernels
 from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = [
     "GatedLayer", "Importance", "Loss", "ScoreFunction", "batch_inputs", "channel_scores", "gate_means", "gated_layers",
-    "redundancy_scores", "without_gates",
+    "known_gate_means", "redundancy_scores", "without_gates",
 ]  # fmt: skip
 
 Importance = Literal["l1", "l2", "bn_scale", "taylor", "gates", "redundancy", "random"]
@@ -117,8 +119,7 @@ def channel_scores(
         return _norm_scales(model, groups)
     else:
         order = 1 if importance == "l1" else 2
-        tensors = named_tensors(model)
-        scores = {group.name: _norms(tensors, group, order) for group in groups}
+        scores = {group.name: _norms(model, group, order) for group in groups}
     return {group.name: _checked(scores[group.name], group, f"{importance!r}") for group in groups}, {}
 
 
@@ -144,23 +145,18 @@ def _writers(group: ChannelGroup) -> list[str]:
     return list(dict.fromkeys(layer_of(part.tensor) for part in group.parts if part.kind == "filter"))
 
 
-def _kernels(tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
-    """(size, d) float64 flattened kernels that ``layer`` has for the channels of ``group``."""
-    parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
-    part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
-    return part.entries(tensors[part.tensor].detach()).flatten(1).double().cpu()
-
-
-def _norms(tensors: Mapping[str, Tensor], group: ChannelGroup, order: int) -> Tensor:
+def _norms(model: nn.Module, group: ChannelGroup, order: int) -> Tensor:
     total = torch.zeros(group.size, dtype=torch.float64)
     layers = list(dict.fromkeys([*_writers(group), *group.layers]))
     for layer in layers:
-        norms = torch.linalg.vector_norm(_kernels(tensors, group, layer), order, dim=1)
+        norms = torch.linalg.vector_norm(layer_kernels(model, group, layer), order, dim=1)
         total += norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)
     return total / len(layers)
 
 
-def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+def redundancy_scores(
+    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], *, among_ranks: bool = False
+) -> dict[str, Tensor]:
     """Share of each filter that the others of its layer cannot express, in the order in which they would go.
 
     With unit-length filters as rows of ``F``, the unexplained share of filter j in a ridge regression on the others is
@@ -172,6 +168,7 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
         graph: its channel graph.
         groups: what to score. Coupled layers count as one long filter, each scaled to the same total. Filters of a
             grouped convolution that read different inputs do not express each other.
+        among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
 
     Returns:
         Group name -> (size,) float64 in [0, 1].
@@ -179,11 +176,13 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
     from scipy.linalg.lapack import dpstrf
 
     tensors, modules = named_tensors(model), named_modules(model)
-    scores = {}
-    for group in groups:
+    by_name = {group.name: group for group in groups}
+
+    def score(name: str) -> Tensor:
+        group = by_name[name]
         gram = torch.zeros(group.size, group.size, dtype=torch.float64)
         for layer in _writers(group):
-            kernels = _kernels(tensors, group, layer)
+            kernels = layer_kernels(model, group, layer)
             inner = kernels @ kernels.T / kernels.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
             if group.blocks is not None and getattr(modules.get(layer), "groups", 1) > 1:
                 inner = inner * (group.blocks[:, None] == group.blocks[None, :])
@@ -193,9 +192,16 @@ def redundancy_scores(model: nn.Module, graph: ChannelGraph, groups: Sequence[Ch
         inverse = torch.linalg.inv(gram + _RIDGE * torch.eye(group.size, dtype=torch.float64))
         factor, pivots, _, _ = dpstrf(inverse.numpy(), lower=1)
         left = 1 / torch.from_numpy(factor).diagonal().square() - _RIDGE
-        scores[group.name] = torch.empty(group.size, dtype=torch.float64)
-        scores[group.name][torch.from_numpy(pivots).long() - 1] = left.clamp(0, 1).cummax(0).values
-    return scores
+        scores = torch.empty(group.size, dtype=torch.float64)
+        scores[torch.from_numpy(pivots).long() - 1] = left.clamp(0, 1).cummax(0).values
+        return scores
+
+    weights = {
+        name: sum(tensors[part.tensor].numel() for part in group.parts if part.kind == "filter")
+        for name, group in by_name.items()
+    }
+    costs = {name: group.size * weights[name] + 2.0 * group.size**3 for name, group in by_name.items()}
+    return share(costs, score, among_ranks=among_ranks)
 
 
 def _norm_scales(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -329,6 +335,38 @@ def gate_means(model: nn.Module, batches: Iterable[Any] | None) -> dict[str, Ten
     if not images:
         raise ValueError("batches holds no images to measure importance on; give at least one batch")
     return {name: total / images for name, total in sums.items()}
+
+
+def known_gate_means(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean gate of every gated layer, out of what the caller measured.
+
+    Args:
+        model: with gates.
+        given: layer -> (C,) mean gates, as :attr:`~lightning_filterdiv.ChannelImportance.importance`; names may be
+            those of the network around or inside ``model``.
+
+    Returns:
+        Canonical layer name -> (C,).
+
+    Raises:
+        ValueError: a gate without a mean, one of another width, or numbers that are no means of gates, by name.
+    """
+    hosts, modules = gated_layers(model), named_modules(model)
+    strip, add = (find_prefix(given, modules) if given else None) or ("", "")
+    known = {add + name.removeprefix(strip): torch.as_tensor(values).detach() for name, values in given.items()}
+    for name in hosts:
+        if name not in known:
+            raise ValueError(
+                f"importance has no mean of the gate that {name!r} still has: pass callback.importance of the fit, or "
+                f"importance='gates' with batches=...; remove_gates takes gates out"
+            )
+        values, filters = known[name], len(cast(Tensor, modules[name].weight))
+        if values.shape != (filters,) or not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError(
+                f"importance of {name!r} must be mean gates of its {filters} channels, in [0, 1], because it still has "
+                f"its gate; remove_gates takes gates out"
+            )
+    return {name: known[name] for name in hosts}
 
 
 @torch.no_grad()

@@ -35,11 +35,14 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 def macs_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """As :func:`count_macs`, with the arguments of the call."""
     modes = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # one fused operator, whose work nothing counts
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*args, **kwargs)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in modes.items():
             module.training = training
     return int(counter.get_total_flops()) // 2

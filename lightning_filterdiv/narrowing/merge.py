@@ -14,7 +14,7 @@ from lightning_filterdiv.channel_graph.forms import Form, FormChoice
 from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.channel_graph.modules import bare_module, copy_network
 from lightning_filterdiv.channel_graph.narrow import Narrowing, merging, tie
-from lightning_filterdiv.channel_graph.verify import prove
+from lightning_filterdiv.channel_graph.verify import check_finite, prove
 from lightning_filterdiv.filters import find_submodule, named_tensors
 from lightning_filterdiv.narrowing.measure import count_parameters, macs_of_call
 from lightning_filterdiv.tensors.arguments import check_number
@@ -44,15 +44,15 @@ class NotTiedError(NarrowingError):
 
 
 class MergeReport(NamedTuple):
-    """What merging did.
+    """Sizes before and after a merge, and the errors of its steps.
 
     Attributes:
         channels_before: channels of all clustered groups.
         channels_after: clusters.
         deviation: largest ``|w - mean| / |w|`` of a clustered parameter before the merge.
         worst: the parameter that it belongs to.
-        projection: relative change of the outputs by setting every parameter to its cluster's mean.
-        trim: relative change of the outputs by narrowing the tied network, in float64; rounding only.
+        projection: relative change of the outputs when every parameter is set to its cluster's mean.
+        trim: relative change of the outputs when the tied network is narrowed, in float64; rounding only.
         parameters_before: of the original.
         parameters_after: of the narrow network.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
@@ -89,8 +89,14 @@ class MergeReport(NamedTuple):
                 f"MACs          {share(self.macs_after, self.macs_before)}",
                 f"deviation     {self.deviation:.1e} of the norm, the largest of all parameters ({self.worst})",
                 f"projection    changes the outputs by {self.projection:.1e} (relative)",
-                f"statistics    {self.lag:.1e} of the norm ({self.lagging}); averaging changes the outputs by "
-                f"{self.averaging:.1e}",
+                *(
+                    [
+                        f"statistics    {self.lag:.1e} of the norm ({self.lagging}); averaging changes the outputs by "
+                        f"{self.averaging:.1e}"
+                    ]
+                    if self.lag  # 0 without running statistics
+                    else []
+                ),
                 f"trimming      changes the outputs by {self.trim:.1e} (relative, float64)",
                 *(f"form          {line}" for line in _forms(self.forms)),
             ]
@@ -106,7 +112,7 @@ def _forms(forms: tuple[FormChoice, ...]) -> list[str]:
 
 
 class Merged(NamedTuple):
-    """A narrow network, and what making it did."""
+    """A narrow network and the report of the merge."""
 
     network: nn.Module
     report: MergeReport
@@ -124,9 +130,10 @@ def tie_channels(
         network: trace only this submodule.
 
     Raises:
-        NarrowingError: unknown or pinned group (with the reason), or clusters of a wrong shape.
+        NarrowingError: unknown or pinned group (with the reason), clusters of a wrong shape, or weights that are NaN.
         ExampleInputsError, TraceError: the network cannot be traced on these inputs.
     """
+    check_finite(model)
     tie(model, ChannelGraph.trace(model, example_inputs, network=network), clusters)
 
 
@@ -150,9 +157,9 @@ def merge_channels(
         clusters: group name -> ``(size,)`` int64 cluster index of each channel; other groups stay as they are.
         example_inputs: for the trace; see :meth:`~lightning_filterdiv.channel_graph.ChannelGraph.trace`.
         network: trace only this submodule.
-        tolerance: largest relative change of the outputs by setting parameters to their clusters' means;
-            ``float("inf")`` merges whatever it does.
-        form: ``"module"`` keeps every class and takes only widths that each forward follows by itself. ``"graph"``
+        tolerance: largest relative change of the outputs that setting parameters to their clusters' means may
+            cause; ``float("inf")`` merges in any case.
+        form: ``"module"`` keeps every class, and allows only widths that need no change of any forward. ``"graph"``
             makes a ``torch.fx.GraphModule`` of every submodule whose forward decides where channels go (a split by
             stored numbers, a slice, a shuffle). ``"auto"`` does so only where module form cannot express the widths.
 
@@ -162,17 +169,18 @@ def merge_channels(
         graph form; a LightningModule never does.
 
     Warns:
-        UserWarning: averaging running statistics changes the outputs by more than ``tolerance``: those of a checkpoint
-            from the middle of a fit follow tied weights some steps later.
+        UserWarning: averaging running statistics changes the outputs by more than ``tolerance``. In a checkpoint from
+            the middle of a fit they lag some steps behind the tied weights.
 
     Raises:
         NotTiedError: setting parameters to their clusters' means changes the outputs by more than ``tolerance``.
         NarrowingError: unknown or pinned group (with the reason), clusters of a wrong shape, widths that the network's
-            forward cannot express, or a narrow network that does not compute the same.
+            forward cannot express, weights or outputs that are NaN, or a narrow network that does not compute the same.
         ExampleInputsError, TraceError: the network cannot be traced on these inputs.
     """
     if tolerance != float("inf"):
         check_number("tolerance", tolerance, low=0.0)
+    check_finite(model)
     graph = ChannelGraph.trace(model, example_inputs, network=network)
     projected = copy_network(model)
     tie(projected, graph, clusters)
@@ -184,9 +192,9 @@ def merge_channels(
     merged = narrowing(projected)
     arguments = example_arguments(_traced(model, network), example_inputs)
     # Running statistics apart: where only they differ, the weights are tied.
-    halfway = _with_statistics_of(model, projected) if lag > 0 else projected
-    projection = prove(halfway, lambda network: network, graph, arguments, original=model).change
-    proof = prove(projected, narrowing, graph, arguments, original=halfway)
+    steps = [{name: before[name] for name in names} for names in (parameters, before.keys() - parameters)]
+    proof = prove(projected, narrowing, graph, arguments, earlier=steps if lag > 0 else steps[:1])
+    projection, averaging = (*proof.changes, 0.0)[:2]
     if not proof.exact:
         raise NarrowingError(
             f"the narrow network is not the tied one: {proof}; nothing was merged. Please report the network: the "
@@ -199,10 +207,10 @@ def merge_channels(
             "Train longer or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to "
             "merge anyway and fine-tune",
         )
-    if proof.change > tolerance:
+    if averaging > tolerance:
         warnings.warn(
             f"running statistics lag behind the tied weights ({lagging} is {lag:.1e} of its norm away). They were "
-            f"averaged over each cluster, which changes the outputs by {proof.change:.1e} (relative); some batches "
+            f"averaged over each cluster, which changes the outputs by {averaging:.1e} (relative); some batches "
             f"through the merged network in train mode renew them",
             stacklevel=2,
         )
@@ -219,7 +227,7 @@ def merge_channels(
         macs_after=macs_of_call(_traced(merged, network), *arguments),
         lag=lag,
         lagging=lagging,
-        averaging=proof.change,
+        averaging=averaging,
         forms=narrowing.forms,
     )
     return Merged(merged, report)
@@ -230,17 +238,6 @@ def _traced(model: nn.Module, network: str | None) -> nn.Module:
 
 
 @torch.no_grad()
-def _with_statistics_of(model: nn.Module, projected: nn.Module) -> nn.Module:
-    """A copy of ``projected`` with the buffers of ``model``."""
-    copied = copy_network(projected)
-    own = named_tensors(model)
-    for name, tensor in named_tensors(copied).items():
-        if not isinstance(tensor, nn.Parameter):
-            tensor.copy_(own[name])
-    return copied
-
-
-@torch.no_grad()
 def _largest_deviation(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]
 ) -> tuple[float, str]:
@@ -248,7 +245,8 @@ def _largest_deviation(
     for name in names:
         tensor = before[name]
         if tensor.is_floating_point():
-            off = torch.linalg.vector_norm(tensor.double() - after[name].double())
-            scale = torch.linalg.vector_norm(tensor.double()).clamp_min(torch.finfo(torch.float64).tiny)
-            worst = max(worst, (float(off / scale), name))
+            # The difference of numbers that are near is exact in their own type.
+            off = float(torch.linalg.vector_norm(tensor - after[name], dtype=torch.float64))
+            if off > 0:
+                worst = max(worst, (off / float(torch.linalg.vector_norm(tensor, dtype=torch.float64)), name))
     return worst

@@ -26,6 +26,8 @@ from lightning_filterdiv.narrowing.importance import (
     batch_inputs,
     channel_scores,
     gate_means,
+    gated_layers,
+    known_gate_means,
     limited,
     without_gates,
 )
@@ -47,11 +49,11 @@ __all__ = ["PruneReport", "Pruned", "classification_accuracy", "prune_channels"]
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did. It is not lossless.
+    """Sizes before and after pruning, and the change of the outputs.
 
     Attributes:
         plan: channels per group, with the cost that was foreseen.
-        importance: what channels were judged by.
+        importance: measure by which channels were ranked.
         keep: group name -> (n,) channels that are left.
         channels_before: of all groups in the plan.
         channels_after: likewise.
@@ -90,18 +92,18 @@ class PruneReport:
             f"channels      {share(self.channels_after, self.channels_before)}, by {self.importance}",
             f"parameters    {share(self.parameters_after, self.parameters_before)}",
             f"MACs          {share(self.macs_after, self.macs_before)}",
-            f"outputs       change by {self.change:.1e} (relative, the largest); pruning is not lossless: fine-tune",
-            f"cutting       changes the outputs by {self.difference:.1e} more (relative)",
+            f"outputs       change by at most {self.change:.1e} (relative). Pruning is not lossless: fine-tune",
+            f"trimming      changes the outputs by {self.difference:.1e} (relative), which is rounding",
         ]
         if self.compensation is not None:
-            lines.append(f"constant part of what went: into {self.compensation}")
+            lines.append(f"biases        {self.compensation}")
         if self.accuracy_before is not None and self.accuracy_after is not None:
             lines.append(f"accuracy      {100 * self.accuracy_before:.2f} % -> {100 * self.accuracy_after:.2f} %")
         return "\n".join(lines)
 
 
 class Pruned(NamedTuple):
-    """A narrower network, and what making it did."""
+    """A narrower network and the report of the pruning."""
 
     network: nn.Module
     report: PruneReport
@@ -130,7 +132,7 @@ def prune_channels(
     seed: int = 0,
     verbose: bool = True,
 ) -> Pruned:
-    """Remove the least important channels, as many as a target asks for. Not lossless: fine-tune afterwards.
+    """Remove the least important channels until a target is met. This changes the outputs: fine-tune afterwards.
 
     Args:
         model: the network; it is left as it was.
@@ -138,8 +140,9 @@ def prune_channels(
         importance: ``"l1"``, ``"l2"``, ``"bn_scale"``, ``"taylor"``, ``"redundancy"``, ``"random"``, a dict of layer ->
             scores, or a function of ``(model, group)``: see
             :func:`~lightning_filterdiv.narrowing.channel_scores`. Also ``"gates"``, for a network trained with
-            :class:`~lightning_filterdiv.ChannelImportance`: mean gates on ``batches``; the result has no gates, their
-            means are multiplied into the filters.
+            :class:`~lightning_filterdiv.ChannelImportance`: mean gates on ``batches``. A dict of such means, as
+            ``callback.importance``, does the same without batches. The result has no gates, their means are multiplied
+            into the filters.
         keep_fraction: share of every layer's channels to keep, or a dict of layer pattern -> share.
         target_macs: share of the full network's multiply-accumulate operations to end at, in (0, 1].
         target_parameters: the same for parameters. One of these three must be given.
@@ -155,8 +158,8 @@ def prune_channels(
             measure the means of what removed channels contribute.
         max_batches: read at most so many.
         loss: for ``"taylor"``, of ``(model, batch)``; ``None``: cross-entropy of ``model(batch[0])`` and ``batch[1]``.
-        bias: put the constant part of what removed channels contributed into the next bias or running mean: their mean
-            on ``batches``; without batches only where a channel is constant on the example inputs and on drawn ones.
+        bias: add the mean contribution of removed channels, measured on ``batches``, to the next bias or running mean.
+            Without batches this is done only for channels that are constant on the example inputs and on drawn ones.
         loader: batches of (inputs, labels) for the accuracy before and after.
         seed: of ``"random"``.
         verbose: print the plan before anything is removed.
@@ -165,7 +168,7 @@ def prune_channels(
         The network, trainable and of the same class, and the report.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name; an importance that has not what it needs.
+        TypeError, ValueError: a bad argument, by name; an importance without the data that it needs.
         TargetError: the target is out of reach.
         NoLayersError: no layer is left to prune.
         NarrowingError: the result does not compute what it should.
@@ -181,6 +184,8 @@ def prune_channels(
     original, source = model, importance
     if importance == "gates":
         importance = gate_means(model, given)
+    if isinstance(importance, Mapping) and gated_layers(model):
+        importance, source = known_gate_means(model, importance), "gates"
         model = without_gates(model, importance)
     check_narrowable(model)
     graph = ChannelGraph.trace(model, example_inputs, network=network)
@@ -204,13 +209,12 @@ def prune_channels(
     shifted, moved = copy_network(model), None
     if bias and keep:
         moved = compensate(shifted, graph, _contributions(model, graph, keep, given))
-    silent = copy_network(shifted)
-    silence(silent, graph, keep)
+    silent = silence(copy_network(shifted), graph, keep)
     result = narrowing(shifted)
     arguments = example_arguments(_traced(model, network), example_inputs)
     # Not made of the silent network: there, norms over channels do not count the channels that go.
     proof = prove(
-        silent, lambda whole: narrowing(as_type(shifted, dtype_of(whole))), graph, arguments, original=original
+        silent, lambda whole: narrowing(as_type(shifted, dtype_of(whole))), graph, arguments, earlier=[original]
     )
     check_same(proof)
     before, after = _accuracies(original, result, loader)
@@ -224,7 +228,7 @@ def prune_channels(
         parameters_after=count_parameters(result),
         macs_before=macs_of_call(_traced(original, network), *arguments),
         macs_after=macs_of_call(_traced(result, network), *arguments),
-        change=proof.change,
+        change=proof.changes[0],
         difference=proof.difference,
         compensation=moved,
         accuracy_before=before,

@@ -13,7 +13,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.channel_graph.answers import TensorRows, layer_of, rows_back, rows_first
 from lightning_filterdiv.channel_graph.forms import Form
 from lightning_filterdiv.channel_graph.modules import copy_network, device_of, find_tensors
-from lightning_filterdiv.channel_graph.verify import TOLERANCE, random_inputs
+from lightning_filterdiv.channel_graph.verify import TOLERANCE, check_finite, random_inputs
 from lightning_filterdiv.filters import find_submodule, named_modules, named_tensors
 from lightning_filterdiv.narrowing.merge import Merged, merge_channels
 from lightning_filterdiv.narrowing.widths import choose_groups
@@ -40,10 +40,10 @@ def merge_twins(
 ) -> Merged:
     """Merge filters that are nearly equal, up to a positive scale where folding the scale is exact.
 
-    Channels are first rescaled, which changes nothing: a filter in front of a norm to unit length, a channel behind
-    whose norm or filter only positively homogeneous operators follow (ReLU, pooling, sums) to unit size, with the scale
-    in the columns that read it. Where this is exact is found by trying it in float64. Then clusters of nearly equal
-    channels are set to their means and merged.
+    Channels are first rescaled without changing the outputs. A filter in front of a norm gets unit length. A channel
+    that meets only positively homogeneous operators (ReLU, pooling, sums) gets unit size, and its scale moves into the
+    columns that read it. A trial in float64 decides where this is exact. Then clusters of nearly equal channels are set
+    to their means and merged.
 
     Args:
         model: the network; it is left as it was.
@@ -68,6 +68,7 @@ def merge_twins(
     """
     check_module("model", model)
     check_number("threshold", threshold, above=0.0, high=1.0)
+    check_finite(model)
     graph = ChannelGraph.trace(model, example_inputs, network=network)
     groups = choose_groups(graph, include, exclude)[0]
     rescaled = rescale_channels(model, graph, groups)

@@ -91,7 +91,7 @@ def kept_fractions(groups: Iterable[ChannelGroup], keep_fraction: KeepFraction) 
 
 @dataclass(frozen=True)
 class WidthRule:
-    """What widths are asked for. The checked arguments that C-SGD and pruning have in common.
+    """Checked request for widths: the arguments that C-SGD and pruning have in common.
 
     Args:
         keep_fraction: share of every group's channels to keep, or a dict of layer pattern -> share (groups that no
@@ -294,9 +294,9 @@ def plan_widths(
 ) -> WidthPlan:
     """Solve for the channels that each group keeps. Nothing is changed, and no trial network is made.
 
-    A target is met within 1 % of it where single channels are that small, else within half of the smallest step that
-    is left. Where forward itself ties widths together, the nearest that it can express is taken, and the other groups
-    make up for it.
+    A target is met within 1 %. If single channels cost more than that, it is met within half of the smallest possible
+    step. If forward itself ties widths together, the nearest width that it can express is taken, and the other groups
+    compensate.
 
     Args:
         graph: of the network.

@@ -41,19 +41,21 @@ class BasisOrthonormality(FilterCallback):
     leave, which then stay diverse (Bansal, Chen, Wang, NeurIPS 2018; Wang et al., CVPR 2020).
 
     Args:
-        weight: of the penalty, > 0; ``None``: the form's own, see
+        weight: factor of the penalty, > 0; ``None``: the default of the form, see
             :data:`~lightning_filterdiv.orthonormality.DEFAULT_WEIGHTS`.
+        every_n_steps: act at every so-manieth step of an optimizer, the first one included, with so many times the
+            weight. The cost falls by that factor; the weight per step stays the same on average.
         milestones: epoch (from 0) -> factor: from that epoch on, the weight times the factor. The published decay of
             SRIP is ``{20: 1e-3, 50: 1e-4, 70: 1e-6, 120: 0}``.
         form: ``"basis"`` (a mean over entries), ``"soft"``, ``"double_soft"``, ``"mutual_coherence"``, ``"srip"`` or
             ``"convolutional"``. ``"auto"``: ``"basis"`` where shared bases are among the layers, else ``"soft"``.
         decoupled: move the weights after the step, by learning rate times weight times gradient, instead of adding to
             the gradient. ``"auto"``: with optimizers of the Adam family (a class or base whose name holds "Adam").
-        squared: of ``"srip"`` and ``"convolutional"``: the square of the norm or the norm itself. ``None``: the norm
-            for ``"srip"``, the square for ``"convolutional"``. The released codes have it the other way round.
+        squared: ``True``: the square of the norm, ``False``: the norm itself, for ``"srip"`` and ``"convolutional"``.
+            ``None``: the norm for ``"srip"``, the square for ``"convolutional"``. The released codes do the opposite.
         unique: compare shared filters also with the unique filters of the layers that use them (CIFAR-10 experiments of
             DSFB); ``"basis"`` only.
-        linear: ``include`` means linear layers too, ``None`` all of them: the released SRIP script for WRN-28-10
+        linear: penalise linear layers too, those that ``include`` names or all. The released SRIP script for WRN-28-10
             penalises the classifier. A linear layer's filters are the rows of its weight.
         include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none. The
             released OCNN recipes leave the stem out: ``exclude=["conv1"]``.
@@ -75,6 +77,7 @@ class BasisOrthonormality(FilterCallback):
         self,
         *,
         weight: float | None = None,
+        every_n_steps: int = 1,
         milestones: dict[int, float] | None = None,
         form: FormOrAuto = "auto",
         decoupled: bool | Literal["auto"] = "auto",
@@ -89,6 +92,7 @@ class BasisOrthonormality(FilterCallback):
         super().__init__(include=include, exclude=exclude, check_ranks_every_n_steps=check_ranks_every_n_steps)
         self.form = check_choice("form", form, FormOrAuto)
         self.weight = None if weight is None else check_number("weight", weight, above=0.0)
+        self.every_n_steps = check_integer("every_n_steps", every_n_steps, low=1)
         self.milestones = _check_milestones(milestones)
         if not isinstance(decoupled, bool) and decoupled != "auto":
             raise TypeError(f"decoupled must be True, False or 'auto', got {decoupled!r}")
@@ -106,11 +110,12 @@ class BasisOrthonormality(FilterCallback):
         self.seed = check_integer("seed", seed, low=0)
         self._penalties: dict[int, OrthonormalityPenalty] = {}
         self._looked = -1
+        self._taken: dict[int, int] = {}  # steps that each optimizer has really made
         self._on_bases = self.unique
 
     @property
     def resolved_form(self) -> Form:
-        """``form``; of ``"auto"`` what it means in the running or last fit, before the first one ``"soft"``."""
+        """``form``; for ``"auto"`` the choice of the present or last fit, ``"soft"`` before the first."""
         if self.form != "auto":
             return self.form
         return "basis" if self._on_bases else "soft"
@@ -121,7 +126,7 @@ class BasisOrthonormality(FilterCallback):
         return DEFAULT_WEIGHTS[self.resolved_form] if self.weight is None else self.weight
 
     def weight_at(self, epoch: int, step: int) -> float:
-        """Weight of the penalty at a step; override it for a schedule.
+        """Weight of the penalty at a step, before it is scaled by ``every_n_steps``; override it for a schedule.
 
         Args:
             epoch: the current epoch, from 0.
@@ -134,7 +139,7 @@ class BasisOrthonormality(FilterCallback):
         return self.base_weight * ((self.milestones or {})[max(reached)] if reached else 1.0)
 
     def values(self) -> dict[str, float]:
-        """Layer or Gram name -> the penalty now, above its reachable minimum, not weighted; ``"total"`` for all."""
+        """Layer or Gram name -> unweighted penalty minus its smallest possible value; ``"total"`` for all."""
         penalties: dict[str, float] = {}
         total = 0.0
         for penalty in self._penalties.values():
@@ -232,6 +237,8 @@ class BasisOrthonormality(FilterCallback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector; 0: never
         if every and step % every == 0 and step != self._looked:
             self._log(weight)
+        due = self._taken.get(index, 0) % self.every_n_steps == 0  # again, where a scaler skipped the step
+        weight = weight * self.every_n_steps if due else 0.0
         scale = None if penalty.decoupled else gradient_scale(trainer, penalty.optimizer)
         penalty.before_step(weight=weight, step=step, gradient_scale=scale)
 
@@ -239,6 +246,7 @@ class BasisOrthonormality(FilterCallback):
         """Move the weights, where the penalty is decoupled from the gradient."""
         if (penalty := self._penalties.get(index)) is not None:
             penalty.after_step()
+            self._taken[index] = self._taken.get(index, 0) + 1
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the epoch reached; stop a fit that the penalty has made diverge."""
@@ -257,19 +265,24 @@ class BasisOrthonormality(FilterCallback):
         self._penalties = {}
 
     def reset(self) -> None:
-        """A new fit logs from its first step."""
-        self._looked = -1
+        """A new fit logs, and counts, from its first step."""
+        self._looked, self._taken = -1, {}
 
     def extra_state(self) -> dict[str, Any]:
-        """The step of the last log; all else is a function of weights, epoch and step."""
-        return {"logged": [self._looked]}
+        """The step of the last log and the steps of each optimizer; all else follows from weights, epoch and step."""
+        return {"logged": [self._looked], "taken": [[index, count] for index, count in self._taken.items()]}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`extra_state`."""
         logged = state["logged"]
         if not isinstance(logged, list) or len(logged) != 1 or not isinstance(logged[0], int):
             raise TypeError(f"logged must be a list of one step, got {logged!r}")
-        self._looked = logged[0]
+        taken = state.get("taken", [])  # 0.1 had none
+        if not isinstance(taken, list) or not all(
+            isinstance(one, list) and len(one) == 2 and all(isinstance(n, int) and n >= 0 for n in one) for one in taken
+        ):
+            raise TypeError(f"taken must be a list of optimizer and steps, got {taken!r}")
+        self._looked, self._taken = logged[0], dict(taken)
 
 
 def _only_matches(pattern: str, layers: Mapping[str, nn.Module], model: nn.Module) -> bool:

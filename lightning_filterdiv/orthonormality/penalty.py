@@ -92,8 +92,8 @@ class OrthonormalityPenalty:
     With ``decoupled=True`` gradients are left alone and the weights move by ``-lr * weight * gradient`` of the penalty
     *after* the step, as AdamW's decay does: momentum and second moments never see it.
 
-    A parameter without gradient takes no part in the step and is never given one; frozen filters are compared with but
-    not moved. Decoupled, weights that are not finite count as 0, so that a NaN of this step stays in its own filter.
+    A parameter without gradient is skipped and gets none. Frozen filters are compared with the others but do not move.
+    If decoupled, weights that are not finite count as 0, so that a NaN of this step stays in its own filter.
 
     Args:
         blocks: from :func:`~lightning_filterdiv.orthonormality.targets.filter_blocks`; those without a trainable
@@ -142,10 +142,16 @@ class OrthonormalityPenalty:
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         self.blocks = [block for block in blocks if any(id(p) in self._groups for p in block.parameters)]
         if not self.blocks:
-            raise ValueError("none of the layers has a trainable weight in this optimizer")
+            raise ValueError(
+                "none of the layers has a trainable weight in this optimizer; hand it their weights, or give other "
+                "layers"
+            )
         devices = {p.device for block in self.blocks for p in block.parameters}
         if len(devices) > 1:
-            raise ValueError(f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}")
+            raise ValueError(
+                f"the layers of one optimizer must be on one device, got {sorted(map(str, devices))}; give the layers "
+                f"of each device an optimizer of their own, or leave some out"
+            )
         self._device = devices.pop()
 
         def layout(block: FilterBlock) -> Hashable:
@@ -308,10 +314,10 @@ class OrthonormalityPenalty:
 
     @torch.no_grad()
     def values(self, step: int = 0) -> dict[str, Tensor]:
-        """Block name -> excess of the penalty over what is unreachable, scalars on the device; not weighted.
+        """Block name -> unweighted penalty minus its smallest possible value, scalars on the device.
 
-        ``"basis"``: the mean over the block's entries. Subtracted is the minimum for more filters than numbers in a
-        filter: ``n - d`` ("basis", and "convolutional" in part), ``|n - d|`` ("double_soft").
+        ``"basis"``: the mean over the block's entries. With more filters than weights per filter the smallest value is
+        ``n - d`` ("basis", and the unshifted part of "convolutional") or ``|n - d|`` ("double_soft").
         """
         starts = self._starts(step)
         penalties: dict[str, Tensor] = {}

@@ -86,8 +86,8 @@ def filter_blocks(
             layer with each other (the paper's CIFAR-10 experiments); every such pair of different kinds counts once.
 
     Returns:
-        Blocks in the order of ``layers``. A basis that is not in ``layers`` while another of its Gram is belongs to the
-        block all the same: frozen filters are still neighbours.
+        Blocks in the order of ``layers``. If one basis of a Gram is in ``layers``, the block holds all bases of that
+        Gram, because frozen filters are still neighbours.
 
     Raises:
         ValueError: ``unique`` without a layer that has unique filters.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -29,9 +30,17 @@ from lightning_filterdiv.repr_.schedule import (
     ways_to_fit,
 )
 from lightning_filterdiv.similarity import orthogonality_score
-from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number
-from lightning_filterdiv.training.callback import FilterCallback
-from lightning_filterdiv.training.example_inputs import ExampleInputs
+from lightning_filterdiv.tensors.arguments import (
+    check_checkpoint,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_module,
+    check_number,
+)
+from lightning_filterdiv.tensors.sharing import share
+from lightning_filterdiv.training.callback import DAMAGED, FilterCallback, describe_damage
+from lightning_filterdiv.training.example_inputs import ExampleInputs, check_inputs_state
 from lightning_filterdiv.training.learning_rates import fit_epochs, forecast_learning_rates
 from lightning_filterdiv.training.submodule import check_network, layers_inside
 
@@ -55,18 +64,18 @@ class RePr(FilterCallback):
     Filters are ranked in ``on_train_epoch_end`` and dropped or regrown at the first batch after it, so that every
     checkpoint holds the network whose metric it names.
 
-    An exception or Ctrl-C leaves model and state in agreement: a later fit goes on from there, or
+    Model and state stay consistent after an exception or Ctrl-C. A later fit continues from there, or
     :meth:`restore_now` brings the filters back.
 
     Args:
         full_epochs: S1, epochs with all filters before each drop: an integer, or a fraction of the fit's epochs (a
-            float below 1), which comes to at least one epoch.
+            float below 1). A fraction is at least one epoch.
         sub_epochs: S2, epochs of the sub-network, likewise.
-        cycles: N, how often. With a fraction, cycles for which the fit has no room are left out.
+        cycles: N, number of drops. With fractions, cycles that do not fit into the training are left out.
         prune_fraction: p, share of the ranked filters that is dropped, in (0, 1).
         criterion: ``"orthogonality"`` (the paper), ``"norm"`` (smallest first) or ``"random"`` (control).
         scope: rank over all layers together (the paper) or within each layer.
-        dim_correct: divide the score by what random filters of that fan-in have.
+        dim_correct: divide the score by that of random filters with the same fan-in.
         max_layer_fraction: at most this share of one layer is dropped; ``None``: all but one filter.
         gain: scale of regrown filters relative to the mean norm of the layer's survivors. Values well above 1 with a
             large ``prune_fraction`` destabilise training.
@@ -140,7 +149,6 @@ class RePr(FilterCallback):
         self._saved_inputs: dict[str, Any] | None = None
         self._unsilenceable: set[str] = set()
         self._holds: dict[int, RowHold] = {}
-        self._waited = False
 
     # ------------------------------------------------------------------ decisions, to be overridden
 
@@ -227,7 +235,7 @@ class RePr(FilterCallback):
         self._inputs = ExampleInputs(pl_module, self.network, self._saved_inputs)
         if self._progress.dropped is not None:
             self._start_holding(trainer, self._progress.dropped)
-        self._ranked, self._waited = None, False
+        self._ranked = None
 
     def wait(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the plan begin when a layer is unfrozen; refuse to wait in a sub-network phase."""
@@ -246,7 +254,8 @@ class RePr(FilterCallback):
         loaded, self._loaded = self._loaded, None
         dropped = self._progress.dropped
         if loaded is not None:
-            self._progress = Progress.from_state(pl_module, loaded)
+            with self.reading_state():
+                self._progress = Progress.from_state(pl_module, loaded)
             self._saved_inputs, self._epochs = loaded["inputs"], loaded.get("epochs")
             self._plan_start = loaded.get("plan_start", 0)
         elif dropped is not None and not (dropped.model is pl_module and dropped.silent):
@@ -301,7 +310,14 @@ class RePr(FilterCallback):
                 f"{ways_to_fit(self.full_epochs, self.sub_epochs, 1, self._epochs, start)}"
             )
         if not events:
-            raise MisconfigurationException("RePr.schedule() returned no event: nothing would happen")
+            raise MisconfigurationException(
+                "RePr.schedule() returned no event: nothing would happen. Return drops and regrowths, or train without "
+                "RePr"
+            )
+        if strange := [event for event in events if not isinstance(event, RePrEvent)]:
+            raise MisconfigurationException(
+                f"RePr.schedule() must return a list of RePrEvent(cycle, kind, epoch), got {strange[0]!r} in it"
+            )
         kinds = [event.kind for event in events]
         if kinds != [("drop", "regrow")[i % 2] for i in range(len(kinds))] or any(
             after.epoch < before.epoch for before, after in pairwise(events)
@@ -403,12 +419,14 @@ class RePr(FilterCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._inputs is None:
             return  # all layers are frozen
-        if not self._inputs.known and not self._waited:
-            # Only in a run that RePr joins: its first forward call is about to come.
-            self._waited = True
-            return
+        if self._inputs.awaited(self.layers.values()):
+            return  # a run that RePr joins, or training_step skipped the batches so far
         while self._upcoming and self._upcoming[0].epoch <= trainer.current_epoch:
             event = self._upcoming[0]
+            if event.kind == "drop" and any(after.epoch <= trainer.current_epoch for after in self._upcoming[1:2]):
+                rank_zero_warn(f"RePr leaves out cycle {event.cycle}: no batch trained the network in its phase")
+                self._upcoming = self._upcoming[2:]
+                continue
             if event.kind == "drop":
                 self._rank_if_due(trainer, pl_module, trainer.current_epoch)
                 numbers = self._drop(trainer, pl_module, event)
@@ -437,11 +455,16 @@ class RePr(FilterCallback):
                 f"include"
             )
         key = (self.seed, "rank", event.cycle)
-        scores = rank_filters(matrices, self.criterion, dim_correct=self.dim_correct, generator_key=key)
+        scores = rank_filters(
+            matrices,
+            self.criterion,
+            dim_correct=self.dim_correct,
+            generator_key=key,
+            among_ranks=trainer.world_size > 1,
+        )
         chosen = select_dropped(
             scores, self.prune_fraction, scope=self.scope, max_layer_fraction=self.max_layer_fraction
         )
-        chosen = trainer.strategy.broadcast(chosen)
         if not any(rows.numel() for rows in chosen.values()):
             raise NoLayersError(
                 f"RePr would drop no filter: prune_fraction={self.prune_fraction:g} of the "
@@ -459,7 +482,7 @@ class RePr(FilterCallback):
     def _drop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: RePrEvent) -> dict[str, float]:
         assert self._ranked is not None
         assert self._inputs is not None
-        numbers = {"score_before_drop": _mean_score(self.layers)}
+        numbers = {"score_before_drop": self._mean_score(trainer)}
         dropped = DroppedFilters.collect(pl_module, self._inputs.trace(), self._ranked[1])
         self._ranked = None
         # From this assignment on the filters count as out: where an exception leaves some of them, on_exception or
@@ -473,8 +496,9 @@ class RePr(FilterCallback):
     def _regrow(self, trainer: pl.Trainer, event: RePrEvent) -> dict[str, float]:
         dropped = self._progress.dropped
         assert dropped is not None
-        values, spaces = dropped.new_filters(self.gain, (self.seed, "regrow", event.cycle))
-        values = trainer.strategy.broadcast(values)
+        values, spaces = dropped.new_filters(
+            self.gain, (self.seed, "regrow", event.cycle), among_ranks=trainer.world_size > 1
+        )
         done = self._completed(trainer, event, dropped)
         self._holds = {}
         # Until the second assignment the filters count as out: an exception silences them again, they are regrown anew.
@@ -483,7 +507,18 @@ class RePr(FilterCallback):
         )
         self._progress = self._progress.leaving(done)
         numbers = {f"null_space/{layer}": float(space) for layer, space in spaces.items()}
-        return numbers | {"score_after_regrowth": _mean_score(self.layers)}
+        return numbers | {"score_after_regrowth": self._mean_score(trainer)}
+
+    def _mean_score(self, trainer: pl.Trainer) -> float:
+        """Mean over layers of their filters' mean overlap."""
+        matrices = {name: filter_matrix(conv) for name, conv in self.layers.items()}
+        costs = {name: count * count * fan_in for name, (count, fan_in) in ((n, m.shape) for n, m in matrices.items())}
+        scores = share(
+            costs,
+            lambda name: float(orthogonality_score(matrices[name]).mean()),
+            among_ranks=trainer.world_size > 1,
+        )
+        return fmean(scores.values())
 
     @staticmethod
     def _completed(trainer: pl.Trainer, event: RePrEvent, dropped: DroppedFilters) -> CompletedEvent:
@@ -505,12 +540,12 @@ class RePr(FilterCallback):
         self._holds = {index: dropped.hold(self.hold_consumers) for index in range(len(trainer.optimizers))}
 
     def before_step(self, index: int) -> None:
-        """In a sub-network phase: remember what must not move in this step."""
+        """Remember the rows that must not move in this step of a sub-network phase."""
         if self._holds:
             self._holds[index].before_step(self.trainer.optimizers[index])
 
     def after_step(self, index: int) -> None:
-        """Put back what the step moved of it."""
+        """Put those rows back."""
         if self._holds:
             self._holds[index].after_step(self.trainer.optimizers[index])
 
@@ -519,7 +554,14 @@ class RePr(FilterCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say it, if the fit ends with filters out."""
         super().on_train_end(trainer, pl_module)
-        if (dropped := self._progress.dropped) is not None:
+        dropped = self._progress.dropped
+        if dropped is None and self._inputs is not None and self._upcoming:
+            event = self._upcoming[0]
+            rank_zero_warn(
+                f"the fit ended before {len(self._upcoming)} events of RePr were due (first: {event.kind} of cycle "
+                f"{event.cycle} after epoch {event.epoch}). Train for longer, or use smaller full_epochs and sub_epochs"
+            )
+        if dropped is not None:
             rank_zero_warn(
                 f"the fit ends inside a sub-network phase of RePr: {dropped.count} filters stay dropped ({dropped}), "
                 f"as in the network that was trained last. {_WAY_OUT}"
@@ -562,6 +604,12 @@ class RePr(FilterCallback):
                 f"an earlier fit of this model ended inside a sub-network phase of RePr: its {dropped.count} filters "
                 f"({dropped}) start this fit with their values from before the drop"
             )
+        elif dropped is not None and not known and dropped.silent:
+            rank_zero_warn(
+                f"RePr forgets the {dropped.count} filters ({dropped}) that an earlier fit left out of another model, "
+                f"where they stay zero. RePr.restore(model, checkpoint) brings them back from a file; "
+                f"callback.restore_now(model) does so before the next fit"
+            )
         self._progress, self._epochs, self._loaded, self._ranked = Progress(), None, None, None
         self._unsilenceable, self._saved_inputs, self._plan_start = set(), None, 0
 
@@ -575,6 +623,7 @@ class RePr(FilterCallback):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep :meth:`extra_state` for the start of the fit; a fit that fails before leaves this object as it was."""
         check_state(state)
+        check_inputs_state(state["inputs"])
         self._loaded = state
 
     def restore_now(self, model: nn.Module) -> int:
@@ -589,9 +638,11 @@ class RePr(FilterCallback):
             Number of filters brought back; 0 if none was out.
 
         Raises:
+            TypeError: ``model`` is no module.
             RuntimeError: a fit is running.
             ValueError: it is another network.
         """
+        check_module("model", model)
         if self._trainer is not None:
             raise RuntimeError("RePr.restore_now would undo a phase of the running fit; call it after the fit")
         dropped = self._progress.dropped
@@ -615,8 +666,12 @@ class RePr(FilterCallback):
             The number of filters brought back; 0 if none was out.
 
         Raises:
+            TypeError: ``model`` is no module, or ``checkpoint`` was not loaded.
             KeyError: the checkpoint holds no state of RePr.
+            ValueError: its state is damaged, or of another network.
         """
+        check_module("model", model)
+        check_checkpoint(checkpoint)
         saved_extras = [
             state["extra"]
             for state in (checkpoint.get("callbacks") or {}).values()
@@ -630,10 +685,23 @@ class RePr(FilterCallback):
         count = 0
         for saved in saved_drops:
             if saved is not None:
-                dropped = DroppedFilters.from_state(model, saved)
+                with _reading_a_state():
+                    dropped = DroppedFilters.from_state(model, saved)
                 dropped.restore()
                 count += dropped.count
         return count
+
+
+@contextlib.contextmanager
+def _reading_a_state() -> Iterator[None]:
+    """Report a damaged state in a file, whatever reading it raises."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise ValueError(
+            f"the state of RePr in the checkpoint cannot be used ({describe_damage(error)}): load another checkpoint "
+            f"of the fit"
+        ) from error
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
@@ -644,8 +712,3 @@ def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 f"RePr needs optimizer state per filter, and {type(optimizer).__name__} keeps a history of the "
                 f"whole network or factors of whole matrices; use SGD, Adam or another element-wise optimizer"
             )
-
-
-def _mean_score(layers: Mapping[str, Conv]) -> float:
-    """Mean over layers of their filters' mean overlap."""
-    return fmean(float(orthogonality_score(filter_matrix(conv)).mean()) for conv in layers.values())

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_filterdiv.similarity import expected_abs_cosine, normalize_rows, orthogonality_score
 from lightning_filterdiv.tensors.arguments import check_choice, check_flag, check_integer, check_number, check_tensor
 from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = [
     "Criterion",
@@ -33,6 +34,8 @@ Criterion = Literal["orthogonality", "norm", "random"]
 Scope = Literal["global", "layer"]
 # Far above the rounding of a sum of cosines, far below any difference that matters.
 _TIE_DECIMALS = 12
+# Of a copy to float64, a norm and a quotient, in multiplications per entry.
+_PASSES = 50
 # Norm of a filter under torch's default initialisation, U(-1/sqrt(d), 1/sqrt(d)), whatever the fan-in.
 _DEFAULT_INIT_NORM = 3**-0.5
 
@@ -71,6 +74,7 @@ def rank_filters(
     *,
     dim_correct: bool = False,
     generator_key: tuple[int | str, ...] = (),
+    among_ranks: bool = False,
 ) -> dict[str, Tensor]:
     """Score the filters of several layers; the larger the score, the sooner a filter is dropped (section 4).
 
@@ -81,6 +85,7 @@ def rank_filters(
             function of ``generator_key``, for example ``(seed, cycle)``, and the layer's name alone.
         dim_correct: divide ``O`` by its expectation ``(J-1)/J E|cos|`` for random filters, which is larger in layers
             of small ``d``. The other criteria have no such bias and are left as they are.
+        among_ranks: divide the layers among the ranks of the default process group, all of which must call this.
 
     Returns:
         name -> ``(J,)`` float64 on the CPU, in the order of ``filters``. A zero filter scores +inf by orthogonality
@@ -95,15 +100,16 @@ def rank_filters(
     _check_layers("filters", filters)
     for name, matrix in filters.items():
         _check_matrix(matrix, name)
-    scores: dict[str, Tensor] = {}
-    for name, matrix in filters.items():
-        host = _on_host(matrix, name)
+
+    def score(name: str) -> Tensor:
+        host = _on_host(filters[name], name)
         if criterion == "random":
             generator = keyed_generator(*generator_key, name)
-            scores[name] = torch.rand(host.shape[0], generator=generator, dtype=torch.float64, device="cpu")
-        else:
-            scores[name] = _score(host, criterion, dim_correct)
-    return scores
+            return torch.rand(host.shape[0], generator=generator, dtype=torch.float64, device="cpu")
+        return _score(host, criterion, dim_correct)
+
+    costs = {name: (count + _PASSES) * count * d for name, (count, d) in ((n, m.shape) for n, m in filters.items())}
+    return share(costs, score, among_ranks=among_ranks)
 
 
 def _score(filters: Tensor, criterion: Criterion, dim_correct: bool) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.filters import (
     FAKE_QUANTISED,
     Conv,
+    check_rows,
     filter_matrix,
     named_modules,
     named_tensors,
@@ -25,6 +26,7 @@ from lightning_filterdiv.filters import (
 from lightning_filterdiv.optimizer_state import HeldRows, RowHold, initial_state, row_state
 from lightning_filterdiv.repr_.functional import regrow_filters
 from lightning_filterdiv.tensors.randomness import keyed_generator
+from lightning_filterdiv.tensors.sharing import share
 
 __all__ = ["DroppedFilters", "NextLayer", "Slice", "default_layers", "rankable"]
 
@@ -199,12 +201,15 @@ class DroppedFilters:
 
     @property
     def silent(self) -> bool:
-        """Whether all parameters of the private regions are zero in the model as it is now."""
+        """Whether the model as it is now has the private regions, and all their parameters are zero."""
         tensors = named_tensors(self.model)
-        parts = (part for parts in self._private.values() for part in parts)
-        return not any(
-            isinstance(tensors[part.tensor], nn.Parameter) and bool(part.of(tensors).any()) for part in parts
-        )
+        parts = [part for parts in self._private.values() for part in parts]
+        try:
+            return not any(
+                isinstance(tensors[part.tensor], nn.Parameter) and bool(part.of(tensors).any()) for part in parts
+            )
+        except (IndexError, KeyError, RuntimeError):  # narrowed or rebuilt since
+            return False
 
     @property
     def count(self) -> int:
@@ -229,12 +234,12 @@ class DroppedFilters:
 
     def old_filters(self, layer: str) -> Tensor:
         """Weights of the dropped filters of ``layer`` before the drop, ``(n, d)`` in the order of ``filters``."""
-        parts = zip(self._private[layer], self._old[layer], strict=True)
-        part, values = next((p, v) for p, v in parts if p.tensor == f"{layer}.weight")
+        parts = {part.tensor: (part, old) for part, old in zip(self._private[layer], self._old[layer], strict=True)}
+        part, values = parts[f"{layer}.weight"]
         return values.movedim(part.dim, 0).flatten(1)
 
     def hold(self, consumers: bool) -> RowHold:
-        """Hold on dropped filters, and with ``consumers`` on the columns that read them: bit-still through steps."""
+        """Return a hold on dropped filters, with ``consumers`` also on the columns that read them."""
         tensors = named_tensors(self.model)
         parts = [part for layer in self.filters for part in self._private[layer]]
         if consumers:
@@ -242,12 +247,15 @@ class DroppedFilters:
         return RowHold(part.held(tensors) for part in parts if isinstance(tensors[part.tensor], nn.Parameter))
 
     @torch.no_grad()
-    def new_filters(self, gain: float, key: tuple[int | str, ...]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def new_filters(
+        self, gain: float, key: tuple[int | str, ...], *, among_ranks: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Draw what replaces the dropped filters, orthogonal to their old values and to the present survivors.
 
         Args:
             gain: length relative to the mean norm of the layer's survivors, see :func:`regrow_filters`.
             key: names the random draws, together with the layer.
+            among_ranks: divide the layers among the ranks of the default process group, all of which must call this.
 
         Returns:
             Layer -> ``(n, d)`` float64 on the CPU, in the order of ``filters``, and layer -> dimension of the null
@@ -256,29 +264,33 @@ class DroppedFilters:
         Raises:
             ValueError: a layer holds NaN or inf; it is named.
         """
-        modules = named_modules(self.model)
-        values: dict[str, Tensor] = {}
-        spaces: dict[str, int] = {}
-        for layer, rows in self.filters.items():
-            matrix = filter_matrix(modules[layer]).cpu()  # type: ignore[arg-type]
+        layers = {name: cast(Conv, named_modules(self.model)[name]) for name in self.filters}
+
+        def regrown(layer: str) -> tuple[Tensor, int]:
+            matrix = filter_matrix(layers[layer]).cpu()
             surviving = torch.ones(matrix.shape[0], dtype=torch.bool, device="cpu")
-            surviving[rows] = False
+            surviving[self.filters[layer]] = False
             old, generator = self.old_filters(layer).cpu(), keyed_generator(*key, layer)
             try:
-                values[layer], spaces[layer] = regrow_filters(old, matrix[surviving], gain, generator)
+                return regrow_filters(old, matrix[surviving], gain, generator)
             except ValueError as error:
                 raise ValueError(
                     f"RePr cannot regrow filters of {layer!r} ({error}): resume from a checkpoint before the training "
                     f"diverged, with a smaller learning rate or gain"
                 ) from error
-        return values, spaces
+
+        shapes = {name: filter_matrix(conv).shape for name, conv in layers.items()}
+        costs = {name: count * fan_in * min(count, fan_in) for name, (count, fan_in) in shapes.items()}
+        drawn = share(costs, regrown, among_ranks=among_ranks)
+        return {name: values for name, (values, _) in drawn.items()}, {
+            name: space for name, (_, space) in drawn.items()
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
         """Undo the drop: write the old values back, norm statistics included."""
         tensors = named_tensors(self.model)
-        kept = [pair for layer in self.filters for pair in zip(self._private[layer], self._old[layer], strict=True)]
-        for part, values in [*kept, *self._statistics]:
+        for part, values in [*self._kept(), *self._statistics]:
             tensor = tensors[part.tensor].detach()
             tensor.index_copy_(part.dim, part.rows.to(tensor.device), values.to(tensor))
 
@@ -374,6 +386,7 @@ class DroppedFilters:
 
         Raises:
             ValueError: the model has no such tensor: it is not the network that was saved.
+            AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: the state is damaged.
         """
         private, consumers = (
             {layer: [Slice.unpacked(part) for part in parts] for layer, parts in state[entry].items()}
@@ -382,6 +395,30 @@ class DroppedFilters:
         tensors = named_tensors(model)
         for part in (part for regions in (private, consumers) for parts in regions.values() for part in parts):
             if part.tensor not in tensors:
-                raise ValueError(f"the network has no tensor {part.tensor!r}, which holds dropped filters in the state")
+                raise ValueError(
+                    f"the network has no tensor {part.tensor!r}, which holds dropped filters in the state of RePr: "
+                    f"name the network that the state was saved with"
+                )
         statistics = [(Slice.unpacked(part), values) for part, values in state["statistics"]]
-        return cls(model, state["filters"], private, consumers, state["old"], statistics)
+        dropped = cls(model, state["filters"], private, consumers, state["old"], statistics)
+        dropped._check_shapes(tensors)
+        return dropped
+
+    def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise an error of any kind unless everything fits the network."""
+        if not self.filters.keys() == self._private.keys() == self._consumers.keys() == self._old.keys():
+            raise ValueError("its filters, old values and consumers are of different layers")
+        for part, values in [*self._kept(), *self._statistics]:
+            if part.of(tensors).shape != values.shape:
+                raise ValueError(f"old values of {part.tensor!r} have the shape {tuple(values.shape)}")
+        for part in (part for parts in self._consumers.values() for part in parts):
+            part.of(tensors)
+        modules = named_modules(self.model)
+        for layer, rows in self.filters.items():
+            check_rows(modules[layer], rows)  # type: ignore[arg-type]
+            if len(self.old_filters(layer)) != len(rows):
+                raise ValueError(f"{layer!r} has other filters out than its old values are of")
+
+    def _kept(self) -> list[tuple[Slice, Tensor]]:
+        """Parts of the private regions with their old values."""
+        return [pair for layer in self.filters for pair in zip(self._private[layer], self._old[layer], strict=True)]

@@ -54,8 +54,8 @@ def share_anchored_filters(
         stages: only these; ``None``: all that can share.
 
     Returns:
-        ``model``, with ``(n - 1) k^2 C^2`` parameters less for ``n`` layers of ``C`` channels that share, and ``C^2``
-        more per block with a regulator. :class:`~lightning_filterdiv.BasisOrthonormality` finds the kernels.
+        ``model``. It has ``(n - 1) k^2 C^2`` parameters fewer if ``n`` layers of ``C`` channels share, and ``C^2`` more
+        per block with a regulator. :class:`~lightning_filterdiv.BasisOrthonormality` finds the kernels.
 
     Raises:
         SharingError: there is no such stage, ``"plain"`` over stages of several widths, or a layer that has a bias or

@@ -242,13 +242,14 @@ def share_filter_bases(
     Stages are found by their blocks, whatever their names: containers of blocks with ``conv1`` and ``conv2`` (and
     ``conv3``), or runs of torchvision's inverted residuals of one width, called ``stage1``, ``stage2``, ... as in the
     paper. A stage with too few blocks for two layers to share is left as it is. In the released DenseNet-121 the fourth
-    dense block uses the basis of the third, and its own basis nobody; here it uses its own. The parameters are as many.
+    dense block uses the basis of the third, and its own basis is unused. Here it uses its own. The number of parameters
+    is the same.
 
     Args:
         model: the network (a ``LightningModule`` works too).
-        shared: ``S``, filters in the basis of the first stage; later stages have as many times more as they are wider.
-            ``None``: 16; of a ResNeXt half of the first stage's width.
-        unique: ``U``, further filters of each layer's own, growing alike. ``None``: 1; of a ResNeXt as ``shared``.
+        shared: ``S``, filters in the basis of the first stage. It grows in later stages in proportion to their width.
+            ``None``: 16, for a ResNeXt half of the first stage's width.
+        unique: ``U``, own filters of each layer; it grows likewise. ``None``: 1, for a ResNeXt the same as ``shared``.
         double: see the table.
         stages: only these; ``None``: all.
         layers: share between exactly these convolutions instead: a list of names or patterns, or a dict name of the
@@ -260,7 +261,7 @@ def share_filter_bases(
 
     Raises:
         SharingError: no stage is found, a name does not exist, a layer is strided, grouped (outside a ResNeXt),
-            parametrized or unlike the others, or there are more filters than a filter has numbers. The network is then
+            parametrized or unlike the others, or there are more filters than weights per filter. The network is then
             unchanged.
         TypeError, ValueError: a bad argument, by name.
     """

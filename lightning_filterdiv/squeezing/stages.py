@@ -93,9 +93,9 @@ def squeeze_in_stages(
 ) -> Squeezed:
     """Narrow and train, once per stage; the parameters are replaced between fits, never inside one.
 
-    Every stage is a fit of its own, so that optimizer and learning rate start anew. With ``folder`` a run that was
-    broken off anywhere goes on where it stopped, when it is started again with the same arguments: finished stages are
-    read from there, and the fit of the last one gets its checkpoint. Under DDP every rank runs this; rank 0 writes.
+    Every stage is a fit of its own, with a new optimizer and learning rate. With ``folder`` an interrupted run
+    continues when it is started again with the same arguments: finished stages are read from the folder, and the
+    unfinished fit gets its checkpoint. Under DDP every rank runs this; rank 0 writes.
 
     Args:
         model: the network or LightningModule to squeeze, as it is before the first stage, also when a run goes on.
@@ -107,8 +107,8 @@ def squeeze_in_stages(
         method: ``"csgd"``: train with :class:`CentripetalSGD`, then merge. ``"prune"``:
             :func:`~lightning_filterdiv.narrowing.prune_channels`, then train.
         stages: shares of the *original* network, from wide to narrow.
-        target: what they are shares of: the widths, the multiply-accumulate operations or the parameters.
-        folder: for what a run needs to go on; made if it is missing.
+        target: quantity that ``stages`` are shares of: widths, multiply-accumulate operations or parameters.
+        folder: keeps what an interrupted run needs to continue; made if it is missing.
         loader: batches of (inputs, labels) for the accuracy after each stage.
         tolerance: see :func:`~lightning_filterdiv.narrowing.merge.merge_channels`.
         **arguments: further arguments of CentripetalSGD or prune_channels.

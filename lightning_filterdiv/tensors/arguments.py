@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import TypeVar, get_args
 
 from torch import Tensor, nn
 
 T = TypeVar("T")
 
-__all__ = ["check_choice", "check_flag", "check_integer", "check_module", "check_number", "check_tensor"]
+__all__ = [
+    "check_checkpoint",
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "check_module",
+    "check_number",
+    "check_tensor",
+]
 
 
 def check_number(
@@ -79,6 +88,14 @@ def check_module(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a ``torch.nn.Module``."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}; build the network first")
+
+
+def check_checkpoint(value: object) -> None:
+    """Raise TypeError unless ``value`` is a loaded checkpoint."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"checkpoint must be what torch.load(path, weights_only=True) returns, got {type(value).__name__}"
+        )
 
 
 def check_tensor(name: str, value: object) -> None:

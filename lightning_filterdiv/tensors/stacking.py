@@ -51,7 +51,7 @@ def scatter(tensors: Sequence[Tensor], stacked: Tensor) -> None:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the entries fill one block of memory, each once, in whatever order of dims."""
+    """True if the entries fill one block of memory, each once, in any order of dims."""
     expected = 1
     for dim in reversed(storage_order(tensor)):
         if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:

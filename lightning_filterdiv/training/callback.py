@@ -7,13 +7,15 @@ state that a ``weights_only`` load accepts, optimizer hooks that are always remo
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -36,6 +38,14 @@ from lightning_filterdiv.training.versions import warn_once_about_versions
 __all__ = ["FilterCallback"]
 
 _STATE_VERSION = 1
+#: What reading a damaged state may raise.
+DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def describe_damage(error: Exception) -> str:
+    """What one of :data:`DAMAGED` says about a state, on one line."""
+    said = " ".join(str(error).split())
+    return f"missing entry {said}" if isinstance(error, KeyError) else said
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
@@ -137,7 +147,8 @@ class FilterCallback(Callback):
         """Restore what :meth:`extra_state` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: the state is damaged; reported with the callback's name.
+            AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: the state is damaged; reported
+                with the callback's name.
         """
 
     def kept_on_resume(self) -> Mapping[str, str]:
@@ -272,24 +283,20 @@ class FilterCallback(Callback):
         loading_for, self._loading_for = self._loading_for, None
         if loading_for not in (None, "fit"):
             return  # trainer.validate(ckpt_path=...) between two fits must not turn the clock of training back
-        try:
+        with self.reading_state():
             if not isinstance(state_dict, dict):
-                raise TypeError(f"it is a {type(state_dict).__name__}, not a dict")
+                raise TypeError(f"it is of type {type(state_dict).__name__}, not a dict")
             version = state_dict["version"]
-            if not isinstance(version, int) or version > _STATE_VERSION:
+            if not isinstance(version, int) or not 1 <= version <= _STATE_VERSION:
                 raise ValueError(f"state version {version!r} is not known to this release (it reads {_STATE_VERSION})")
             saved, layers, extra = state_dict["arguments"], state_dict["layers"], state_dict["extra"]
             if not (isinstance(saved, dict) and isinstance(layers, dict) and isinstance(extra, dict)):
                 raise TypeError("arguments, layers and extra must be dicts")
+            if not all(isinstance(count, int) for count in layers.values()):
+                raise TypeError("layers must hold numbers of filters")
+            changed = {k: (saved[k], v) for k, v in self.arguments().items() if k in saved and saved[k] != v}
             self.load_extra_state(extra)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"missing entry {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(
-                f"the checkpoint's state of {name} cannot be used: {reason}. Resume from another checkpoint, or remove "
-                f"checkpoint['callbacks'][{self.state_key!r}] to start {name} afresh from these weights"
-            ) from error
         self._restored_layers, self._restored = dict(layers), "hand" if loading_for is None else "trainer"
-        changed = {k: (saved[k], v) for k, v in self.arguments().items() if k in saved and saved[k] != v}
         kept = {key: reason for key, reason in self.kept_on_resume().items() if key in changed}
         self._kept_arguments = {key: changed[key][0] for key in kept}
         if used := {key: values for key, values in changed.items() if key not in kept}:
@@ -301,6 +308,19 @@ class FilterCallback(Callback):
                 f"{key} stays {changed[key][0]!r}, not {changed[key][1]!r}: {why}" for key, why in kept.items()
             )
             rank_zero_warn(f"{name} resumes with arguments that the checkpoint decides. {listed}")
+
+    @contextlib.contextmanager
+    def reading_state(self) -> Iterator[None]:
+        """Report a damaged state, whatever reading it raises, with the callback's name and the way out."""
+        try:
+            yield
+        except DAMAGED as error:
+            name = type(self).__name__
+            raise ValueError(
+                f"the checkpoint's state of {name} cannot be used: {describe_damage(error)}. Resume from another "
+                f"checkpoint, or remove checkpoint['callbacks'][{self.state_key!r}] to start {name} afresh from these "
+                f"weights"
+            ) from error
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -341,6 +361,12 @@ class FilterCallback(Callback):
                 f"every rank holds whole tensors under it, add {qualified!r} to FilterCallback.trusted_strategies"
             )
         self._check_launcher(getattr(trainer.strategy, "launcher", None))
+        if stage == "fit" and (device := torch.get_default_device()).type != "cpu":
+            raise MisconfigurationException(
+                f"{type(self).__name__} makes tensors on the CPU, and torch.set_default_device or 'with torch.device' "
+                f"makes them on {str(device)!r}. Call torch.set_default_device('cpu') before trainer.fit; Lightning "
+                f"moves the network to its device by itself"
+            )
         self._check_order(_callbacks(trainer))
         self._check_companions(_callbacks(trainer))
         if trainer.is_global_zero:
@@ -481,14 +507,21 @@ class FilterCallback(Callback):
         if self.shares_layers:
             return
         for other in callbacks:
-            if other is self or type(other) is not type(self) or not isinstance(other, FilterCallback):
+            if other is self or not isinstance(other, FilterCallback) or other._method() is not self._method():
                 continue
             if shared := [name for name in self.layers if name in other.layers]:
+                mine, its = type(self).__name__, type(other).__name__
                 raise MisconfigurationException(
-                    f"two {type(self).__name__} callbacks act on layer {shared[0]!r}"
+                    f"{f'two {mine} callbacks' if mine == its else f'{its} and {mine} both'} act on layer {shared[0]!r}"
                     f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''}; "
                     f"give them disjoint layers with include and exclude"
                 )
+
+    @classmethod
+    def _method(cls) -> type:
+        """The class that a user's subclasses make a variant of."""
+        lineage = [base for base in cls.__mro__ if issubclass(base, FilterCallback)]
+        return lineage[max(0, len(lineage) - 2)]
 
     @staticmethod
     def _trainable_signature(trainer: pl.Trainer) -> tuple[tuple[int, bool], ...]:

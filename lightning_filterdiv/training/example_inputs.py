@@ -10,12 +10,39 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_filterdiv.channel_graph import CapturedInputs, ChannelGraph, ExampleInputsError, capture_inputs
+from lightning_filterdiv.channel_graph import (
+    CapturedInputs,
+    ChannelGraph,
+    ChannelGraphError,
+    ExampleInputsError,
+    capture_inputs,
+)
 from lightning_filterdiv.channel_graph.inputs import without_targets
 from lightning_filterdiv.channel_graph.modules import bare_module
-from lightning_filterdiv.filters import find_submodule, named_convolutions
+from lightning_filterdiv.filters import NoLayersError, find_submodule, named_convolutions
 
-__all__ = ["ExampleInputs"]
+__all__ = ["ExampleInputs", "check_inputs_state"]
+
+
+_PLAIN = (Tensor, int, float, bool, str, type(None))
+
+
+def check_inputs_state(state: object) -> dict[str, Any] | None:
+    """Return what :meth:`ExampleInputs.state` wrote.
+
+    Raises:
+        KeyError, TypeError: it is damaged.
+    """
+    if state is None:
+        return None
+    if not isinstance(state, dict):
+        raise TypeError("inputs must be a dict")
+    args, kwargs, network = (state[entry] for entry in ("args", "kwargs", "network"))
+    if not isinstance(args, list) or not isinstance(kwargs, dict) or not isinstance(network, str | None):
+        raise TypeError("inputs must hold a list of args, a dict of kwargs and the name of a network")
+    if not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves((args, kwargs))):
+        raise TypeError("inputs must hold tensors and plain values")
+    return state
 
 
 class ExampleInputs:
@@ -38,12 +65,20 @@ class ExampleInputs:
         self._module = pl_module
         self._captured: dict[str | None, CapturedInputs] = {}
         self._graph: ChannelGraph | None = None
+        self._of_checkpoint = False
         if network is None and pl_module.example_input_array is not None:
             return
         if state is not None:
+            try:
+                find_submodule(pl_module, state["network"])
+            except NoLayersError as error:
+                raise NoLayersError(
+                    f"{error}. The name is that of the fit that saved the checkpoint: resume with the same network"
+                ) from error
             known = capture_inputs(nn.Identity())
             known.arguments = (tuple(state["args"]), dict(state["kwargs"]))
             self._captured[state["network"]] = known
+            self._of_checkpoint = True
             return
         for name in [network] if network is not None else [None, *self._only_child_with_convolutions()]:
             module = find_submodule(pl_module, name)
@@ -79,7 +114,15 @@ class ExampleInputs:
             if not self._captured:
                 self._graph = ChannelGraph.trace(self._module)
             elif (called := self._called()) is not None:
-                self._graph = ChannelGraph.trace(self._module, called[1], network=called[0])
+                try:
+                    self._graph = ChannelGraph.trace(self._module, called[1], network=called[0])
+                except ChannelGraphError as error:
+                    if not self._of_checkpoint:
+                        raise
+                    raise type(error)(
+                        f"{error}. The inputs are those of the fit that saved the checkpoint: set example_input_array "
+                        f"in the LightningModule to give others"
+                    ) from error
             else:
                 waiting = next(iter(self._captured)) or type(self._module).__name__
                 raise ExampleInputsError(
@@ -95,8 +138,7 @@ class ExampleInputs:
         called = self._called()
         if called is None or called[1].arguments is None:
             return None
-        plain = (Tensor, int, float, bool, str, type(None))
-        if not all(isinstance(leaf, plain) for leaf in tree_leaves(called[1].arguments)):
+        if not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(called[1].arguments)):
             return None
 
         def shape(leaf: Any) -> Any:

@@ -162,7 +162,7 @@ def test_a_budget_that_is_too_short_is_told_before_the_first_step() -> None:
     model = Classifier()
     model.hook = at_step
     callback = CentripetalSGD(strength=1e-3)
-    message = r"budget of CentripetalSGD is too short.*strength=\S+ would reach K = 18"
+    message = r"this fit is too short for CentripetalSGD.*strength=\S+ would reach K = 18"
     with pytest.warns(UserWarning, match=message) as w:
         run = fit([callback], model=model, max_epochs=60)
     text = next(str(item.message) for item in w if "too short" in str(item.message))

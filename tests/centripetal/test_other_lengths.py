@@ -96,7 +96,9 @@ def test_a_resume_with_other_steps_left_is_forecast_again(
     callback = CentripetalSGD(strength=0.055)
     with (
         caplog.at_level("INFO"),
-        pytest.warns(UserWarning, match="budget of CentripetalSGD is too short: K = .* would reach K = 18") as caught,
+        pytest.warns(
+            UserWarning, match="this fit is too short for CentripetalSGD: K = .* would reach K = 18"
+        ) as caught,
     ):
         run = fit([callback], model=Classifier(seed=1), ckpt_path=half, **options)
     assert run.trainer.global_step == end
@@ -212,7 +214,7 @@ def test_a_strength_that_ties_at_once_is_said_with_the_epochs_that_avoid_it() ->
     assert callback.resolved_strength > 0.1 / 2e-3
     text = next(str(warning.message) for warning in caught if "a tenth of" in str(warning.message))
     assert "accuracy may suffer" in text
-    epochs = int(re.findall(r"about (\d+) epochs", text)[0])
+    epochs = int(re.findall(r"About (\d+) epochs", text)[0])
     advised = CentripetalSGD()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*CentripetalSGD.*")

@@ -30,6 +30,8 @@ FREE = (
     "layer norm",
     "response norm",
     "linear",
+    "channel mean",
+    "split numbers",
 )
 # Free by themselves, but blocks of a few channels, or of unlike ones, may be too small to lose any.
 BLOCKS = ("grouped", "grouped up", "group norm", "split branches", "maxout")
@@ -43,6 +45,18 @@ def networks(operations: tuple[str, ...], most: int = 5) -> st.SearchStrategy[Ra
     """Networks of 1 to ``most`` random operations after a first convolution."""
     step = st.tuples(st.sampled_from(operations), st.integers(0, 3))
     return st.builds(RandomNet, st.lists(step, min_size=1, max_size=most), st.booleans())
+
+
+class Split(nn.Module):
+    """Treat two parts of the channels unlike, whose sizes are stored numbers."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.split(self.sizes, 1)
+        return torch.cat([F.relu(first), second], 1)
 
 
 class RandomNet(nn.Module):
@@ -92,6 +106,8 @@ class RandomNet(nn.Module):
             return (LayerNorm2d(c) if number % 2 else nn.LayerNorm(c, elementwise_affine=number > 0)), c
         if operation == "response norm":
             return GlobalResponseNorm(c, channels_last=False), c
+        if operation == "split numbers":
+            return Split([c - c // 2, c // 2]), c
         if operation == "linear":
             return nn.Sequential(nn.Linear(c, new), nn.GELU(), nn.Linear(new, c)), c
         if operation in ("grouped", "grouped up"):
@@ -149,6 +165,9 @@ class RandomNet(nn.Module):
             gates = part[2](stack.sum(1).mean((2, 3), keepdim=True))
             weighed = stack * gates.view(len(x), 2, -1, 1, 1).softmax(1)
             return weighed.sum(1) if number % 2 else weighed.amax(1)
+        if operation == "channel mean":
+            seen = x.mean(1, keepdim=True) if number < 2 else x.amax(1, keepdim=True)
+            return x * torch.sigmoid(seen) if number % 2 else x - seen
         if operation == "layer norm" and not number % 2:
             return part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if operation == "linear":

@@ -144,6 +144,30 @@ class _Treated(nn.Module):
         return self.second(torch.cat([self.treat(a), b], 1)).mean((2, 3))
 
 
+class _Sampled(nn.Module):
+    """A spatial transformer: one path says where the other is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.offsets, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 2, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = self.offsets(x).permute(0, 2, 3, 1).tanh()
+        return self.head(nn.functional.grid_sample(self.features(x).relu(), where, align_corners=False))
+
+
+def test_channels_are_sampled_alike_wherever_another_path_says() -> None:
+    graph, _ = check_exact(_Sampled(), IMAGE)
+    assert [group.name for group in graph.groups] == ["features"]
+    assert graph.pinned["offsets"] == "acts on all channels at once in grid_sampler_2d in forward"
+
+
+def test_a_gated_linear_unit_is_a_product_of_halves() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.GLU(1), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    graph, _ = check_exact(model, IMAGE)
+    assert [(group.name, group.size) for group in graph.groups] == [("0", 6), ("2", 4)]
+
+
 class _Halves(nn.Module):
     """Three stages that forward splits in halves, each on its own."""
 
@@ -366,3 +390,26 @@ def test_random_clusters_are_random() -> None:
     graph = ChannelGraph.trace(models.plain(), IMAGE)
     draws = [random_clusters(graph, torch.Generator().manual_seed(s))["3"].tolist() for s in range(2)]
     assert draws[0] != draws[1]
+
+
+class WeighedPositions(nn.Module):
+    """A mean over positions with computed weights: the context of GCNet, or attention with one head."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.weigh, self.write, self.first = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 8, 1), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weigh(x).flatten(2).softmax(2)
+        if self.first:
+            context = x.flatten(2) @ weights.transpose(1, 2)
+        else:
+            context = (weights @ x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return x + self.write(context.unsqueeze(3))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_products_that_sum_over_positions_keep_channels_apart(first: bool) -> None:
+    graph, _ = check_exact(nn.Sequential(nn.Conv2d(3, 8, 3), WeighedPositions(first), nn.Conv2d(8, 4, 1)), IMAGE)
+    assert {g.layers for g in graph.groups} == {("0", "1.write")}
+    assert set(graph.pinned) == {"1.weigh", "2"}

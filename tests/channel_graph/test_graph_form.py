@@ -19,7 +19,7 @@ from lightning_filterdiv.channel_graph.narrow import Narrowing, merging, tie
 from lightning_filterdiv.channel_graph.verify import compare, prove, randomise
 from lightning_filterdiv.narrowing import MergedFileError, load_merged, merge_channels, save_merged
 
-from .checks import EXACT
+from .checks import EXACT, check_exact
 
 IMAGE = torch.rand(1, 3, 16, 16)
 INF = float("inf")
@@ -383,3 +383,31 @@ def test_a_width_held_as_a_number_inside_of_a_body_that_is_written() -> None:
     assert sum(group.size for group in stream) + sum(g.size for g in graph.groups if g.name == "1.conv") >= 12
     for seed in range(3):
         assert graph.verify(seed=seed) <= 1e-12
+
+
+class Scale(nn.Module):
+    """A scale per channel, laid out by a number that it keeps, as in PoolFormer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shape, self.scale = (channels, 1, 1), nn.Parameter(torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.view(self.shape)
+
+
+class Scaled(nn.Module):
+    def __init__(self, reads: int, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(reads, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+        self.scales = nn.ModuleList([Scale(channels) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scales[0](self.first(x))
+        return self.scales[1](x) + self.scales[2](self.second(x))
+
+
+def test_several_bodies_that_hold_the_number_of_one_group() -> None:
+    graph, narrow = check_exact(nn.Sequential(Scaled(3, 8), Scaled(8, 12), nn.Conv2d(12, 4, 1)), IMAGE)
+    assert graph.pinned == {"2": "network output"}
+    assert all(isinstance(scale, fx.GraphModule) for block in narrow[:2] for scale in block.scales)

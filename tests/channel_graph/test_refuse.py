@@ -31,12 +31,14 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
         r"input of softmax in between over channels, which mixes channels",
     ),
     "channel attention": (MIXING["channel attention"], r"input of matmul in forward, which mixes channels"),
-    "mean over channels": (lambda: lambda x: x - x.mean(1, keepdim=True), r"mean in forward over channels"),
+    "variance over channels": (
+        lambda: lambda x: x * x.var(1, keepdim=True),
+        r"input of var in forward over channels, which mixes channels",
+    ),
     "unknown operator": (
         lambda: lambda x: torch.cumprod(x, 2),
         r"cumprod in forward, an operator the channel graph has no",
     ),
-    "gated halves": (lambda: lambda x: F.glu(torch.cat([x, x], 1), 1), r"input of glu in forward"),
     "constants per channel": (
         lambda: lambda x: x * torch.arange(8.0).reshape(1, 8, 1, 1),
         r"meets values that no channel owns",
@@ -98,6 +100,41 @@ def test_filters_of_computed_weights_may_go_and_their_columns_may_not(kind: str)
     assert [group.layers for group in graph.groups] == [("second",)]
     assert narrowed.second.out_channels < 6
     assert graph.private("second") == "forward computes the kernel of second from its weight"
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "standardised"])
+def test_computed_weights_of_depthwise_and_grouped_layers(kind: str) -> None:
+    def conv(reads: int, writes: int, groups: int) -> nn.Module:
+        if kind == "standardised":
+            return ScaledStdConv2d(reads, writes, 3, padding=1, groups=groups)
+        return parametrizations.weight_norm(nn.Conv2d(reads, writes, 3, padding=1, groups=groups))
+
+    plain = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 12, 1), nn.Conv2d(12, 4, 1)
+    graph, narrowed = check_exact(nn.Sequential(plain[0], conv(8, 16, 8), plain[1], conv(12, 12, 2), plain[2]), IMAGE)
+    assert [(g.layers, g.size, g.block_count) for g in graph.groups] == [(("0", "1"), 8, 1), (("3",), 12, 2)]
+    assert graph.layers == ["0", "1", "2", "3", "4"]
+    assert re.search(r"input of conv2d in 3, whose weight is computed by \w+ in 3", graph.pinned["2"])
+    assert graph.private("0") == "forward computes the kernel of 1 from its weight"
+    assert narrowed[1].groups == narrowed[0].out_channels < 8
+    assert narrowed[3].groups == 2
+    check_exact(narrowed, IMAGE, seed=1, keep=0.7)
+
+
+class Order(nn.Module):
+    """Efficient channel attention: a kernel slides along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.mean((2, 3)).unsqueeze(1))
+        return x * y.sigmoid().view(len(x), -1, 1, 1)
+
+
+def test_a_kernel_along_the_channels_pins_them() -> None:
+    graph = ChannelGraph.trace(Between(Order()), IMAGE)
+    assert graph.pinned["first"].endswith("slides over channels, so that their order counts")
 
 
 def test_a_weight_that_mixes_its_filters_is_pinned_by_name() -> None:
@@ -164,7 +201,7 @@ def test_channels_that_forward_reads_are_pinned_and_those_before_are_exact() -> 
     model = DataDependent()
     graph, _ = check_exact(model, IMAGE)
     assert [g.layers for g in graph.groups] == [("backbone.0",)]
-    assert graph.pinned == {"backbone.2": "input of sum in head over channels, which mixes channels"}
+    assert graph.pinned == {"backbone.2": "used after item in head read values that decide what forward does"}
     assert graph.read_values == "item in head"
 
 

@@ -15,7 +15,7 @@ from lightning_filterdiv.centripetal.functional import cluster_means, equalise
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import compare
-from lightning_filterdiv.narrowing import narrow
+from lightning_filterdiv.narrowing import merge_channels, narrow
 
 from .checks import check_exact, merge, mergeable
 
@@ -294,6 +294,48 @@ def test_layers_that_fill_one_block_alone_are_pinned() -> None:
     graph = ChannelGraph.trace(Unequal(), IMAGE)
     assert graph.groups == []
     assert graph.pinned["a"] == "the blocks of head (groups=2) have unequal shares of them"
+
+
+class Shuffled(nn.Module):
+    """Halves are dealt out in turn before a grouped convolution: its blocks alternate along the layer before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        n, channels, height, width = x.shape
+        x = x.view(n, 2, channels // 2, height, width).transpose(1, 2).reshape(n, channels, height, width)
+        return self.head(F.relu(self.grouped(x)))
+
+
+class ShuffledForward(Shuffled):
+    """The same in a forward that has no graph form."""
+
+    def forward(self, *images: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(images[0])
+
+
+@pytest.mark.parametrize(
+    ("clusters", "form"),
+    # Blocks 0 0 1 1 0 0 1 1: with the first one forward, as it is, brings kept channels to their blocks.
+    [([0, 0, 1, 1, 2, 2, 3, 3], "module"), ([0, 1, 2, 3, 0, 1, 2, 3], "graph"), ([0, 0, 2, 3, 1, 1, 3, 2], "graph")],
+)
+def test_forward_keeps_its_form_where_it_brings_channels_to_their_blocks(clusters: list[int], form: str) -> None:
+    torch.manual_seed(0)
+    model = Shuffled().double().eval()
+    index = {"stem": torch.tensor(clusters)}
+    tie(model, ChannelGraph.trace(model, IMAGE.double()), index)
+    merged = merge_channels(model, index, IMAGE.double())
+    assert [choice.form for choice in merged.report.forms] == [form]
+    assert compare(model, merged.network, (IMAGE.double(),), {}) <= 1e-12
+
+
+def test_alternating_blocks_are_pinned_where_forward_has_no_graph_form() -> None:
+    graph = ChannelGraph.trace(ShuffledForward(), IMAGE)
+    assert "any number of arguments" in graph.pinned["stem"]
+    assert [group.name for group in graph.groups] == ["grouped"]
 
 
 def test_columns_of_blocks_are_told_to_those_who_hold_them() -> None:

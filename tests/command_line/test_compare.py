@@ -35,7 +35,8 @@ def test_text_and_csv(two: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Filter redundancy of a.ckpt (A) and b.pt (B)" in text
     assert re.search(r"net\.conv2 +0\.\d\d → 1\.\d\d +32 +288 .* 0 → 20 +0 → 10 ", text), "net. is no other layer"
     assert re.search(r"net\.conv1 +(\d\.\d\d) +32 +9 ", text), "what is alike is said once"
-    assert "In B 1 layer is more than a tenth more alike, 0 less. 0 filters of A and 20 of B have a twin." in text
+    assert "of 1 layer are over a tenth more alike in B, those of 0 layers over a tenth less. 0 filters of A" in text
+    assert "0 filters of A and 20 of B have a twin." in text
     assert (tmp_path / "out" / "report.txt").read_text(encoding="utf-8") in text + "\n"
     with (tmp_path / "out" / "report.csv").open(encoding="utf-8") as file:
         rows = {row["layer"]: row for row in csv.DictReader(file)}

@@ -13,6 +13,8 @@ from lightning_filterdiv.command_line.main import main
 from lightning_filterdiv.demo import SmallConvNet
 from lightning_filterdiv.narrowing import count_parameters, load_merged
 
+README = Path(__file__).parents[2] / "README.md"
+
 
 def _rows(text: str) -> dict[str, list[str]]:
     """Label -> values of the table."""
@@ -31,9 +33,14 @@ def test_squeezed_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert re.search(r"Merging changed 0 of 360 predictions", captured.out)
     full, same, narrow = (int(number.replace(",", "")) for number in rows["parameters"])
     assert full == same > 3 * narrow
+    shown = README.read_text()
+    for label in ("parameters", "MACs per image"):
+        assert _rows(shown)[label] == rows[label], "README shows what the demo prints"
+    assert "Merging changed 0 of 360 predictions" in shown
     assert f"tensorboard --logdir {out}" in captured.out
+    assert captured.err.splitlines() == [f"{name}: training for 5 epochs" for name in ("plain", "csgd")], "no terminal"
     for noise in ("Warning", "srun", "TPU", "Tip"):
-        assert noise not in captured.out + captured.err
+        assert noise not in captured.out
     network = load_merged(SmallConvNet(image_size=8), out / "csgd" / "version_0" / "narrow.pt")
     assert count_parameters(network) == narrow
     assert f"for load_merged: {out / 'csgd' / 'version_0' / 'narrow.pt'}" in captured.out, "a folder of this run"

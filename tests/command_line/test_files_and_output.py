@@ -121,6 +121,100 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert Path("out/index.html").exists()
 
 
+DATA = """
+import torch
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self): return 3
+    def __getitem__(self, index): raise KeyError("line one\\nline two")
+
+class Diverged(Broken):
+    def __getitem__(self, index): return torch.full((1, 8, 8), float("nan"))
+
+class Empty(Broken):
+    def __len__(self): return 0
+
+class Images(Broken):
+    def __getitem__(self, index): return torch.rand(1, 8, 8)
+
+class Lazy(torch.nn.Sequential):
+    def __init__(self): super().__init__(torch.nn.LazyConv2d(4, 3))
+
+class Meta(torch.nn.Sequential):
+    def __init__(self): super().__init__(torch.nn.Conv2d(1, 4, 3, device="meta"))
+"""
+NETWORK = "lightning_filterdiv.demo:SmallConvNet"
+PRUNE = ("prune", "--keep-fraction", "0.5", "--importance", "taylor", "--out", "a.pt", "--input-shape", "1,1,8,8")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("inspect", NETWORK, "--data", "my_data:Broken"), "my_data:Broken: reading it fails (KeyError: 'line one"),
+        (("inspect", NETWORK, "--data", "my_data:Diverged"), "my_data:Diverged holds NaN or infinite values; repair"),
+        (("inspect", NETWORK, "--data", "my_data:Empty"), "my_data:Empty: no image came; check the folder"),
+        (("entropy", "--data", "my_data:Broken"), "my_data:Broken: reading it fails (KeyError: 'line one"),
+        (("entropy", "--data", "my_data:Diverged"), "image 0 holds NaN values, which have no entropy"),
+        (
+            ("prune", NETWORK, "--keep-fraction", "0.5", "--out", "a.pt", "--input-shape", "99999999999,1,8,8"),
+            "--input-shape 99999999999,1,8,8 does not fit into memory; give a smaller one",
+        ),
+        ((*PRUNE, NETWORK, "--data", "my_data:Broken"), "--data my_data:Broken: reading it fails (KeyError: 'line one"),
+        ((*PRUNE, NETWORK, "--data", "my_data:Images"), "needs batches of (inputs, labels) for the cross-entropy\n"),
+        ((*PRUNE, "my_data:Lazy"), "'0.weight' of Lazy is lazy and has no shape yet; build the network with its sizes"),
+        ((*PRUNE, "my_data:Meta"), "'0.weight' of Meta has no values (device meta); build the network"),
+    ],
+    ids=[
+        "broken",
+        "NaN",
+        "empty",
+        "broken, entropy",
+        "NaN, entropy",
+        "memory",
+        "broken, prune",
+        "labels",
+        "lazy",
+        "meta",
+    ],
+)
+def test_data_that_cannot_be_used(
+    command: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("my_data.py").write_text(DATA)
+    monkeypatch.delitem(sys.modules, "my_data", raising=False)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_weights_for_a_lazy_network() -> None:
+    Path("my_network.py").write_text(
+        "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self): super().__init__(nn.LazyConv2d(4, 3))"
+    )
+    torch.save({"0.weight": torch.randn(4, 3, 3, 3), "0.bias": torch.randn(4)}, "lazy.pt")
+    assert main(["inspect", "lazy.pt", "--model", "my_network:Net", "--out", "out", "--max-figures", "0"]) == 0
+
+
+def test_a_warning_is_one_line() -> None:
+    _save("plain")
+    weights = torch.load("run.ckpt", weights_only=True)
+    weights["state_dict"]["odd.weight"] = torch.zeros(4, 3, 3, 3, dtype=torch.complex64)
+    torch.save(weights, "run.ckpt")
+    result = _run(["-m", "lightning_filterdiv", *INSPECT])
+    assert result.returncode == 0
+    assert result.stderr == "filterdiv inspect: warning: left out, because each has complex weights: 'odd'\n"
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_filterdiv.command_line.inspect.run", interrupted)
+    assert main([*INSPECT]) == 130
+    assert capsys.readouterr().err == "filterdiv inspect: interrupted\n"
+
+
 def test_extra_state_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(".")
     Path("extra.py").write_text(

@@ -14,6 +14,7 @@ from torchvision.models import ResNet
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import build_model, load_weights, read_checkpoint, restore_model
 from lightning_filterdiv.demo import SmallConvNet
+from lightning_filterdiv.narrowing import load_merged
 
 
 def number() -> int:
@@ -72,7 +73,7 @@ def test_a_configuration(below: str | None, tmp_path: Path) -> None:
         ("no.such.thing:Net", "cannot import 'no.such.thing' .*; name an installed module"),
         ("lightning_filterdiv.demo:SmalConvNet", "has no 'SmalConvNet'; did you mean SmallConvNet\\?"),
         (f"{__name__}:needy", "cannot be constructed: .*width.*--config"),
-        (f"{__name__}:number", "gives a int, not a torch.nn.Module"),
+        (f"{__name__}:number", "gives an object of type int, not a torch.nn.Module"),
     ],
 )
 def test_wrong_sources(source: str, message: str) -> None:
@@ -118,9 +119,11 @@ def test_checkpoints_and_state_dicts(tmp_path: Path) -> None:
 
 def test_a_network_with_the_arguments_and_weights_of_its_checkpoint() -> None:
     trained = SmallConvNet(width=5)
-    checkpoint = {"hyper_parameters": {"width": 5}, "state_dict": trained.state_dict()}
-    model = restore_model("lightning_filterdiv.demo:SmallConvNet", None, checkpoint)
-    assert torch.equal(model.net.conv2.weight, trained.net.conv2.weight)
+    of_cli = {"_class_path": "somewhere.Else", "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    for hyper_parameters in ({"width": 5}, {"width": 5, **of_cli}):
+        checkpoint = {"hyper_parameters": hyper_parameters, "state_dict": trained.state_dict()}
+        model = restore_model("lightning_filterdiv.demo:SmallConvNet", None, checkpoint)
+        assert torch.equal(model.net.conv2.weight, trained.net.conv2.weight)
     with pytest.raises(CommandError, match="the weights are not those of a SmallConvNet"):
         restore_model("lightning_filterdiv.demo:SmallConvNet", None, {"state_dict": trained.state_dict()})
 
@@ -149,6 +152,18 @@ def test_a_whole_module_only_when_trusted(tmp_path: Path) -> None:
     assert set(read_checkpoint(tmp_path / "module.pt", trust_pickle=True)["state_dict"]) == {"weight", "bias"}
 
 
+def test_a_file_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "run.ckpt")
+
+    torch.save(nn.Conv2d(1, 2, 3).state_dict(), tmp_path / "run.ckpt")
+    monkeypatch.setattr(torch, "load", denied)  # the superuser may read everything
+    with pytest.raises(CommandError, match=r"run\.ckpt cannot be read: Permission denied; change its permissions"):
+        read_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(PermissionError):
+        load_merged(nn.Conv2d(1, 2, 3), tmp_path / "run.ckpt")
+
+
 def test_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="no such file"):
         read_checkpoint(tmp_path / "nothing.ckpt")
@@ -159,8 +174,16 @@ def test_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="is not a checkpoint"):
         read_checkpoint(tmp_path / "empty.ckpt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(CommandError, match="neither a Lightning checkpoint nor a state dict, but a list"):
+    with pytest.raises(
+        CommandError, match="neither a Lightning checkpoint nor a state dict, but an object of type list"
+    ):
         read_checkpoint(tmp_path / "list.pt")
+    torch.save({"model": {"weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "nested.pt")
+    with pytest.raises(CommandError, match=r"but a dict with the entries 'model', 'epoch'; torch\.save"):
+        read_checkpoint(tmp_path / "nested.pt")
+    (tmp_path / "program.py").write_text("\nimport torch\n")  # also a pickle of 1995, to its first letters
+    with pytest.raises(CommandError, match=r"program\.py is not a checkpoint"):
+        read_checkpoint(tmp_path / "program.py")
 
 
 def test_weights_fit_under_wrappers_and_inside_modules() -> None:

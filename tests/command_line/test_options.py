@@ -50,7 +50,11 @@ _REPORT = {
         (
             ["merge", "a.ckpt", "--out", "b.pt", "--input-shape", "1,3,8,8"],
             {
-                "checkpoint": Path("a.ckpt"),
+                "source": "a.ckpt",
+                "weights": None,
+                "network": None,
+                "include": None,
+                "exclude": None,
                 "out": Path("b.pt"),
                 "input_shape": (1, 3, 8, 8),
                 "tolerance": 1e-3,
@@ -67,6 +71,7 @@ _REPORT = {
             {
                 "source": "torchvision:resnet18",
                 "out": Path("b.pt"),
+                "weights": None,
                 "importance": "l2",
                 "keep_fraction": None,
                 "target_macs": 0.5,
@@ -120,7 +125,7 @@ def test_choices_are_those_of_the_modules(capsys: pytest.CaptureFixture[str]) ->
     assert _accepted(capsys, *entropy, "--unit") == list(get_args(Unit))
     assert _accepted(capsys, *entropy, "--rounding") == list(get_args(Rounding))
     pruning = ("prune", "torchvision:resnet18", "--out", "a.pt")
-    assert _accepted(capsys, *pruning, "--importance") == [name for name in get_args(Importance) if name != "gates"]
+    assert _accepted(capsys, *pruning, "--importance") == list(get_args(Importance))
     assert _accepted(capsys, *pruning, "--scope") == list(get_args(Scope))
     assert _accepted(capsys, "demo", "--method") == list(demo.METHODS)
     assert _accepted(capsys, "demo", "--data") == list(demo.DATA)

@@ -246,8 +246,8 @@ def _with_nan() -> Tensor:
         (lambda: torch.zeros(8, 16), "holds no images: they need at least height and width"),
         (lambda: "cifar10", "cannot find images in str"),
         (lambda: 3, "cannot find images in int"),
-        (_with_nan, "in the 40 images after the first 0: image 17 holds NaN"),
-        (lambda: DataLoader([_with_nan()[:10], _with_nan()[10:]], batch_size=None), "first 10: image 7 holds NaN"),
+        (_with_nan, r"Tensor of shape \(40, 3, 12, 10\): image 17 holds NaN values"),
+        (lambda: DataLoader([_with_nan()[:10], _with_nan()[10:]], batch_size=None), "image 17 holds NaN values"),
     ],
 )
 def test_wrong_data(data: Any, message: str) -> None:

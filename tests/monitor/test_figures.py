@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -40,6 +41,17 @@ def layer(rows: torch.Tensor, name: str = "stage.conv") -> Any:
     conv = nn.Conv2d(rows.shape[1], rows.shape[0], 1)
     write_filters(conv, range(len(rows)), rows)
     return view_layer(name, conv)
+
+
+def test_titles_stay_inside_the_figure() -> None:
+    """Long names, many filters, and filters that are out make the longest lines."""
+    conv = nn.Conv2d(64, 150, 3)
+    view = view_layer("backbone.stage3.block12.a.long.name.conv2", conv, Dropped(range(30)))
+    for figure in (similarity_heat_map(view, "after epoch 120"), kernel_mosaic(view, "after epoch 120")):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (heading,) = (text for text in figure.texts if text.get_text() == figure.get_suptitle())
+        assert heading.get_window_extent(canvas.get_renderer()).x1 <= figure.bbox.x1
 
 
 # --------------------------------------------------------------------------- views
@@ -203,14 +215,14 @@ LOOKS = [Snapshot(epoch, 20 * epoch, {"a": 3.0 - 0.2 * epoch, "b": 1.0}) for epo
 
 def test_summary_has_a_row_per_layer_the_total_and_a_line_per_event() -> None:
     figure = network_summary(LOOKS, EVENTS)
-    upper, axes = figure.axes[:2]
+    axes, beside = figure.axes[:2]
     mesh = axes.collections[0]
     assert np.allclose(np.asarray(mesh.get_array()).reshape(2, 5)[0], np.log2([3.0, 2.8, 2.6, 2.2, 1.8]))
     edges = mesh.get_coordinates()[0, :, 0]
     assert edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 4.5, 6.5]
     assert sorted({float(line.get_xdata()[0]) for line in axes.lines}) == [2.5, 3.5, 5.5]
-    assert [text.get_text() for text in upper.texts] == ["drop", "regrow", "drop"]
-    total = upper.lines[0]
+    assert [text.get_text() for text in axes.texts] == ["drop", "regrow", "drop"]
+    total = beside.lines[0]
     assert list(total.get_xdata()) == [0, 1, 2, 4, 6]
     assert list(total.get_ydata()) == pytest.approx([2.0, 1.9, 1.8, 1.6, 1.4])
     assert "all layers: 2.00 x → 1.40 x;  red: RePr" in texts(figure)
@@ -221,13 +233,21 @@ def test_summary_has_a_row_per_layer_the_total_and_a_line_per_event() -> None:
 def test_summary_tells_layers_far_apart() -> None:
     """A layer at 15 times chance does not darken one at 2 times beside one at 1 time."""
     figure = network_summary([Snapshot(0, 0, {"deep": 15.0, "two": 2.0, "one": 1.0, "single": 0.0})])
-    mesh = figure.axes[1].collections[0]
+    mesh = figure.axes[0].collections[0]
     colours = mesh.cmap(mesh.norm(np.log2([15.0, 2.0, 1.0])))[:, :3]
     assert np.abs(colours[1] - colours[2]).max() > 0.15
     assert "all layers: 6.00 x" in texts(figure), "a layer without a pair does not count"
 
 
-def test_summary_shows_the_deviation_below() -> None:
+@pytest.mark.parametrize("layers", [1, 3, 20, 200])
+def test_summary_fills_a_card_of_time_series(layers: int) -> None:
+    """Its images have this shape, and a picture is shown whole."""
+    looks = [Snapshot(epoch, epoch, {f"layer{i}": 1.0 for i in range(layers)}) for epoch in (0, 3, 6)]
+    height, width, _ = to_rgb(network_summary(looks, EVENTS, DEVIATIONS)).shape
+    assert width / height == pytest.approx(1.8, abs=0.05)
+
+
+def test_summary_shows_the_deviation() -> None:
     figure = network_summary(LOOKS, (), DEVIATIONS)
     lower = figure.axes[2]
     measured, forecast = lower.lines
@@ -301,7 +321,7 @@ def test_events_are_asked_for_by_name() -> None:
 def test_names_of_any_length_leave_room_for_the_picture(name: str) -> None:
     figure = network_summary([Snapshot(0, 0, {name: 0.1}), Snapshot(1, 9, {name: 0.2})])
     to_rgb(figure)
-    assert figure.axes[1].get_position().width > 0.3
+    assert figure.axes[0].get_position().width > 0.3
 
 
 def test_figures_are_freed() -> None:

@@ -292,6 +292,25 @@ def test_deviation_of_another_callback_is_drawn(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- wrong input
 
 
+class _OtherArguments(Callback):
+    """Somebody else's, with a method that happens to have our name."""
+
+    def arguments(self, of: str) -> dict[str, Any]:
+        return {of: 0}
+
+
+def test_what_others_raise_costs_no_training(tmp_path: Path) -> None:
+    message = r"FilterSimilarityMonitor could not write hyper-parameters \(TypeError: .*'of'\)\. Training goes on"
+    with pytest.warns(UserWarning, match=message):
+        run = fit(
+            [FilterSimilarityMonitor(max_figures=1), _OtherArguments()],
+            logger=CSVLogger(tmp_path),
+            default_root_dir=tmp_path,
+            max_epochs=1,
+        )
+    assert run.trainer.global_step == 6
+
+
 def test_damaged_state_is_named(tmp_path: Path) -> None:
     monitor = FilterSimilarityMonitor()
     state = monitor.state_dict()

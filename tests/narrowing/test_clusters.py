@@ -128,3 +128,15 @@ def test_coupled_layers_share_one_clustering_of_all_their_kernels() -> None:
         model.b.weight.copy_(torch.tensor([0.0, 5.0, 0.0, 5.0]).view(4, 1, 1, 1).expand(4, 3, 1, 1))
     clusters = cluster_channels(model, ChannelGraph.trace(model, IMAGE), 0.5)
     assert {name: index.tolist() for name, index in clusters.items()} == {"a": [0, 1, 0, 1]}
+
+
+def test_parametrized_layers_are_clustered_by_the_weight_they_compute() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, 3)
+    with torch.no_grad():
+        conv.weight[3:] = conv.weight[:3] * torch.tensor([1.0, 1.0, 4.0]).reshape(3, 1, 1, 1)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(conv), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    graph = ChannelGraph.trace(model, IMAGE)
+    index = cluster_channels(model, graph, 4 / 6)["0"].tolist()
+    assert index[:2] == index[3:5]  # equal weights
+    assert index[2] != index[5]  # equal directions, unequal lengths

@@ -3,6 +3,7 @@ wrong."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ from lightning_filterdiv.narrowing import (
     NotTiedError,
     load_merged,
     merge_channels,
+    merge_twins,
+    narrow,
+    prune_channels,
     save_merged,
     tie_channels,
 )
+from lightning_filterdiv.narrowing.export import export_onnx
 from lightning_filterdiv.narrowing.measure import count_macs, count_parameters
 from tests.channel_graph.checks import expected_count
 from tests.channel_graph.test_zoo import build, image
@@ -314,3 +319,131 @@ def test_wrong_clusters_and_inputs() -> None:
     coupled = {"conv": 0.5, "stage1.0.conv2": 0.75}
     with pytest.raises(ValueError, match="different fractions to layers that share channels"):
         cluster_channels(model, graph, coupled)
+
+
+class _Remembers(nn.Module):
+    """Adds a grid that is made anew where the shape is not that of the last call, as heads of detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.shape: torch.Size | None = None
+        self.grid = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, 4, H, W)``."""
+        if self.shape != x.shape:
+            self.shape, self.grid = x.shape, torch.arange(x.shape[-1], dtype=x.dtype)
+        result: Tensor = self.conv(x) + self.grid
+        return result
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its ONNX exporter needs a protobuf of its time")
+def test_onnx_of_a_network_that_remembers_the_last_shape(tmp_path: Path) -> None:
+    model = _Remembers().eval()
+    for batch in (1, 2):
+        model(torch.randn(batch, 3, 8, 8))
+    assert export_onnx(model, tmp_path / "net.onnx", torch.zeros(2, 3, 8, 8)) <= 1e-3
+    torch.testing.assert_close(model(torch.zeros(2, 3, 8, 8)).shape, torch.Size([2, 4, 8, 8]))
+
+
+# -- weights that are no numbers ---------------------------------------------------------------------------------------
+
+
+def _tie(model: nn.Module, clusters: dict[str, Tensor]) -> None:
+    tie_channels(model, clusters, IMAGE)
+
+
+def _narrow(model: nn.Module, clusters: dict[str, Tensor]) -> None:
+    narrow(model, ChannelGraph.trace(model, IMAGE), {name: torch.arange(1) for name in clusters})
+
+
+WAYS: dict[str, Callable[[nn.Module, dict[str, Tensor]], object]] = {
+    "merge": lambda model, clusters: merge_channels(model, clusters, IMAGE, tolerance=INF),
+    "twins": lambda model, clusters: merge_twins(model, IMAGE),
+    "prune": lambda model, clusters: prune_channels(model, IMAGE, keep_fraction=0.5),
+    "narrow": _narrow,
+    "tie": _tie,
+    "verify": lambda model, clusters: ChannelGraph.trace(model, IMAGE).verify(),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), INF])
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_are_no_numbers_are_refused(way: str, value: float) -> None:
+    """In one filter of the last layer: the other outputs are finite."""
+    model = models.plain()
+    graph = ChannelGraph.trace(model, IMAGE)
+    clusters = random_clusters(graph, torch.Generator().manual_seed(0))
+    name, last = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight[0, 0] = value
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(
+        NarrowingError, match=f"weight of '{name}' holds NaN or inf; has the training diverged"
+    ) as caught:
+        WAYS[way](model, clusters)
+    assert "\n" not in str(caught.value)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[key].nan_to_num())
+
+
+def test_statistics_that_are_no_numbers_are_refused_and_large_ones_are_not() -> None:
+    model = models.plain()
+    clusters = random_clusters(ChannelGraph.trace(model, IMAGE), torch.Generator().manual_seed(0))
+    name, norm = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.running_var is not None
+    norm.running_var.fill_(3e38)  # their sum is infinite
+    merge_channels(model, clusters, IMAGE, tolerance=INF)
+    norm.running_var[1] = float("nan")
+    with pytest.raises(NarrowingError, match=f"running_var of '{name}' holds NaN"):
+        merge_channels(model, clusters, IMAGE, tolerance=INF)
+
+
+class _Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        """NaN for every number."""
+        return torch.log(-x.abs() - 1)
+
+
+def test_outputs_that_are_no_numbers_prove_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), _Logarithm(), nn.Conv2d(8, 5, 3))
+    with pytest.raises(NarrowingError, match=r"every output of Sequential is NaN or infinite, from '1' on") as caught:
+        prune_channels(model, IMAGE, keep_fraction=0.5, bias=False, verbose=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_before_the_merge_are_measured_one_by_one() -> None:
+    """Weights apart: projection; statistics apart: averaging; as two comparisons of whole networks find them."""
+    model = models.plain().eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    clusters = random_clusters(graph, torch.Generator().manual_seed(0))
+    randomise(model, torch.Generator().manual_seed(1))
+    tie(model, graph, clusters)
+    halfway = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in [*halfway.named_buffers()]:
+            if name.endswith("running_mean"):
+                tensor.add_(0.1 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(2)))
+    start = copy.deepcopy(halfway)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    both = merge_channels(start, clusters, IMAGE, tolerance=INF).report
+    weights = copy.deepcopy(start)
+    tie(weights, graph, clusters)
+    for name, tensor in weights.named_buffers():
+        tensor.copy_(start.get_buffer(name))
+    again = merge_channels(weights, clusters, IMAGE, tolerance=INF).report
+    assert again.projection < 1e-6 < both.projection
+    assert both.averaging == pytest.approx(again.averaging, rel=1e-6)
+    assert both.averaging > 1e-3
+
+
+def test_attention_is_counted_where_torch_fuses_it() -> None:
+    """Batch 1, 6 tokens of 8 numbers: projections in and out, products over tokens, two layers behind."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    expected = 6 * (3 * 8 * 8 + 8 * 8 + 2 * 8 * 16) + 2 * 6 * 6 * 8
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    assert count_macs(model, torch.randn(1, 6, 8)) == expected
+    assert torch.backends.mha.get_fastpath_enabled() == enabled

@@ -148,6 +148,20 @@ def test_gates_are_measured_and_multiplied_in() -> None:
     )
     with pytest.raises(ValueError, match="still has its gates"):
         prune_channels(network(), IMAGES, importance="gates", keep_fraction=0.5, batches=data)
+    given = {f"net.{name}": mean for name, mean in means.items()}  # as the callback of a LightningModule has them
+    again = prune_channels(gated, IMAGES, importance=given, keep_fraction=0.5, bias=False, verbose=False)
+    assert again.report.importance == "gates"
+    assert all(torch.equal(again.report.keep[name], kept) for name, kept in pruned.report.keep.items())
+    for wrong, words in (
+        ({name: mean for name, mean in means.items() if name != "conv1"}, "no mean of the gate that 'conv1' still has"),
+        (means | {"conv1": 2 * means["conv1"] + 1}, "'conv1' must be mean gates of its 64 channels, in [0, 1]"),
+        (means | {"conv1": means["conv1"][:3]}, "'conv1' must be mean gates of its 64 channels, in [0, 1]"),
+        ({}, "importance has no mean of the gate that"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            prune_channels(gated, IMAGES, importance=wrong, keep_fraction=0.5, verbose=False)
+    with pytest.raises(ValueError, match="importance='gates' needs batches"):
+        prune_channels(gated, IMAGES, importance="gates", keep_fraction=0.5)
 
 
 # -- the constant part -------------------------------------------------------------------------------------------------
@@ -240,3 +254,16 @@ def test_bad_input_is_one_line_and_changes_nothing(arguments: dict[str, Any], wo
         prune_channels(model, IMAGES, **arguments)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(3, 8, 3)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(1), nn.Conv2d(8, 5, 3)),
+    ],
+)
+def test_a_network_whose_layers_are_all_pinned_is_refused_with_the_reason(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"no layer is left to narrow: 0: .*; choose others with include") as caught:
+        prune_channels(model, IMAGES, target_macs=0.5)
+    assert "\n" not in str(caught.value)

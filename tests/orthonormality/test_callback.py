@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.models import CifarResNet
 from lightning_filterdiv import BasisOrthonormality, WeightAsynchronousUpdate
-from lightning_filterdiv.orthonormality import DEFAULT_WEIGHTS
+from lightning_filterdiv.orthonormality import DEFAULT_WEIGHTS, OrthonormalityPenalty
 from lightning_filterdiv.shared_basis import share_filter_bases, shared_bases
 from tests.suites.test_resume import KINDS
 from tests.support.training import STEPS_PER_EPOCH, Classifier, ManualClassifier, batches, differing, fit, same
@@ -141,6 +141,27 @@ def test_weight_at_is_the_method_to_override() -> None:
     switched_off = fit([_Ramp(form="soft")], max_epochs=1).tensors()
     plain = fit(max_epochs=1).tensors()
     assert all(torch.equal(plain[name], value) for name, value in switched_off.items())
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_every_nth_step_of_each_optimizer_has_n_times_the_weight(
+    decoupled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second optimizer steps at every other batch: its own steps count, not those of the trainer."""
+    seen: dict[int, list[float]] = {}
+    original = OrthonormalityPenalty.before_step
+
+    def before_step(self: OrthonormalityPenalty, *, weight: float, **options: Any) -> None:
+        seen.setdefault(id(self.optimizer), []).append(weight)
+        original(self, weight=weight, **options)
+
+    monkeypatch.setattr(OrthonormalityPenalty, "before_step", before_step)
+    callback = BasisOrthonormality(form="soft", weight=0.02, every_n_steps=4, decoupled=decoupled)
+    run = fit([callback], model=ManualClassifier(), max_epochs=2)
+    steps = [2 * STEPS_PER_EPOCH, STEPS_PER_EPOCH]
+    weights = [seen[id(optimizer)] for optimizer in run.trainer.optimizers]
+    assert weights == [[0.08 if step % 4 == 0 else 0.0 for step in range(count)] for count in steps]
+    assert callback.extra_state()["taken"] == [[0, steps[0]], [1, steps[1]]]
 
 
 class _Negative(BasisOrthonormality):

@@ -12,12 +12,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lightning_filterdiv import RePr
 from lightning_filterdiv.filters import filter_matrix
-from lightning_filterdiv.repr_ import DroppedFilters, network
+from lightning_filterdiv.repr_ import DroppedFilters, functional, network
 from tests.repr_.fits import Stops
 from tests.support.training import Classifier, batches, differing, fit, make_trainer
 
@@ -76,24 +75,6 @@ def _around(owner: Any, name: str, *, before: bool) -> Patch:
     return patch
 
 
-def _broadcast(call: int) -> Patch:
-    """The first call of a fit sends the choice, the second the new filters."""
-
-    def patch(patches: pytest.MonkeyPatch, fail: Callable[[], None]) -> None:
-        original, calls = SingleDeviceStrategy.broadcast, [0]
-
-        def replaced(self: Any, obj: Any, src: int = 0) -> Any:
-            if isinstance(obj, dict):
-                calls[0] += 1
-                if calls[0] == call:
-                    fail()
-            return original(self, obj, src)
-
-        patches.setattr(SingleDeviceStrategy, "broadcast", replaced)
-
-    return patch
-
-
 def _half_a_silence(patches: pytest.MonkeyPatch, fail: Callable[[], None]) -> None:
     original = DroppedFilters.silence
     failed = []
@@ -132,7 +113,7 @@ def _none(patches: pytest.MonkeyPatch, fail: Callable[[], None]) -> None:
 
 # name -> (what fails, what the failing logger waits for, events that count afterwards)
 POINTS: dict[str, tuple[Patch, str, int]] = {
-    "ranking": (_broadcast(1), "", 0),
+    "ranking": (_around(functional, "share", before=False), "", 0),
     "collecting": (_around(DroppedFilters, "collect", before=True), "", 0),
     "half a drop": (_half_a_silence, "", 1),
     "before zeroing": (_around(DroppedFilters, "silence", before=True), "", 1),
@@ -141,7 +122,7 @@ POINTS: dict[str, tuple[Patch, str, int]] = {
     "logging the drop": (_none, "dropped", 1),
     "a step": (_in_a_step, "", 1),
     "new directions": (_around(DroppedFilters, "new_filters", before=True), "", 1),
-    "broadcasting": (_broadcast(2), "", 1),
+    "sharing new directions": (_around(network, "share", before=False), "", 1),
     "half a regrowth": (_around(DroppedFilters, "restore", before=False), "", 1),
     "most of a regrowth": (_around(network, "write_filters", before=False), "", 1),
     "after a regrowth": (_around(DroppedFilters, "regrow", before=False), "", 1),
@@ -271,9 +252,18 @@ def test_the_next_fit_begins_with_all_filters_and_says_so() -> None:
     assert zeros(model.state_dict()) == 0
     # Another model is left alone, and so is the first.
     model, callback = _stopped()
-    fit([callback], model=Classifier(seed=2), max_epochs=5)
+    with pytest.warns(UserWarning, match=r"forgets the 7 filters .* left out of another model, where they stay zero"):
+        fit([callback], model=Classifier(seed=2), max_epochs=5)
     assert happened(callback) == PLANNED
     assert zeros(model.state_dict()) == 7
+    # One that was changed since is nobody's.
+    model, callback = _stopped()
+    model.net[5] = nn.Identity()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([callback], model=Classifier(seed=2), max_epochs=5)
+    assert happened(callback) == PLANNED
+    assert not [str(warning.message) for warning in caught if "another model" in str(warning.message)]
 
 
 def test_filters_that_moved_meanwhile_are_left_as_they_are() -> None:

@@ -200,6 +200,26 @@ def test_a_schedule_out_of_order_is_refused_at_the_start(events: list[Any]) -> N
         fit([Odd()])
 
 
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        (
+            [("drop", 1, 1), ("regrow", 1, 2)],
+            r"must return a list of RePrEvent\(cycle, kind, epoch\), got \('drop', 1, 1\)",
+        ),
+        ([], "returned no event"),
+        (None, "returned no event"),
+    ],
+)
+def test_a_schedule_of_something_else_is_refused_at_the_start(events: Any, message: str) -> None:
+    class Odd(RePr):
+        def schedule(self) -> list[RePrEvent]:
+            return events  # type: ignore[no-any-return]
+
+    with pytest.raises(MisconfigurationException, match=message):
+        fit([Odd()])
+
+
 def test_a_schedule_that_never_regrows() -> None:
     class Once(RePr):
         def schedule(self) -> list[RePrEvent]:

@@ -28,7 +28,9 @@ OTHER: dict[str, dict[str, Any]] = {
         "max_layer_fraction": 0.75, "channels_multiple": 2, "strength": 0.5, "vector_strength": 0.5,
         "clustering": "even", "seed": 1,
     },
-    "basis": {"weight": 1.0, "milestones": {1: 0.5}, "form": "soft", "decoupled": True, "linear": True},
+    "basis": {
+        "weight": 1.0, "every_n_steps": 3, "milestones": {1: 0.5}, "form": "soft", "decoupled": True, "linear": True,
+    },
     "expand": {"initial": "fresh", "seed": 1},
     "importance": {"seed": 1},
 }  # fmt: skip

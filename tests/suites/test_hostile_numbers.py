@@ -97,7 +97,7 @@ NETS: dict[str, Callable[[], nn.Sequential]] = {
 REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
     ("huge", "basis"): (MisconfigurationException, "'net.3' is not finite at the start: its weights are so large"),
     ("nan_filter", "basis"): (MisconfigurationException, "'net.3' is not finite at the start: its weights contain NaN"),
-    ("nan_filter", "expand"): (ValueError, "layer 'net.3' cannot keep its weight: the weights contain NaN or inf"),
+    ("nan_filter", "expand"): (ValueError, "layer 'net.3' cannot keep its weight: it contains NaN or inf"),
     ("nan_filter", "csgd"): (ValueError, "'net.3': 1 of 8 filters contain NaN or inf and cannot be clustered"),
     ("nan_filter", "repr"): (ValueError, "net.0: 6 of 6 filters contain NaN or inf; has the training diverged?"),
     ("only_one_filter", "csgd"): (NoLayersError, "would leave every channel as it is"),

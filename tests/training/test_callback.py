@@ -14,7 +14,14 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_filterdiv import CentripetalSGD, EntropyDepthBound, FilterCallback, WeightAsynchronousUpdate
+from lightning_filterdiv import (
+    CentripetalSGD,
+    ChannelImportance,
+    EntropyDepthBound,
+    FilterCallback,
+    RePr,
+    WeightAsynchronousUpdate,
+)
 from lightning_filterdiv.filters import NoLayersError
 from lightning_filterdiv.training.callback import optimizer_index
 from tests.registry import EDITING, ONE_EACH, Case
@@ -101,6 +108,21 @@ def test_two_instances_on_one_layer_are_refused() -> None:
         fit([FilterCallback(include=["net.3"]), FilterCallback(include=["net.*"])])
 
 
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_a_variant_of_a_callback_on_the_same_layers_is_refused(case: Case) -> None:
+    """Two of RePr would each remember the other's zeros; a user's own subclass counts."""
+    mine = type("Mine", (case.cls,), {})
+    yours = type("Yours", (case.cls,), {})
+    callbacks = [mine(**case.arguments), yours(**case.arguments)]
+    if case.cls.shares_layers:
+        fit(callbacks, max_epochs=1)
+        return
+    with pytest.raises(ValueError if case.name == "expand" else MisconfigurationException) as caught:
+        fit(callbacks, max_epochs=3)
+    words = "'net.0' is expanded already" if case.name == "expand" else "Mine and Yours both act on layer 'net."
+    assert words in str(caught.value)
+
+
 class _SharesLayers(FilterCallback):
     """Mutant: the overlap check removed."""
 
@@ -181,6 +203,33 @@ def test_batches_that_are_skipped_at_the_start(case: Case) -> None:
         assert callback.depth is not None
 
 
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_a_first_epoch_without_batches(case: Case) -> None:
+    """``on_train_batch_start`` of the LightningModule may end an epoch before it begins."""
+
+    class SkipsEpoch(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.current_epoch == 0 else None
+
+    callback = case.make()
+    run = fit([callback], model=SkipsEpoch(), max_epochs=4)
+    assert run.trainer.global_step == 18
+    assert bool(differing(run.tensors(), fit(model=SkipsEpoch(), max_epochs=4).tensors())) is case.trains_differently
+    if isinstance(callback, RePr):
+        assert [(event["kind"], event["epoch"]) for event in callback.history] == [("drop", 1), ("regrow", 2)]
+
+
+def test_a_phase_without_batches_is_left_out() -> None:
+    class SkipsEpochs(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.current_epoch < 2 else None
+
+    callback = RePr(full_epochs=1, sub_epochs=1, cycles=2, include=["net.*"])
+    with pytest.warns(UserWarning, match="leaves out cycle 1: no batch trained the network in its phase"):
+        fit([callback], model=SkipsEpochs(), max_epochs=6)
+    assert [(event["kind"], event["epoch"]) for event in callback.history] == [("drop", 3), ("regrow", 4)]
+
+
 def test_a_network_that_is_never_called_is_said() -> None:
     class Never(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -190,6 +239,20 @@ def test_a_network_that_is_never_called_is_said() -> None:
         fit([CentripetalSGD()], model=Never(), max_epochs=1)
     with pytest.warns(UserWarning, match="EntropyDepthBound cannot count the depth of Never: no forward call"):
         fit([EntropyDepthBound()], model=Never(), max_epochs=1)
+    with pytest.warns(UserWarning, match="ChannelImportance has nothing to report: no image passed a gate"):
+        fit([ChannelImportance()], model=Never(), max_epochs=1)
+    with pytest.warns(UserWarning, match=r"before 2 events of RePr were due \(first: drop of cycle 1 after epoch 1\)"):
+        fit([RePr(full_epochs=1, sub_epochs=1, cycles=1)], model=Never(), max_epochs=4)
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_another_default_device_is_refused(case: Case) -> None:
+    """Our generators are on the CPU, so that draws are the same on every device."""
+    model, loader = Classifier(), batches()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with torch.device("meta"), pytest.raises(MisconfigurationException, match=r"makes them on 'meta'\. Call torch"):
+        fit([case.make()], model=model, loader=loader)
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 # --------------------------------------------------------------------------- optimizers

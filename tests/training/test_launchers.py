@@ -78,7 +78,7 @@ else:
 def test_a_forked_fit_hands_back_the_network_of_a_plain_one(case: Case) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, case.name],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=3600, check=False,
     )  # fmt: skip
     if case.name in LOSES:
         assert "REFUSED" in done.stdout, done.stderr

@@ -117,6 +117,22 @@ def test_the_host_is_fitted_to_some_methods_and_predicts_the_others() -> None:
     assert all(0.5 < ratio < 2 for ratio in others)
 
 
+def test_a_divided_event_takes_what_its_busiest_rank_takes() -> None:
+    """Divided by estimates, here wrong ones, it takes what was measured."""
+    gpu = GPUS[0]
+    event = scaling.Event(divided=(((3.0, 1.0, 2.0), (30.0, 20.0, 5.0), 10**9),), whole=0.5, per_epoch=1.0)
+    assert event.seconds(1, gpu) == pytest.approx(6.5)
+    assert event.seconds(2, gpu) == pytest.approx(0.5 + 3.0 + 2 * scaling.COLLECTIVE + 1e9 / gpu.network + 1)
+    assert event.seconds(64, gpu) == pytest.approx(0.5 + 3.0 + 2 * scaling.COLLECTIVE + 2e9 / gpu.network + 1, abs=0.01)
+
+
+def test_the_numbers_of_a_look_stay_below_two_percent_of_an_epoch_on_64_gpus() -> None:
+    """As docs/scaling.md says, from the committed measurements; all layers on one rank take more."""
+    counted, event = json.loads(scaling.RESULT.read_text()), scaling.measured_events()["monitor, numbers every epoch"]
+    divided, alike = (scaling.event_share(event, 64, counted, divided=way) for way in (True, False))
+    assert divided < 0.02 < alike
+
+
 def test_no_callback_sends_anything_in_a_step() -> None:
     """The committed measurement; the run itself needs two processes."""
     methods = json.loads(communication.RESULT.read_text())["methods"]

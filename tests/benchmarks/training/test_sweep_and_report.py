@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,22 @@ class Scripted(Run):
 def scripted(out: Path, line: str, method: str = "a") -> Run:
     made = type("One", (Scripted,), {"line": line})
     return made(method, 1, out / f"{method}-seed1.json", ())  # type: ignore[no-any-return]
+
+
+def waiting_for(path: str) -> str:
+    """Lines that wait for a file: however busy the machine is, the run is still there when a test looks."""
+    return f"\nimport os, time\nwhile not os.path.exists({path}): time.sleep(0.05)\n"
+
+
+class Told(ThreadPoolExecutor):
+    """Makes a file when it is told to begin nothing else."""
+
+    file: Path
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if cancel_futures:
+            self.file.touch()
 
 
 def test_the_grid_goes_seed_by_seed_and_later_files_win(tmp_path: Path) -> None:
@@ -83,7 +101,7 @@ def test_a_failed_run_says_why_and_does_not_stop_the_others(tmp_path: Path) -> N
 @pytest.mark.soak
 def test_a_run_that_outlives_its_sweep_is_waited_for(tmp_path: Path) -> None:
     """The sweep is killed, its run goes on: the next sweep neither starts it twice nor gives it up."""
-    line = "import time; open(FOLDER + '/began', 'a').write('x'); time.sleep(4); open(RESULT, 'w').write('{}')"
+    line = "open(FOLDER + '/began', 'a').write('x')" + waiting_for("FOLDER + '/go'") + "open(RESULT, 'w').write('{}')"
     run = scripted(tmp_path, line)
     start = (
         "import sys; from tests.benchmarks.training.test_sweep_and_report import scripted; "
@@ -96,6 +114,7 @@ def test_a_run_that_outlives_its_sweep_is_waited_for(tmp_path: Path) -> None:
     first.kill()  # SIGKILL: no clean-up of any kind
     first.wait()
     assert sweep.execute(run, 1) == "in work elsewhere"
+    threading.Timer(1.0, (run.folder / "go").touch).start()
     assert sweep.run_locally([run], jobs=1, threads=1) == []
     assert run.status() == "done"
 
@@ -126,19 +145,20 @@ def test_a_run_that_ends_without_a_result_keeps_its_checkpoint(tmp_path: Path) -
 
 @pytest.mark.soak
 def test_ctrl_c_begins_no_other_run(tmp_path: Path) -> None:
-    line = "import time; open(RESULT + '.began', 'w').close(); time.sleep(2); open(RESULT, 'w').write('{}')"
+    line = "open(RESULT + '.began', 'w').close()" + waiting_for(repr(str(tmp_path / "cancelled")))
     start = (
         # Ctrl-C is ignored by what is started in the background, as tests may be.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
-        "from tests.benchmarks.training.test_sweep_and_report import scripted; "
-        f"from benchmarks.training import sweep; sweep.run_locally("
+        "from tests.benchmarks.training.test_sweep_and_report import Told, scripted; "
+        "from benchmarks.training import sweep; sweep.ThreadPoolExecutor = Told; "
+        f"Told.file = Path({str(tmp_path / 'cancelled')!r}); sweep.run_locally("
         f"[scripted(Path({str(tmp_path)!r}), {line!r}, m) for m in 'abcd'], jobs=1, threads=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", start], cwd=sweep.ROOT, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "a-seed1.json.began").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in process.communicate(timeout=300)[1]
     assert sorted(path.name for path in tmp_path.glob("*.began")) == ["a-seed1.json.began"]
 
 

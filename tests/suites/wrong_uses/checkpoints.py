@@ -173,6 +173,27 @@ CHECKPOINT: list[Row] = [
         "load one of a fit with RePr",
     ),
     Row(
+        "the path of a checkpoint for RePr",
+        lambda: RePr.restore(net(), "run.ckpt"),  # type: ignore[arg-type]
+        TypeError,
+        "checkpoint",
+        "what torch.load(path, weights_only=True) returns",
+    ),
+    Row(
+        "a damaged state of RePr",
+        lambda: RePr.restore(net(), {"callbacks": {"RePr{}": {"extra": {"dropped": {"filters": {}}}}}}),
+        ValueError,
+        "RePr",
+        "load another checkpoint of the fit",
+    ),
+    Row(
+        "clusters of a network that is none",
+        lambda: CentripetalSGD().merge("run.ckpt"),  # type: ignore[arg-type]
+        TypeError,
+        "model",
+        "build the network first",
+    ),
+    Row(
         "weights of another network",
         lambda: load_weights(SmallConvNet(), net().state_dict()),
         CommandError,

@@ -44,11 +44,9 @@ def caught(row: Row) -> BaseException:
 
 
 def wording(error: BaseException) -> str:
-    """Its message in one line, without a command's usage; a measured number, which rounding decides, as #."""
+    """Its message in one line; a measured number, which rounding decides, as #."""
     said = str(error.args[0]) if isinstance(error, KeyError) else str(error)
     said = " ".join(said.split())
-    if said.startswith("usage: "):
-        said = said[said.index("error: ") :]
     return re.sub(r"\b\d\.\de-\d\d\b", "#", said)
 
 

@@ -25,7 +25,7 @@ MODEL = ("--model", "lightning_filterdiv.demo:SmallConvNet")
 
 
 class CommandError(Exception):
-    """``filterdiv`` ended with exit status 2; the message is what it wrote to stderr, usage left out."""
+    """``filterdiv`` ended with exit status 2; the message is what it wrote to stderr."""
 
 
 def net() -> nn.Sequential:
