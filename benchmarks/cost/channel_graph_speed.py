@@ -205,6 +205,27 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def summary_table(rows: dict[str, dict[str, Any]]) -> str:
+    """The figures of :func:`summary` as Markdown; rows without a trace do not count."""
+    rows = {name: row for name, row in rows.items() if "forward" in row}
+    s = summary(rows)
+    compared = sum("seconds" in row["trace"] and "seconds" in row["peer"] for row in rows.values())
+    before = sum("earlier" in row for row in rows.values())
+    above = s["above 10 x torch-pruning + 0.5 s"] | s["above 2 forward passes + 0.5 s, on real tensors"]
+    slow = ", ".join(sorted(name.partition("@")[0] for name in above)) or "none"
+    gain = s["median gain over the earlier version"]
+    lines = [
+        "| | |",
+        "|---|---|",
+        f"| networks traced | {len(rows) - len(s['errors'])} of {len(rows)} |",
+        f"| median CPU seconds of a trace | {s['median seconds']:.2f} |",
+        f"| median ratio to torch-pruning ({compared} answers of both) | {s['median ratio to torch-pruning']:.1f} |",
+        f"| above ten times torch-pruning and half a second | {slow} |",
+        f"| median gain over version 0.1 ({before} networks) | {'-' if gain is None else f'{gain:.0f}'} |",
+    ]
+    return "\n".join(lines)
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
 

@@ -18,6 +18,7 @@ from benchmarks.common.device import read_result
 from benchmarks.common.paths import RESULTS, ROOT
 from benchmarks.cost import (
     callback_time,
+    channel_graph_speed,
     clustering,
     communication,
     events,
@@ -119,6 +120,9 @@ TABLES: dict[str, Callable[[], str]] = {
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),
     "channel_graph_peers": lambda: peers.table(json.loads(peers.RESULT.read_text())["rows"]),
+    "channel_graph_speed": lambda: channel_graph_speed.summary_table(
+        json.loads(channel_graph_speed.RESULT.read_text())["rows"]
+    ),
     "prune_zoo": lambda: prune_zoo.table(json.loads(prune_zoo.OUT.read_text())),
     "prune_quality": lambda: prune.table(prune.OUT),
     "zoo_summary": lambda: zoo.summary_table(json.loads(zoo.RESULT.read_text())["rows"]),
