@@ -176,6 +176,7 @@ def cluster_channels(
     chosen = [group for group in graph.groups if groups is None or group.name in set(groups)]
     check_finite(model, chosen)
     counts = (plan or plan_widths(graph, WidthRule(keep_fraction), groups=chosen)).counts
+    tensors = named_tensors(model)
     squeezed = {group.name: group for group in chosen if counts.get(group.name, group.size) < group.size}
 
     def cluster(name: str) -> Tensor:
@@ -187,7 +188,7 @@ def cluster_channels(
         return index
 
     lengths = {
-        name: sum(_kernel_rows(model, group, layer)[1].numel() // group.size for layer in group.layers)
+        name: sum(_kernel_rows(model, tensors, group, layer)[1].numel() // group.size for layer in group.layers)
         for name, group in squeezed.items()
     }
     costs = {name: group.size**2 * lengths[name] + _MOVES * group.size for name, group in squeezed.items()}
@@ -200,9 +201,10 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
     Raises:
         ValueError: naming the layer.
     """
+    tensors = named_tensors(model)
     for group in groups:
         for layer in group.layers:
-            broken = int((~layer_kernels(model, group, layer).isfinite().all(dim=1)).sum())
+            broken = int((~layer_kernels(model, tensors, group, layer).isfinite().all(dim=1)).sum())
             if broken:
                 raise ValueError(
                     f"{layer!r}: {broken} of {group.size} filters contain NaN or inf and cannot be clustered; the "
@@ -212,26 +214,29 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
 
 def kernels_of(model: nn.Module, group: ChannelGroup) -> Tensor:
     """``(size, d)`` float64 on the CPU: the kernels of all layers of a group, side by side; what is clustered."""
-    return torch.cat([layer_kernels(model, group, layer) for layer in group.layers], dim=1)
+    tensors = named_tensors(model)
+    return torch.cat([layer_kernels(model, tensors, group, layer) for layer in group.layers], dim=1)
 
 
-def layer_kernels(model: nn.Module, group: ChannelGroup, layer: str) -> Tensor:
+def layer_kernels(model: nn.Module, tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
     """``(size, d)`` float64 on the CPU: the kernels that ``layer`` has for the channels of ``group``.
 
     Those of a parametrized layer (``weight_norm``) are what its parametrization computes.
 
     Args:
         model: the traced network.
+        tensors: its named tensors.
         group: of its channel graph.
         layer: name of a layer with rows in the group.
     """
-    rows, values = _kernel_rows(model, group, layer)
+    rows, values = _kernel_rows(model, tensors, group, layer)
     return rows.entries(values.detach()).flatten(1).double().cpu()
 
 
-def _kernel_rows(model: nn.Module, group: ChannelGroup, layer: str) -> tuple[TensorRows, Tensor]:
+def _kernel_rows(
+    model: nn.Module, tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str
+) -> tuple[TensorRows, Tensor]:
     """The rows of the channels in the weight of ``layer``, and that weight."""
-    tensors = named_tensors(model)
     parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
     part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
     values = tensors[part.tensor]

@@ -119,7 +119,8 @@ def channel_scores(
         return _norm_scales(model, groups)
     else:
         order = 1 if importance == "l1" else 2
-        scores = {group.name: _norms(model, group, order) for group in groups}
+        tensors = named_tensors(model)
+        scores = {group.name: _norms(model, tensors, group, order) for group in groups}
     return {group.name: _checked(scores[group.name], group, f"{importance!r}") for group in groups}, {}
 
 
@@ -145,11 +146,11 @@ def _writers(group: ChannelGroup) -> list[str]:
     return list(dict.fromkeys(layer_of(part.tensor) for part in group.parts if part.kind == "filter"))
 
 
-def _norms(model: nn.Module, group: ChannelGroup, order: int) -> Tensor:
+def _norms(model: nn.Module, tensors: Mapping[str, Tensor], group: ChannelGroup, order: int) -> Tensor:
     total = torch.zeros(group.size, dtype=torch.float64)
     layers = list(dict.fromkeys([*_writers(group), *group.layers]))
     for layer in layers:
-        norms = torch.linalg.vector_norm(layer_kernels(model, group, layer), order, dim=1)
+        norms = torch.linalg.vector_norm(layer_kernels(model, tensors, group, layer), order, dim=1)
         total += norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)
     return total / len(layers)
 
@@ -182,7 +183,7 @@ def redundancy_scores(
         group = by_name[name]
         gram = torch.zeros(group.size, group.size, dtype=torch.float64)
         for layer in _writers(group):
-            kernels = layer_kernels(model, group, layer)
+            kernels = layer_kernels(model, tensors, group, layer)
             inner = kernels @ kernels.T / kernels.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
             if group.blocks is not None and getattr(modules.get(layer), "groups", 1) > 1:
                 inner = inner * (group.blocks[:, None] == group.blocks[None, :])
