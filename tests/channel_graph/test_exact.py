@@ -168,6 +168,25 @@ def test_a_gated_linear_unit_is_a_product_of_halves() -> None:
     assert [(group.name, group.size) for group in graph.groups] == [("0", 6), ("2", 4)]
 
 
+class _Recurrent(nn.Module):
+    """A recurrent layer reads the channels of a convolution, position by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner, self.lstm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.LSTM(6, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.lstm(self.inner(self.conv(x).relu()).flatten(2).transpose(1, 2))[0]
+        return states
+
+
+def test_what_a_recurrent_layer_reads_is_pinned_and_the_rest_is_not() -> None:
+    graph, _ = check_exact(_Recurrent(), IMAGE)
+    assert [group.name for group in graph.groups] == ["conv"]
+    assert graph.pinned["inner"] == "lstm.weight_ih_l0 belongs to a LSTM, which cannot be narrowed"
+    assert "unsafe_split" not in graph.pinned["lstm"]
+
+
 class _Halves(nn.Module):
     """Three stages that forward splits in halves, each on its own."""
 
