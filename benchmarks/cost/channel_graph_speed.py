@@ -206,7 +206,7 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary_table(rows: dict[str, dict[str, Any]]) -> str:
-    """The figures of :func:`summary` as Markdown; rows without a trace do not count."""
+    """The figures of :func:`summary` as Markdown. Rows without a trace do not count."""
     rows = {name: row for name, row in rows.items() if "forward" in row}
     s = summary(rows)
     compared = sum("seconds" in row["trace"] and "seconds" in row["peer"] for row in rows.values())
@@ -223,20 +223,6 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
         f"| above ten times torch-pruning and half a second | {slow} |",
         f"| median gain over version 0.1 ({before} networks) | {'-' if gain is None else f'{gain:.0f}'} |",
     ]
-    return "\n".join(lines)
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
-
-    def cell(row: dict[str, Any] | None) -> str:
-        return "-" if not row else f"{row['seconds']:.2f}" if "seconds" in row else "no answer"
-
-    lines = ["| network | image | trace (s) | torch-pruning (s) | 0.1 (s) | forward (s) |", "|---|---|---|---|---|---|"]
-    for key, row in rows.items():
-        name, size = key.split("@")
-        cells = [cell(row.get(what)) for what in ("trace", "peer", "earlier", "forward")]
-        lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -387,12 +387,12 @@ class RePr(FilterCallback):
                     "no forecast of the learning rate: it is 0 at the start and nothing that can be simulated raises it"
                 )
             else:
-                share = remaining_rate_share(forecast, last)
-                rates = f"{100 * share:.0f} % of the summed learning rate remains after the last regrowth"
-                if share < _ENOUGH_RATE and (self.full_epochs, self.sub_epochs, self.cycles) != _DEFAULT_LENGTHS:
+                remaining = remaining_rate_share(forecast, last)
+                rates = f"{100 * remaining:.0f} % of the summed learning rate remains after the last regrowth"
+                if remaining < _ENOUGH_RATE and (self.full_epochs, self.sub_epochs, self.cycles) != _DEFAULT_LENGTHS:
                     rank_zero_warn(
-                        f"only {100 * share:.0f} % of the summed learning rate remains after RePr's last regrowth at "
-                        f"epoch {last} of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter "
+                        f"only {100 * remaining:.0f} % of the summed learning rate remains after RePr's last regrowth "
+                        f"at epoch {last} of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter "
                         f"phases, or keep the learning rate up for longer"
                     )
         rank_zero_info("\n  ".join([*lines, rates]))
