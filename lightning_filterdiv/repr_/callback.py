@@ -392,8 +392,8 @@ class RePr(FilterCallback):
                 if remaining < _ENOUGH_RATE and (self.full_epochs, self.sub_epochs, self.cycles) != _DEFAULT_LENGTHS:
                     rank_zero_warn(
                         f"only {100 * remaining:.0f} % of the summed learning rate remains after RePr's last regrowth "
-                        f"at epoch {last} of {epochs}: the new filters can hardly be trained. Use fewer cycles or shorter "
-                        f"phases, or keep the learning rate up for longer"
+                        f"at epoch {last} of {epochs}: the new filters can hardly be trained. Use fewer cycles or "
+                        f"shorter phases, or keep the learning rate up for longer"
                     )
         rank_zero_info("\n  ".join([*lines, rates]))
 
