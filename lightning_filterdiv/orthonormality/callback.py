@@ -199,6 +199,8 @@ class BasisOrthonormality(FilterCallback):
         form = f"form {self.resolved_form!r}{why if self.form == 'auto' else ''}"
         source = "the form's own" if self.weight is None else "given"
         parts = [form, f"weight {self.base_weight:g} ({source})"]
+        if self.every_n_steps > 1:
+            parts.append(f"one step in {self.every_n_steps}, with {self.every_n_steps} times the weight")
         kinds = {type(penalty.optimizer).__name__: penalty.decoupled for penalty in self._penalties.values()}
         for name, decoupled in kinds.items():
             words = "decoupled from the gradient" if decoupled else "added to the gradient"

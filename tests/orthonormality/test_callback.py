@@ -98,6 +98,12 @@ def test_auto_is_what_it_says(shared: bool, optimizer: str, caplog: pytest.LogCa
     assert line == f"BasisOrthonormality: {form} (the form's own), {way}"
 
 
+def test_the_log_says_that_steps_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        fit([BasisOrthonormality(form="soft", every_n_steps=4)], max_epochs=1)
+    assert "weight 0.01 (the form's own), one step in 4, with 4 times the weight, added to the gradient" in caplog.text
+
+
 def test_auto_with_ordinary_layers_of_a_network_with_shared_bases() -> None:
     callback = BasisOrthonormality(include=["net.conv", "net.stage3.0.*"])
     fit([callback], model=sharing_classifier(), max_epochs=1)
