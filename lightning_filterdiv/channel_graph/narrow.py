@@ -480,6 +480,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
 def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapping[int, int], cuts: Cuts) -> None:
     """Put what is kept where the network's forward will look for it."""
     filters = {channel for row in graph.table.filters().values() for channel in row}
+    grouped = graph.recording.state.grouped
     old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
     lengths = {
         g: {name: tuple(t.shape) for name, t in named_tensors(g.model).items()}
@@ -487,6 +488,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         for g in (graph, narrower)
     }
     for (tensor, dim), by_channel in new_rows.items():
+        parts = grouped[tensor].groups if dim == 1 and tensor in grouped else 1
         places = {
             row: old
             for new, rows in by_channel.items()
@@ -495,8 +497,8 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         }
         # What no filter owns (columns that read the network input, or padding) stays in order.
         owned = {row for channel, rows in old_rows[tensor, dim].items() if channel in filters for row in rows}
-        rest = [row for row in range(lengths[graph][tensor][dim]) if row not in owned]
-        free = [row for row in range(lengths[narrower][tensor][dim]) if row not in places]
+        rest = [row for row in range(lengths[graph][tensor][dim] * parts) if row not in owned]
+        free = [row for row in range(lengths[narrower][tensor][dim] * parts) if row not in places]
         if len(rest) != len(free):
             raise NarrowingError(
                 f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns. Leave its layer out "
@@ -504,7 +506,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
             )
         places.update(zip(free, rest, strict=True))
         index = torch.tensor([places[i] for i in range(len(places))])
-        cuts.setdefault(tensor, {}).setdefault(dim, Cut()).index = index
+        cuts.setdefault(tensor, {}).setdefault(dim, Cut(groups=parts)).index = index
 
 
 def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:

@@ -93,6 +93,14 @@ LINKED: dict[str, tuple[Callable[[], nn.Module], str, list[list[int]], int]] = {
         [[4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3] for j in range(16)],
         8 + 16,
     ),
+    "pixel shuffle of a grouped layer": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3, groups=4), nn.PixelShuffle(2), nn.Conv2d(16, 3, 3)
+        ),
+        "2",
+        [[4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3] for j in range(16)],
+        16 + 16,
+    ),
     "added to itself flipped": (
         lambda: Between(lambda x: x + 2 * x.flip(1)),
         "first",
