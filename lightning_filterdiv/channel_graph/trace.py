@@ -35,7 +35,7 @@ from .counted import CountedNorm, counted_form
 from .errors import ChannelGraphError, TraceError
 from .forms import Recording
 from .inputs import example_arguments
-from .labels import Ints, unique
+from .labels import Ints, core, unique
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
@@ -239,7 +239,7 @@ def _collect(
         "consumers": consumers,
         "coupled": coupled,
         "row_dims": row_dims,
-        "operations": tuple(_operations(records[0])),
+        "operations": tuple(_operations(records[0], state)),
         "norms": norms,
         "counted_sizes": {name: site.size for name, site in (norms | state.reductions).items()},
         "map_sites": tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
@@ -259,7 +259,7 @@ def _collect(
     }
 
 
-def _operations(record: Record) -> Iterable[Operation]:
+def _operations(record: Record, state: Propagation) -> Iterable[Operation]:
     behind = _weights_behind(record)
     for node in record.nodes:
         if node.op in ("call", "item"):
@@ -269,7 +269,18 @@ def _operations(record: Record) -> Iterable[Operation]:
             inputs = tuple(record.tensors.get(n, n.name) for n in node.inputs)
             macs = _macs(node)
             weight = next((behind[n] for n in node.inputs[1:] if behind.get(n)), "") if macs else ""
-            yield Operation(node.name, operator, node.module, inputs, shape, macs, weight)
+            channels = _channels_of(node, state) if macs and not weight else ()
+            yield Operation(node.name, operator, node.module, inputs, shape, macs, weight, channels)
+
+
+def _channels_of(node: Node, state: Propagation) -> tuple[int, ...]:
+    """The channel at each position of the only dimension along which ``node`` holds several; empty if there is none."""
+    value = state.labels_of(node)
+    along = torch.zeros(0) if value is None else core(value.labels).squeeze()
+    if value is None or along.ndim != 1:
+        return ()
+    values = along.numpy()
+    return tuple(np.where(values > 0, state.table.roots(state.table.owner[values]), -1).tolist())
 
 
 def _macs(node: Node) -> int:

@@ -35,10 +35,26 @@ def transposed() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, 2), nn.ReLU(), nn.Conv2d(12, 4, 1))
 
 
+class NonLocal(nn.Module):
+    """A product of activations whose cost grows with the channels of its values, and one that no channel changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.values, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 1)
+        self.queries, self.keys = nn.Conv2d(12, 6, 1), nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        queries, keys, values = (layer(x).flatten(2) for layer in (self.queries, self.keys, self.values))
+        weights = torch.softmax(queries.transpose(1, 2) @ keys, dim=-1)
+        return self.last((values @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
+
+
 NETWORKS = {
     "plain": (plain, IMAGES),
     "flatten": (flatten_linear, torch.zeros(1, 3, 8, 8)),
     "transposed": (transposed, IMAGES),
+    "products of activations": (NonLocal, torch.zeros(2, 3, 8, 8)),
     "resnet18": (lambda: models.resnet18(num_classes=10), IMAGES),
     "mobilenet": (lambda: models.mobilenet_v2(num_classes=10), IMAGES),
     "regnet": (regnet, IMAGES),
