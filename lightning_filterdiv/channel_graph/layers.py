@@ -255,6 +255,8 @@ def normalisation(state: Propagation, node: Node) -> Value:
     if _is_parameter(state, call["input"]):
         return _norm_of_parameters(state, node, call)
     vector = state.channels(labels, 1, node)
+    if not named:
+        state.bare_norms[node.module] = np.unique(state.table.owner[vector[vector > 0]])
     affine = "weight" in named
     zeroed = {"weight", "bias"} if affine else {"bias", "running_mean"}
     members = _members(

@@ -364,6 +364,7 @@ class Narrowing:
             rest = [s for s in selections if s.group.name not in tied]
             if rest:
                 cut_in_place(result, self._layout.graph, self._remaining(self._layout.graph, rest))
+        _set_bare_widths(result, graph, selections)
         result = take_graph_form(result, self._bodies)
         return remember(result, self.step(), of=model)
 
@@ -565,6 +566,17 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
 def _install_counts(model: nn.Module, graph: ChannelAnswers, cuts: Cuts) -> None:
     """Have norms over channels weigh those that stand for unequally many."""
     weigh(model, graph, {name: numbers for name, numbers in _counts(graph, cuts).items() if name in graph.norms})
+
+
+def _set_bare_widths(model: nn.Module, graph: ChannelAnswers, selections: Sequence[_Selection]) -> None:
+    """Tell norms without tensors how many channels they see: an instance norm warns where the number is another."""
+    modules, state = named_modules(model), graph.recording.state
+    removed = [s.group.channels[s.removed].numpy() for s in selections]
+    for path, owners in state.bare_norms.items():
+        gone = int(np.isin(state.table.roots(owners), np.concatenate([*removed, [0][:0]])).sum())
+        module = modules.get(path)
+        if gone and isinstance(module, nn.modules.batchnorm._NormBase):
+            module.num_features -= gone
 
 
 def _counts(graph: ChannelAnswers, cuts: Cuts) -> dict[str, Tensor]:

@@ -109,6 +109,7 @@ class Propagation:
     )  # as ``owners`` -> number of each among those of its channel
     element_dims: dict[str, int] = field(default_factory=dict)  # of ``elements`` -> the dimension that follows channels
     spread: dict[int, str] = field(default_factory=dict)  # owner -> the operator that moves its channel to positions
+    bare_norms: dict[str, Ints] = field(default_factory=dict)  # batch or instance norm without tensors -> its owners
     _tensors: dict[Node, str] = field(default_factory=dict)
     _keys: dict[Node, int | None] = field(default_factory=dict)
     _rules: Callable[[Node], Rule] | None = None

@@ -35,7 +35,7 @@ from lightning_filterdiv.channel_graph.verify import compare, randomise
 from lightning_filterdiv.narrowing import load_merged, merge_channels, save_merged
 from lightning_filterdiv.narrowing import narrow as prune
 
-from .checks import check_exact, merge
+from .checks import check_exact, merge, mergeable
 
 IMAGE = image()
 UNEQUAL = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3])
@@ -325,3 +325,31 @@ def test_the_residual_stream_of_a_transformer() -> None:
     assert "mixes channels" in graph.pinned["blocks.0.attn.qkv"]
     assert narrow.cls_token.shape == (1, 1, 7)
     assert narrow.pos_embed.shape == (1, 5, 7)
+
+
+class Translator(nn.Module):
+    """Instance norms without tensors, with and without an affine part, behind an addition and a modulation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.plain, self.affine, self.style = nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.Linear(3, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)
+        x = torch.relu(self.plain(self.first(x)))
+        x = x + self.affine(self.second(x))
+        return self.third(self.plain(x) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_an_instance_norm_keeps_the_channels_of_a_batch_together(images: int) -> None:
+    """It sees a batch of B images with C channels as one image with B * C."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where num_features is another number
+        graph, narrowed = check_exact(Translator(), torch.randn(images, 3, 8, 8))
+        assert set(graph.pinned) == {"third"}
+        assert mergeable(graph) == 8
+        width = narrowed.first.out_channels
+        assert width < 8
+        assert (narrowed.plain.num_features, narrowed.affine.num_features) == (width, width)
