@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "couple_shared_rows",
     "groups_of",
     "linked_ranks",
+    "pin_idle",
     "pin_impossible",
     "resolve_elements",
 ]
@@ -157,6 +158,16 @@ def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str
     both = unique(np.intersect1d(unique(cut), unique(added), assume_unique=True) // 2)
     for root, index in zip((both // count).tolist(), (both % count).tolist(), strict=True):
         pins.setdefault(root, f"{table.tensors[index]} is the weight of layers that use it in different ways")
+
+
+def pin_idle(state: Propagation, table: Table, idle: Set[str]) -> None:
+    """Pin channels that only layers write whose results forward does not use."""
+    if not idle:
+        return
+    unused = np.isin(table.tensor, [i for i, name in enumerate(table.tensors) if name in idle])
+    filters = table.kind == KINDS.index("filter")
+    for root in np.setdiff1d(table.root[filters & unused], table.root[filters & ~unused]).tolist():
+        state.table.pins.setdefault(root, "forward does not use what it computes")
 
 
 def groups_of(

@@ -28,6 +28,7 @@ from .channels import (
     couple_shared_rows,
     groups_of,
     linked_ranks,
+    pin_idle,
     pin_impossible,
     resolve_elements,
 )
@@ -198,6 +199,14 @@ def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str)
     return found
 
 
+def _idle_tensors(records: Sequence[Record]) -> set[str]:
+    """Weights of layers that forward calls for nothing."""
+    idle = {one.tensors[node] for one in records for node in one.idle if node in one.tensors}
+    if not idle:
+        return idle
+    return idle - {one.tensors[node] for one in records for node in one.nodes if node in one.tensors.keys() - one.idle}
+
+
 def _names_outside(model: nn.Module, network: str) -> dict[str, str]:
     """Tensors of the traced submodule that also belong to other parts of the model -> their name there."""
     names = tensor_names(model)
@@ -213,6 +222,7 @@ def _collect(
     table = channel_table(state)
     norms, unknown_norms = _norm_sites(model, state)
     pin_impossible(state, table, _obstacles(model, state, table, network) | unknown_norms)
+    pin_idle(state, table, _idle_tensors(records))
     pins: dict[int, str] = {}
     roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
     for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
