@@ -100,6 +100,8 @@ def along_dim(state: Propagation, node: Node) -> Value:
     labels = _labels(state, node.args[0]) if isinstance(node.args[0], Node) else None
     if labels is None:
         return _index_by_values(state, node)
+    if _value(state, node.args[0]).weighed:  # blocks of unequally many channels, counted already
+        return state.fixed(node)
     dims = call.get("dim", call.get("dims", 0))
     dims = [dims] if isinstance(dims, int) else (dims or range(labels.ndim))
     if operator_name(node, raw=True) == "slice" and tuple(node.value.shape) == tuple(labels.shape):
