@@ -184,7 +184,8 @@ class CountedReduction(CountedNorm):
 
     Args:
         counts: (C,) integers.
-        kind: ``"mean"``, ``"sum"``, ``"norm"`` (the Euclidean one), ``"amax"`` or ``"amin"``.
+        kind: ``"mean"``, ``"sum"``, ``"norm"`` (the Euclidean one), ``"amax"``, ``"amin"``, or ``"product"`` of a batch
+            of matrices, which adds up over the last dimension of the first one.
         dim: the dimension of channels.
         dims: all dimensions that are reduced, ``dim`` among them.
         keepdim: they keep their place, with size one.
@@ -210,8 +211,10 @@ class CountedReduction(CountedNorm):
             return bool((counts > 0).all())
         return bool((counts == (counts[0] if kind == "mean" else 1)).all())
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Reduce."""
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        """Reduce; ``other`` is the second factor of a product."""
+        if other is not None:
+            return torch.bmm(input * self.counts, other)
         values = self._reduced(_wide(input).movedim(self.dim, -1)).movedim(-1, self.dim)
         dims = [d for d in self.dims if d != self.dim]
         if dims:

@@ -596,7 +596,7 @@ def counted_reductions(graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> d
     for name, site in graph.recording.state.reductions.items():
         if name in counts and not CountedReduction.plain(site.kind, counts[name]):
             call, rank = arguments(site.node), len(site.node.inputs[0].shape)
-            dims = call.get("dim")
+            dims = site.dim if site.kind == "product" else call.get("dim")
             dims = [dims] if isinstance(dims, int) else dims or range(rank)
             found[site.node] = CountedReduction(
                 counts[name],

@@ -144,7 +144,7 @@ class Propagation:
                 self.values[node] = self._given(node, record)
             elif self._is_moved_parameter(node):
                 self.values[node] = None  # labelled when something asks, see ``labels_of``
-            elif node.fixed and not _creates(node) and not any(map(self._owned, node.inputs)):
+            elif node.fixed and not _creates(node) and not any(map(self.is_owned, node.inputs)):
                 self.values[node] = _constant(self, node, self._source(node))
             else:
                 self.values[node] = rules(node)(self, node)
@@ -175,7 +175,7 @@ class Propagation:
         source = node.inputs[0]
         return self.values.get(source) is None and (source in self._tensors or source.op == "call")
 
-    def _owned(self, node: Node) -> bool:
+    def is_owned(self, node: Node) -> bool:
         """Whether some entry of a labelled node belongs to a channel."""
         value = self.values.get(node)
         return isinstance(value, LabelTensor) and bool((core(value.labels) > 0).any())
@@ -301,7 +301,7 @@ class Propagation:
             return False
         source = node
         while source.inputs and (source is node or source.module == node.module):
-            labelled = (n for n in source.inputs if self._owned(n) and n not in self._tensors)
+            labelled = (n for n in source.inputs if self.is_owned(n) and n not in self._tensors)
             if (above := next(labelled, None)) is None:
                 break
             source = above
