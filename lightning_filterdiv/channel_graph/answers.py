@@ -232,7 +232,7 @@ class Operation(NamedTuple):
 
     ``inputs`` are names of operations, and of parameters and buffers. ``macs`` counts multiply-accumulate operations of
     the call on the example inputs, which grow with the entries of the parameter ``weight`` (empty: with none), or with
-    ``channels``: the channel at each position of the one dimension of a product of activations that holds channels.
+    ``channels``: the channel at each position of the one dimension of a product of activations that holds them.
     """
 
     name: str

@@ -28,6 +28,7 @@ from .channels import (
     couple_shared_rows,
     groups_of,
     linked_ranks,
+    pin_idle,
     pin_impossible,
     resolve_elements,
 )
@@ -198,6 +199,14 @@ def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str)
     return found
 
 
+def _idle_tensors(records: Sequence[Record]) -> set[str]:
+    """Weights of layers that forward calls for nothing."""
+    idle = {one.tensors[node] for one in records for node in one.idle if node in one.tensors}
+    if not idle:
+        return idle
+    return idle - {one.tensors[node] for one in records for node in one.nodes if node in one.tensors.keys() - one.idle}
+
+
 def _names_outside(model: nn.Module, network: str) -> dict[str, str]:
     """Tensors of the traced submodule that also belong to other parts of the model -> their name there."""
     names = tensor_names(model)
@@ -213,6 +222,7 @@ def _collect(
     table = channel_table(state)
     norms, unknown_norms = _norm_sites(model, state)
     pin_impossible(state, table, _obstacles(model, state, table, network) | unknown_norms)
+    pin_idle(state, table, _idle_tensors(records))
     pins: dict[int, str] = {}
     roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
     for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
@@ -274,13 +284,22 @@ def _operations(record: Record, state: Propagation) -> Iterable[Operation]:
 
 
 def _channels_of(node: Node, state: Propagation) -> tuple[int, ...]:
-    """The channel at each position of the only dimension along which ``node`` holds several; empty if there is none."""
+    """The channels that a product of activations holds, or sums over: its work is linear in their number."""
+    if "scaled_dot_product" in operator_name(node, raw=True):  # two products: queries by keys, and that by values
+        both = [_held(node.inputs[0], state), _held(node.inputs[2], state)]
+        return tuple(np.concatenate(both).tolist()) if all(len(part) for part in both) else ()
+    held = [part for n in (node, *node.inputs[:1]) if len(part := _held(n, state)) > 1]
+    return tuple(held[0].tolist()) if held else ()
+
+
+def _held(node: Node, state: Propagation) -> Ints:
+    """The channel of each value that differs, -1 for none; empty where channels lie along rows and columns."""
     value = state.labels_of(node)
-    along = torch.zeros(0) if value is None else core(value.labels).squeeze()
-    if value is None or along.ndim != 1:
-        return ()
-    values = along.numpy()
-    return tuple(np.where(values > 0, state.table.roots(state.table.owner[values]), -1).tolist())
+    small = torch.zeros(0, dtype=torch.int64) if value is None else core(value.labels)
+    if value is None or (small.ndim > 1 and min(small.shape[-2:]) > 1):
+        return np.zeros(0, dtype=np.int64)
+    values = small.reshape(-1).numpy()
+    return np.where(values > 0, state.table.roots(state.table.owner[values]), -1)
 
 
 def _macs(node: Node) -> int:

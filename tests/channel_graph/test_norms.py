@@ -32,7 +32,7 @@ from lightning_filterdiv.channel_graph.counted import (
 )
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import compare, randomise
-from lightning_filterdiv.narrowing import load_merged, merge_channels, save_merged
+from lightning_filterdiv.narrowing import load_merged, merge_channels, prune_channels, save_merged
 from lightning_filterdiv.narrowing import narrow as prune
 
 from .checks import check_exact, merge, mergeable
@@ -353,3 +353,51 @@ def test_an_instance_norm_keeps_the_channels_of_a_batch_together(images: int) ->
         width = narrowed.first.out_channels
         assert width < 8
         assert (narrowed.plain.num_features, narrowed.affine.num_features) == (width, width)
+
+
+class Skip(nn.Module):
+    """A U-Net's skip connection: the blocks of a group norm hold unequal shares of the layers that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
+        self.inner, self.norm = nn.GroupNorm(4, 16), nn.GroupNorm(8, 40)
+        self.third, self.last = nn.Conv2d(40, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.second(F.silu(self.inner(x)))
+        return self.last(self.third(F.silu(self.norm(torch.cat([x, y], 1)))) + x)
+
+
+def test_blocks_with_unequal_shares_are_counted_each_by_itself(tmp_path: Path) -> None:
+    graph, narrow = check_exact(Skip(), IMAGE)
+    assert graph.pinned == {"last": "network output"}
+    # Blocks of five channels meet blocks of four: the first 16 channels lie in seven of both.
+    sizes = {"first": [4, 1, 3, 2, 2, 3, 1], "second": [4, 5, 5, 5, 5]}
+    assert {k: [g.size for g in graph.groups if k in g.layers] for k in sizes} == sizes
+    assert all(g.blocks is None for g in graph.groups)
+    check_exact(narrow, IMAGE, seed=1)
+
+    model = Skip().eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    clusters = {g.name: torch.arange(g.size) // 2 for g in graph.groups if g.layers == ("second",)}
+    tie(model, graph, clusters)
+    merged, report = merge_channels(model, clusters, IMAGE)
+    assert report.trim <= 1e-12
+    assert isinstance(merged.norm, CountedGroupNorm)
+    assert merged.norm.sizes == (5, 5, 5, 3, 3, 3, 3, 3)
+    assert merged.norm.counts.tolist() == [1] * 16 + [2, 2] + [2, 2, 1] * 4
+    save_merged(merged, tmp_path / "narrow.pt")
+    loaded = load_merged(Skip().eval(), tmp_path / "narrow.pt")
+    assert torch.equal(loaded(IMAGE), merged(IMAGE))
+
+
+def test_a_pruned_norm_stays_plain_where_its_blocks_stay_equal() -> None:
+    model = Skip().eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    even = {g.name: torch.arange(g.size - 1) for g in graph.groups if g.layers == ("second",) and g.size == 5}
+    uneven = prune(model, graph, even)
+    assert isinstance(uneven.norm, CountedGroupNorm)
+    assert uneven.norm.sizes == (5, 5, 5, 5, 4, 4, 4, 4)
+    assert prune_channels(Skip(), IMAGE, keep_fraction=0.5).report.difference <= 1e-9
