@@ -496,10 +496,13 @@ def _lines(labels: Tensor, dims: Sequence[int]) -> Ints:
     return small.permute(*kept, *dims).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
 
 
-def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Tensor:
+def _joined(
+    state: Propagation, node: Node, labels: Tensor, dims: Sequence[int], keeps_shape: bool | None = None
+) -> Tensor:
     """Labels of branches that meet along ``dims``: what lies there becomes one channel.
 
-    Operators that keep the shape (softmax) make as many values of it as there were, others one.
+    Operators that keep the shape (softmax; ``None``: see whether they do) make as many values of it as there were,
+    others one.
     """
     table, shape = state.table, labels.shape
     small, matrix = core(labels), _lines(labels, dims)
@@ -534,8 +537,10 @@ def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int])
         )
     joint = torch.from_numpy(values).reshape([*size, *[1] * len(dims)])
     joint = joint.permute(*np.argsort([*kept, *dims]).tolist())
-    first = node.value if isinstance(node.value, Tensor) else node.value[0]
-    if tuple(first.shape) != tuple(shape):
+    if keeps_shape is None:
+        first = node.value if isinstance(node.value, Tensor) else node.value[0]
+        keeps_shape = tuple(first.shape) == tuple(shape)
+    if not keeps_shape:
         return joint.expand(shape)
     return _pairwise(state, small, joint.expand(small.shape)).expand(shape)
 
@@ -560,7 +565,7 @@ def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
     return torch.from_numpy(result[inverse.reshape(-1)]).reshape(own.shape)
 
 
-_LINEAR = ("sum", "mean")
+_LINEAR = ("sum", "mean", "bmm")
 _AVERAGES = ("mean", "var", "var_mean", "std")
 
 
@@ -576,8 +581,13 @@ def batched_product(state: Propagation, node: Node) -> Value:
     values = [_value(state, n) for n in node.args[:2]]
     if not any(value.is_parameter for value in values):
         for dim, (own, weights) in ((1, values), (2, values[::-1])):
-            if not _varying(weights.labels) and dim in _varying(own.labels) <= {0, dim}:
-                rows = _heads(state, node, [(own.labels, dim)])
+            if _varying(weights.labels):
+                continue
+            labels = own.labels
+            if 3 - dim in _varying(labels) and state.stay_apart(_lines(labels, [3 - dim])):  # branches, weighed
+                labels = _joined(state, node, labels, [3 - dim], keeps_shape=False)
+            if dim in _varying(labels) <= {0, dim}:
+                rows = _heads(state, node, [(labels, dim)])
                 if rows is not None:
                     state.pin(weights, f"acts on all channels at once in {state.where(node)}")
                     small = rows.unsqueeze(0).unsqueeze(3 - dim)
