@@ -157,9 +157,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "structure_cost": lambda: structure_cost.table(
         [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]
     ),
-    "composability": lambda: summary.composability("pairs"),
+    "composability": summary.composability,
     "reliability": summary.reliability,
-    "composability_beside": lambda: summary.composability("beside"),
+    "composability_beside": summary.composability_beside,
     "weak_scaling": lambda: communication.weak_table(json.loads(communication.RESULT.read_text())["weak"]),
     "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),
     "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from statistics import fmean
 from typing import Any
 
@@ -161,20 +161,31 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
 }
 
 
-def composability(part: str) -> str:
-    """Markdown: what happens when the row's callback is first in the list and the column's second, or stands beside it.
-
-    Args:
-        part: ``"pairs"`` or ``"beside"``.
-    """
-    found: dict[str, dict[str, str]] = read_result("composability.json")[part]
-    columns = list(dict.fromkeys(name for row in found.values() for name in row))
-    head = "first, then:" if part == "pairs" else "beside:"
-    lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in found.items():
-        cells = ["" if c not in row else row[c] if row[c] in ("works", "swap") else "refused" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def composability() -> str:
+    """Markdown: for each callback, which others it must follow in the list, and beside which it is refused."""
+    pairs: dict[str, dict[str, str]] = read_result("composability.json")["pairs"]
+    lines = ["| callback | list it after | refused beside |", "|---|---|---|"]
+    for name, row in pairs.items():
+        after = [other for other, outcome in row.items() if outcome == "swap"]
+        refused = [other for other, outcome in row.items() if outcome not in ("works", "swap")]
+        lines.append(f"| {name} | {_listed(after, row)} | {_listed(refused, row)} |")
     return "\n".join(lines)
+
+
+def composability_beside() -> str:
+    """Markdown: for each feature of Lightning or torch that was tried beside all callbacks, which refuse it."""
+    beside: dict[str, dict[str, str]] = read_result("composability.json")["beside"]
+    features = list(dict.fromkeys(feature for row in beside.values() for feature in row))
+    lines = ["| used beside every callback | refused by |", "|---|---|"]
+    for feature in features:
+        refused = [name for name, row in beside.items() if row.get(feature) != "works"]
+        lines.append(f"| {feature} | {_listed(refused, beside)} |")
+    return "\n".join(lines)
+
+
+def _listed(names: list[str], everything: Collection[str]) -> str:
+    """Names for a cell of a table."""
+    return "all others" if len(names) == len(everything) else ", ".join(names) or "-"
 
 
 def reliability() -> str:
