@@ -1,6 +1,6 @@
 """Which callbacks work together, in which order: tried, one fit of three epochs each.
 
-    python -m tests.suites.composability   # writes benchmarks/results/composability.json, read for tables of docs/support.md
+    python -m tests.suites.composability   # writes benchmarks/results/composability.json, for tables of docs/support.md
 
 A pair works if the fit ends with finite weights that differ from those of each of the two alone, as far as a callback
 changes training at all, and if filters that one of them holds still through a step do not move in it, to the bit.
