@@ -155,7 +155,7 @@ def run(arm: str, seed: int, folder: Path) -> dict[str, Any]:
 _LABELS = {
     "parent": "full width, {p} epochs (start of the others)",
     "full": "full width, {p} + {e} epochs",
-    "csgd": "C-SGD, then merged",
+    "csgd": "C-SGD, then merged (at once: the start, merged without C-SGD)",
     "torch_pruning": "torch-pruning, magnitude",
 }
 

@@ -186,10 +186,10 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| | channel graph | torch-pruning |",
         "|---|---|---|",
-        f"| networks of the list that are measured | {s['networks']} of {_listed()} | {tried} of {_listed()} |",
-        f"| networks answered for | {s['networks'] - len(s['no answer'])} of {s['networks']} | {peer} |",
-        f"| mean share of filters merged | {100 * s['mean share']:.0f} % | |",
-        f"| mean share, the {len(HARD)} hardest | {100 * s['mean share, hard list']:.0f} % | |",
+        f"| networks measured, of the list | {s['networks']} of {_listed()} | {tried} of {_listed()} |",
+        f"| answers among those | {s['networks'] - len(s['no answer'])} of {s['networks']} | of {tried}: {peer} |",
+        f"| filters merged, of half of all (mean) | {100 * s['mean share']:.0f} % | |",
+        f"| the same, {len(HARD)} networks worst in version 0.1 | {100 * (s['mean share, hard list'] or 0):.0f} % | |",
         f"| largest deviation of the outputs, in float64 | {s['largest deviation']:.0e} | |",
     ]
     return "\n".join(lines)

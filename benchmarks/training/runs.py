@@ -97,16 +97,16 @@ def read_runs(folder: Path, names: Iterable[str] = ()) -> dict[str, list[dict[st
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean (Student's t); NaN for a single value."""
-    if len(values) < 2:
+    """Return half the 95 % interval of a mean (Student's t); NaN for one or two values."""
+    if len(values) < 3:
         return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def interval(values: Sequence[float], sign: str = "") -> str:
-    """Mean and half the 95 % interval, as ``"87.1 ± 0.3"`` with two digits; the mean alone for a single value."""
+    """Return mean and half the 95 % interval, as ``"87.13 ± 0.31"``; the mean alone for one or two values."""
     shown = f"{fmean(values):{sign}.2f}"
-    return shown if len(values) < 2 else f"{shown} ± {half_interval(values):.2f}"
+    return shown if len(values) < 3 else f"{shown} ± {half_interval(values):.2f}"
 
 
 def run_missing(
