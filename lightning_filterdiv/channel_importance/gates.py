@@ -272,20 +272,20 @@ def insert_gates(
         )
         if include is not None:
             raise ValueError(
-                f"layer {others[name]}; gates go behind ungrouped layers of class nn.Conv2d itself, leave it out with "
-                f"exclude"
+                f"layer {others[name]}; gates need an ungrouped layer whose class is exactly nn.Conv2d, leave it "
+                f"out with exclude"
             )
         if isinstance(conv, nn.Conv2d) and conv.groups == 1:
             derived.append(name)
     if not chosen:
         raise NoLayersError(
-            f"{type(model).__name__} has no ungrouped layer of class nn.Conv2d itself to put a gate behind: "
+            f"{type(model).__name__} has no ungrouped layer to put a gate behind whose class is exactly nn.Conv2d: "
             f"{', '.join(list(others.values())[:2])}; gates are for networks on images, built from such layers"
         )
     if derived:
         warnings.warn(
-            f"no gate goes behind {', '.join(map(repr, derived[:12]))}: gates need layers of class nn.Conv2d itself, "
-            f"and {others[derived[0]]}",
+            f"no gate goes behind {', '.join(map(repr, derived[:12]))}: gates need layers whose class is exactly "
+            f"nn.Conv2d, and {others[derived[0]]}",
             stacklevel=2,
         )
     convolutions = select_filters(model, list(chosen))

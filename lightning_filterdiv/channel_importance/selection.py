@@ -85,8 +85,8 @@ def select_channels(
     if not scores:
         gates = ", ".join(list(importance)[:8]) or "none"
         raise NoLayersError(
-            f"no layer with a gate can be pruned alone: gates are behind {gates}, the groups are "
-            f"{', '.join(group.name for group in graph.groups)}; name layers in include"
+            f"no group of channels can be chosen by gates: layers with a gate: {gates}; groups: "
+            f"{', '.join(group.name for group in graph.groups)}; name layers of a group in include"
         )
     counts = {
         name: int((score > threshold * score.mean()).sum()) if rule == "threshold"

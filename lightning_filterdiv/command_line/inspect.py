@@ -263,7 +263,7 @@ def _show_images(
     """Correlations between channels, and a note on what the network was shown."""
     if not found.runs:
         raise CommandError(
-            f"--data needs a network that runs, and {found.title} is read as it is stored: name its network with "
+            f"--data needs a network that runs, and {found.title} holds weights alone: name their network with "
             f"--model ({MODEL_SOURCES}) or --config"
         )
     images, note = _images(found.network, options)

@@ -24,7 +24,7 @@ __all__ = ["COMMANDS", "DATA_SOURCES", "LABELLED_SOURCES", "MODEL_SOURCES", "TRA
 
 #: Commands of LightningCLI, which parses their options itself.
 TRAINING = {
-    "fit": "train a LightningModule from YAML or flags",
+    "fit": "train a LightningModule from YAML or flags; callbacks of this package by name, as in class_path: RePr",
     "validate": "run the validation loop of a LightningModule",
     "test": "run the test loop of a LightningModule",
 }
@@ -231,8 +231,8 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="SOURCE",
-        help=f"(inputs, labels): {LABELLED_SOURCES}. At most 16 batches are measured, for --importance taylor and for "
-        "the means of removed channels, which correct biases; all validation data give the accuracy before and after",
+        help=f"(inputs, labels): {LABELLED_SOURCES}. At most 16 batches serve --importance taylor, and give the means "
+        "of removed channels, which are added to the next biases. All validation data give accuracies before and after",
     )
     _seed(parser, "--importance random and the order of the data")
     _form(parser)
@@ -249,17 +249,17 @@ def _entropy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-images", type=int, metavar="N", help="measure N images, evenly spaced in the data (default: all)"
     )
-    _model(parser)
+    _model(parser, "network whose depth is compared with the bound")
     _input_shape(parser, "the network or the images")
 
 
 # -- options of several commands -------------------------------------------------------------------------------------
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
+def _model(parser: argparse.ArgumentParser, purpose: str = "network to load the weights into") -> None:
     """Add the options by which a command is told its network, for :mod:`.model_source`."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="SOURCE", help=f"network to load the weights into: {MODEL_SOURCES}")
+    source.add_argument("--model", metavar="SOURCE", help=f"{purpose}: {MODEL_SOURCES}")
     source.add_argument("--config", type=Path, metavar="FILE", help="LightningCLI configuration that names the network")
     parser.add_argument(
         "--trust-pickle",
@@ -390,8 +390,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
         _compare,
     ),
     "merge": (
-        "merge a CentripetalSGD checkpoint into a narrower network",
-        "The outputs of both networks are compared before anything is written. With --twins any network will do.\n\n"
+        "merge equal filters of a CentripetalSGD checkpoint, or nearly equal ones of any network",
+        "The outputs of both networks are compared before anything is written. --twins merges nearly equal filters.\n\n"
         "  filterdiv merge end.ckpt --model my_package.nets:Net --out narrow.pt\n"
         "  filterdiv merge torchvision:resnet18 --weights DEFAULT --input-shape 1,3,224,224 --twins --out narrow.pt",
         _merge,

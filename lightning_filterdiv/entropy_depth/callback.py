@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 
 class EntropyDepthBound(FilterCallback):
-    """Measure the training images at fit start and say which stages of the network are deeper than they can use.
+    """Measure the training images at fit start and name the stages of the network that are deeper than they can use.
 
     The bound is the rounded mean entropy of the images, a heuristic after EBCLE (Gowdra et al., Pattern Recognition
     2021; see the card). It is compared with each stage, the convolutions of one spatial resolution on the longest path;
-    the total depth is logged beside it. Deeper stages come with a shallower, broader plan of equal weights. Nothing
-    about training changes: no weight, no batch, no random number.
+    the total depth is logged beside it. If stages are deeper, the log proposes a shallower, broader network with as
+    many parameters. Training does not change: no weight, no batch, no random number.
 
     Where the module has no ``example_input_array``, the network is traced after its first training batch. The images
     are measured on rank 0 only. A resumed fit takes the result from the checkpoint.

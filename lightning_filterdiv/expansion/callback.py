@@ -38,8 +38,9 @@ class ExpandNet(FilterCallback):
             5x5 and more; ``"FC"``: three linear layers for each; ``"CL+FC"``, ``"CK+FC"``: both.
         rate: how many times more channels the factors have.
         initial: ``"keep"``: start from the weights that the network has; ``"fresh"``: draw new ones.
-        expand_image: expand convolutions that read at most 3 channels to ``rate`` times as many, too. By default their
-            first factor keeps that number, and with ``CK`` they start from new weights.
+        expand_image: also give ``rate`` times more channels to the first factor of convolutions that read an image (at
+            most 3 channels). By default that factor keeps the image's channels. With ``CK`` such a layer then cannot
+            represent its old weights, and starts from new ones.
         include: patterns of layers; ``None`` for all layers of ``kind``.
         exclude: patterns of layers to leave as they are.
         seed: of the factors.

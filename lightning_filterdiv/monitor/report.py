@@ -253,16 +253,16 @@ def as_text(rows: Sequence[LayerReport], heading: str, threshold: float) -> str:
 
 
 def summary(rows: Sequence[LayerReport], threshold: float) -> str:
-    """The whole network in three sentences."""
+    """Return the whole network in four sentences."""
     total, mergeable, twins = (sum(getattr(row, name) for row in rows) for name in ("filters", "mergeable", "twins"))
     paired = [row.over_chance for row in rows if row.filters > 1] or [0.0]
     alike = sum(ratio > _ALIKE for ratio in paired)
     seen = [row.function_only for row in rows if row.function_only is not None]
     unseen = f" {sum(seen)} pairs of channels are alike on the data and not in their weights." if seen else ""
     return (
-        f"Two filters of a layer are {sum(paired) / len(paired):.2f} times as alike as random ones (mean of "
-        f"{len(rows)} layers; more than {_ALIKE:g} times in {alike}). {twins} of {total} filters have a twin at "
-        f"|cos| > {threshold:g}; {mergeable} could be merged into one of the same sign.{unseen}"
+        f"Two filters of a layer are {sum(paired) / len(paired):.2f} times as alike as random ones, on average. In "
+        f"{alike} of {len(rows)} layer{'s' * (len(rows) != 1)} it is more than {_ALIKE:g} times. {twins} of {total} "
+        f"filters have a twin at |cos| > {threshold:g}; {mergeable} could be merged into one of the same sign.{unseen}"
     )
 
 

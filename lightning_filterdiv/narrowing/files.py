@@ -169,7 +169,9 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
     """
     shown = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{shown}: no such file; save_merged and filterdiv merge write them")
+        raise FileNotFoundError(
+            f"{shown}: no such file; save_merged and filterdiv merge write files of merged networks"
+        )
     foreign = f"{shown} is not a file that save_merged wrote, or only a part of one; merge the checkpoint again"
     try:
         with warnings.catch_warnings():

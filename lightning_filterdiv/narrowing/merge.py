@@ -205,15 +205,16 @@ def merge_channels(
     if not projection <= tolerance:
         raise NotTiedError(
             f"the clusters are not tied: setting their members to the mean changes the outputs by {projection:.1e} "
-            f"(relative), more than tolerance={tolerance:g}; {worst} is {deviation:.1e} of its norm away",
-            "Train longer or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to "
-            "merge anyway and fine-tune",
+            f"(relative), more than tolerance={tolerance:g}; {worst} differs from its mean by {deviation:.1e} of its "
+            f"norm",
+            "Train longer or with a larger strength (CentripetalSGD logs a forecast at the start), or pass "
+            "tolerance=float('inf') to merge anyway and fine-tune",
         )
     if averaging > tolerance:
         warnings.warn(
-            f"running statistics lag behind the tied weights ({lagging} is {lag:.1e} of its norm away). They were "
-            f"averaged over each cluster, which changes the outputs by {averaging:.1e} (relative); some batches "
-            f"through the merged network in train mode renew them",
+            f"running statistics lag behind the tied weights ({lagging} differs from its mean by {lag:.1e} of its "
+            f"norm). They were averaged over each cluster, which changes the outputs by {averaging:.1e} (relative). To "
+            f"renew them, run some batches through the merged network in train mode",
             stacklevel=2,
         )
     report = MergeReport(

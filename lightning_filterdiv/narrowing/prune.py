@@ -194,7 +194,7 @@ def prune_channels(
     groups, left_alone = [group for group in groups if group.name in scores], left_alone | unscored
     if not groups:
         layer, reason = next(iter(unscored.items()))
-        raise NoLayersError(f"no layer is left to prune: {layer}: {reason}; choose another importance")
+        raise NoLayersError(f"no layer is left to prune. For {layer!r}: {reason}; choose another importance")
     plan = plan_widths(graph, rule, groups=groups, scores=scores, left_alone=left_alone)
     if verbose:
         print(plan)

@@ -43,8 +43,8 @@ class BasisOrthonormality(FilterCallback):
     Args:
         weight: factor of the penalty, > 0; ``None``: the default of the form, see
             :data:`~lightning_filterdiv.orthonormality.DEFAULT_WEIGHTS`.
-        every_n_steps: act at every so-manieth step of an optimizer, the first one included, with so many times the
-            weight. The cost falls by that factor; the weight per step stays the same on average.
+        every_n_steps: n: act at every n-th step of an optimizer, the first one included, with n times the weight. The
+            cost falls by that factor; the weight per step stays the same on average.
         milestones: epoch (from 0) -> factor: from that epoch on, the weight times the factor. The published decay of
             SRIP is ``{20: 1e-3, 50: 1e-4, 70: 1e-6, 120: 0}``.
         form: ``"basis"`` (a mean over entries), ``"soft"``, ``"double_soft"``, ``"mutual_coherence"``, ``"srip"`` or

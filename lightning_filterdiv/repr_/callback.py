@@ -61,8 +61,8 @@ class RePr(FilterCallback):
     """Drop the most redundant filters for a while, then bring them back orthogonal to everything else.
 
     Prakash, Storer, Florencio, Zhang: "RePr: Improved Training of Convolutional Filters", CVPR 2019, algorithm 1.
-    Filters are ranked in ``on_train_epoch_end`` and dropped or regrown at the first batch after it, so that every
-    checkpoint holds the network whose metric it names.
+    Filters are ranked in ``on_train_epoch_end`` and dropped or regrown at the first batch after it, so that a
+    checkpoint at the end of an epoch holds the network that was validated.
 
     Model and state stay consistent after an exception or Ctrl-C. A later fit continues from there, or
     :meth:`restore_now` brings the filters back.

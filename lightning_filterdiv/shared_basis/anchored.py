@@ -47,8 +47,8 @@ def share_anchored_filters(
 
     Args:
         model: the network (a ``LightningModule`` works too).
-        mode: ``"mix"``: one kernel per stage; ``"plain"``: one for all stages, which must have one width. A layer that
-            changes width or resolution (the first of a stage) is its transition and keeps its kernel.
+        mode: ``"mix"``: one kernel per stage; ``"plain"``: one for all stages, which must have one width. The first
+            layer of a stage, if it changes width or resolution, keeps a kernel of its own.
         regulator: put an unshared 1x1 convolution behind the second norm of every block, before the addition. It
             starts as the identity.
         stages: only these; ``None``: all that can share.
