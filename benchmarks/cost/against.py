@@ -102,8 +102,8 @@ def compare(
         module: has a function ``worker()`` that calls :func:`serve`.
         cases: what it is asked for.
         rounds: that count; one more comes before them.
-        revision: of the other version; ``None``: this tree alone.
-        threads: of each process.
+        revision: revision of the other version; ``None``: this tree alone.
+        threads: threads of each process.
     """
     order = random.Random(0)
     found: dict[str, dict[str, list[dict[str, float]]]] = {}

@@ -209,7 +209,7 @@ def table(record: dict[str, Any], parts: Sequence[str] | None = None, gpu: dict[
     """Markdown of all or some parts, with a line on the machine.
 
     Args:
-        record: of a CPU.
+        record: record of a CPU.
         parts: which.
         gpu: likewise of a GPU, more columns.
     """

@@ -32,7 +32,7 @@ class DeviceTrafficError(AssertionError):
 
 
 def _one_kernel(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether a ``_foreach`` op takes its multi-tensor path: lists that agree in shape, stride and dtype."""
+    """True if a ``_foreach`` op takes its multi-tensor path: lists that agree in shape, stride and dtype."""
     return all(
         len({(t.shape, t.stride(), t.dtype, t.device) for t in together}) == 1 for together in zip(*lists, strict=True)
     )
@@ -72,7 +72,7 @@ class KernelCounter(TorchDispatchMode):
     Attributes:
         kernels: by operation.
         bytes: read and written by them.
-        flops: of matrix products.
+        flops: rate of matrix products.
     """
 
     def __init__(self, device: str = "cuda") -> None:

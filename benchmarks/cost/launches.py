@@ -47,7 +47,7 @@ def table(counts: dict[str, dict[str, int]], gpu: dict[str, dict[str, int]] | No
     Args:
         counts: method -> depth -> operations.
         gpu: kernels and copies on a GPU likewise, two more columns.
-        gpu_name: of that GPU.
+        gpu_name: name of that GPU.
     """
     depths = ("20", "110")
     names = ["method", *(f"ResNet-{depth}" for depth in depths)]

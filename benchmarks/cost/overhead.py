@@ -233,7 +233,7 @@ def table(costs: Sequence[Cost], gpu: Sequence[Cost] = (), gpu_name: str = "") -
     Args:
         costs: rows.
         gpu: the same measured on a GPU, two more columns; a row may be in either.
-        gpu_name: of that GPU.
+        gpu_name: name of that GPU.
     """
     names = ["method", "network", "time inside hooks / rest of the step", "step with / without (95 %)"]
     names += [f"{gpu_name}: inside hooks / rest", "step with / without (95 %)"] if gpu else []

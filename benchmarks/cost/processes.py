@@ -23,7 +23,7 @@ def run_processes(module: str, count: int, *options: str) -> str:
 
     Args:
         module: for ``python -m``.
-        count: of processes.
+        count: number of processes.
         options: for each.
 
     Raises:

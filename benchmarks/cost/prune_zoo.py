@@ -103,7 +103,7 @@ def check(name: str, importance: Importance, onnx: bool = True) -> str:
     """``"works"`` with the share reached, or why not.
 
     Args:
-        name: of the network.
+        name: name of the network.
         importance: what channels are judged by.
         onnx: export too.
     """

@@ -94,7 +94,7 @@ def count_hooks(method: str, model: nn.Module) -> Count:
     """What one step's hooks start and move, counted as a GPU would run them: without draws on the host.
 
     Args:
-        method: of ``benchmarks.cost.overhead``.
+        method: method of ``benchmarks.cost.overhead``.
         model: on the CPU.
     """
     optimizer, (before, after) = trained_hooks(method, model)

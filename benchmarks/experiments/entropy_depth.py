@@ -113,7 +113,7 @@ def table(folder: Path, bound: int) -> str:
 
 
 def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], bound: int) -> str:
-    """Whether accuracy rises up to the bound and no further, in one sentence that follows from the runs."""
+    """True if accuracy rises up to the bound and no further, in one sentence that follows from the runs."""
     means = {depth: fmean(by_seed.values()) for depth, by_seed in accuracy.items()}
     best = max(means, key=lambda depth: means[depth])
     if bound not in means or len(means) < 3:

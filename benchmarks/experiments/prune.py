@@ -164,7 +164,7 @@ def table(folder: Path) -> str:
     """Markdown: accuracy at once and after fine-tuning, and what each arm has over C-SGD, paired by seed.
 
     Args:
-        folder: of the arms' results.
+        folder: folder of the arms' results.
     """
     rows = [
         "| channels chosen by | seeds | at once % | without bias % | fine-tuned % | difference to C-SGD | p | MACs |",

@@ -104,7 +104,7 @@ def trial(out: Path, method: str = "wau", epochs: int = 150, seconds: float = 60
     Args:
         out: folder of the runs; must not hold an earlier trial.
         method: name of a configuration.
-        epochs: of 11 steps each (digits, two processes of 64 images).
+        epochs: epochs of 11 steps each (digits, two processes of 64 images).
         seconds: to wait for a job.
 
     Returns:

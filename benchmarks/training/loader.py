@@ -79,8 +79,8 @@ class SeededBatches(Restartable):
     Args:
         tensors: ``(N, ...)`` tensors that are indexed together.
         batch_size: as for :class:`Restartable`, like ``seed``, ``rank`` and ``world_size``.
-        seed: of permutations and augmentation.
-        rank: of this process.
+        seed: seed of permutations and augmentation.
+        rank: rank of this process.
         world_size: number of processes.
         augment: applied to the first tensor of a batch, with a generator that is a function of (seed, epoch, index,
             rank).
@@ -127,10 +127,10 @@ class SeededItems(Restartable):
     Args:
         items: with a length.
         batch_size: as for :class:`Restartable`, like ``seed``, ``rank`` and ``world_size``.
-        seed: of permutations and transforms.
-        rank: of this process.
+        seed: seed of permutations and transforms.
+        rank: rank of this process.
         world_size: number of processes.
-        options: of the ``DataLoader``, such as ``num_workers``.
+        options: options of the ``DataLoader``, such as ``num_workers``.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Shares:
     Args:
         tensors: ``(N, ...)`` tensors that are indexed together.
         batch_size: rows per batch and rank.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
     """
 
@@ -174,7 +174,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
 
     Args:
         images: ``(B, C, H, W)`` on the CPU, normalised (the padding is the mean).
-        generator: of the offsets and mirrors.
+        generator: generator of the offsets and mirrors.
         padding: pixels on every side.
 
     Returns:

@@ -70,7 +70,7 @@ class SeededSteps(Callback):
     """Seed torch's global generators at every step from (seed, step, rank): dropout repeats itself after a resume.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, seed: int) -> None:

@@ -105,7 +105,7 @@ def table(rows: Sequence[Row], baseline: str = "baseline", gpu: Sequence[Row] = 
         rows: from :func:`summary`.
         baseline: what differences were taken to.
         gpu: the same of runs on a GPU, with their own baseline: more columns.
-        gpu_name: of that GPU.
+        gpu_name: name of that GPU.
     """
     sizes = len({row.parameters for row in rows}) > 1
     names = ["method", "seeds", *(["parameters"] if sizes else []), "test accuracy %", f"difference to {baseline}", "p",

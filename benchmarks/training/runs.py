@@ -81,7 +81,7 @@ def read_runs(folder: Path, names: Iterable[str] = ()) -> dict[str, list[dict[st
     """Name -> its results by seed, without what has not run.
 
     Args:
-        folder: of ``NAME-seedN.json`` files.
+        folder: folder of ``NAME-seedN.json`` files.
         names: which, in this order; by default all by name, the baseline first.
 
     Raises:

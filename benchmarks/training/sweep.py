@@ -64,7 +64,7 @@ class Run:
 
     Attributes:
         method: name of its configuration.
-        seed: of everything.
+        seed: seed of everything.
         result: the file it leaves.
         files: configurations, later ones win.
         overrides: further arguments of ``benchmarks.training.train fit``.
@@ -130,7 +130,7 @@ def plan(
         model: network.
         recipe: epochs, optimizer, batch size.
         methods: what is compared.
-        seeds: of the runs.
+        seeds: seeds of the runs.
         trainer: where it runs.
         out: folder of the results.
         overrides: further arguments of every run.
@@ -233,7 +233,7 @@ def execute(run: Run, threads: int, wait: bool = False) -> str:
 
     Args:
         run: which.
-        threads: of its process.
+        threads: threads of its process.
         wait: for the process that has it in work, and take over if that leaves it unfinished.
 
     Returns:
@@ -303,9 +303,9 @@ def submit(runs: Sequence[Run], arguments: Sequence[str], script: Path, options:
 
     Args:
         runs: the whole grid.
-        arguments: of this sweep, without ``--slurm``.
+        arguments: arguments of this sweep, without ``--slurm``.
         script: batch script that passes its arguments on to this command.
-        options: of ``sbatch``, such as ``--partition=gpu``.
+        options: options of ``sbatch``, such as ``--partition=gpu``.
 
     Returns:
         What ``sbatch`` printed; empty when nothing is missing.

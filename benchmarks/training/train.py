@@ -85,7 +85,7 @@ def run_settings(config: Namespace) -> dict[str, Any]:
     """What a run computes, from the parsed configuration: equal settings on as many processes are the same run.
 
     Args:
-        config: of one subcommand.
+        config: config of one subcommand.
     """
     data, model, trainer = _plain(config["data"]), _plain(config["model"]), config["trainer"]
     arguments = data.get("init_args", {})

@@ -100,7 +100,7 @@ class Forecast:
         """Forecast the steps that are left, unless an earlier forecast still holds; print it and warn of a low K.
 
         Args:
-            trainer: of the fit, before the step that comes next.
+            trainer: trainer of the fit, before the step that comes next.
             tensors: what is clustered.
             strength: eps, or ``"auto"``: the smallest that reaches K = 18 for every tensor that it acts on.
             vector_strength: eps of vectors; ``None``: the same.

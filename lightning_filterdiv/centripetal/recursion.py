@@ -47,7 +47,7 @@ def deviation_factors(settings: Sequence[StepSettings], strength: float, *, deco
     """Deviation inside a cluster after 0, 1, ..., n steps, as a multiple of that at the start (it may change sign).
 
     Args:
-        settings: of the tensor's parameter group, one per step.
+        settings: settings of the tensor's parameter group, one per step.
         strength: eps, the centripetal strength.
         decoupled: the pull follows the step of an optimizer that is not SGD, ``w -= lr * eps * (w - Gamma w)``.
     """

@@ -264,7 +264,7 @@ class ChannelAnswers:
         constrained: sets of channels whose counts a forward body ties together.
         table: every row of every tensor that some channel owns.
         read_values: where forward read the values of tensors, empty if it did not.
-        output_shapes: of the traced outputs.
+        output_shapes: output shapes of the traced outputs.
         stacked: channels lie along stacked branches somewhere, in an order that forward's numbers decide.
         recording: the record and its labels, which graph forms are written from.
     """
@@ -342,7 +342,7 @@ class ChannelAnswers:
 
     @property
     def current(self) -> bool:
-        """Whether the traced network still has the structure that was traced."""
+        """True if the traced network still has the structure that was traced."""
         return structure(self._model) == self._structure
 
     def _check(self) -> None:

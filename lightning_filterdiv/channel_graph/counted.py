@@ -177,7 +177,7 @@ class CountedReduction(CountedNorm):
 
     @staticmethod
     def plain(kind: str, counts: Tensor) -> bool:
-        """Whether the operator itself does the same with one channel for each of ``counts``."""
+        """True if the operator itself does the same with one channel for each of ``counts``."""
         if kind in ("amax", "amin"):
             return bool((counts > 0).all())
         return bool((counts == (counts[0] if kind == "mean" else 1)).all())
@@ -222,7 +222,7 @@ def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[typ
 
     Args:
         module: a module without children.
-        shape: of its input.
+        shape: shape of its input.
         dim: the dimension of channels in it.
     """
     if isinstance(module, CountedNorm):

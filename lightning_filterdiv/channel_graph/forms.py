@@ -286,7 +286,7 @@ def find_deviation(record: Record, masks: Masks, nodes: Iterable[Node]) -> Node 
     """The first call of ``record`` that a narrower network does not repeat with what remains of its channels.
 
     Args:
-        record: of the network.
+        record: record of the network.
         masks: what remains.
         nodes: recorded with the narrower network, as far as its forward ran.
     """

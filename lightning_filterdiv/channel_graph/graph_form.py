@@ -65,7 +65,7 @@ class BodyGraph:
     """A body in graph form.
 
     Attributes:
-        path: of the module that it replaces.
+        path: path of the module that it replaces.
         write: makes the graph anew, and what it reads and calls besides its own, by name.
     """
 
@@ -93,7 +93,7 @@ class Writer:
     """Writes one body.
 
     Args:
-        path: of the body.
+        path: path of the body.
         model: the original network.
         aligned: its calls.
         mask: node of the first sample -> which of its positions remain, constant dimensions of size one.
@@ -394,7 +394,7 @@ class Writer:
         raise GraphFormError(f"{operator_name(node)} may depend on how many channels there are")
 
     def _whole_mosaics(self, node: Node) -> bool:
-        """Whether a channel that a pixel shuffle makes keeps all the channels that it is laid out of, or none."""
+        """True if a channel that a pixel shuffle makes keeps all the channels that it is laid out of, or none."""
         before, after = self.kept(node.args[0])[-3], self.kept(node)[-3]
         each = node.args[1] ** 2
         if before is None or after is None:
@@ -619,7 +619,7 @@ def write_body(
     """The body at ``path`` as a graph.
 
     Args:
-        path: of the module.
+        path: path of the module.
         model: the original network.
         aligned: calls of it.
         mask: node of the first call -> which positions remain.
@@ -680,7 +680,7 @@ def kept_positions(mask: Mask, shape: Sequence[int]) -> Kept:
 
 
 def is_movement(node: Node) -> bool:
-    """Whether a call moves entries and does no more."""
+    """True if a call moves entries and does no more."""
     return operator_name(node, raw=True) in _MOVES
 
 

@@ -155,7 +155,7 @@ class Cut:
 
     Attributes:
         removed: rows that go.
-        added: of those, consumer columns that are added to others first, and the columns they are added to.
+        added: consumer columns among these that are added to others first, and the columns they are added to.
         index: what is kept, in this order; by default all that is not removed.
         groups: rows count through that many equal parts of dimension 0, see :class:`TensorRows`.
     """
@@ -416,7 +416,7 @@ def cut_in_place(
         model: the network.
         graph: its channel graph.
         selections: what remains of which groups.
-        device: of the indices of channel maps, by default that of the network.
+        device: device of the indices of channel maps, by default that of the network.
     """
     cuts = _cuts(selections)
     _cut(model, cuts)
@@ -445,7 +445,7 @@ def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
 
 
 def _keeps_blocks(graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> bool:
-    """Whether what is kept meets the blocks of grouped layers in the order in which forward brings it there."""
+    """True if what is kept meets the blocks of grouped layers in the order in which forward brings it there."""
     kept = {s.group.name: s.kept for s in tied}
     blocks = {
         group.name: group.blocks[kept.get(group.name, slice(None))].tolist()

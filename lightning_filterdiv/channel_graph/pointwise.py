@@ -91,7 +91,7 @@ def _before_expansion(state: Propagation, node: Node, value: LabelTensor) -> tup
 
 
 def _by_slices(state: Propagation, value: LabelTensor) -> bool:
-    """Whether entries that differ have one label, because they belong to one filter."""
+    """True if entries that differ have one label, because they belong to one filter."""
     small = core(value.labels)
     if not state.row_owners or small.numel() == value.labels.numel():
         return False

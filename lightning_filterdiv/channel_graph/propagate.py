@@ -62,7 +62,7 @@ class Move:
     Attributes:
         operator: its name.
         module: the module that runs it.
-        owners: of the values that it moves.
+        owners: owners of the values that it moves.
         labels: what it moves.
         natural: labels -> whether it means the same at every width if these are what it moves.
     """
@@ -117,7 +117,7 @@ class Propagation:
         """Propagate through ``record``; a second record of the same network may follow.
 
         Args:
-            record: of one forward pass.
+            record: record of one forward pass.
             rules: the rule of a call.
             layers: operators that own weights. Behind a value that forward reads only these are followed.
         """
@@ -162,14 +162,14 @@ class Propagation:
             self._keys[node] = None if node.in_map else stable_hash(text)
 
     def _is_moved_parameter(self, node: Node) -> bool:
-        """Whether a call does no more than move the entries of a parameter that nothing has labelled."""
+        """True if a call does no more than move the entries of a parameter that nothing has labelled."""
         if len(node.inputs) != 1 or operator_name(node, raw=True) not in _LAZY:
             return False
         source = node.inputs[0]
         return self.values.get(source) is None and (source in self._tensors or source.op == "call")
 
     def _owned(self, node: Node) -> bool:
-        """Whether some entry of a labelled node belongs to a channel."""
+        """True if some entry of a labelled node belongs to a channel."""
         value = self.values.get(node)
         return isinstance(value, LabelTensor) and bool((core(value.labels) > 0).any())
 
@@ -224,7 +224,7 @@ class Propagation:
         return name, entries.reshape(-1).numpy()
 
     def is_move(self, node: Node) -> bool:
-        """Whether a call moves entries of one tensor and does no more."""
+        """True if a call moves entries of one tensor and does no more."""
         return node.op == "call" and len(node.inputs) == 1 and operator_name(node, raw=True) in _LAZY
 
     def size_of(self, tensor: str) -> int:
@@ -394,7 +394,7 @@ class Propagation:
         return torch.from_numpy(rows).reshape(shape).expand(target)
 
     def stay_apart(self, matrix: Ints) -> bool:
-        """Whether several channels are left when all that meet in a row of ``matrix`` (n, m) become one."""
+        """True if several channels are left when all that meet in a row of ``matrix`` (n, m) become one."""
         rows, columns = np.nonzero(matrix > 0)
         roots = self.table.roots(self.table.owner[matrix[rows, columns]])
         values, place = np.unique(roots, return_inverse=True)
@@ -521,7 +521,7 @@ _LONGEST_VECTOR = 1 << 16
 
 
 def _creates(node: Node) -> bool:
-    """Whether a call makes zeros, which take places like padding, or another number for every entry."""
+    """True if a call makes zeros, which take places like padding, or another number for every entry."""
     return operator_name(node, raw=True).removeprefix("new_").removesuffix("_like") in ("zeros", "ones", "full")
 
 

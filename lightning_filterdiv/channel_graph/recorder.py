@@ -348,14 +348,14 @@ def _on_meta(result: Any) -> Any:
 
 
 def _fixed(func: Any, inputs: Mapping[Node, None]) -> bool:
-    """Whether a call depends on constants alone, not on inputs, weights or random numbers."""
+    """True if a call depends on constants alone, not on inputs, weights or random numbers."""
     if torch.Tag.nondeterministic_seeded in func.tags:
         return False
     return all(source.fixed for source in inputs) or is_shape_only(func)
 
 
 def reads_values(func: Any, real: bool) -> bool:
-    """Whether a call hands values over to Python, or has as many results as its values say.
+    """True if a call hands values over to Python, or has as many results as its values say.
 
     Args:
         func: the operator.
@@ -376,7 +376,7 @@ def reads_values(func: Any, real: bool) -> bool:
 
 
 def _by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call indexes by integers: the shape of the result follows from shapes, unlike with a mask."""
+    """True if a call indexes by integers: the shape of the result follows from shapes, unlike with a mask."""
     return func is torch.ops.aten.index.Tensor and all(
         i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]
     )

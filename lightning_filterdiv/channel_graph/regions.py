@@ -22,8 +22,8 @@ def layers_in_order(
     """(layers in order of execution, their weights): convolutions and linear layers with filters of their own.
 
     Args:
-        modules: of the network.
-        events: of the trace.
+        modules: modules of the network.
+        events: events of the trace.
         depthwise: tensors that forward computes depthwise kernels of.
     """
     order: dict[str, None] = {}

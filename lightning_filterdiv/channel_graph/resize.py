@@ -95,7 +95,7 @@ def _pin_uncountable(graph: ChannelAnswers) -> None:
 
 
 def _counts_differ(graph: ChannelAnswers, path: str) -> bool:
-    """Whether calls of the body at ``path`` reduce different channels, which one graph cannot count."""
+    """True if calls of the body at ``path`` reduce different channels, which one graph cannot count."""
     state, aligned = graph.recording.state, graph.recording.aligned[path]
     counted = {
         name: state.table.roots(state.table.owner[event.values])

@@ -58,8 +58,8 @@ def samples_of(record: Record, path: str, *, with_copies: bool = True) -> list[S
     """Every call of the module at ``path``.
 
     Args:
-        record: of the network.
-        path: of the module.
+        record: record of the network.
+        path: path of the module.
         with_copies: copies that a reshape makes are steps too; else they are what they copy.
 
     Raises:
@@ -109,7 +109,7 @@ def _sample(
 
 
 def _only_reshaped(node: Node) -> bool:
-    """Whether a node is a copy that only gives a reshape the memory it needs; whether it does depends on sizes."""
+    """True if a node is a copy that only gives a reshape the memory it needs; whether it does depends on sizes."""
     copied = node.op == "call" and operator_name(node, raw=True) == "clone"
     return copied and all(operator_name(user, raw=True) in ("view", "_unsafe_view") for user in node.users)
 

@@ -64,7 +64,7 @@ class Proof:
 
     @property
     def exact(self) -> bool:
-        """Whether the difference is no more than rounding."""
+        """True if the difference is no more than rounding."""
         return self.difference <= self.tolerance
 
     @property
@@ -245,7 +245,7 @@ def prove(
         arguments: (args, kwargs) of the traced network, by default those of the trace.
         earlier: what the network was before, step by step: a network, or canonical name -> tensor where it had others
             than one step later. The proof says how much each step changed the outputs.
-        seed: of the drawn inputs.
+        seed: seed of the drawn inputs.
 
     Raises:
         NarrowingError: the model has no values, no output of it is finite, or the narrow network does not run. What

@@ -115,7 +115,7 @@ def _together(
     """Counts when all layers shrink to about the ratio of their set, or else to less and less; None if a set keeps all.
 
     Args:
-        graph: of the network.
+        graph: channel graph of the network.
         sets: tied groups, and the ratio that is wanted for them.
         steps: shares of the shrinkage to try.
     """

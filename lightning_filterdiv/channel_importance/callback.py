@@ -40,7 +40,7 @@ class ChannelImportance(FilterCallback):
         reduction: channels per hidden unit of a gate; smaller numbers keep the gates of narrow layers alive.
         include: patterns of layers; ``None``: all that ``placement`` measures.
         exclude: patterns of layers to leave out.
-        seed: of the gates' weights.
+        seed: seed of the gates' weights.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.
 
     Raises:

@@ -36,7 +36,7 @@ class ChannelGate(nn.Module):
         generator: for the weights, on the CPU; ``None``: torch's global one.
         reduction: channels per hidden unit. A hidden unit that is never positive leaves a gate at 0.5: more of them
             keep the gates of narrow layers alive.
-        biases: of both layers. The released code has them where ``C <= 16``.
+        biases: biases of both layers. The released code has them where ``C <= 16``.
 
     Attributes:
         total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number;
@@ -238,7 +238,7 @@ def insert_gates(
         exclude: patterns of layers to leave out.
         placement: see the table.
         reduction: channels per hidden unit of a gate; smaller numbers keep the gates of narrow layers alive.
-        seed: of the gates' weights, which depend on it and on the layer's name alone.
+        seed: seed of the gates' weights, which depend on it and on the layer's name alone.
 
     Returns:
         ``model``. Layers that have a gate keep it.
@@ -348,7 +348,7 @@ def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Te
 
     Args:
         model: with gates, trained.
-        batches: of inputs ``(B, C, H, W)``, or of tuples that begin with them.
+        batches: batches of inputs ``(B, C, H, W)``, or of tuples that begin with them.
 
     Returns:
         Canonical layer name -> ``(C,)`` in (0, 1), float64 on the CPU.

@@ -43,14 +43,14 @@ def select_channels(
     """Choose the channels to keep by their mean gates.
 
     Args:
-        graph: of the network to prune.
+        graph: channel graph of the network to prune.
         importance: layer -> ``(C,)`` mean gates, of
             :class:`~lightning_filterdiv.ChannelImportance` or :func:`measure_importance`. Names may be those of the
             network inside a LightningModule or the other way round.
         rule: ``"threshold"`` (the released code's for VGG and for ResNets on ImageNet): channels above ``threshold``
             times the layer's mean; ``"uniform"`` (for ResNets on CIFAR): the ``keep_fraction`` largest of every layer,
             so equally many in the layers of a stage. :data:`RELEASED_RULES` has all arguments by network.
-        keep_fraction: of the channels, rounded up.
+        keep_fraction: share of the channels to keep, rounded up.
         threshold: see ``rule``.
         include: patterns of layers. ``None``: layers that write all their channels alone; those that write into a
             residual sum keep their width. The released code prunes the 3x3 of bottlenecks: ``["*.conv2"]``.

@@ -126,7 +126,7 @@ def inspect_network(source: str, options: argparse.Namespace) -> Inspected:
 
     Args:
         source: a file, or the name of a network.
-        options: of the command.
+        options: options of the command.
 
     Raises:
         CommandError: it cannot be found or measured.
@@ -247,7 +247,7 @@ def _named_network(source: str, trust_pickle: bool) -> _Network:
 
 
 def _same_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Whether a constructor gives the same convolutions twice: random ones differ."""
+    """True if a constructor gives the same convolutions twice: random ones differ."""
     ours, theirs = (dict(named_convolutions(network)) for network in (first, second))
     pairs = [(conv.weight, theirs[name].weight) for name, conv in ours.items() if name in theirs]
     known = all(not is_lazy(w) and not w.is_meta and w.layout == torch.strided for pair in pairs for w in pair)

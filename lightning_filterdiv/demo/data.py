@@ -25,7 +25,7 @@ class Images(pl.LightningDataModule):
 
     Args:
         batch_size: images per step.
-        seed: of the train/test split or subset.
+        seed: seed of the train/test split or subset.
         transform: module that all normalised images go through once; it keeps their shape.
     """
 
@@ -114,7 +114,7 @@ class FashionMNIST(Images):
         root: folder with the four ``*-ubyte.gz`` files; ``None`` looks where Debian's package puts them.
         train_images: use a seeded random subset of so many training images; ``None`` for all.
         batch_size: images per step.
-        seed: of the subset.
+        seed: seed of the subset.
         transform: see :class:`Images`.
 
     Raises:

@@ -46,7 +46,7 @@ class SmallConvNet(pl.LightningModule):
         width: filters per convolution.
         image_size: height and width of the images.
         lr: learning rate.
-        weight_decay: of all parameters.
+        weight_decay: weight decay of all parameters.
         milestones: epochs at which the learning rate is divided by ten.
     """
 

@@ -41,8 +41,8 @@ class EntropyDepthBound(FilterCallback):
     are measured on rank 0 only. A resumed fit takes the result from the checkpoint.
 
     Args:
-        unit: of the entropy that is rounded; nats allow at most 6 for 8-bit images, bits at most 8.
-        rounding: of the mean entropy.
+        unit: unit of the entropy that is rounded; nats allow at most 6 for 8-bit images, bits at most 8.
+        rounding: rounding of the mean entropy.
         max_images: measure so many images; ``None`` for all.
         action: what a stage that is too deep leads to.
         network: name of the submodule to trace, ``None`` for the whole module.

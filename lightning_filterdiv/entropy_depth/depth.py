@@ -20,7 +20,7 @@ class Stage(NamedTuple):
     """Neighbouring convolutions of the longest path whose outputs have one spatial resolution.
 
     Attributes:
-        resolution: of the outputs, ``(H, W)`` for images.
+        resolution: resolution of the outputs, ``(H, W)`` for images.
         layers: names of the convolutions in order; one that is called twice appears twice.
         width: the most frequent number of output channels (the larger of equally frequent ones).
         weights: number of weights of these layers.

@@ -122,8 +122,8 @@ def estimate_depth_bound(
     Args:
         data: images ``(N, ...)``, a data set, a ``DataLoader`` or a ``LightningDataModule``. Of torchvision data sets
             that keep raw 8-bit images those are measured; all others as they come, transforms included.
-        unit: of the entropy that is rounded.
-        rounding: of the mean entropy.
+        unit: unit of the entropy that is rounded.
+        rounding: rounding of the mean entropy.
         max_images: measure so many: evenly spaced over a data set, the first ones of a loader.
         progress: show a line on a terminal while it takes long.
 

@@ -20,8 +20,8 @@ class DepthPlan(NamedTuple):
     Attributes:
         depths: convolutions per stage, none above the bound.
         widths: filters per convolution and stage.
-        parameters: of the planned network, as the counting function sees it.
-        reference: of the network before.
+        parameters: parameters of the planned network, as the counting function sees it.
+        reference: parameters of the network before.
     """
 
     depths: tuple[int, ...]
@@ -43,7 +43,7 @@ def chain_parameters(depths: Sequence[int], widths: Sequence[int], *, channels: 
     Args:
         depths: ``(S,)`` convolutions per stage, at least 1 each.
         widths: ``(S,)`` filters per convolution.
-        channels: of the input image.
+        channels: channels of the input image.
         kernel: positions per filter, 9 for 3x3.
     """
     before = [channels, *widths[:-1]]

@@ -43,7 +43,7 @@ class ExpandNet(FilterCallback):
             represent its old weights, and starts from new ones.
         include: patterns of layers; ``None`` for all layers of ``kind``.
         exclude: patterns of layers to leave as they are.
-        seed: of the factors.
+        seed: seed of the factors.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.
 
     Raises:

@@ -41,7 +41,7 @@ class NetworkMacs:
         network: whose modules are watched until :meth:`close`.
 
     Attributes:
-        total: of the calls so far.
+        total: multiply-adds of the calls so far.
     """
 
     def __init__(self, network: nn.Module) -> None:

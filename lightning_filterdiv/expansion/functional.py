@@ -34,7 +34,7 @@ def compose(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
     Args:
         first: ``(H, I/groups, a, b)``.
         second: ``(O, H/groups, p, q)``, with stride 1 between the two (the first's stride is 1).
-        groups: of both.
+        groups: number of groups of both layers.
 
     Returns:
         ``(O, I/groups, a+p-1, b+q-1)``: ``W[o, i] = sum_h second[o, h] * first[h, i]``, ``*`` the full convolution of
@@ -59,7 +59,7 @@ def compose_bias(first: Tensor, second: Tensor, bias: Tensor, groups: int = 1) -
         first: ``(H,)``.
         second: ``(O, H/groups, p, q)``.
         bias: ``(O,)``.
-        groups: of the second.
+        groups: number of groups of the second layer.
 
     Returns:
         ``(O,)``: ``sum_{h, kernel} second[o, h] first[h] + bias[o]``. Exact at the borders too if all padding is on the
@@ -78,7 +78,7 @@ def compose_chain(
     Args:
         weights: ``(H_i, H_{i-1}/groups, *k_i)``.
         biases: ``(H_i,)`` each; ``None``: the layers have none.
-        groups: of all of them.
+        groups: number of groups of all of them.
 
     Returns:
         ``(out, in/groups, *k)`` with ``k = 1 + sum (k_i - 1)``, and ``(out,)`` or ``None``.
@@ -114,7 +114,7 @@ def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int, expand_image
     Args:
         kind: ``CL``: 1x1, k x k, 1x1; ``CK``: (k-1)/2 times 3x3; ``FC``: three linear layers.
         shape: ``(out, in/groups, k, k)`` of the compact layer.
-        groups: of the compact layer and of all factors.
+        groups: number of groups of the compact layer and of all factors.
         rate: ``r``; hidden layers have ``r * in`` and ``r * out`` channels.
         expand_image: a convolution that reads at most 3 channels has ``r * in`` behind its first factor, too, instead
             of as many as it reads.

@@ -128,7 +128,7 @@ def factor_product(layer: nn.Module) -> FactorProduct:
 
 
 def is_expanded(layer: nn.Module) -> bool:
-    """Whether :func:`~lightning_filterdiv.expansion.expand` made the weight of ``layer`` a product of factors."""
+    """True if :func:`~lightning_filterdiv.expansion.expand` made the weight of ``layer`` a product of factors."""
     return is_parametrized(layer, "weight") and isinstance(factor_lists(layer)["weight"][0], FactorProduct)
 
 

@@ -77,7 +77,7 @@ def _is_odd_square(layer: nn.Conv2d) -> bool:
 
 
 def _is_default(layer: nn.Module, kind: Kind) -> bool:
-    """Whether ``include=None`` means this layer, by its kernel."""
+    """True if ``include=None`` means this layer, by its kernel."""
     if not isinstance(layer, nn.Conv2d):
         return True
     return _is_odd_square(layer) if kind == "CK" else layer.kernel_size != (1, 1)
@@ -314,7 +314,7 @@ def expand(
         exclude: patterns of layers to leave as they are.
         initial: ``"keep"``: the network computes the same as before; ``"fresh"``: new weights.
         expand_image: expand layers that read at most 3 channels to ``r m`` channels, too.
-        seed: of the factors; they depend on it and on the layer's name alone.
+        seed: seed of the factors; they depend on it and on the layer's name alone.
 
     Returns:
         ``model``. Expanded layers are the same objects, with parametrized weight and bias

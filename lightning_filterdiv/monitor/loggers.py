@@ -46,7 +46,7 @@ class FigureWriter:
     """Hands figures to every logger that takes images; if none does, writes PNG files.
 
     Args:
-        loggers: of the trainer; on other ranks than 0 none may be touched.
+        loggers: loggers of the trainer; on other ranks than 0 none may be touched.
         folder: where PNG files go, ``<tag>-step<step>.png``.
         discard: draw, but write nothing.
     """

@@ -125,13 +125,13 @@ class Page:
     """What a page says.
 
     Attributes:
-        title: of the window.
+        title: title of the window.
         question: the heading.
         lead: the answer.
         notes: where weights come from and what to keep in mind.
         hint: on how to read the table.
         heads: (heading, what it means) of every column, the layer's name first.
-        rows: of the table.
+        rows: rows of the table.
         text_columns: indices of columns that hold words.
         caution: at the end.
     """
@@ -222,11 +222,11 @@ def report_page(
     """The page of ``filterdiv inspect``.
 
     Args:
-        rows: of the table.
+        rows: rows of the table.
         title: what was inspected.
         notes: where the weights come from and what to keep in mind, a line each.
-        threshold: of the cosine, for the text and the list of twins.
-        views: of every layer.
+        threshold: absolute cosine that makes two filters twins, for the text and the list of twins.
+        views: views of every layer.
         correlations: between the channels of layers that saw data.
     """
     columns = columns_of(rows)
@@ -269,7 +269,7 @@ def layer_panel(
 
     Args:
         view: the layer.
-        threshold: of ``|cos|``, for twins.
+        threshold: ``|cos|`` above which two filters are twins.
         correlation: ``(J, J)`` between its channels.
         side: a heading over it, where several are shown.
     """

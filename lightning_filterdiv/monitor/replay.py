@@ -33,7 +33,7 @@ class FixedBatch:
 
     @property
     def known(self) -> bool:
-        """Whether there is a call to repeat."""
+        """True if there is a call to repeat."""
         return self._call is not None
 
     def watch(self) -> None:

@@ -50,10 +50,10 @@ class LayerReport:
         over_chance: mean ``|cos|`` of two filters over that of random ones.
         mean_abs_cosine: mean ``|cos|`` of two filters.
         random_abs_cosine: what random filters of that fan-in have.
-        max_abs_cosine: of the two most alike filters.
+        max_abs_cosine: ``|cos|`` of the two most alike filters.
         twins: filters with another one at ``|cos|`` above the threshold.
         mergeable: filters that could be merged into others of the same sign, at a cosine above the threshold.
-        effective_rank: of the filters, between 1 and :attr:`full_rank`.
+        effective_rank: effective rank of the filters, between 1 and :attr:`full_rank`.
         full_rank: ``min(J, d)``.
         dead: share of filters with a norm below 1e-3 of the layer's median.
         mean_abs_correlation: between its channels on the data; ``None`` without data, like the next three.
@@ -164,7 +164,7 @@ def report_layers(
 
     Args:
         layers: name -> convolution.
-        threshold: of the cosine from which filters count as alike, in [0, 1).
+        threshold: cosine from which filters count as alike, in [0, 1).
         correlations: name -> ``(C, C)`` correlation between its channels, where data were shown to the network.
         trained: ``False`` for random weights, about which nothing can be advised.
     """
@@ -231,7 +231,7 @@ def table_text(heads: Sequence[str], cells: Sequence[Sequence[str]], left: Calla
     """Aligned columns under their heads.
 
     Args:
-        heads: of the columns.
+        heads: heads of the columns.
         cells: lines of the table.
         left: whether a column is aligned on its left.
     """

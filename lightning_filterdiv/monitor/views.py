@@ -23,7 +23,7 @@ class LayerView:
     """A snapshot on the CPU.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         kernels: ``(J, in/groups, *kernel_size)``, float32 or wider; NaN and infinity are shown as 0.
         signed: ``(J, J)`` cosine, diagonal 1 (0 for a zero filter).
         order: permutation of the filters that puts alike ones side by side.

@@ -44,7 +44,7 @@ def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "k
         method: ``"kmeans"``: the k-means objective on the rows, by Ward's hierarchical clustering and then moves of
             single rows; ``"even"``: contiguous blocks, the first ``J mod n`` one longer; ``"imbalanced"``: one cluster
             of ``J - n + 1`` filters, the others alone.
-        seed: of the order in which k-means tries to move filters.
+        seed: seed of the order in which k-means tries to move filters.
 
     Returns:
         ``(J,)`` int64 on the CPU, numbered by first appearance.
@@ -162,7 +162,7 @@ def cluster_channels(
         keep_fraction: share of the channels to keep, or a dict of layer pattern -> share. Where a forward body itself
             fixes widths, the nearest it can express is taken.
         method: see :func:`cluster_filters`.
-        seed: of k-means.
+        seed: seed of k-means.
         groups: names of the groups to cluster; ``None`` for all.
         plan: result of :func:`~lightning_filterdiv.narrowing.plan_widths`, instead of ``keep_fraction``.
         among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
@@ -226,7 +226,7 @@ def layer_kernels(model: nn.Module, tensors: Mapping[str, Tensor], group: Channe
     Args:
         model: the traced network.
         tensors: its named tensors.
-        group: of its channel graph.
+        group: a group of its channel graph.
         layer: name of a layer with rows in the group.
     """
     rows, values = _kernel_rows(model, tensors, group, layer)
@@ -261,7 +261,7 @@ class ClusteredTensor(NamedTuple):
 
     @property
     def is_vector(self) -> bool:
-        """Whether a row is a single number: a bias, or the scale or shift of a norm."""
+        """True if a row is a single number: a bias, or the scale or shift of a norm."""
         return self.parameter.numel() == len(self.clusters)
 
     def rows_first(self, values: Tensor, start: int = 0) -> Tensor:

@@ -105,7 +105,7 @@ class _Reader:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the contribution was the same at all positions of all inputs."""
+        """True if the contribution was the same at all positions of all inputs."""
         assert self.least is not None
         assert self.most is not None
         size = torch.maximum(self.least.abs(), self.most.abs()).max()
@@ -184,7 +184,7 @@ def compensate(model: nn.Module, graph: ChannelGraph, contributions: Mapping[str
     Args:
         model: a copy of the traced network, whose consumers ignore the removed channels.
         graph: its channel graph.
-        contributions: of :func:`constant_contributions`.
+        contributions: result of :func:`constant_contributions`.
     """
     tensors = named_tensors(model)
     exact: list[str] = []

@@ -63,7 +63,7 @@ _ADDED = {"norms": dict[str, Any], "graphs": list[Any], "steps": dict[str, Any]}
 
 
 def _is_step(value: Any) -> bool:
-    """Whether ``value`` is what a narrowing notes about itself."""
+    """True if ``value`` is what a narrowing notes about itself."""
     if not isinstance(value, dict) or value.keys() != {"network", "inputs", "form", "keep", "sums"}:
         return False
     tables = [(value["keep"], 1), (value["sums"], 2)]
@@ -266,7 +266,7 @@ def _repeat(part: nn.Module, step: dict[str, Any]) -> nn.Module:
 
 
 def _alike(first: Any, second: Any) -> bool:
-    """Whether two notes are equal, tensors entry by entry."""
+    """True if two notes are equal, tensors entry by entry."""
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
     if isinstance(first, dict) and isinstance(second, dict):
@@ -334,7 +334,7 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
 
 
 def _may_be_narrowed(own: Tensor, given: Tensor) -> bool:
-    """Whether ``given`` is ``own`` at another number of channels: the rest of a kernel does not change."""
+    """True if ``given`` is ``own`` at another number of channels: the rest of a kernel does not change."""
     kind = (own.dim(), own.shape[2:], own.layout, own.is_floating_point(), own.is_complex())
     return kind == (given.dim(), given.shape[2:], given.layout, given.is_floating_point(), given.is_complex())
 

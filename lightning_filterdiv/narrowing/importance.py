@@ -86,8 +86,8 @@ def channel_scores(
               :attr:`~lightning_filterdiv.ChannelImportance.importance`;
             - a function of ``(model, group)`` that returns (size,) scores.
         batches: for ``"taylor"``.
-        loss: of ``(model, batch)``; ``None``: cross-entropy of ``model(batch[0])`` and ``batch[1]``.
-        seed: of ``"random"``.
+        loss: function of ``(model, batch)``; ``None``: cross-entropy of ``model(batch[0])`` and ``batch[1]``.
+        seed: seed of ``"random"``.
 
     Returns:
         Group name -> (size,) float64 scores on the CPU, and layer -> why its channels have none.
@@ -288,7 +288,7 @@ def gate_means(model: nn.Module, batches: Iterable[Any] | None) -> dict[str, Ten
 
     Args:
         model: with gates, trained; it is left as it was.
-        batches: of inputs, or of tuples that begin with them.
+        batches: batches of inputs, or of tuples that begin with them.
 
     Returns:
         Canonical layer name -> ``(C,)`` float64 on the CPU.

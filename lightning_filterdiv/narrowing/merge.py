@@ -53,10 +53,10 @@ class MergeReport(NamedTuple):
         worst: the parameter that it belongs to.
         projection: relative change of the outputs when every parameter is set to its cluster's mean.
         trim: relative change of the outputs when the tied network is narrowed; rounding only.
-        parameters_before: of the original.
-        parameters_after: of the narrow network.
+        parameters_before: parameters of the original.
+        parameters_after: parameters of the narrow network.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
-        macs_after: of the narrow network.
+        macs_after: the same of the narrow network.
         forms: the form of every submodule whose forward decides by itself where merged channels go, and why.
         lag: ``deviation`` of running statistics, which follow tied weights some steps later.
         lagging: the statistic that it belongs to.

@@ -55,10 +55,10 @@ class PruneReport:
         plan: channels per group, with the cost that was foreseen.
         importance: measure by which channels were ranked.
         keep: group name -> (n,) channels that are left.
-        channels_before: of all groups in the plan.
+        channels_before: channels of all groups in the plan.
         channels_after: likewise.
-        parameters_before: of the network.
-        parameters_after: of the pruned one.
+        parameters_before: parameters of the network.
+        parameters_after: parameters of the pruned one.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
         macs_after: likewise.
         change: largest change of an output, relative to the largest entry of that output.
@@ -161,7 +161,7 @@ def prune_channels(
         bias: add the mean contribution of removed channels, measured on ``batches``, to the next bias or running mean.
             Without batches this is done only for channels that are constant on the example inputs and on drawn ones.
         loader: batches of (inputs, labels) for the accuracy before and after.
-        seed: of ``"random"``.
+        seed: seed of ``"random"``.
         verbose: print the plan before anything is removed.
 
     Returns:

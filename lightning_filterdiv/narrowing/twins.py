@@ -219,7 +219,7 @@ def find_twins(model: nn.Module, groups: Sequence[ChannelGroup], threshold: floa
     """Clusters of channels of which every member is a twin of the first one.
 
     Args:
-        model: of :func:`rescale_channels`.
+        model: result of :func:`rescale_channels`.
         groups: whose channels.
         threshold: see :func:`merge_twins`.
 

@@ -166,7 +166,7 @@ class WidthPlan:
         sizes: group name -> channels now.
         layers: group name -> its layers.
         macs: multiply-accumulate operations on the example inputs of the trace, before and after.
-        parameters: of the network, before and after.
+        parameters: parameters of the network, before and after.
         asked: the argument that asked for it, in words.
         left_alone: layer -> why (some of) its channels are not in the plan.
         note: why the target is met only nearly; empty where it is met.
@@ -211,7 +211,7 @@ def choose_groups(
     """Groups all of whose layers are chosen.
 
     Args:
-        graph: of the network.
+        graph: channel graph of the network.
         include: patterns of layers, convolutions and linear ones; ``None``: all.
         exclude: patterns of layers to leave out.
 
@@ -299,7 +299,7 @@ def plan_widths(
     compensate.
 
     Args:
-        graph: of the network.
+        graph: channel graph of the network.
         rule: what is asked for.
         groups: those that may lose channels; ``None``: all.
         scores: group name -> (size,) importance of its channels, for ``scope="global"``.

@@ -22,11 +22,11 @@ class Batch:
     block of memory, which it is but for transposed convolutions and blocks of several parameters.
 
     Args:
-        blocks: of one layout.
+        blocks: blocks of one layout.
         runs: their parameters in the buffers, segment by segment.
         values: buffer that holds the parameters.
         gradients: buffer laid out alike, for the gradients.
-        form: of the penalty.
+        form: form of the penalty.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Penalties(Bank):
 
     Args:
         batches: the blocks of each, of one layout.
-        form: of the penalty.
+        form: form of the penalty.
         dtype: float32 or wider.
     """
 

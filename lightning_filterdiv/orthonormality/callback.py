@@ -60,7 +60,7 @@ class BasisOrthonormality(FilterCallback):
         include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none. The
             released OCNN recipes leave the stem out: ``exclude=["conv1"]``.
         exclude: patterns of layers to leave out.
-        seed: of the starting vectors of ``"srip"``, a function of the seed and the step.
+        seed: seed of the starting vectors of ``"srip"``, a function of the seed and the step.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
@@ -296,7 +296,7 @@ def _only_matches(pattern: str, layers: Mapping[str, nn.Module], model: nn.Modul
 
 
 def _is_adam(optimizer: Optimizer) -> bool:
-    """Whether the optimizer divides by second moments as Adam does, by the name of its class or a base."""
+    """True if the optimizer divides by second moments as Adam does, by the name of its class or a base."""
     return any("adam" in cls.__name__.lower() for cls in type(optimizer).__mro__)
 
 

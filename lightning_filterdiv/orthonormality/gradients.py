@@ -85,7 +85,7 @@ def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False, 
     Args:
         filters: ``(B, J, d)``.
         start: ``(B, min(J, d))``.
-        squared: of the square of the value.
+        squared: differentiate the square of the value.
     """
     iteration = PowerIteration([filters.shape], filters.dtype, filters.device)
     return iteration.gradients([filters], start, squared=squared, outs=[out])[0]
@@ -100,8 +100,8 @@ class PowerIteration:
 
     Args:
         shapes: ``(B_i, J_i, d_i)`` of each batch.
-        dtype: of the filters.
-        device: of the filters.
+        dtype: dtype of the filters.
+        device: device of the filters.
     """
 
     def __init__(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> None:
@@ -137,7 +137,7 @@ class PowerIteration:
         Args:
             filters: ``(B_i, J_i, d_i)`` each.
             starts: ``(sum of B_i, m)``, 0 behind ``n_i``.
-            squared: of the square of the value.
+            squared: differentiate the square of the value.
             outs: where to put each.
         """
         for one, gram, identity in zip(filters, self._grams, self._identities, strict=True):
@@ -232,7 +232,7 @@ def convolutional_gradient(
     Args:
         kernels: ``(B, J, C, *k)``.
         stride: per kernel dimension, in taps.
-        transform: of the kernels' shape, made once; ``None``: made here.
+        transform: transform of the kernels' shape, made once; ``None``: made here.
         out: ``(B, J, C * taps)``.
 
     Returns:

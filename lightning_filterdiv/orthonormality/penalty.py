@@ -100,10 +100,10 @@ class OrthonormalityPenalty:
             parameter of ``optimizer`` are ignored.
         optimizer: the optimizer that makes the steps.
         form: which penalty.
-        squared: of ``"srip"`` and ``"convolutional"``: the value with or without its square; ``None``: as the form is
-            defined here, without for ``"srip"``, with for ``"convolutional"``.
+        squared: for ``"srip"`` and ``"convolutional"``: the value with or without its square; ``None``: as the
+            form is defined here, without for ``"srip"``, with for ``"convolutional"``.
         decoupled: see above.
-        seed: of the starting vectors of ``"srip"``, a function of (seed, stream, step).
+        seed: seed of the starting vectors of ``"srip"``, a function of (seed, stream, step).
         stream: tells objects with equal seeds apart.
 
     Raises:
@@ -193,7 +193,7 @@ class OrthonormalityPenalty:
         """Add ``weight`` times the penalty's gradient to the gradients (decoupled: remember the weight).
 
         Args:
-            weight: of the penalty; 0 switches it off for this step.
+            weight: weight of the penalty; 0 switches it off for this step.
             step: the key of SRIP's starting vectors.
             gradient_scale: scalar on the device by which gradients are still multiplied (fused optimizers under AMP).
         """

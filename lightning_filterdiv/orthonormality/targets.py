@@ -25,11 +25,11 @@ class FilterBlock:
     """Rows of one matrix, held by one or several parameters.
 
     Attributes:
-        name: of the layer, or of the Gram of shared bases.
+        name: name of the layer, or of the Gram of shared bases.
         segments: parameters whose filters are the rows, in order; those of a segment have one shape.
         mask: ``(n, n)`` bool, the pairs that count; ``None``: all.
         pool: see :class:`~lightning_filterdiv.shared_basis.FilterBasis`.
-        groups: of the convolution: filters of different groups see different channels and are never compared.
+        groups: groups of the convolution: filters of different groups see different channels and are never compared.
         transposed: whether filters are dim 1 of the weight.
         stride: in taps, for the convolutional form.
     """

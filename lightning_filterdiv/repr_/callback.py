@@ -86,7 +86,7 @@ class RePr(FilterCallback):
         include: patterns of layers to rank; ``None`` for every ungrouped convolution but the first trainable one
             and 1x1 shortcuts.
         exclude: patterns of layers to leave out.
-        seed: of random ranking and new directions.
+        seed: seed of random ranking and new directions.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:

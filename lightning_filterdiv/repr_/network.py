@@ -59,7 +59,7 @@ def rankable(graph: ChannelGraph, layers: Mapping[str, Conv]) -> tuple[dict[str,
     """Filter matrices of the layers whose filters can be silenced exactly, and why the others' cannot.
 
     Args:
-        graph: of the network that ``layers`` belong to.
+        graph: channel graph of the network that ``layers`` belong to.
         layers: canonical name -> convolution.
 
     Returns:
@@ -201,7 +201,7 @@ class DroppedFilters:
 
     @property
     def silent(self) -> bool:
-        """Whether the model as it is now has the private regions, and all their parameters are zero."""
+        """True if the model as it is now has the private regions, and all their parameters are zero."""
         tensors = named_tensors(self.model)
         parts = [part for parts in self._private.values() for part in parts]
         try:

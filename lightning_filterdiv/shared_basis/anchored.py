@@ -1,4 +1,4 @@
-"""One kernel for all layers, or for all layers of a stage (DACNN): the convolution itself is shared, norms are not.
+"""One kernel for all layers, or for all layers of a stage (DACNN). The convolution is shared, norms are not.
 
 "Deep anchored convolutional neural networks", CVPR Workshops 2019 (arXiv 1904.09764).
 """
@@ -28,7 +28,7 @@ Anchoring = Literal["plain", "mix"]
 
 
 def _sharing(stage: Stage) -> dict[str, nn.Module]:
-    """The layers of a stage that keep width and resolution; the others are its transition."""
+    """Return the layers of a stage that keep width and resolution."""
     found: dict[str, nn.Module] = {}
     for name, block in stage.blocks.items():
         for key in ("conv1", "conv2"):

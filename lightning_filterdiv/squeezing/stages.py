@@ -39,7 +39,7 @@ class StageRow:
 
     Attributes:
         stage: the share of the original that it was to reach.
-        channels: of all groups, after it.
+        channels: channels of all groups, after it.
         parameters: likewise.
         macs: multiply-accumulate operations on the example inputs, likewise.
         change: relative change of the outputs by narrowing: by the projection for C-SGD, by pruning before its fit.

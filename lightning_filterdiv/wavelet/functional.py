@@ -52,8 +52,8 @@ def reconstruct(x: Tensor, wavelet: str, level: int, keep: Collection[str]) -> T
     Args:
         x: ``(B, C, H, W)``.
         wavelet: name of a discrete wavelet.
-        level: of the decomposition; details of all levels are kept or dropped alike.
-        keep: of ``approximation`` (the coarsest), ``horizontal``, ``vertical``, ``diagonal``.
+        level: level of the decomposition; details of all levels are kept or dropped alike.
+        keep: keep of ``approximation`` (the coarsest), ``horizontal``, ``vertical``, ``diagonal``.
 
     Returns:
         ``(B, C, H, W)``; with all four it is ``x`` up to rounding.

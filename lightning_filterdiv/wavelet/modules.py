@@ -70,9 +70,9 @@ class WaveletReconstruction(_EdgeLayer):
     Without the approximation what is left are edges and texture; with all sub-bands it is the image.
 
     Args:
-        keep: of ``approximation``, ``horizontal``, ``vertical``, ``diagonal``; ``None``: the three details.
+        keep: keep of ``approximation``, ``horizontal``, ``vertical``, ``diagonal``; ``None``: the three details.
         wavelet: name of a discrete wavelet of PyWavelets.
-        level: of the decomposition.
+        level: level of the decomposition.
         output: ``replace`` the image, ``add`` to it, or ``append`` as further channels.
 
     Raises:
