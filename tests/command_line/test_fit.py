@@ -297,7 +297,7 @@ def test_the_first_line_is_the_cause_in_every_section(
             "trainer.callbacks: RePr: seed must be int, got 'x'",
         ),
         ("max_epochs=x", "trainer.max_epochs must be int or null, got 'x'"),
-        ("max_epchs=3", "Unrecognized arguments: --trainer.max_epchs=3; did you mean 'trainer.max_epochs'?"),
+        ("max_epchs=3", "unrecognized arguments: --trainer.max_epchs=3; did you mean 'trainer.max_epochs'?"),
     ],
 )
 def test_the_first_line_is_the_cause_for_a_flag(option: str, cause: str, capsys: pytest.CaptureFixture[str]) -> None:
