@@ -19,6 +19,9 @@ _TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.+)|No (?:\S+ attribute|module named) '?([^']+?)'?$")
 _NO_MAPPING = re.compile(r"'(\w+)' object has no attribute 'keys'")
+#: Names by which a class is written in YAML.
+_CLASS_ENTRIES = {"class_path", "init_args", "dict_kwargs"}
+_MIXED = "an entry with class_path and other names; write the arguments of the class under init_args"
 #: Types that are written as a plain value. Where one is allowed, a word need not be the name of a class.
 _PLAIN = {f"<class '{name}'>" for name in ("int", "float", "str")}
 #: Characters of a given value that a message shows.
@@ -89,12 +92,24 @@ def _reason(lines: list[str], owner: str) -> str:
     missed = [match[1] or match[2] for line in lines if (match := _NO_CLASS.match(line))]
     if missed and not {*allowed} & _PLAIN:
         return f"there is no class {missed[0]!r}"
+    if _has_further_names(given[-1]):
+        return f"has {_MIXED}"
     return f"must be {_types(allowed)}, got {_value(given[-1])}"
+
+
+def _has_further_names(text: str) -> bool:
+    """True if a class in a list, or alone, has entries beside those by which a class is written."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    entries = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, dict)]
+    return any("class_path" in entry and {*entry} - _CLASS_ENTRIES for entry in entries)
 
 
 def _not_accepted(option: str, owner: str) -> str:
     if option == "class_path":  # beside names that are no part of how a class is written
-        return "entry has more than class_path; write the arguments of the class under init_args"
+        return f"is {_MIXED}"
     module, _, name = owner.rpartition(".")
     try:
         known = [*inspect.signature(getattr(importlib.import_module(module), name)).parameters]

@@ -226,7 +226,7 @@ def test_a_misspelt_callback(written: str, meant: str, where: str, capsys: pytes
         ),
         (
             [{"class_path": "RePr", "seed": 3}],
-            "Callback entry has more than class_path; write the arguments of the class under init_args",
+            "Callback is an entry with class_path and other names; write the arguments of the class under init_args",
         ),
         ([{"class_pat": "RePr"}], "Callback has no argument 'class_pat'; did you mean 'class_path'?"),
         (
