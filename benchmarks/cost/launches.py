@@ -1,10 +1,10 @@
-"""How many operations do the hooks of a step start, and does the number follow the depth of the network?
+"""Number of operations that the hooks of a step start, for a shallow and a deep network.
 
     python -m benchmarks.cost.launches
 
-Counts what torch.profiler records, inner operations included, views left out. On a CPU, copying gradients, weights and
-optimizer state to a buffer or back is one operation per tensor, on a GPU one kernel per chunk of tensors; ``--device
-cuda`` shows the latter.
+Counts are those of torch.profiler, with inner operations and without views. Copying gradients, weights and optimizer
+state to a buffer or back is one operation per tensor on a CPU, and one kernel per chunk of tensors on a GPU (``--device
+cuda``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does the entropy bound mark a knee? ResNet-style networks of several depths at equal parameters.
+"""Does accuracy level off at the entropy bound? ResNet-style networks of several depths at equal parameters.
 
 Fashion-MNIST, 5,000 training images (a permutation seeded by the run's seed), all 10,000 test images, normalised, no
 augmentation; batch 64, 15 epochs, SGD momentum 0.9, weight decay 5e-4, learning rate 0.05 with cosine decay. The
@@ -113,7 +113,7 @@ def table(folder: Path, bound: int) -> str:
 
 
 def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], bound: int) -> str:
-    """True if accuracy rises up to the bound and no further, in one sentence that follows from the runs."""
+    """Return sentences, computed from the runs, on whether accuracy levels off at the bound."""
     means = {depth: fmean(by_seed.values()) for depth, by_seed in accuracy.items()}
     best = max(means, key=lambda depth: means[depth])
     if bound not in means or len(means) < 3:

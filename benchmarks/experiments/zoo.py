@@ -7,14 +7,13 @@ Weights are random, norm statistics and affines too. Each network runs in a proc
 stopped at 300 s of CPU time.
 
 *This package* ties random clusters, half as many as channels in every group, and merges them with ``merge_channels``.
-*Share* is the number of convolution filters that are gone, over half of all convolution filters. *Deviation* is the
-relative difference between the outputs of the narrow network and those of the tied one, in float64; in the network's
-own type where its forward casts. *Form* says whether all modules kept their class ("module") or how many became a
-graph.
+*Share* is the number of removed convolution filters, divided by half of all convolution filters. *Deviation* is the
+relative difference between the outputs of the narrow and the tied network, in float64, or in the network's own type if
+its forward casts. *Form* says whether all modules kept their class ("module") or how many became a graph.
 
-*torch-pruning* gets the easier task: half of the channels of each of its groups are silenced, that is, every row of a
-producer and of a norm that its own group lists is set to zero, and then pruned. If the group is right, the outputs do
-not change. Layers that write network outputs are taken from our graph and left out.
+*torch-pruning* gets the easier task. Half of the channels of each of its groups are silenced: every row of a producer
+and of a norm in the group is set to zero. Then they are pruned. If the group is right, the outputs do not change.
+Layers that write network outputs are taken from our graph and left out.
 """
 
 from __future__ import annotations

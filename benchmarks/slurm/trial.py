@@ -33,7 +33,7 @@ def _shell(*command: str) -> str:
 
 
 def _state(job: str) -> dict[str, str]:
-    """What Slurm says about the job, as ``scontrol show job`` names it."""
+    """Return the state of the job, as named by ``scontrol show job``."""
     return dict(re.findall(r"(\w+)=(\S*)", _shell("scontrol", "show", "job", job)))
 
 
@@ -108,7 +108,7 @@ def trial(out: Path, method: str = "wau", epochs: int = 150, seconds: float = 60
         seconds: to wait for a job.
 
     Returns:
-        What differs from the run that was left alone; empty when all is well.
+        Differences from the run that was left alone; empty if there are none.
 
     Raises:
         RuntimeError: a job failed.

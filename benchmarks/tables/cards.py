@@ -41,7 +41,7 @@ from benchmarks.training import report
 from benchmarks.training.runs import read_runs
 from lightning_filterdiv import orthonormality
 
-#: What ``filterdiv methods`` prints.
+#: Text of ``filterdiv methods``.
 METHODS = ROOT / "lightning_filterdiv/command_line/methods.json"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -89,7 +89,7 @@ def _resnet20(*methods: str) -> str:
 
 
 def _devices(folder: str) -> str:
-    """Names of what the runs of a folder trained on."""
+    """Return the names of the devices of the runs in a folder."""
     return ", ".join(sorted({run["device"] for of in read_runs(RESULTS / folder).values() for run in of}))
 
 
@@ -189,7 +189,7 @@ def pages() -> list[Path]:
 
 
 def stale() -> dict[Path, str]:
-    """Files that are out of date -> the text that they should have."""
+    """Return outdated files -> their new text."""
     wanted = {page: filled(page.read_text(encoding="utf-8")) for page in pages()} | {METHODS: summary.methods_file()}
     return {path: text for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text}
 

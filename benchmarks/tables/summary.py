@@ -1,4 +1,4 @@
-"""Tables of methods: what each is for and what it gained, with numbers read from the result files."""
+"""Tables of methods with purpose and measured gain. Numbers are read from the result files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.common.device import read_result
 from benchmarks.common.paths import RESULTS
 from benchmarks.training.runs import interval, read_runs
 
-#: Goal, callback or function, its card, what it does. First what did in our runs what it is for.
+#: Goal, callback or function, its card, what it does. These did in our runs what they are for.
 _WORKED = (
     ("a smaller network with the same outputs", "CentripetalSGD", "centripetal", "makes filters equal and merges them"),
     (
@@ -38,7 +38,7 @@ _NOT_SEEN = (
     ("images with sharper edges", "WaveletReconstruction", "wavelet", "a fixed layer in front of the network"),
     ("a shallower network", "EntropyDepthBound", "entropy_depth", "bounds the depth by the entropy of the images"),
 )
-#: What the numbers are, for a reader who has the package alone.
+#: Explanation of the numbers for readers who have the package alone.
 _NOTE = (
     "Accuracies are differences to the same training without the method, in points with a 95 % interval, on 5,000 "
     "training images of Fashion-MNIST. The repository has the result files and a card for each method."
@@ -88,7 +88,7 @@ def _hooks(method: str) -> str:
 
 
 def _changed(name: str) -> str:
-    """What a step of the changed ResNet-20 takes beyond that of the plain one."""
+    """Return the extra time of a step of the changed ResNet-20, relative to the plain one."""
     costs = read_result("structure_cost.json")["costs"]
     (cost,) = [c for c in costs if c["change"] == name and c.get("network", "ResNet-20") == "ResNet-20"]
     return f"{100 * (cost['ratio'] - 1):+.0f} %"

@@ -97,7 +97,7 @@ class ImagesInMemory(pl.LightningDataModule):
 
     @cached_property
     def parts(self) -> Parts:
-        """What :meth:`read` returns, the subset of it, normalised and transformed.
+        """Return the result of :meth:`read` as a subset, normalised and transformed.
 
         Raises:
             ValueError: ``train_images`` is more than there are.

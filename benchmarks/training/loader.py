@@ -1,4 +1,4 @@
-"""A loader whose batches are a function of (seed, epoch, index), so that a resumed run sees what it would have seen."""
+"""A loader whose batches are a function of (seed, epoch, index), so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Restartable(ABC):
         count: rows.
         batch_size: rows per batch and rank; an incomplete last batch is dropped.
         seed: the permutation of an epoch is a function of (seed, epoch).
-        rank: which interleaved share of every global batch to yield.
+        rank: number of the interleaved share of every global batch to yield.
         world_size: number of shares.
     """
 
@@ -35,7 +35,7 @@ class Restartable(ABC):
 
     @property
     def sampler(self) -> Restartable:
-        """Where Lightning looks for ``set_epoch``."""
+        """Object on which Lightning calls ``set_epoch``."""
         return self
 
     batch_sampler = sampler  # a loader with one is expected to have the other
@@ -65,7 +65,7 @@ class Restartable(ABC):
             yield index, order[index * size : (index + 1) * size][self.rank :: self.world_size]
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and number of batches handed out."""
+        """Return the epoch and the number of batches yielded."""
         return {"epoch": self._epoch, "next": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ class SeededBatches(Restartable):
 
 
 class _Keyed(Dataset[Any]):
-    """Items whose random transforms are a function of (seed, epoch, row), whichever worker makes them."""
+    """Items whose random transforms are a function of (seed, epoch, row), independent of the worker."""
 
     def __init__(self, items: Dataset[Any], seed: int) -> None:
         self.items, self.seed = items, seed
@@ -125,7 +125,7 @@ class SeededItems(Restartable):
     """A data set of files, read by the workers of a ``DataLoader``; its transforms draw from torch's global generator.
 
     Args:
-        items: with a length.
+        items: data set with a length.
         batch_size: as for :class:`Restartable`, like ``seed``, ``rank`` and ``world_size``.
         seed: seed of permutations and transforms.
         rank: rank of this process.

@@ -1,4 +1,4 @@
-"""Runs of an experiment, one small JSON file each: what is there is kept, the rest is made; and means over them.
+"""Runs of an experiment, one small JSON file each. Existing runs are kept, missing ones are made. Also means over runs.
 
 Several processes may be given the same runs: they share the work.
 """
@@ -32,7 +32,7 @@ def run_parser(description: str | None, arms: Iterable[str], seeds: list[int], o
 
     Args:
         description: the module's docstring.
-        arms: what is compared; all by default.
+        arms: arms to compare; all by default.
         seeds: default.
         out: default folder of the results.
     """
@@ -45,7 +45,7 @@ def run_parser(description: str | None, arms: Iterable[str], seeds: list[int], o
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file by way of another, so that a run that is cut off leaves no half one."""
+    """Write a file under a temporary name and rename it, so that an interrupted run leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may write the same one
     scratch.write_text(text)
@@ -116,8 +116,8 @@ def run_missing(
 
     With ``--table`` print the table of what is there instead.
 
-    A seed is the work of one process at a time, because its runs may start from one another; what another process has
-    in work comes last, and is taken over if that process leaves it unfinished.
+    One process at a time works on a seed, because its runs may start from one another. Seeds that another process works
+    on come last, and are taken over if that process leaves them unfinished.
 
     Args:
         options: what the parser returned.
