@@ -26,7 +26,7 @@ from lightning_filterdiv.command_line.yaml_errors import find_cause
 
 __all__ = ["FilterDivCLI", "run"]
 
-#: LightningCLI knows the classes that are imported, and rooms are imported on first use.
+#: Imports every room, because LightningCLI knows only imported classes.
 _PUBLIC = [getattr(lightning_filterdiv, name) for name in lightning_filterdiv.__all__]
 
 #: What a configuration holds beside the options of Trainer.
@@ -87,7 +87,7 @@ class FilterDivCLI(LightningCLI):
         Raises:
             CommandError: an option or a value cannot be used.
         """
-        # LightningCLI's own warns if both these arguments and a command line exist; here they are the same.
+        # LightningCLI's own method warns if there are arguments and a command line. Here they are the same.
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -96,8 +96,9 @@ class FilterDivCLI(LightningCLI):
     def setup_parser(self, *arguments: Any, **options: Any) -> None:
         """Add what keeps the first error of a constructor."""
         super().setup_parser(*arguments, **options)
-        # jsonargparse tries every type of a union, and its error lists each failure as text. An error of a constructor
-        # is kept where it happens. LightningCLI adds what constructs models and data by the same method.
+        # jsonargparse tries every type of a union, and its error lists each failure as text. Errors of constructors are
+        # therefore stored where they are raised. LightningCLI registers constructors of models and data by the same
+        # method.
         self.refused = []
         add = self.parser.add_instantiator
 
@@ -132,7 +133,7 @@ class FilterDivCLI(LightningCLI):
             reason = self.refused[0]
             *_, (frame, _) = traceback.walk_tb(reason.__traceback__)
             if frame.f_globals["__name__"].partition(".")[0] not in ("lightning_filterdiv", "lightning"):
-                raise reason from None  # of a class of the user, who needs the traceback
+                raise reason from None  # an error in a user's class: the user needs the traceback
             raise CommandError(f"{reason} (in the configuration)") from reason
 
     def _before(self) -> None:
@@ -158,7 +159,7 @@ def _in_one_line(message: str) -> str:
 def _meant(message: str) -> Iterator[str]:
     """Yield the callback that a word in ``message`` is close to.
 
-    jsonargparse suggests nothing and gives the class that it did not find only in its message, which quotes it.
+    jsonargparse makes no suggestions, and names the missing class only inside its message.
     """
     callbacks = [value.__name__ for value in _PUBLIC if isinstance(value, type) and issubclass(value, Callback)]
     known = {"Callback", *(cls.__name__ for cls in _subclasses(Callback))}

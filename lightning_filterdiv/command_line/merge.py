@@ -32,7 +32,7 @@ __all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rebuild the network, merge, verify, save, and print what it costs before and after.
+    """Rebuild the network, merge, verify, save, and print the costs before and after.
 
     Raises:
         CommandError: no usable checkpoint, model, clusters or example inputs, or clusters that are not tied.
@@ -109,7 +109,7 @@ def _merge_twins(options: argparse.Namespace) -> None:
 
 
 def _check_states(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any] | None:
-    """What the checkpoint keeps of the first CentripetalSGD; ``None``: nothing.
+    """Return the state of the first CentripetalSGD in the checkpoint; ``None`` if there is none.
 
     Raises:
         CommandError: an entry is missing, has another type, or is of a newer release.
