@@ -1,8 +1,8 @@
 """Write a forward body that fixes widths as a graph for fewer channels.
 
-What is left of each tensor follows from its labels: a position remains if its channel does. Most operators do the same
-at any width. Those that name positions or sizes (slices, splits, shapes, padding) get new ones; a data movement whose
-intermediate results have no rectangular shape at the new widths (an uneven channel shuffle) becomes one index.
+A position of a tensor remains if its channel does, which its labels tell. Most operators work at any width. Operators
+with positions or sizes (slices, splits, shapes, padding) get new ones. A data movement whose intermediate results are
+not rectangular at the new widths (an uneven channel shuffle) becomes one index.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _SPATIAL = ("avg_pool", "max_pool", "adaptive_", "_adaptive_", "upsample_", "_up
 
 
 class RaggedError(Exception):
-    """What remains of a tensor has no rectangular shape."""
+    """The remaining positions of a tensor are not rectangular."""
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ class Writer:
         raise GraphFormError(f"{operator_name(node)} may depend on how many channels there are")
 
     def _whole_mosaics(self, node: Node) -> bool:
-        """True if a channel that a pixel shuffle makes keeps all the channels that it is laid out of, or none."""
+        """True if every output channel of a pixel shuffle keeps all its input channels, or none."""
         before, after = self.kept(node.args[0])[-3], self.kept(node)[-3]
         each = node.args[1] ** 2
         if before is None or after is None:
@@ -522,7 +522,7 @@ class Writer:
         return call
 
     def _scatter(self, node: Node) -> fx.Node:
-        """What is written, between what is left of the tensor around it."""
+        """Write the values between the remaining parts of the tensor around them."""
         call = arguments(node)
         base, source, dim = call["self"], call["src"], call["dim"] % len(node.shape)
         size, kept = node.shape[dim], self.kept(base)[dim]
@@ -541,7 +541,7 @@ class Writer:
         return self.graph.call_function(aten.cat.default, (parts, dim))
 
     def _copy(self, node: Node) -> fx.Node:
-        """What is written, in the shape of what it is written over."""
+        """Return the written values in the shape of the tensor that they overwrite."""
         over, source = node.args[:2]
         made = self._tensor(source)
         if source.value.dtype != over.value.dtype:
@@ -698,7 +698,7 @@ def move(node: Node, of: Callable[[Node], Tensor]) -> Any:
 
 
 def _picked(node: Node, source: Node, dim: int) -> tuple[Ints, int | None]:
-    """Positions of ``source`` along ``dim`` that a movement takes, and along which dimension of its result they lie."""
+    """Return the positions of ``source`` along ``dim`` that a movement takes, and their dimension in its result."""
     shape = [size if d == dim else 1 for d, size in enumerate(source.shape)]
     positions = torch.arange(source.shape[dim]).reshape(shape).expand(source.shape)
     call = node.args[0] if node.op == "item" else node
@@ -711,7 +711,7 @@ def _picked(node: Node, source: Node, dim: int) -> tuple[Ints, int | None]:
 
 
 def _selection(node: Node, chain: list[Node], sources: Sequence[Node], axis: int) -> Ints | None:
-    """Positions along ``axis`` of the joined sources that ``node`` consists of; None: it is none."""
+    """Return the positions along ``axis`` of the joined sources that make up ``node``; None if it is no selection."""
     values: dict[Node, Any] = {}
     offset = 0
     for source in sources:

@@ -1,13 +1,12 @@
-"""Values that carry channel labels: what a record is run on instead of data.
+"""Labels of channels, on which a record is run instead of data.
 
 Every activation becomes an integer tensor of the same shape. Each entry names a *value*, a row of :class:`ValueTable`:
 
 ``> 0``
     a value that belongs to one channel. The table keeps its *owner* (the filter or the entry of a per-channel parameter
-    it comes from), its *trail* (a hash of the operators it went through, so that two channels of one layer that were
-    treated differently are never mistaken for each other) and, until its first join, the filter that alone feeds it.
-    A *zero* (padding) has an owner too: it is neutral in a sum, but takes up a place that goes with the channel it
-    meets;
+    it comes from), its *trail* (a hash of its operators, which distinguishes channels of one layer that were treated
+    differently) and, until its first join, the filter that alone feeds it. A *zero* (padding) has an owner too: it is
+    neutral in a sum, but takes up a place that goes with the channel it meets;
 ``< 0``
     a value that no channel owns: network inputs, results of operators that mix channels.
 
@@ -177,7 +176,7 @@ class ValueTable:
         return np.arange(start, stop, dtype=np.int64)
 
     def add_fixed(self, reason: str) -> int:
-        """A new value that no channel owns."""
+        """Add a value that no channel owns and return it."""
         self.fixed_reasons.append(reason)
         return -len(self.fixed_reasons)
 
@@ -248,7 +247,7 @@ class ValueTable:
     # -- values ------------------------------------------------------------------------------------------------------
 
     def derive(self, labels: Tensor, key: int | None, *, shift: str | None = None) -> Tensor:
-        """``labels`` after one more operator, which treats every channel alike: same owners, longer trail.
+        """Return ``labels`` after one more operator that treats every channel alike: same owners, longer trail.
 
         Args:
             labels: label tensor of any shape.

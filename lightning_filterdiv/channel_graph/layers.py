@@ -30,7 +30,7 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 
 
 def _computed_weight(state: Propagation, node: Node) -> Value:
-    """A kernel that is not made filter by filter: pinned on both sides."""
+    """Handle a kernel that is not computed filter by filter: pin both sides."""
     state.computed_layers.setdefault(node.module, f"its weight is computed by {_computes(state, node)}, not by filters")
     for leaf in node.inputs:
         reason = f"input of {state.where(node)}, whose weight is computed in forward"
@@ -52,8 +52,8 @@ def _computes(state: Propagation, node: Node) -> str:
 def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str | None, dim: int) -> Ints | None:
     """Values of the filters of a kernel that forward computes of its weight, one filter of the other.
 
-    Weight norm, masks and standardised weights keep filters apart, so that they may go. They do not add up: input
-    columns are pinned. None if filters are mixed.
+    Weight norm, masks and standardised weights keep filters separate, so that filters may be removed. Input columns
+    cannot be added and are pinned. Return None if filters are mixed.
     """
     table, weight = state.table, arguments(node)["weight"]
     value = state.labels_of(weight)

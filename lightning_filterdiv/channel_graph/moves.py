@@ -48,7 +48,7 @@ def _leaves(value: Any) -> list[Node]:
 
 
 def _is_index(node: Node) -> bool:
-    """True if a node is a tensor of integers that forward knows beforehand."""
+    """True if a node is a tensor of integers that does not depend on inputs."""
     known = node.constant
     return isinstance(known, Tensor) and not known.is_floating_point() and known.ndim > 0
 
@@ -243,10 +243,10 @@ def _reshaped(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
-    """True if the reshape means the same for any number of channels.
+    """True if the reshape has the same meaning for any number of channels.
 
-    It does where channels lie along at most one dimension before and after. A stack of branches may come in between:
-    there each channel is the same along the dimension of branches.
+    It has if channels lie along at most one dimension before and after. A stack of branches may be between, if each
+    channel is the same along the dimension of branches.
     """
     if not labels.numel():
         return True

@@ -1,4 +1,4 @@
-"""Make channels equal (tie), and make the network really narrower (narrow)."""
+"""Make channels equal (tie), and make the network narrower (narrow)."""
 
 from __future__ import annotations
 
@@ -151,10 +151,10 @@ def tie(model: nn.Module, graph: ChannelAnswers, clusters: Clusters) -> None:
 
 @dataclass
 class Cut:
-    """What happens to one dimension of one tensor.
+    """Change of one dimension of one tensor.
 
     Attributes:
-        removed: rows that go.
+        removed: removed rows.
         added: consumer columns among these that are added to others first, and the columns they are added to.
         index: what is kept, in this order; by default all that is not removed.
         groups: rows count through that many equal parts of dimension 0, see :class:`TensorRows`.
@@ -171,7 +171,7 @@ Cuts = dict[str, dict[int, Cut]]
 
 @dataclass(frozen=True)
 class _Selection:
-    """What remains of one group."""
+    """Remaining channels of one group."""
 
     group: ChannelGroup
     kept: Tensor  # (n,) ascending
@@ -267,7 +267,7 @@ def narrow(
 
 
 class Narrowing:
-    """What :func:`narrow` does, decided once, for any number of copies of the network.
+    """Plan of :func:`narrow`, made once for any number of copies of the network.
 
     Args:
         graph: channel graph of the network.
@@ -368,12 +368,13 @@ class Narrowing:
         return remember(result, self.step(), of=model)
 
     def step(self) -> dict[str, Any]:
-        """What a file needs to do the same to a fresh network: plain values and tensors of integers."""
+        """Return the record that a file needs to repeat this on a fresh network, as plain values and integer
+        tensors."""
         return narrowing_step(self._graph, self._kept, self._sums, "graph" if self._bodies else "module")
 
 
 def masks_of(graph: ChannelAnswers, selections: list[_Selection]) -> Masks:
-    """Which positions of each recorded tensor ``selections`` leave."""
+    """Return masks of the positions of each recorded tensor that ``selections`` keep."""
     cuts = [(t, d, cut) for t, dims in _cuts(selections).items() for d, cut in dims.items() if cut.groups == 1]
     removed = {(tensor, dim): _rows(cut.removed) for tensor, dim, cut in cuts}
     return Masks(graph, _targets(selections), removed)
@@ -445,7 +446,7 @@ def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
 
 
 def _keeps_blocks(graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> bool:
-    """True if what is kept meets the blocks of grouped layers in the order in which forward brings it there."""
+    """True if kept channels reach the blocks of grouped layers in the order in which forward brings them there."""
     kept = {s.group.name: s.kept for s in tied}
     blocks = {
         group.name: group.blocks[kept.get(group.name, slice(None))].tolist()
@@ -658,7 +659,7 @@ def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Sel
 
 
 def _targets(selections: Sequence[_Selection]) -> dict[int, int]:
-    """Channel -> the one that stands for it, -1: nobody does."""
+    """Return channel -> channel that replaces it, -1 for none."""
     target: dict[int, int] = {}
     for selection in selections:
         channels, sums = selection.group.channels, selection.sums.clone()

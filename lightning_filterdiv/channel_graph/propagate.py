@@ -1,4 +1,4 @@
-"""Run a record once on labels: the driver, and what every operator rule needs from it."""
+"""Run a record once on labels: the driver, and the services for operator rules."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Propagation:
             self._keys[node] = None if node.in_map else stable_hash(text)
 
     def _is_moved_parameter(self, node: Node) -> bool:
-        """True if a call does no more than move the entries of a parameter that nothing has labelled."""
+        """True if a call only moves the entries of a parameter that is not labelled."""
         if len(node.inputs) != 1 or operator_name(node, raw=True) not in _LAZY:
             return False
         source = node.inputs[0]
@@ -224,7 +224,7 @@ class Propagation:
         return name, entries.reshape(-1).numpy()
 
     def is_move(self, node: Node) -> bool:
-        """True if a call moves entries of one tensor and does no more."""
+        """True if a call only moves entries of one tensor."""
         return node.op == "call" and len(node.inputs) == 1 and operator_name(node, raw=True) in _LAZY
 
     def size_of(self, tensor: str) -> int:
@@ -394,7 +394,7 @@ class Propagation:
         return torch.from_numpy(rows).reshape(shape).expand(target)
 
     def stay_apart(self, matrix: Ints) -> bool:
-        """True if several channels are left when all that meet in a row of ``matrix`` (n, m) become one."""
+        """True if several channels remain when all that meet in a row of ``matrix`` (n, m) become one."""
         rows, columns = np.nonzero(matrix > 0)
         roots = self.table.roots(self.table.owner[matrix[rows, columns]])
         values, place = np.unique(roots, return_inverse=True)
@@ -521,7 +521,7 @@ _LONGEST_VECTOR = 1 << 16
 
 
 def _creates(node: Node) -> bool:
-    """True if a call makes zeros, which take places like padding, or another number for every entry."""
+    """True if a call makes zeros, which count as padding, or one other number for every entry."""
     return operator_name(node, raw=True).removeprefix("new_").removesuffix("_like") in ("zeros", "ones", "full")
 
 

@@ -355,7 +355,7 @@ def _fixed(func: Any, inputs: Mapping[Node, None]) -> bool:
 
 
 def reads_values(func: Any, real: bool) -> bool:
-    """True if a call hands values over to Python, or has as many results as its values say.
+    """True if a call returns values to Python, or if its number of results depends on values.
 
     Args:
         func: the operator.
@@ -440,7 +440,7 @@ def record(
 
 
 def record_as_far_as_it_runs(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> list[Node]:
-    """Everything that forward calls on meta tensors before it fails, if it does."""
+    """Record all calls of forward on meta tensors until it ends or fails."""
     with without_compilation(model):
         return _attempt(model, call, names, prefix, False, real=False)[0].nodes
 
@@ -504,7 +504,7 @@ def _node(tensor: Tensor) -> Node:
 
 
 def _stand_in(tensor: Tensor, real: bool, *, copied: bool = False) -> Tensor:
-    """What forward meets instead of a tensor of the model."""
+    """Return the tensor that replaces a tensor of the model in forward."""
     if not real:
         return meta_like(tensor)
     return tensor.detach().clone() if copied else tensor.detach().view_as(tensor)
