@@ -31,6 +31,8 @@ _PUBLIC = [getattr(lightning_filterdiv, name) for name in lightning_filterdiv.__
 
 #: What a configuration holds beside the options of Trainer.
 _SECTIONS = ("model", "data", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "seed_everything")
+_EXAMPLE = """ Callbacks of this package are known by name, in YAML and as in
+--trainer.callbacks+=RePr --trainer.callbacks.cycles=2"""
 _UNKNOWN_OPTION = re.compile(r"does not accept option '([^']+)'$|[Uu]nrecognized arguments: --([\w.]+)")
 
 
@@ -46,7 +48,10 @@ def run(arguments: Sequence[str]) -> None:
     """
     search_here()
     try:
-        FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv"})
+        descriptions = {
+            name: {"description": f"{text[0].upper()}{text[1:]}.{_EXAMPLE}"} for name, text in TRAINING.items()
+        }
+        FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv", **descriptions})
     except _ConfigurationError as error:
         raise CommandError(f"{error}\nThe options are listed by: filterdiv {arguments[0]} --help") from error
     except pickle.UnpicklingError as error:

@@ -26,7 +26,7 @@ from lightning_filterdiv.command_line.model_source import (
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
 from lightning_filterdiv.narrowing.twins import merge_twins
-from lightning_filterdiv.tensors.arguments import check_integer, check_number
+from lightning_filterdiv.tensors.arguments import check_integer
 
 __all__ = ["run"]
 
@@ -38,11 +38,11 @@ def run(options: argparse.Namespace) -> None:
         CommandError: no usable checkpoint, model, clusters or example inputs, or clusters that are not tied.
     """
     try:
-        if options.tolerance != float("inf"):
-            check_number("--tolerance", options.tolerance, low=0.0)
         check_integer("--pairs", options.pairs, low=0)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
+    if not options.tolerance >= 0:  # NaN too
+        raise CommandError(f"--tolerance must be a number with 0 <= --tolerance, or inf, got {options.tolerance}")
     check_outputs(options)
     if options.twins is not None:
         _merge_twins(options)

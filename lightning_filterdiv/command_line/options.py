@@ -25,7 +25,7 @@ __all__ = ["COMMANDS", "DATA_SOURCES", "LABELLED_SOURCES", "MODEL_SOURCES", "TRA
 
 #: Commands of LightningCLI, which parses their options itself.
 TRAINING = {
-    "fit": "train a LightningModule from YAML or flags; callbacks of this package by name, as in class_path: RePr",
+    "fit": "train a LightningModule from YAML or flags",
     "validate": "run the validation loop of a LightningModule",
     "test": "run the test loop of a LightningModule",
 }

@@ -341,7 +341,7 @@ class _Solver:
             self.queue = self._queue(scores)
 
     def _queue(self, scores: Mapping[str, Tensor]) -> npt.NDArray[np.int64]:
-        """Return the groups in the order of steps down their ladders, the least important step first. Ties alternate."""
+        """Return the groups in the order of steps down their ladders, least important step first. Ties alternate."""
         keys = [self._keys(group, scores[group.name]) for group in self.groups]
         places = [np.arange(len(part)) / max(1, len(part)) for part in keys]
         owners = [np.full(len(part), i) for i, part in enumerate(keys)]

@@ -340,4 +340,6 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--help"])
     assert ended.value.code == 0
-    assert "--trainer.max_epochs MAX_EPOCHS" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--trainer.max_epochs MAX_EPOCHS" in text
+    assert "--trainer.callbacks+=RePr" in text
