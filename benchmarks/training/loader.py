@@ -148,7 +148,7 @@ class SeededItems(Restartable):
 
 
 class Shares:
-    """One rank's rows in order, for evaluation: every row is seen once, whatever the number of ranks.
+    """One rank's rows in order, for evaluation: every row is seen once, for any number of ranks.
 
     Args:
         tensors: ``(N, ...)`` tensors that are indexed together.

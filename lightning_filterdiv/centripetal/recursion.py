@@ -101,7 +101,7 @@ def solve_strength(
     """Find the smallest strength whose recursion reaches ``K = target`` in every group.
 
     Above ``lr * (eps + eta) = (1 - sqrt(mu))^2`` momentum makes the deviation oscillate; heavy-ball momentum then
-    shrinks it by about ``sqrt(mu)`` a step at most, whatever the strength, so that a short fit may have no solution.
+    shrinks it by at most about ``sqrt(mu)`` a step for every strength, so that a short fit may have no solution.
     Nesterov's shrinks it by ``sqrt(mu * (1 - lr * (eps + eta)))``, so that a strength near ``1 / lr`` ties clusters
     almost at once.
 

@@ -207,7 +207,7 @@ class Writer:
     # -- values ------------------------------------------------------------------------------------------------------
 
     def kept(self, node: Node) -> Kept:
-        """What remains of a tensor.
+        """Return the remaining positions of a tensor.
 
         Raises:
             RaggedError: not a rectangle.
@@ -220,7 +220,7 @@ class Writer:
         return not bool(self._mask(node).all())
 
     def _value(self, value: Any, others: Sequence[Any]) -> Any:
-        """An argument as the graph has it; integers that differ between samples become formulas."""
+        """Return an argument for the graph. Integers that differ between samples become formulas."""
         if isinstance(value, Node):
             return self._tensor(value)
         if isinstance(value, (list, tuple)):
@@ -423,7 +423,8 @@ class Writer:
         return first.value.dtype if first is not None and first.value.dtype.is_floating_point else None
 
     def _fitting(self, made: Any, node: Any, result: Node) -> Any:
-        """An operand without the positions that its partner lost: constants for every channel have no owner."""
+        """Return an operand without the positions that its partner lost, because constants for every channel have no
+        owner."""
         if not isinstance(node, Node) or not isinstance(node.value, Tensor):
             return made
         kept = self.kept(result)
@@ -453,7 +454,7 @@ class Writer:
         return self.graph.call_function(aten.index_select.default, (source, dim, constant))
 
     def _along(self, node: Node, source: Node, dim: int) -> fx.Node:
-        """A movement along a dimension that lost positions: the ones that it would have taken."""
+        """Write a movement along a dimension that lost positions as a selection of the remaining ones."""
         picked, position = _picked(node, source, dim)
         kept = self.kept(source)[dim]
         assert kept is not None
@@ -563,7 +564,7 @@ class Writer:
     # -- uneven movements --------------------------------------------------------------------------------------------
 
     def _indexed(self, node: Node) -> fx.Node:
-        """A chain of movements as one selection of what it started from."""
+        """Write a chain of movements as one selection of its source."""
         chain: list[Node] = []
         sources: list[Node] = []
         waiting = [node]

@@ -236,7 +236,7 @@ class ValueTable:
                 self.exposed.setdefault(origin, reason)
 
     def expose_leaks(self, values: Ints) -> None:
-        """Values that reach a join or a consumer: whatever leaks there cannot be silenced."""
+        """Mark values that reach a join or a consumer. A leak there cannot be silenced."""
         self.expose_leaks_in_order(unique(values[values > 0]))
 
     def expose_leaks_in_order(self, values: Ints) -> None:
@@ -279,7 +279,7 @@ class ValueTable:
         return new if shift is None else self.shift_zeros(new, shift)
 
     def shift_zeros(self, values: Ints, where: str) -> Ints:
-        """Zeros do not survive an operator with an offset: what results is a constant that no channel owns."""
+        """Replace zeros after an operator with an offset by a constant that no channel owns."""
         owned = values > 0
         zeros = owned & (self.zero[np.where(owned, values, 0)] > 0)
         if zeros.any():

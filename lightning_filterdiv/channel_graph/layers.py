@@ -40,7 +40,7 @@ def _computed_weight(state: Propagation, node: Node) -> Value:
 
 
 def _computes(state: Propagation, node: Node) -> str:
-    """Words for what makes the weight of a call: the last operator that computes it."""
+    """Return a description of the weight of a call: the last operator that computes it."""
     weight = arguments(node).get("weight") or arguments(node).get("mat2")
     while isinstance(weight, Node) and state.is_move(weight):
         weight = weight.inputs[0]
@@ -140,7 +140,7 @@ def _members(
         repeat: outputs per channel (depthwise convolution with a multiplier).
         entries: (C,) entry of the tensors that acts on each channel, by default its number.
         shared: tensors with one entry for all outputs of a channel.
-        silenced: the output is zero once those tensors are, whatever came in.
+        silenced: the output is zero if those tensors are, for every input.
         offset: the operator does not map zero to zero.
     """
     table, key = state.table, state.key(node) or 0
@@ -275,7 +275,7 @@ def normalisation(state: Propagation, node: Node) -> Value:
 
 
 def layer_norm(state: Propagation, node: Node) -> Value:
-    """Norms over the last dimension. They mix channels in a mean that counts them, and act on each by itself."""
+    """Norms over the last dimension. They mix channels in a mean that counts them, and scale each separately."""
     call = arguments(node)
     labels, shape = _input(state, node, call["input"]), call["normalized_shape"]
     named = [state.parameter_name(call[key]) for key in ("weight", "bias") if call.get(key) is not None]
@@ -317,7 +317,7 @@ def _normalised(state: Propagation, node: Node, vector: Ints, dim: int, names: l
 
 
 def _with_statistics(state: Propagation, node: Node, result: LabelTensor) -> Value:
-    """Results of a norm: nothing in forward reads the further ones."""
+    """Return the results of a norm. Forward reads only the first."""
     rest = state.fixed(node)
     return [result, *rest[1:]] if isinstance(rest, list) else result
 

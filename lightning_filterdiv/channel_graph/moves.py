@@ -77,7 +77,7 @@ def _varying(labels: Tensor) -> set[int]:
 
 
 def _note_move(state: Propagation, node: Node, labels: Tensor, natural: Callable[[Tensor], bool] | None = None) -> None:
-    """Remember a movement; ``natural`` says whether it means the same at every width if it moves given labels."""
+    """Record a movement. ``natural`` tells if it has the same meaning at every width for given labels."""
     values, _ = distinct(core(labels).numpy())
     owners = unique(state.table.owner[values[values > 0]])
     if len(owners):
@@ -87,7 +87,7 @@ def _note_move(state: Propagation, node: Node, labels: Tensor, natural: Callable
 
 
 def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) -> None:
-    """Remember a movement that lays channels out along more dimensions than before."""
+    """Record a movement that lays channels out along more dimensions than before."""
     if len(_varying(after)) > len(_varying(before)):
         values, _ = distinct(core(after).numpy())
         for owner in unique(state.table.owner[values[values > 0]]).tolist():
@@ -95,7 +95,7 @@ def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) 
 
 
 def along_dim(state: Propagation, node: Node) -> Value:
-    """Slices, splits and rolls. Along channels they depend on how many channels there are."""
+    """Slices, splits and rolls. Along channels they depend on the number of channels."""
     call = arguments(node)
     labels = _labels(state, node.args[0]) if isinstance(node.args[0], Node) else None
     if labels is None:
@@ -113,7 +113,7 @@ def along_dim(state: Propagation, node: Node) -> Value:
 
 
 def keeps_order(state: Propagation, node: Node) -> Value:
-    """Transpositions and the like: whole dimensions move, whatever their size."""
+    """Transpositions and similar calls, which move whole dimensions of any size."""
     return _movement(state, node)
 
 
@@ -167,8 +167,8 @@ def concatenate(state: Propagation, node: Node) -> Value:
     return LabelTensor(compress(_join_along(parts, dim)))
 
 
-# Nobody has a layer that reads more features than this: it would have millions of weights per output. Predictions of a
-# dense detector are as many, and following each of their positions takes minutes.
+# No layer reads more features than this, because it would have millions of weights per output. Predictions of a dense
+# detector are as many, and following each of their positions would take minutes.
 _MOST_POSITIONS = 2**20
 
 
@@ -385,7 +385,7 @@ def reduction(state: Propagation, node: Node) -> Value:
 
 
 def _countable(node: Node) -> str | None:
-    """The kind of a reduction that a count per channel makes right where equal channels are one; None for others."""
+    """Return the kind of a reduction that counts per channel make exact after merging; None for others."""
     call, name = arguments(node), operator_name(node, raw=True)
     if call.get("dtype") is not None:
         return None
@@ -499,7 +499,7 @@ def batched_product(state: Propagation, node: Node) -> Value:
 
 
 def creation(state: Propagation, node: Node) -> Value:
-    """Tensors made in forward: zeros take places like padding, other constants are the same for every channel."""
+    """Tensors made in forward. Zeros count as padding, other constants are the same for every channel."""
     name, value = operator_name(node, raw=True), node.value
     call = arguments(node)
     fill = 0 if "zeros" in name else 1 if "ones" in name else call.get("fill_value")

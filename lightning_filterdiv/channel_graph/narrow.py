@@ -175,7 +175,7 @@ class _Selection:
 
     group: ChannelGroup
     kept: Tensor  # (n,) ascending
-    sums: Tensor  # (size,) the kept channel that takes over the columns of each, -1: nobody does
+    sums: Tensor  # (size,) kept channel that takes over the columns of each, -1 for none
 
     @property
     def removed(self) -> Tensor:
@@ -437,7 +437,7 @@ def leave_out(groups: Sequence[ChannelGroup], share: int = 3) -> list[_Selection
 
 
 def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
-    """The network at the widths of ``tied``, if forward follows them by itself."""
+    """Return the network at the widths of ``tied`` if forward itself follows them."""
     wanted = {s.group.name: len(s.kept) for s in tied}
     layout = layout_for(graph, widths_of(graph, wanted))
     if layout is None or any(layout.counts[name] != count for name, count in wanted.items()):
@@ -479,7 +479,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
 
 
 def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapping[int, int], cuts: Cuts) -> None:
-    """Put what is kept where the network's forward will look for it."""
+    """Order kept channels as the network's forward expects them."""
     filters = {channel for row in graph.table.filters().values() for channel in row}
     old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
     lengths = {
@@ -509,7 +509,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
 
 
 def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
-    """A copy with narrower tensors; what is cut is not copied first."""
+    """Return a copy with narrower tensors. Removed parts are not copied first."""
     tensors = named_tensors(model)
     narrower: dict[int, Tensor] = {}
     for name, dims in cuts.items():
@@ -567,7 +567,7 @@ def _install_counts(model: nn.Module, graph: ChannelAnswers, cuts: Cuts) -> None
 
 
 def _counts(graph: ChannelAnswers, cuts: Cuts) -> dict[str, Tensor]:
-    """Norm or reduction over channels -> how many of them each that is left stands for."""
+    """Return norm or reduction over channels -> number of original channels for each remaining one."""
     return {
         name: _cut_tensor(torch.ones(size, dtype=torch.int64), cuts[f"{name}.counts"])
         for name, size in graph.counted_sizes.items()
@@ -620,7 +620,7 @@ def weigh(model: nn.Module, graph: ChannelAnswers, counts: Mapping[str, Tensor])
     """Give norms over channels their counts, in place. Norms whose counts are all equal stay plain.
 
     Args:
-        model: a network like that of ``graph``, at whatever widths.
+        model: a network like that of ``graph``, at any widths.
         graph: its channel graph.
         counts: norm -> (C,) how often it counts each channel. Norms that have counts already keep theirs.
     """
@@ -698,7 +698,7 @@ def _expand(channels: tuple[int, ...], target: Mapping[int, int]) -> Tensor | No
         if i in unowned:
             index.append(unowned[i])
         elif target[c] < 0 and kept:
-            index.append(0)  # whatever stands here is dropped behind the map
+            index.append(0)  # this entry is dropped behind the map
         elif (target[c], rank) in where:
             index.append(where[target[c], rank])
         else:

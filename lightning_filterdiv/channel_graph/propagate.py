@@ -57,14 +57,14 @@ class Reduction(NamedTuple):
 
 @dataclass(frozen=True)
 class Move:
-    """A data movement whose result depends on how many channels there are: a split, a shuffle, a pad over channels.
+    """A data movement whose result depends on the number of channels: a split, a shuffle, a pad over channels.
 
     Attributes:
         operator: its name.
         module: the module that runs it.
         owners: owners of the values that it moves.
         labels: what it moves.
-        natural: labels -> whether it means the same at every width if these are what it moves.
+        natural: labels -> true if the movement has the same meaning at every width for them.
     """
 
     operator: str
@@ -308,7 +308,7 @@ class Propagation:
         return True
 
     def reduce(self, node: Node, kind: str, dim: int, values: Ints) -> None:
-        """Note that forward itself reduces ``values``, which lie along ``dim``: its graph form can count them."""
+        """Record that forward itself reduces ``values``, which lie along ``dim``. Its graph form can count them."""
         site = f"{node.module}.{kind}_"
         name = f"{site}{sum(known.startswith(site) for known in self.reductions)}"
         self.reductions[name] = Reduction(node, kind, dim, len(values))
@@ -330,8 +330,8 @@ class Propagation:
     def key(self, node: Node) -> int | None:
         """Hash that names this call in the original network and in a narrowed one alike.
 
-        It is made of the module that runs the node, the operator, and how many such calls that module made before. None
-        inside a channel map, which stands for nothing but index arithmetic.
+        It is made of the module that runs the node, the operator, and the number of such calls of that module before.
+        It is None inside a channel map, which is only index arithmetic.
         """
         return self._keys[node]
 
@@ -350,7 +350,7 @@ class Propagation:
             )
 
     def pin(self, value: object, reason: str, *, expose: bool = True) -> None:
-        """Pin whatever labels a node (or list of nodes) holds; bare parameters that nothing labelled yet are not."""
+        """Pin all labels of a node (or list of nodes). Parameters without labels are not pinned."""
         if isinstance(value, Node):
             value = self.values.get(value)
         if isinstance(value, LabelTensor):

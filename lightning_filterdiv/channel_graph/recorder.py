@@ -65,8 +65,8 @@ _IN_PLACE = {
 class _PlainOperators(TorchFunctionMode):
     """Operators in a form that can be recorded.
 
-    Linear layers are one matrix product, whatever the strides of their input; fake quantisation goes without its state;
-    lists and arrays of a tensor's values are read entry by entry.
+    Linear layers are one matrix product for all strides of their input. Fake quantisation runs without its state. Lists
+    and arrays of a tensor's values are read entry by entry.
     """
 
     def __torch_function__(
@@ -386,7 +386,8 @@ _reading: dict[Any, bool] = {}
 
 
 def value_of_buffer(tensor: Tensor) -> Tensor | None:
-    """A copy of a tensor of integers, or of a single number that nobody trains: forward may index by it or read it."""
+    """Return a copy of a tensor of integers, or of a single untrained number, because forward may index by it or read
+    it."""
     fixed = not tensor.is_floating_point() and not tensor.is_complex()
     if tensor.is_meta or tensor.numel() > _FOLDED or isinstance(tensor, nn.Parameter) or not fixed:
         return None

@@ -145,7 +145,7 @@ def build_data(source: str, root: Path | None) -> Any:
     search_here()
     try:
         built = getattr(importlib.import_module(kind), name)()
-    except Exception as error:  # of whatever the user's class does
+    except Exception as error:  # an error of the user's class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"--data {source}: it cannot be built without arguments ({reason})") from error
     return built

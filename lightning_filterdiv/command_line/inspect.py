@@ -234,7 +234,7 @@ def _named_network(source: str, trust_pickle: bool) -> _Network:
         file = Path(torch.hub.get_dir()) / "checkpoints" / default.url.split("/")[-1] if default is not None else None
         if file is not None and file.is_file():
             if not trust_pickle:
-                read_checkpoint(file)  # torchvision would unpickle whatever lies there
+                read_checkpoint(file)  # torchvision would unpickle any file there
             trained = torchvision.models.get_model(name, weights=default)
             return _Network(trained, title, f"Weights of {file.name}, found on this machine.")
     if kind not in ("torchvision", "timm"):

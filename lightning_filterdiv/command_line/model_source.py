@@ -120,7 +120,7 @@ def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Modu
             )
         file = Path(torch.hub.get_dir()) / "checkpoints" / known[weights].url.rpartition("/")[2]
         if file.is_file() and not trust_pickle:
-            read_checkpoint(file)  # torchvision would unpickle whatever lies there
+            read_checkpoint(file)  # torchvision would unpickle any file there
         built: nn.Module = torchvision.models.get_model(name, weights=weights)
     except CommandError:
         raise
@@ -227,7 +227,7 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
         raise CommandError(f"--model {path}:{name}: {path} has no {name!r}{_did_you_mean(name, callables)}")
     try:
         built = getattr(module, name)(**hyper_parameters)
-    except Exception as error:  # of whatever the user's class does with arguments from a file
+    except Exception as error:  # an error of the user's class with arguments from a file
         raise CommandError(
             f"--model {path}:{name} cannot be constructed: {_reason(error)}. Give its arguments in a YAML file "
             f"with --config, or call save_hyperparameters() in its constructor"

@@ -146,6 +146,6 @@ def _loaders(source: str, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
         generator = torch.Generator().manual_seed(seed)
         training = DataLoader(built, _BATCH, shuffle=True, generator=generator)
         return _Reported(training, source), _Reported(DataLoader(built, _BATCH), source)
-    except Exception as error:  # of whatever the user's class does
+    except Exception as error:  # an error of the user's class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"--data {source}: it gives no batches ({reason})") from error

@@ -162,7 +162,7 @@ def draw(
 
     Raises:
         UnreachableImageKernelError: ``CK`` factors whose first one keeps the channels of an image cannot reproduce the
-            weight, whatever the rate.
+            weight, at any rate.
         ExpansionError: the weight is not finite, or ``CK`` factors cannot reproduce it.
     """
     generator = keyed_generator("expand", seed, name)

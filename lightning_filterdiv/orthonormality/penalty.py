@@ -164,7 +164,7 @@ class OrthonormalityPenalty:
         self._banks = [
             Penalties(alike, form, wide(alike[0])) for alike in group_by(group_by(self.blocks, layout), wide)
         ]
-        # "basis" is a mean over the entries of all blocks of a pool, whatever optimizer owns them.
+        # "basis" is a mean over the entries of all blocks of a pool, also of blocks of other optimizers.
         self._entries: dict[str, int] = {}
         for block in blocks:
             self._entries[block.pool] = self._entries.get(block.pool, 0) + block.entries

@@ -36,7 +36,7 @@ Scope = Literal["global", "layer"]
 _TIE_DECIMALS = 12
 # Cost of a copy to float64, a norm and a quotient, in multiplications per entry.
 _PASSES = 50
-# Norm of a filter under torch's default initialisation, U(-1/sqrt(d), 1/sqrt(d)), whatever the fan-in.
+# Norm of a filter under torch's default initialisation, U(-1/sqrt(d), 1/sqrt(d)), for every fan-in.
 _DEFAULT_INIT_NORM = 3**-0.5
 
 

@@ -239,7 +239,7 @@ def share_filter_bases(
     (MobileNetV2)
     =========================  ======================================================================================
 
-    Stages are found by their blocks, whatever their names: containers of blocks with ``conv1`` and ``conv2`` (and
+    Stages are found by their blocks, not by their names: containers of blocks with ``conv1`` and ``conv2`` (and
     ``conv3``), or runs of torchvision's inverted residuals of one width, called ``stage1``, ``stage2``, ... as in the
     paper. A stage with too few blocks for two layers to share is left as it is. In the released DenseNet-121 the fourth
     dense block uses the basis of the third, and its own basis is unused. Here it uses its own. The number of parameters

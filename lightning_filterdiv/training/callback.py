@@ -313,7 +313,7 @@ class FilterCallback(Callback):
 
     @contextlib.contextmanager
     def reading_state(self) -> Iterator[None]:
-        """Report a damaged state, whatever reading it raises, with the callback's name and the way out."""
+        """Turn any error while a state is read into a report of damage, with the callback's name and the fix."""
         try:
             yield
         except DAMAGED as error:

@@ -1,4 +1,4 @@
-"""States of callbacks that are damaged, entry by entry: one line that names the callback and the way out, or none."""
+"""States of callbacks that are damaged, entry by entry: one line that names the callback and the fix, or none."""
 
 from __future__ import annotations
 
