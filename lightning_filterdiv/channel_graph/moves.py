@@ -18,7 +18,7 @@ __all__ = ["RULES"]
 
 
 def identity(state: Propagation, node: Node) -> Value:
-    """Copies, casts and dropout: every entry stays what it is."""
+    """Copies, casts and dropout, which keep every entry."""
     value = state.labels_of(node.args[0]) if isinstance(node.args[0], Node) else None
     if isinstance(node.value, (list, tuple)):
         return [value, None]
@@ -118,7 +118,7 @@ def keeps_order(state: Propagation, node: Node) -> Value:
 
 
 def restride(state: Propagation, node: Node) -> Value:
-    """as_strided with the shape there was: what pooling to one position does to a channels-last activation."""
+    """as_strided with an unchanged shape, as after pooling a channels-last activation to one position."""
     value = state.labels_of(node.args[0])
     if value is None or value.shape != node.value.shape:
         return unknown(state, node)
@@ -126,13 +126,13 @@ def restride(state: Propagation, node: Node) -> Value:
 
 
 def overwrite(state: Propagation, node: Node) -> Value:
-    """copy: what is written, in the shape of what it is written over."""
+    """copy: the written values, in the shape of the tensor that they overwrite."""
     source = _value(state, node.args[1])
     return moved(state, node, source.labels.expand(node.value.shape))
 
 
 def index(state: Propagation, node: Node) -> Value:
-    """Indexing by integer buffers; by anything else it depends on values."""
+    """Indexing by integer buffers. Other indices depend on values."""
     call = arguments(node)
     indexed = [d for d, i in enumerate(call["indices"]) if i is not None]
     if len(indexed) != 1 or not _is_index(call["indices"][indexed[0]]):
@@ -191,7 +191,7 @@ def reshape(state: Propagation, node: Node) -> Value:
 
 
 def _number_slots(state: Propagation, small: Tensor) -> Tensor:
-    """After a flatten the entries of one channel become values of their own, numbered in order."""
+    """Make the entries of one channel separate values after a flatten, numbered in order."""
     table, flat = state.table, small.reshape(-1).numpy()
     owned = np.flatnonzero(flat > 0)
     old = flat[owned]
@@ -211,7 +211,7 @@ def _number_slots(state: Propagation, small: Tensor) -> Tensor:
 
 
 def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[slice, slice]]:
-    """Dimensions of the two shapes that a reshape turns into one another, in order."""
+    """Return the matching groups of dimensions of the two shapes of a reshape, in order."""
     parts: list[tuple[slice, slice]] = []
     i = j = 0
     while i < len(source) or j < len(target):
@@ -229,7 +229,7 @@ def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[slice,
 
 
 def _reshaped(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``labels.reshape(shape)``; what is expanded stays so."""
+    """Return ``labels.reshape(shape)``, with expanded dimensions kept."""
     if not labels.numel():
         return labels.reshape(shape)
     small = core(labels)
@@ -263,7 +263,7 @@ def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
 
 
 def pad(state: Propagation, node: Node) -> Value:
-    """Along space every channel is padded alike; along channels the padding takes places of its own."""
+    """Padding. Along space every channel is padded alike. Along channels the padding gets places of its own."""
     call = arguments(node)
     value = _value(state, node.args[0])
     result, shape = value.labels, node.value.shape
@@ -293,7 +293,7 @@ def pad(state: Propagation, node: Node) -> Value:
 
 
 def _padding(state: Propagation, node: Node, shape: torch.Size, dim: int, width: int, fill: float) -> Tensor:
-    """Labels of ``width`` padded channels: zeros, or another constant that no channel owns."""
+    """Return labels of ``width`` padded channels: zeros, or another constant that no channel owns."""
     count = max(0, width)
     if fill == 0:
         trail = np.full(count, state.key(node) or 0, dtype=np.int64)
@@ -305,7 +305,7 @@ def _padding(state: Propagation, node: Node, shape: torch.Size, dim: int, width:
 
 
 def _join_along(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate; dimensions that no part varies along stay expanded."""
+    """Concatenate labels. Dimensions along which all parts are constant stay expanded."""
     sizes = [-1 if d == dim else n for d, n in enumerate(parts[0].shape)]
     for d in range(len(sizes)):
         if d != dim and all(p.stride(d) == 0 or p.shape[d] == 1 for p in parts):
@@ -318,7 +318,7 @@ def _zero_preserving(name: str) -> bool:
 
 
 def over_space(state: Propagation, node: Node) -> Value:
-    """Pooling and resizing: the last k dimensions of each channel, alike for every channel."""
+    """Pooling and resizing of the last k dimensions, alike for every channel."""
     labels = _value(state, node.args[0]).labels
     rank = int(re.findall(r"(\d)d", operator_name(node, raw=True))[0])
     small = state.collapse(labels, range(labels.ndim - rank, labels.ndim), node, silent=False)
@@ -338,7 +338,8 @@ def sampled(state: Propagation, node: Node) -> Value:
 
 
 def _axis(dims: Sequence[int], labels: Tensor) -> str:
-    """Words for the dimensions that an operator mixes: channels where they lie along one dimension, else its number."""
+    """Return a description of the dimensions that an operator mixes: channels if they lie along one, else its
+    number."""
     if _varying(labels) == set(dims):
         return "channels"
     return f"dimension {dims[0]}" if len(dims) == 1 else f"dimensions {', '.join(map(str, dims))}"
@@ -398,7 +399,7 @@ def _countable(node: Node) -> str | None:
 
 
 def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:
-    """A sum of channels that were multiplied by the counts of a norm."""
+    """Sum of channels that were multiplied by the counts of a norm."""
     along = _varying(labels)
     vector = state.collapse(labels, [d for d in range(labels.ndim) if d not in along], node).reshape(-1).numpy()
     state.count(node, vector)
@@ -408,14 +409,14 @@ def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]
 
 
 def _lines(labels: Tensor, dims: Sequence[int]) -> Ints:
-    """(n, m) labels that lie along ``dims``, one row for each place along the other dimensions."""
+    """Return ``(n, m)`` labels along ``dims``, one row for each place along the other dimensions."""
     small = core(labels)
     kept = [d for d in range(small.ndim) if d not in dims]
     return small.permute(*kept, *dims).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
 
 
 def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Tensor:
-    """Labels of branches that meet along ``dims``: what lies there becomes one channel.
+    """Return labels of branches that meet along ``dims``, where values become one channel.
 
     Operators that keep the shape (softmax) make as many values of it as there were, others one.
     """
@@ -459,7 +460,7 @@ def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int])
 
 
 def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
-    """Values that depend on themselves and on all that they met."""
+    """Return values that depend on themselves and on all values that they meet."""
     table = state.table
     pairs, inverse = np.unique(
         np.stack([own.reshape(-1).numpy(), joint.reshape(-1).numpy()], axis=1), axis=0, return_inverse=True
@@ -483,7 +484,7 @@ _AVERAGES = ("mean", "var", "var_mean", "std")
 
 
 def batched_product(state: Propagation, node: Node) -> Value:
-    """A product that sums over positions, with weights that are alike for all channels: like a mean over them."""
+    """Product that sums over positions with equal weights for all channels, like a mean over positions."""
     if any(state.labels_of(n) is None for n in node.args[:2]):
         return unknown(state, node)
     values = [_value(state, n) for n in node.args[:2]]
