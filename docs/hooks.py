@@ -54,7 +54,7 @@ FRAMEWORK_FREE = (
 )
 #: Methods of every callback, described once at FilterCallback.
 INHERITED = "^(on_|setup$|teardown$|prepare$|release$|reset$|extra_state$|load_extra_state$|choose$|touched_tensors$)"
-_NAME_CELL = re.compile(r"(<t[hd][^>]*>)([A-Za-z]+)(</t[hd]>)")
+_NAME_CELL = re.compile(r"(<t[hd][^>]*>)([A-Za-z, ]+)(</t[hd]>)")
 _ROLE = re.compile(r":(?:func|class|meth|data|attr|mod):<code>(~?)([\w.]+)</code>")
 _LINK = re.compile(r"(!?\[[^\]]*\])\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 

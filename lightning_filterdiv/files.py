@@ -1,4 +1,4 @@
-"""Files: can one be written, whole or not at all; names that are safe; damage that a reader would not notice."""
+"""Write files whole or not at all, make safe file names, and find damage that torch does not notice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class WriteError(OSError):
 
 
 def why_unwritable(path: str | os.PathLike[str], *, folder: bool = False) -> str:
-    """Reason why nothing can be written at ``path``, found by trying; nothing of an existing file changes.
+    """Return the reason why ``path`` cannot be written, found by trying. An existing file does not change.
 
     Args:
         path: a file to be written, in a folder that exists.
@@ -63,18 +63,18 @@ def _try(folder: Path) -> None:
 def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes | memoryview]) -> None:
     """Write files into a folder that exists: all of them, or on an error none.
 
-    They are written beside their places first and then moved there, so that a full disk leaves neither half a file nor
-    half a report, and an older file stays as it was.
+    Each file is written under a temporary name and then moved. A full disk therefore leaves no partial file, and older
+    files stay as they were.
 
     Args:
-        folder: where they go.
+        folder: where the files go.
         contents: path below ``folder`` -> content. Folders between are made.
 
     Raises:
         WriteError: one cannot be written; with its path and the reason.
     """
     folder = Path(folder)
-    # A device or a pipe is written to, not replaced. A link stays one. Nothing new fits where only the file may change.
+    # Devices and pipes are written to, not replaced. Links stay links. Some folders allow changes of the file only.
     targets = {name: Path(os.path.realpath(folder / name)) for name in contents}
     in_place = [n for n, t in targets.items() if t.exists() and not (t.is_file() and os.access(t.parent, os.W_OK))]
     path = folder
@@ -116,7 +116,7 @@ def printable(text: str) -> str:
 
 
 def safe_file_name(name: str) -> str:
-    r"""Return a file name for a layer: other than ASCII letters, digits and ``-._~[]``, bytes are ``%xx``.
+    r"""Return a file name for a layer. ASCII letters, digits and ``-._~[]`` stay; other bytes become ``%xx``.
 
     Different names stay different; a long one ends in a digest. ``name`` may hold separators, NUL or lone surrogates.
     """
@@ -130,13 +130,13 @@ def safe_file_name(name: str) -> str:
 
 
 def is_pickled(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is an archive or begins as pickles do; letters of a text are opcodes of old ones, too."""
+    """True if a file is an archive or begins like a pickle. Old pickles have letters as opcodes, so text may match."""
     with open(path, "rb") as file:
         return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
 def find_damage(path: str | os.PathLike[str]) -> str:
-    """Reason why the content of a file of ``torch.save`` is not what was saved; ``""`` where none is known.
+    """Return why the content of a file of ``torch.save`` is not what was saved; ``""`` if no damage is found.
 
     ``torch.load`` does not compare checksums: a flipped bit in a weight would pass.
     """

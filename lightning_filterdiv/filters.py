@@ -51,13 +51,13 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = _FORWARD + _TRANSPOSED
 # Wrappers that add one level to every name below them: torch.compile, DataParallel and DDP, FSDP.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
-# Their kernels are packed integers and no parameters; by name, because importing them all takes long.
+# Modules whose kernels are packed integers instead of parameters. They are known by name: importing them takes long.
 _QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
-#: The way out where weights are integers.
+#: Fix for layers whose weights are integers.
 FLOAT_FIRST = "train the float network, and quantise it afterwards"
-#: Of the layers in :func:`quantised_modules`.
+#: Obstacle of the layers in :func:`quantised_modules`.
 PACKED = Obstacle("is quantised (packed integers)", FLOAT_FIRST)
-#: Of a layer whose module has a ``weight_fake_quant``, where equal or silent filters must stay so exactly.
+#: Reason to refuse a layer with a ``weight_fake_quant``: its equal or silent filters do not stay exactly so.
 FAKE_QUANTISED = (
     "its weight is fake-quantised in forward, with a scale per filter that follows its history; train the float "
     "network, and prepare it for quantisation afterwards"
@@ -74,12 +74,12 @@ def canonical_name(name: str) -> str:
 
 
 def _is_wrapped(name: str) -> bool:
-    """Whether the last level of ``name`` is one that a wrapper adds."""
+    """True if the last level of ``name`` is one that a wrapper adds."""
     return name.rpartition(".")[2] in _WRAPPERS
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Canonical name -> module, under every name it has. A wrapper is left out in favour of the module that it wraps.
+    """Return canonical name -> module, under each of its names. A wrapper is replaced by the module that it wraps.
 
     Names that would collide when shortened (``conv`` beside ``module.conv``) stay long, so that no module is lost.
     """
@@ -89,7 +89,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Canonical name -> parameter or buffer, under every name it has."""
+    """Return canonical name -> parameter or buffer, under each of its names."""
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {canonical_name(name): tensor for name, tensor in pairs}
 
@@ -141,7 +141,7 @@ def find_prefix(names: Iterable[str], known: Iterable[str]) -> tuple[str, str] |
 
 
 def _leading_parts(names: Iterable[str]) -> list[str]:
-    """``a.`` and ``a.b.`` of ``a.b.c``, shortest first."""
+    """Return the prefixes of names, shortest first: ``a.`` and ``a.b.`` for ``a.b.c``."""
     parts = [name.split(".") for name in names]
     prefixes = {".".join(levels[:depth]) + "." for levels in parts for depth in range(1, len(levels))}
     return sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix))
@@ -152,12 +152,12 @@ def _is_transposed(conv: Conv) -> bool:
 
 
 def filter_count(layer: Conv | nn.Linear) -> int:
-    """Number of filters ``J`` of ``layer``: its output channels or features."""
+    """Return the number of filters ``J`` of ``layer``: its output channels or features."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _filter_view(conv: Conv) -> Tensor:
-    """View of the weight with filters in front: ``(J, in/groups, *k)``, transposed ``(G, J/G, in/G, *k)``.
+    """Return a view of the weight with filters in front: ``(J, in/groups, *k)``, transposed ``(G, J/G, in/G, *k)``.
 
     A transposed convolution stores filter ``j`` of group ``g`` as the slice ``weight[g*in/G:(g+1)*in/G, j % (J/G)]``.
     """
@@ -237,7 +237,7 @@ def write_filters(conv: Conv, rows: Tensor | Sequence[int], values: Tensor) -> N
 
 
 def mask_layout(conv: Conv, axis: str = "out") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes in which a vector with one entry per slice of ``conv.weight`` broadcasts over the weight.
+    """Return the shapes in which a vector with one entry per slice of ``conv.weight`` broadcasts over the weight.
 
     Args:
         conv: the convolution.
@@ -300,7 +300,7 @@ def find_weight_obstacle(layer: nn.Module) -> Obstacle | None:
 
 
 def quantised_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Canonical name -> layer of torch's quantised kinds; the convolutions among them are no :data:`CONVOLUTIONS`."""
+    """Return canonical name -> layer of torch's quantised classes. These are not among :data:`CONVOLUTIONS`."""
     return {n: m for n, m in named_modules(model).items() if type(m).__module__.startswith(_QUANTISED_MODULES)}
 
 

@@ -1,8 +1,8 @@
-"""Rows of parameters and of optimizer state: hold them still through a step, reset them.
+"""Hold rows of parameters and of optimizer state still through a step, or reset them.
 
-A zero gradient is no freeze: weight decay and momentum still move the row, and Adam's moments move it even without
-them. Exact is what :class:`RowHold` does: remember the rows of the parameter *and of every same-shaped optimizer state*
-before the step, put them back after it.
+A zero gradient does not freeze a row. Weight decay and momentum still move it, and so do Adam's moments.
+:class:`RowHold` is exact: it remembers the rows of the parameter *and of every same-shaped optimizer state* before the
+step, and puts them back after it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from lightning_filterdiv.tensors.stacking import group_by
 
 __all__ = ["HeldRows", "RowHold", "initial_state", "reset_rows", "row_state"]
 
-_Slot = tuple[str, torch.dtype, torch.device]  # key of optimizer state, where and in what
+_Slot = tuple[str, torch.dtype, torch.device]  # key of optimizer state, device and dtype
 
 
 def row_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Optimizer state of ``parameter`` that has its shape, by key: momentum buffers, first and second moments.
+    """Return the optimizer state of ``parameter`` that has its shape, by key: momentum buffers, first and second
+    moments.
 
     Raises:
         ValueError: the optimizer keeps other multi-element state for the parameter (factored moments, quantised or
@@ -32,7 +33,7 @@ def row_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor
     """
     state_rows: dict[str, Tensor] = {}
     state = optimizer.state.get(parameter, {})
-    if isinstance(optimizer, LBFGS):  # one flattened history of all parameters, filed under the first of them
+    if isinstance(optimizer, LBFGS):  # one flattened history of all parameters, stored under the first of them
         state = {"old_dirs": []}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -70,7 +71,7 @@ def reset_rows(optimizer: Optimizer, parameter: nn.Parameter, index: Tensor, dim
 
 
 def initial_state(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> float:
-    """The value that a row of state ``key`` starts from: 0, but the learning rate for Rprop's step sizes."""
+    """Return the value that a row of state ``key`` starts from: 0, but the learning rate for Rprop's step sizes."""
     if isinstance(optimizer, Rprop) and key == "step_size":
         return float(next(g["lr"] for g in optimizer.param_groups if any(p is parameter for p in g["params"])))
     return 0.0
@@ -80,8 +81,8 @@ def initial_state(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> fl
 class HeldRows:
     """Rows ``index`` (int64, ``(k,)``) of ``parameter`` along ``dim``.
 
-    ``block = (start, stop)`` restricts them to that range of dim 0: the columns that one group of a grouped convolution
-    has for an input channel.
+    ``block = (start, stop)`` restricts them to a range of dim 0. A grouped convolution has the columns of an input
+    channel in one group only.
     """
 
     parameter: nn.Parameter
@@ -96,25 +97,25 @@ class HeldRows:
 
 
 class _Group:
-    """Parameters of one dtype on one device whose rows are held, with buffers that every step uses again."""
+    """Parameters of one dtype on one device with held rows, and buffers that every step reuses."""
 
     def __init__(self, held: Sequence[Sequence[HeldRows]]) -> None:
         self.held = held
         self.parameters = [rows[0].parameter for rows in held]
         self._buffers: dict[tuple[str, torch.dtype, torch.device], FlatBuffer] = {}
-        # Parameter (by place) -> the optimizer's state of it when last looked at, and what row_state found there.
+        # Index of a parameter -> its optimizer state when last read, and the result of row_state for it.
         self._known: dict[int, tuple[dict[str, Any], dict[str, Tensor]]] = {}
-        self.keep(self.parameters[0])  # made now, not in a step; refuses rows that are not there
+        self.keep(self.parameters[0])  # made here rather than in a step; raises for rows that do not exist
 
     def buffer(self, use: str, like: Tensor) -> FlatBuffer:
-        """The buffer for ``use`` in the dtype and on the device of ``like``."""
+        """Return the buffer for ``use`` in the dtype and on the device of ``like``."""
         key = (use, like.dtype, like.device)
         if key not in self._buffers:
             self._buffers[key] = FlatBuffer(self.parameters, like.dtype, like.device)
         return self._buffers[key]
 
     def keep(self, like: Tensor) -> Tensor:
-        """Bits of a :class:`FlatBuffer`: all set where an entry may move, none where it is held."""
+        """Return a bit mask as a :class:`FlatBuffer`: all bits set where an entry may move, none where it is held."""
         known = ("keep", like.dtype, like.device) in self._buffers
         buffer = self.buffer("keep", like)
         if not known:
@@ -125,7 +126,7 @@ class _Group:
         return buffer.bits
 
     def row_state(self, optimizer: Optimizer, place: int) -> dict[str, Tensor]:
-        """:func:`row_state` of a parameter, looked up anew only if other objects are filed there."""
+        """Return :func:`row_state` of a parameter. The result is cached until the optimizer holds other objects."""
         parameter = self.parameters[place]
         state = optimizer.state.get(parameter)
         if not state:
@@ -137,7 +138,7 @@ class _Group:
         return rows
 
     def slots(self, optimizer: Optimizer, members: Sequence[int]) -> dict[_Slot, tuple[list[int], list[Tensor]]]:
-        """State of ``members``: the places that have it and the tensors, by key, dtype and device."""
+        """Return the state of ``members`` by key, dtype and device: the places that have it, and the tensors."""
         slots: dict[_Slot, tuple[list[int], list[Tensor]]] = {}
         for i in members:
             for key, value in self.row_state(optimizer, i).items():
@@ -147,7 +148,8 @@ class _Group:
         return slots
 
     def zero(self, tensors: list[Tensor], members: Sequence[int]) -> None:
-        """Assign zero to the held rows of ``tensors``: not a product, after an fp16 overflow inf * 0 would be NaN."""
+        """Assign zero to the held rows of ``tensors``. A product would not do: after an fp16 overflow inf * 0 is
+        NaN."""
         work = self.buffer("work", tensors[0])
         work.read(tensors, members)
         work.bits.bitwise_and_(self.keep(tensors[0]))
@@ -166,7 +168,7 @@ class _Saved(NamedTuple):
     group: _Group
     members: list[int]
     values: FlatBuffer
-    states: dict[_Slot, tuple[list[int], FlatBuffer]]  # places that had such state, and its values
+    states: dict[_Slot, tuple[list[int], FlatBuffer]]  # indices of parameters that had such state, and its values
 
 
 class RowHold:
@@ -191,7 +193,7 @@ class RowHold:
 
     @property
     def pending(self) -> bool:
-        """Whether a step was announced by :meth:`before_step` and has not been concluded."""
+        """True between :meth:`before_step` and the end of that step."""
         return self._saved is not None
 
     def discard(self) -> None:

@@ -1,6 +1,7 @@
-"""Choose layers by shell-style patterns on their names, and say which of them cannot be taken and why.
+"""Choose layers by shell-style patterns on their names, and report those that cannot be used.
 
-Nothing here knows what a layer is: whoever selects brings the candidates by name and a function that names obstacles.
+This module is independent of kinds of layers. The caller passes the candidates by name and a function that finds
+obstacles.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class NoLayersError(ValueError):
 
 
 class Obstacle(NamedTuple):
-    """Reason why a layer cannot be taken, and the way out.
+    """Reason why a layer cannot be used, and the fix.
 
     Attributes:
         reason: a predicate whose subject is the layer: "is quantised".
@@ -57,7 +58,7 @@ def check_patterns(argument: str, patterns: object) -> list[str] | None:
 
 
 def quote_names(names: Sequence[str], limit: int = 12) -> str:
-    """Quoted names for a message, at most ``limit`` of them."""
+    """Return quoted names for a message, at most ``limit`` of them."""
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -68,7 +69,7 @@ def _matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _no_match(argument: str, pattern: str, noun: str, names: Sequence[str]) -> str:
-    """Message for a pattern that matches nothing, with the nearest thing that would have matched."""
+    """Return the message for a pattern that matches nothing, with the closest name."""
     if any(name.startswith(f"{pattern}.") for name in names):
         hint = f"; '{pattern}' is a parent module, did you mean '{pattern}.*'?"
     elif suffixed := _matching(f"*.{pattern}", names):
@@ -92,7 +93,7 @@ def match_pattern(
         error: class of the error.
 
     Raises:
-        ``error``: it matches nothing. The message has the closest and the available names.
+        ``error``: it matches nothing. The message gives the closest name and the available names.
     """
     if matched := _matching(pattern, names):
         return matched
@@ -112,13 +113,13 @@ def select_layers(
     """Select candidates by patterns on their names; those with an obstacle are left out with a warning.
 
     Args:
-        candidates: name -> what the caller needs to know of a layer.
+        candidates: name -> any description of a layer.
         include: patterns; ``None``: every candidate that ``is_default`` takes.
         exclude: patterns of candidates to leave out.
         noun: kind of candidate in the singular, for messages.
-        is_default: whether ``include=None`` takes a candidate.
-        no_default: says that ``include=None`` takes none of the candidates, and the way out.
-        find_obstacle: name and candidate -> why it cannot be taken; ``None`` if it can. It may raise instead.
+        is_default: tells if ``include=None`` selects a candidate.
+        no_default: message for the case that ``include=None`` selects none of the candidates, with the fix.
+        find_obstacle: name and candidate -> obstacle; ``None`` if the candidate can be used. It may raise instead.
 
     Returns:
         The selected candidates, in their order.

@@ -1,7 +1,7 @@
-"""Mathematics on filter matrices: how alike are the rows of ``W``?
+"""Similarity of the rows of a filter matrix ``W``.
 
-Every function takes one matrix ``(J, d)`` or a batch ``(B, J, d)`` of layers with the same shape, computes in float32
-or wider with autocast off, and is defined for zero rows (never NaN): a zero row has cosine 0 with everything.
+Every function takes one matrix ``(J, d)`` or a batch ``(B, J, d)`` of layers with the same shape. It computes in
+float32 or wider with autocast off. A zero row has cosine 0 with every row, never NaN.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BLOCK = 256  # rows of the Gram matrix at a time: it then stays in the cache
 
 
 def as_wide(filters: Tensor) -> Tensor:
-    """``filters`` in float32 or wider.
+    """Return ``filters`` in float32 or wider.
 
     Raises:
         ValueError: neither ``(J, d)`` nor ``(B, J, d)``.
@@ -91,8 +91,8 @@ def orthogonality_score(filters: Tensor) -> Tensor:
         unit = normalize_rows(filters)
         count = unit.shape[-2]
         total = unit.new_zeros(unit.shape[:-1])
-        # |cos| is symmetric: blocks right of the diagonal serve both their rows and their columns, which saves half of
-        # the products and never holds J x J numbers.
+        # |cos| is symmetric, so each block right of the diagonal counts for its rows and for its columns. This saves
+        # half of the products, and no J x J matrix is stored.
         for start in range(0, count, _BLOCK):
             rows = slice(start, min(start + _BLOCK, count))
             overlap = (unit[..., rows, :] @ unit[..., start:, :].mT).abs_()
@@ -130,7 +130,7 @@ def effective_rank(filters: Tensor) -> Tensor:
     with torch.autocast(filters.device.type, enabled=False):
         wide = as_wide(filters)
         finite = wide.isfinite().all(dim=-1).all(dim=-1)
-        # LAPACK raises on NaN: a diverged layer is measured as zeros and answered with NaN; the other layers stay.
+        # LAPACK raises on NaN. A diverged layer is therefore measured as zeros, and its result set to NaN.
         wide = torch.where(finite[..., None, None], wide, torch.zeros_like(wide))
         peak = wide.abs().amax(dim=(-2, -1), keepdim=True)
         values = _singular_values(wide / torch.where(peak > 0, peak, torch.ones_like(peak)))
@@ -159,7 +159,8 @@ def _singular_values(matrix: Tensor) -> Tensor:
 def expected_abs_cosine(fan_in: int) -> float:
     """Exact ``E|cos|`` of two random directions in ``R^d``: ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``.
 
-    The yardstick for every similarity figure: about ``sqrt(2 / (pi d))``; 0.155 for ``d = 27``, 0.047 for ``d = 288``.
+    Every similarity in a figure is compared with it. It is about ``sqrt(2 / (pi d))``; 0.155 for ``d = 27``, 0.047 for
+    ``d = 288``.
 
     Args:
         fan_in: ``d >= 1``.

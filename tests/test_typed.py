@@ -1,4 +1,4 @@
-"""A type checker sees the public API from outside: in an environment that holds the package and nothing else."""
+"""Types of the public API, checked in an environment that holds only the package."""
 
 from __future__ import annotations
 

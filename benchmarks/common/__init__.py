@@ -1,1 +1,1 @@
-"""What several rooms of the benchmarks use: the device that is timed, and where files are."""
+"""Shared code of the benchmarks: the device that is timed, and paths of files."""

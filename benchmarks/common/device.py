@@ -1,4 +1,4 @@
-"""The device that a measurement runs on: its name, its clock, and where results measured on it are."""
+"""The device of a measurement: its name, its clock, and the path of its results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["clock", "default_device", "description", "read_result", "result_path
 
 
 def default_device() -> str:
-    """``"cuda"`` where there is one."""
+    """Return ``"cuda"`` if there is a GPU, else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def description(device: torch.device | str) -> str:
-    """Name of the GPU, or the CPU's number of threads."""
+    """Return the name of the GPU, or the CPU's number of threads."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -28,17 +28,17 @@ def description(device: torch.device | str) -> str:
 
 
 def clock(device: torch.device | str) -> float:
-    """Seconds on the host, after everything that was started on ``device``."""
+    """Return the time on the host in seconds, after ``device`` has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def result_path(name: str, device: torch.device | str) -> Path:
-    """Results of a GPU lie beside those of the CPU, in a folder of their own."""
+    """Return the path of a result file. Results of a GPU have their own folder beside those of the CPU."""
     return (RESULTS / "gpu" if torch.device(device).type == "cuda" else RESULTS) / name
 
 
 def read_result(name: str) -> Any:
-    """What a file of results holds, by its path below ``benchmarks/results``."""
+    """Return the content of a result file, by its path below ``benchmarks/results``."""
     return json.loads((RESULTS / name).read_text())

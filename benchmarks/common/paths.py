@@ -1,4 +1,4 @@
-"""Where the benchmarks stand: the clone, their settings and their result files."""
+"""Paths of the clone, of settings and of result files."""
 
 from pathlib import Path
 

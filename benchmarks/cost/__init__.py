@@ -1,1 +1,1 @@
-"""What callbacks and changed networks cost: time, kernels, communication, events, and what they predict."""
+"""Costs of callbacks and of changed networks: time, kernels, communication, events, and predictions from them."""

@@ -1,8 +1,9 @@
-"""One measurement with this tree's package and with another commit's, in one run.
+"""Measure the package of this tree and that of another commit in one run.
 
-Each version works in a process of its own, which prepares a case when it is first asked and then repeats it on demand;
-the versions are asked in turn, in random order, so that a busy minute of the machine meets both. The measuring code is
-this tree's, the package ``lightning_filterdiv`` the version's own: a case may use only what both have.
+Each version runs in its own process. The process prepares a case on the first request and then repeats it on demand.
+The versions are asked in turn, in random order, so that a busy minute of the machine affects both. The measuring code
+is that of this tree, and the package ``lightning_filterdiv`` that of the version. A case may therefore use only names
+that both have.
 """
 
 from __future__ import annotations
@@ -99,11 +100,11 @@ def compare(
     """Case -> version -> one measurement per round.
 
     Args:
-        module: has a function ``worker()`` that calls :func:`serve`.
-        cases: what it is asked for.
-        rounds: that count; one more comes before them.
-        revision: of the other version; ``None``: this tree alone.
-        threads: of each process.
+        module: module with a function ``worker()`` that calls :func:`serve`.
+        cases: cases to measure.
+        rounds: number of rounds that count; one more comes before them.
+        revision: revision of the other version; ``None``: this tree alone.
+        threads: threads of each process.
     """
     order = random.Random(0)
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
@@ -120,9 +121,9 @@ def serve(prepare: Callable[[str], Callable[[], Mapping[str, float]]]) -> None:
     """Answer requests of :func:`compare` until its end.
 
     Args:
-        prepare: case -> what measures it once; kept until another case is asked for.
+        prepare: case -> function that measures it once. It is kept until another case is requested.
     """
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # output of libraries is not an answer
     current, measure = "", None
     for line in sys.stdin:
         if measure is None or line.strip() != current:

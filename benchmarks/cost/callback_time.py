@@ -1,11 +1,11 @@
-"""What whole callbacks take per step in a real fit, also between their events: time inside all of their hooks.
+"""Time of whole callbacks per step in a real fit, also between their events: time inside all of their hooks.
 
     python -m benchmarks.cost.callback_time --steps 60
 
-``benchmarks.cost.overhead`` times the rules; here a Trainer trains ResNet-20 (batch 64, 32x32), and every hook that
-Lightning or the optimizer calls on a callback is timed, its bookkeeping included. RePr stands before its first drop and
-FilterSimilarityMonitor between two looks: there no hook may start an operation on tensors. Operations are counted in a
-fit of their own. Times are synchronised with the device here, and only here.
+``benchmarks.cost.overhead`` times the rules. Here a Trainer trains ResNet-20 (batch 64, 32x32), and every hook that
+Lightning or the optimizer calls on a callback is timed, with its bookkeeping. RePr is before its first drop and
+FilterSimilarityMonitor between two snapshots, where no hook may start an operation on tensors. Operations are counted
+in a separate fit. The device is synchronised for the clock in this module only.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Cost(NamedTuple):
 
 
 class _Steps(Callback):
-    """Beside the callback: where a step begins and ends."""
+    """Companion of the callback that marks the beginning and end of a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -88,7 +88,7 @@ class _Steps(Callback):
         self.inside[-1] += clock(self.device) - started
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Close the books of a step; the callback comes before this one. One epoch is enough."""
+        """Store the numbers of a step. The callback comes before this one. One epoch is enough."""
         trainer.should_stop = trainer.is_last_batch
         self.ends.append(clock(self.device))
         self.inside.append(0.0)
@@ -99,7 +99,7 @@ class _Steps(Callback):
 
 @contextmanager
 def _accounted(callback: Callback, steps: _Steps) -> Iterator[None]:
-    """Let ``steps`` see every hook of ``callback``: Lightning's, and those it registers with optimizers."""
+    """Wrap every hook of ``callback`` for ``steps``: Lightning's, and those it registers with optimizers."""
 
     def seen(function: Callable[..., Any]) -> Callable[..., Any]:
         def hook(*arguments: Any, **options: Any) -> Any:
@@ -140,12 +140,12 @@ def _fit(make: Callable[[], Callback], steps: int, device: torch.device, count: 
 
 
 def measure(name: str, steps: int, device: torch.device) -> Cost:
-    """Two fits of one epoch: one is timed, in the other operations are counted.
+    """Run two fits of one epoch: one is timed, in the other operations are counted.
 
     Args:
         name: in :data:`CALLBACKS`.
-        steps: that are timed; some more come before them.
-        device: where.
+        steps: number of timed steps; some more come before them.
+        device: device to train on.
 
     Raises:
         ValueError: too few steps.

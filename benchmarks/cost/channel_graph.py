@@ -1,11 +1,11 @@
-"""What a trace costs: seconds and peak extra memory, beside one forward pass of the same network at batch 1.
+"""Cost of a trace: seconds and peak extra memory, compared with one forward pass of the same network at batch 1.
 
     python -m benchmarks.cost.channel_graph
 
-Each figure comes from a process of its own, so that memory freed by one does not hide what another needs. Memory is the
-highest resident set during the call less the one before it (Linux only: the high-water mark is set back in between).
-The forward pass keeps its activations, as in training. What a first trace imports is imported before the measurement.
-Seconds are those of the process (CPU, one thread), which other work on the machine hardly changes.
+Each number comes from a separate process, so that memory freed before cannot hide later use. Memory is the highest
+resident set during the call minus the one before it (Linux only: the high-water mark is reset in between). The forward
+pass keeps its activations, as in training. Modules that a first trace imports are imported before the measurement.
+Seconds are CPU time of the process on one thread, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations

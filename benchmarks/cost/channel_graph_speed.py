@@ -219,9 +219,9 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
         "|---|---|",
         f"| networks traced | {len(rows) - len(s['errors'])} of {len(rows)} |",
         f"| median CPU seconds of a trace | {s['median seconds']:.2f} |",
-        f"| median ratio to torch-pruning ({compared} answers of both) | {s['median ratio to torch-pruning']:.1f} |",
-        f"| above ten times torch-pruning and half a second | {slow} |",
-        f"| median gain over version 0.1 ({before} networks) | {'-' if gain is None else f'{gain:.0f}'} |",
+        f"| median time over that of torch-pruning ({compared} networks) | {s['median ratio to torch-pruning']:.1f} |",
+        f"| networks that take over half a second more than ten times torch-pruning | {slow} |",
+        f"| median speed-up over version 0.1 ({before} networks) | {'-' if gain is None else f'{gain:.0f}'} |",
     ]
     return "\n".join(lines)
 

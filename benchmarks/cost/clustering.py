@@ -1,10 +1,11 @@
-"""Clustering the channels of a ResNet-50 for C-SGD: CPU time here and at another commit, and the sum of squares.
+"""Cluster the channels of a ResNet-50 for C-SGD: CPU time here and at another commit, and the sum of squares.
 
     python -m benchmarks.cost.clustering --against 26da89e
 
 The time is that of one thread for all groups, 5/8 of their channels kept. The sum of squares to the clusters' means is
 compared, group by group, with the best of ten starts of scikit-learn's ``KMeans`` on the same kernels, for networks
-from several seeds; groups wider than ``--widest`` are left out there, because ten starts of theirs take minutes.
+from several seeds. Groups wider than ``--widest`` are left out of this comparison, because ten starts take minutes for
+them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def prepare(case: str) -> Callable[[], Mapping[str, float]]:
 
 
 def worker() -> None:
-    """What a process of :func:`benchmarks.cost.against.compare` runs."""
+    """Run in a process of :func:`benchmarks.cost.against.compare`."""
     torch.set_num_threads(1)
     against.serve(prepare)
 

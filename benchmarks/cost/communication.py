@@ -1,9 +1,10 @@
-"""What a step sends between ranks, with and without each callback: collectives and bytes, counted by torch's profiler.
+"""Communication of a step between ranks, with and without each callback: collectives and bytes, counted by torch's
+profiler.
 
     python -m benchmarks.cost.communication              # two processes on this machine, gloo
     python -m benchmarks.cost.communication --weak 1 2   # images per second and efficiency on 1 and 2 processes
 
-On a cluster start it with ``torchrun`` yourself and add ``--here``: it then measures the processes it finds.
+On a cluster start it with ``torchrun`` and add ``--here``. It then measures the existing processes.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ METHODS: dict[str, list[Callback]] = {
 
 
 class Count(Callback):
-    """Collectives of some steps in the middle of the second epoch, each from the end of the step before to its own end.
+    """Count collectives of some steps in the middle of the second epoch, each from the end of the previous step to its
+    own end.
 
-    Comes last, so that what other callbacks do at the start and at the end of a step is seen.
+    It is the last callback, so that it sees what others do at the start and the end of a step.
     """
 
     def __init__(self) -> None:
@@ -128,7 +130,7 @@ def count_collectives() -> dict[str, dict[str, int]]:
 
 
 class Clock(Callback):
-    """Times of the ends of steps, after the device is done."""
+    """Record the times at which steps end, after the device has finished."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

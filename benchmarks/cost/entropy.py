@@ -1,9 +1,9 @@
-"""How long does measuring Fashion-MNIST take, and how much memory? All 60,000 training images.
+"""Time and memory of measuring the entropy of Fashion-MNIST, all 60,000 training images.
 
     python -m benchmarks.cost.entropy --threads 1
 
-Each pass is timed by the clock and in CPU seconds; the load of the machine (processes that wanted to run, averaged over
-a minute) is recorded beside it. Peak memory is what a pass added to what the process held before it (Linux only).
+Each pass is timed by the clock and in CPU seconds. The load of the machine (processes that wanted to run, averaged over
+a minute) is recorded too. Peak memory is what a pass adds to the memory of the process before it (Linux only).
 """
 
 from __future__ import annotations

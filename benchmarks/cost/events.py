@@ -1,11 +1,11 @@
-"""What rare events cost on large networks: RePr's trace, rank, drop and regrow, and a merge; seconds and peak memory.
+"""Cost of rare events on large networks: RePr's trace, rank, drop and regrow, and a merge; seconds and peak memory.
 
     python -m benchmarks.cost.events --networks resnet50 wrn28_10
     python -m benchmarks.cost.events --processes 1 2 4   # CPU seconds of each process, with the layers divided
 
-On a CPU seconds are those of the process, so that other work on the machine adds little. Peak memory is the kernel's
-high-water mark of resident memory above what was resident, reset before each part (Linux); on a GPU it is that of the
-allocator. Clustering and merging are measured on the CPU alone: k-means runs there.
+On a CPU seconds are CPU time of the process, so that other work on the machine adds little. Peak memory is the kernel's
+high-water mark above the resident memory at the start, reset before each part (Linux). On a GPU it is that of the
+allocator. Clustering and merging are measured on the CPU alone, because k-means runs there.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def ranked(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
 
 
 class _Timed:
-    """In the place of ``divide``, for one process: every item in its only share, and the CPU time of each."""
+    """Stand-in for ``divide`` in one process: every item in the only share, with its CPU time."""
 
     costs: ClassVar[dict[Any, float]] = {}
     seconds: ClassVar[dict[Any, float]] = {}
@@ -177,7 +177,7 @@ def _plain(result: Any) -> Any:
 
 
 def divided_table(record: dict[str, Any]) -> str:
-    """Markdown: CPU seconds of the rank that takes longest, in brackets of all together.
+    """Return Markdown: CPU seconds of the busiest rank, and in brackets of all ranks together.
 
     Raises:
         ValueError: results differ between numbers of processes.
@@ -196,7 +196,7 @@ def divided_table(record: dict[str, Any]) -> str:
 
 
 def _with_momentum(model: nn.Module) -> torch.optim.Optimizer:
-    """SGD that has made a step and so keeps a buffer per parameter; the step moves nothing."""
+    """Return SGD after a step, with a buffer per parameter. The step moves nothing."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -209,9 +209,9 @@ def table(record: dict[str, Any], parts: Sequence[str] | None = None, gpu: dict[
     """Markdown of all or some parts, with a line on the machine.
 
     Args:
-        record: of a CPU.
-        parts: which.
-        gpu: likewise of a GPU, more columns.
+        record: record of a CPU.
+        parts: names of the parts.
+        gpu: record of a GPU, for more columns.
     """
     columns = [(name, of) for name, of in record["events"].items()]
     if gpu is not None:

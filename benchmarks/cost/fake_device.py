@@ -1,4 +1,5 @@
-"""Count what a per-step path starts and moves on a device that need not exist; catch what would wait for it."""
+"""Count the kernels and bytes of a per-step path on a device that need not exist, and find calls that would wait for
+it."""
 
 from __future__ import annotations
 
@@ -32,14 +33,14 @@ class DeviceTrafficError(AssertionError):
 
 
 def _one_kernel(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether a ``_foreach`` op takes its multi-tensor path: lists that agree in shape, stride and dtype."""
+    """True if a ``_foreach`` op takes its multi-tensor path: lists that agree in shape, stride and dtype."""
     return all(
         len({(t.shape, t.stride(), t.dtype, t.device) for t in together}) == 1 for together in zip(*lists, strict=True)
     )
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    """Of the elements that the tensors name; an expanded one has fewer than its shape says."""
+    """Return the bytes of the distinct elements of tensors. An expanded tensor has fewer than its shape says."""
     total = 0
     for tensor in tensors:
         sides = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
@@ -48,7 +49,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Bytes that an operation reads and writes: what is changed in place counts twice, unless it is overwritten."""
+    """Return the bytes that an operation reads and writes. Tensors changed in place count twice, unless they are
+    overwritten."""
     read: list[Any] = []
     written: list[Any] = []
     for position, argument in enumerate(func._schema.arguments):
@@ -67,12 +69,12 @@ class KernelCounter(TorchDispatchMode):
     """Counts kernels on a device; raises on traffic between host and device.
 
     Args:
-        device: type of the device that is counted; with ``"cpu"`` real tensors show what a GPU would start.
+        device: type of the counted device. With ``"cpu"``, real tensors show what a GPU would start.
 
     Attributes:
         kernels: by operation.
         bytes: read and written by them.
-        flops: of matrix products.
+        flops: rate of matrix products.
     """
 
     def __init__(self, device: str = "cuda") -> None:
@@ -122,10 +124,10 @@ def _staged(crossing: Callable[[Tensor, torch.device], Tensor]) -> Iterator[None
 
 @contextmanager
 def host_draws_apart(counter: KernelCounter) -> Iterator[None]:
-    """Leave out of ``counter``, which counts on the CPU, what a step draws on the host before it copies it over.
+    """Exclude random draws on the host from ``counter``, which counts on the CPU.
 
-    A per-step path draws first, copies once and never returns to the host: what was counted up to its copy is not the
-    device's.
+    A per-step path draws first, copies once and never returns to the host. Counts up to its copy therefore belong to
+    the host.
     """
 
     def crossing(cpu_tensor: Tensor, device: torch.device) -> Tensor:
@@ -141,7 +143,8 @@ def host_draws_apart(counter: KernelCounter) -> Iterator[None]:
 
 @contextmanager
 def fake_stage() -> Iterator[list[int]]:
-    """Replace ``stage`` by one that makes a fake device tensor, and count its calls: the only allowed crossing."""
+    """Replace ``stage`` by a function that makes a fake device tensor and counts its calls, the only allowed copies to
+    the device."""
     calls: list[int] = []
 
     def crossing(cpu_tensor: Tensor, device: torch.device) -> Tensor:

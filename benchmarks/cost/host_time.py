@@ -1,12 +1,12 @@
-"""What the hooks of a step take of one CPU thread, here and at another commit.
+"""Time of the hooks of a step on one CPU thread, here and at another commit.
 
     python -m benchmarks.cost.host_time
     python -m benchmarks.cost.host_time --against 26da89e
 
-Two kinds of network. Stacks of 18 and 108 convolutions with norms, of two to eight channels: there arithmetic is next
-to nothing, and what is left is the host's time, for which a GPU waits. ResNet-20 at batch 64: there the share of a step
-counts. Times are CPU time of one thread, so that other work on the machine adds little; a measurement is the mean over
-some steps (work that is done for many steps at once is counted), the table shows medians of measurements.
+There are two kinds of networks. Stacks of 18 and 108 convolutions with norms have two to eight channels. Their
+arithmetic takes almost no time, so that the host's time remains, for which a GPU waits. ResNet-20 at batch 64 shows the
+share of a step. Times are CPU time of one thread, so that other work on the machine adds little. A measurement is the
+mean over some steps, which includes work done for many steps at once. The table shows medians of measurements.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def stack(depth: int, width: int = 2) -> nn.Sequential:
 def hooks(
     form: str, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Callable[[int], object], Callable[[], object]]:
-    """What is called before and after the optimizer's step."""
+    """Return the functions to call before and after the optimizer's step."""
     if form == "wau":
         update = AsynchronousUpdate(select_filters(model), optimizer)
         return update.before_step, update.after_step
@@ -106,7 +106,7 @@ def prepare(case: str) -> Callable[[], Mapping[str, float]]:
 
 
 def worker() -> None:
-    """What a process of :func:`benchmarks.cost.against.compare` runs."""
+    """Run in a process of :func:`benchmarks.cost.against.compare`."""
     torch.set_num_threads(1)
     against.serve(prepare)
 

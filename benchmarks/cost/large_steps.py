@@ -43,7 +43,7 @@ def measure(workload: Workload, name: str, device: torch.device, steps: int) -> 
 
     Args:
         workload: network, and images of noise.
-        name: of the workload.
+        name: name of the workload.
         device: a GPU.
         steps: how many count, after five that do not.
     """

@@ -1,10 +1,10 @@
-"""How many operations do the hooks of a step start, and does the number follow the depth of the network?
+"""Number of operations that the hooks of a step start, for a shallow and a deep network.
 
     python -m benchmarks.cost.launches
 
-Counts what torch.profiler records, inner operations included, views left out. On a CPU, copying gradients, weights and
-optimizer state to a buffer or back is one operation per tensor, on a GPU one kernel per chunk of tensors; ``--device
-cuda`` shows the latter.
+Counts are those of torch.profiler, with inner operations and without views. Copying gradients, weights and optimizer
+state to a buffer or back is one operation per tensor on a CPU, and one kernel per chunk of tensors on a GPU (``--device
+cuda``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def table(counts: dict[str, dict[str, int]], gpu: dict[str, dict[str, int]] | No
     Args:
         counts: method -> depth -> operations.
         gpu: kernels and copies on a GPU likewise, two more columns.
-        gpu_name: of that GPU.
+        gpu_name: name of that GPU.
     """
     depths = ("20", "110")
     names = ["method", *(f"ResNet-{depth}" for depth in depths)]

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class Cost:
-    """What a piece of work took; filled when it ends."""
+    """Cost of a piece of work, filled when it ends."""
 
     seconds: float = float("nan")
     cpu_seconds: float = float("nan")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.cost.memory
 
-A ResNet-50 has its gradients and SGD's momentum; then the rule is built and makes steps. Kept is what the process holds
-after them above what it held before, at the peak is its high-water mark (Linux; on a GPU the allocator's). One copy is
-97.5 MiB.
+A ResNet-50 has gradients and SGD's momentum. Then the rule is built and makes steps. *Kept* is the memory of the
+process after them minus that before. *Peak* is its high-water mark (Linux; on a GPU the allocator's). One copy of the
+weights is 97.5 MiB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.cost.measure import measured
 from benchmarks.cost.overhead import METHODS
 
 RESULT = result_path("memory.json", "cpu")
-LEFT_OUT = ("A/A", "naive", "official", "per-layer")  # the rules of others
+LEFT_OUT = ("A/A", "naive", "official", "per-layer")  # rules of other implementations
 
 
 def _held(device: torch.device) -> float:
@@ -49,7 +49,7 @@ def measure(method: str, device: torch.device, steps: int = 2) -> dict[str, Any]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=False)
     optimizer.step()
     copy = sum(p.numel() * p.element_size() for p in model.parameters())
-    # What building it needs on the way (a trace of the network) is an event's, not a step's.
+    # Memory needed to build the rule (a trace of the network) belongs to an event, not to a step.
     before_it = _held(device)
     before, after = METHODS[method](model, optimizer)
     before(0)

@@ -1,10 +1,10 @@
-"""What a look of FilterSimilarityMonitor costs: seconds and peak extra memory of one logging epoch on a large network.
+"""Cost of a snapshot of FilterSimilarityMonitor: seconds and peak extra memory of one logging epoch on a large network.
 
     python -m benchmarks.cost.monitor --networks resnet50 wrn28_10
 
-A real Trainer with a TensorBoard logger, one batch per epoch; the hook at the epoch's end is timed, in CPU time of the
-process. Peak memory is the kernel's high-water mark of resident memory, reset before each look (Linux). The first look
-of a run also loads fonts: only later ones count.
+A real Trainer with a TensorBoard logger trains one batch per epoch. The hook at the end of an epoch is timed in CPU
+time of the process. Peak memory is the kernel's high-water mark of resident memory, reset before each snapshot (Linux).
+The first snapshot of a run also loads fonts, so only later ones count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RESULT = RESULTS / "monitor.json"
 
 
 class _Timed(FilterSimilarityMonitor):
-    """Times every look."""
+    """Monitor that times every snapshot."""
 
     costs: ClassVar[list[dict[str, float]]] = []
 
@@ -46,7 +46,7 @@ class _Timed(FilterSimilarityMonitor):
 
 
 def measure(network: str, looks: int) -> dict[str, float]:
-    """Median over looks of each cost; the first look, before training, is left out."""
+    """Return the median of each cost over snapshots, without the first one, before training."""
     net, images = large_network(network)
     model = Classifier(net, images.shape[1:], lr=0.01, momentum=0.0)
     batch = torch.utils.data.TensorDataset(images, torch.tensor([0, 1]))

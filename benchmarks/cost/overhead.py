@@ -1,12 +1,12 @@
-"""What a callback costs per step: time inside its hooks over the time of the rest of the step, measured in one run.
+"""Cost of a callback per step: time inside its hooks divided by the time of the rest of the step, measured in one run.
 
     python -m benchmarks.cost.overhead --depths 20 56 --pairs 60
 
-Every pair is one step with and one step without the callback, in random order, on the same batch; ``A/A`` repeats the
-measurement with no callback on both sides and shows what the interleaved ratio can resolve on this machine. The primary
-figure is the time inside hooks: it is measured, not a difference of two noisy numbers. On a CPU times are those of the
-process, so that other work on the machine adds little. On a GPU they are synchronised with the device here, and only
-here.
+Every pair is one step with and one step without the callback, in random order, on the same batch. ``A/A`` repeats the
+measurement without a callback on both sides, and shows which differences can be resolved on this machine. The main
+number is the time inside hooks, because it is not a difference of two noisy numbers. On a CPU times are CPU time of the
+process, so that other work on the machine adds little. On a GPU the device is synchronised for the clock in this module
+only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RESULT = result_path("overhead.json", "cpu")
 
 
 def naive_update(model: nn.Module, optimizer: Optimizer) -> Hooks:
-    """WAU the usual way: clone, draw and mask layer by layer, on the device."""
+    """Run WAU the usual way: clone, draw and mask layer by layer, on the device."""
     layers = list(select_filters(model).values())
     kept: list[torch.Tensor] = []
 
@@ -72,7 +72,7 @@ def _update(**arguments: Any) -> Callable[[nn.Module, Optimizer], Hooks]:
 
 
 def sub_network_phase(model: nn.Module, optimizer: Optimizer) -> Hooks:
-    """RePr with 30 % of the filters out, their consumers held."""
+    """Run RePr with 30 % of the filters dropped and their consumers held."""
     graph = ChannelGraph.trace(model, torch.zeros(2, 3, 32, 32, device=next(model.parameters()).device))
     layers = {name: conv for name, conv in select_filters(model).items() if not isinstance(graph.private(name), str)}
     layers.pop(next(iter(select_filters(model))), None)
@@ -122,7 +122,7 @@ def _penalty(**arguments: Any) -> Callable[[nn.Module, Optimizer], Hooks]:
 
 
 def _autograd_penalty(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module, Optimizer], Hooks]:
-    """A penalty the usual way: layer by layer, its gradient by autograd."""
+    """Run a penalty the usual way: layer by layer, with its gradient by autograd."""
 
     def build(model: nn.Module, optimizer: Optimizer) -> Hooks:
         layers = list(select_filters(model).values())
@@ -233,7 +233,7 @@ def table(costs: Sequence[Cost], gpu: Sequence[Cost] = (), gpu_name: str = "") -
     Args:
         costs: rows.
         gpu: the same measured on a GPU, two more columns; a row may be in either.
-        gpu_name: of that GPU.
+        gpu_name: name of that GPU.
     """
     names = ["method", "network", "time inside hooks / rest of the step", "step with / without (95 %)"]
     names += [f"{gpu_name}: inside hooks / rest", "step with / without (95 %)"] if gpu else []

@@ -22,12 +22,12 @@ def run_processes(module: str, count: int, *options: str) -> str:
     """Start a module with ``--here`` and return what rank 0 printed last.
 
     Args:
-        module: for ``python -m``.
-        count: of processes.
-        options: for each.
+        module: name for ``python -m``.
+        count: number of processes.
+        options: options of each process.
 
     Raises:
-        RuntimeError: a process failed; with the end of what was said.
+        RuntimeError: a process failed. The message has the end of its output.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
     command += [f"--master-port={_port()}", "-m", module, "--here", *options]

@@ -1,4 +1,4 @@
-"""Every importance to half of the MACs on many networks, beside torch-pruning in the same run.
+"""Prune many networks to half of the MACs by every importance, and by torch-pruning in the same run.
 
 Each pruned network must reach 50 % of the MACs within 1 %, run, train a step and export to ONNX (checked in
 onnxruntime). torch-pruning's magnitude pruner gets the same networks and target; its answer counts as working when it
@@ -37,7 +37,7 @@ OUT = RESULTS / "prune_zoo.json"
 
 
 class Network(NamedTuple):
-    """How to build a network, and the size of its images."""
+    """Function that builds a network, and the size of its images."""
 
     build: Callable[[], nn.Module]
     size: int
@@ -76,7 +76,7 @@ NETWORKS = {
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
-    """Mean square of all outputs: what a network of any kind has."""
+    """Return the mean square of all outputs, a loss for networks of any kind."""
     outputs = [leaf for leaf in tree_leaves(model(batch[0])) if isinstance(leaf, Tensor) and leaf.requires_grad]
     return torch.stack([output.float().square().mean() for output in outputs]).sum()
 
@@ -100,11 +100,11 @@ def _trains(model: nn.Module, batch: tuple[Tensor]) -> None:
 
 
 def check(name: str, importance: Importance, onnx: bool = True) -> str:
-    """``"works"`` with the share reached, or why not.
+    """Return ``"works"`` with the share reached, or the reason why not.
 
     Args:
-        name: of the network.
-        importance: what channels are judged by.
+        name: name of the network.
+        importance: measure by which channels are ranked.
         onnx: export too.
     """
     model, example, batches = prepared(name)
@@ -124,7 +124,7 @@ def check(name: str, importance: Importance, onnx: bool = True) -> str:
 
 
 def _no_onnx(model: nn.Module, example: Tensor) -> str:
-    """Why the network has no ONNX file that computes the same; empty where it has."""
+    """Return why no ONNX file computes the same as the network; empty if one does."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             export_onnx(model, Path(folder) / "network.onnx", example)
@@ -151,7 +151,7 @@ def beside(name: str) -> str:
         with torch.no_grad():
             model(example)
         _trains(model, batches[0])
-    except Exception as error:  # whatever it meets is its answer
+    except Exception as error:  # any error is its answer
         return f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if abs(share / 0.5 - 1) > 0.1:
         return f"misses the target ({share:.4f})"

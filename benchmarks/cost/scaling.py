@@ -83,7 +83,7 @@ WORKLOADS = {
 
 
 class Count(NamedTuple):
-    """Of the hooks of one step."""
+    """Counts of the hooks of one step."""
 
     kernels: int
     bytes: int
@@ -91,10 +91,10 @@ class Count(NamedTuple):
 
 
 def count_hooks(method: str, model: nn.Module) -> Count:
-    """What one step's hooks start and move, counted as a GPU would run them: without draws on the host.
+    """Count kernels, bytes and operations of the hooks of one step as on a GPU, without draws on the host.
 
     Args:
-        method: of ``benchmarks.cost.overhead``.
+        method: method of ``benchmarks.cost.overhead``.
         model: on the CPU.
     """
     optimizer, (before, after) = trained_hooks(method, model)
@@ -121,7 +121,7 @@ def host_seconds(count: Count) -> float:
 
 
 def hook_seconds(count: Count, gpu: Gpu, tf32: bool = False) -> float:
-    """Time inside the hooks of a step where the GPU waits for its host: that of the slower of both."""
+    """Return the time inside the hooks of a step if the GPU waits for its host: the slower of both."""
     return max(host_seconds(count), device_seconds(count, gpu, tf32))
 
 
@@ -133,8 +133,8 @@ def device_seconds(count: Count, gpu: Gpu, tf32: bool = False) -> float:
 
 
 def step_seconds(workload: Workload, gpu: Gpu, flops: int) -> float:
-    """Forward and twice that for backward; communication hidden behind it, which makes the step short and so the
-    share of the hooks large."""
+    """Return the time of forward and backward (twice forward). Communication counts as hidden, which makes the share of
+    the hooks large."""
     return 3 * flops * workload.batch / (gpu.reached * gpu.bf16)
 
 
@@ -185,8 +185,8 @@ class Event(NamedTuple):
 
     Attributes:
         divided: (items' seconds, items' estimated costs, bytes of the results) of each part whose layers are divided.
-        whole: seconds of what every rank does alike, or rank 0 while the others wait.
-        per_epoch: how often.
+        whole: seconds of work that every rank repeats, or that rank 0 does while the others wait.
+        per_epoch: number of events per epoch.
     """
 
     divided: tuple[tuple[tuple[float, ...], tuple[float, ...], int], ...]
@@ -261,7 +261,7 @@ def _time(action: Callable[[], Any], repeats: int) -> float:
 
 
 def calibrate() -> dict[str, float]:
-    """This machine's own figures, from operations that no callback uses as they stand."""
+    """Measure the figures of this machine on operations that no callback uses."""
     small, large = torch.zeros(8), torch.zeros(4_000_000)
     left = torch.randn(8, 64, 576)
     gap = _time(lambda: small.add_(1.0), 300)

@@ -1,11 +1,11 @@
-"""What a changed network costs per training step, relative to the plain one: interleaved pairs, medians, an A/A row.
+"""Cost of a changed network per training step, relative to the plain one: interleaved pairs, medians, an A/A row.
 
     python -m benchmarks.cost.structure --pairs 40
     python -m benchmarks.cost.structure --networks ResNet-18 --pairs 5    # only these; the other rows stay
 
-For methods that change the network instead of adding hooks to a step. Batch 64, 32x32. Seconds are CPU seconds of one
-thread: other work on the machine disturbs them less than the clock. ResNet-18 (torchvision's with the start for small
-images) is there for ExpandNet, whose cost grows with the third power of the width.
+It is for methods that change the network instead of adding hooks to a step. Batch size is 64, images are 32x32. Seconds
+are CPU seconds of one thread, which other work on the machine disturbs less than the clock. ResNet-18 (torchvision's,
+with a stem for small images) is measured for ExpandNet, whose cost grows with the third power of the width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does the entropy bound mark a knee? ResNet-style networks of several depths at equal parameters.
+"""Does accuracy level off at the entropy bound? ResNet-style networks of several depths at equal parameters.
 
 Fashion-MNIST, 5,000 training images (a permutation seeded by the run's seed), all 10,000 test images, normalised, no
 augmentation; batch 64, 15 epochs, SGD momentum 0.9, weight decay 5e-4, learning rate 0.05 with cosine decay. The
@@ -113,23 +113,23 @@ def table(folder: Path, bound: int) -> str:
 
 
 def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], bound: int) -> str:
-    """Whether accuracy rises up to the bound and no further, in one sentence that follows from the runs."""
+    """Return sentences, computed from the runs, on whether accuracy levels off at the bound."""
     means = {depth: fmean(by_seed.values()) for depth, by_seed in accuracy.items()}
     best = max(means, key=lambda depth: means[depth])
     if bound not in means or len(means) < 3:
-        return "Too few runs to say whether the bound marks a knee."
+        return "Too few runs to say if accuracy levels off at the bound."
     deeper = [depth for depth in means if depth > bound]
     shallower = [depth for depth in means if depth < bound]
     gains_before = all(means[bound] > means[depth] for depth in shallower)
     gains_after = any(means[depth] > means[bound] for depth in deeper)
-    knee = "looks like" if gains_before and not gains_after else "does not look like"
+    knee = "levels off" if gains_before and not gains_after else "does not level off"
     return (
-        f"The best mean is that of {best} convolutions per stage ({best / bound:.2g} times the bound); by the means "
-        f"alone, the bound {knee} a knee (better than every shallower network, not worse than any deeper one). "
+        f"The best mean is that of {best} convolutions per stage ({best / bound:.2g} times the bound). By the "
+        f"means alone, accuracy {knee} at the bound. "
         + (
             f"Differences with p < 0.05, uncorrected: depth {', '.join(clear)}."
             if (clear := [str(depth) for depth in sorted(p_values) if p_values[depth] < 0.05])
-            else "No difference has p < 0.05: with so few seeds the runs neither show a knee nor exclude one."
+            else "No difference has p < 0.05. With so few seeds the runs neither show nor exclude that it does."
         )
     )
 

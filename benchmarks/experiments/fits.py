@@ -1,4 +1,4 @@
-"""A fit as all experiments make it: FM5k's images, one CPU, nothing logged; and the accuracy of a network."""
+"""The fit of all experiments (FM5k's images, one CPU, no logging), and the accuracy of a network."""
 
 from __future__ import annotations
 

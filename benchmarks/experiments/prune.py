@@ -1,4 +1,4 @@
-"""Which channels to remove? Importances beside C-SGD and torch-pruning, at equal widths, MACs and epochs.
+"""Compare importances for pruning with C-SGD and torch-pruning, at equal widths, MACs and epochs.
 
 ResNet-20 (projection shortcuts, one input channel) on FM5k's images: 5,000 of Fashion-MNIST (a permutation drawn from
 the run's seed), judged on all 10,000 test images; batch 64, SGD with Nesterov momentum 0.9, weight decay 5e-4, learning
@@ -11,8 +11,8 @@ epochs; every arm starts from it, ends with half of its MACs in the same widths,
 Arms: ``parent``; ``csgd`` (CentripetalSGD during the 20 epochs, then merged); ``redundancy``, ``taylor``, ``l2``,
 ``bn_scale``, ``random`` (:func:`~lightning_filterdiv.narrowing.prune_channels`, then 20 epochs); ``torch_pruning``
 (its magnitude pruner at the same widths, then 20 epochs); ``full`` (20 more epochs at full width). Pruning arms also
-record the accuracy before any fine-tuning, with and without what goes into the next bias; for ``csgd`` that is the
-parent merged at once by the same clusters.
+record the accuracy before any fine-tuning, with and without the correction of the next bias. For ``csgd`` this is the
+accuracy of the parent, merged at once by the same clusters.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def run(arm: str, seed: int, folder: Path) -> dict[str, Any]:
 _LABELS = {
     "parent": "full width, {p} epochs (start of the others)",
     "full": "full width, {p} + {e} epochs",
-    "csgd": "C-SGD, then merged",
+    "csgd": "C-SGD, then merged (at once: the start, merged without C-SGD)",
     "torch_pruning": "torch-pruning, magnitude",
 }
 
@@ -164,7 +164,7 @@ def table(folder: Path) -> str:
     """Markdown: accuracy at once and after fine-tuning, and what each arm has over C-SGD, paired by seed.
 
     Args:
-        folder: of the arms' results.
+        folder: folder of the arms' results.
     """
     rows = [
         "| channels chosen by | seeds | at once % | without bias % | fine-tuned % | difference to C-SGD | p | MACs |",

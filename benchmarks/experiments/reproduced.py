@@ -34,8 +34,8 @@ class Grid:
         recipe: epochs, optimizer, data.
         methods: the baseline first.
         data: data set.
-        seeds: of the runs.
-        settings: of all of them that replace the recipe's.
+        seeds: seeds of the runs.
+        settings: those that replace the recipe's in all runs.
         tuned: take the learning rate at which the only method did best in the grids of :data:`RATES`.
     """
 

@@ -199,7 +199,7 @@ def table(folder: Path) -> str:
     """Markdown: accuracy after the last epoch, and what each network has over C-SGD's, paired by seed.
 
     Args:
-        folder: of the arms' results.
+        folder: folder of the arms' results.
     """
     rows = [
         "| network | seeds | test accuracy % | difference to C-SGD, merged | p | MACs | parameters |",

@@ -78,7 +78,7 @@ def table(folder: Path) -> str:
     """Markdown: the arms beside the narrow network from scratch.
 
     Args:
-        folder: of the arms' results.
+        folder: folder of the arms' results.
     """
     runs = read_runs(NARROW, ["narrow"]) | read_runs(folder, ARMS)
     return report.table(report.summary(runs, "narrow"), "narrow")

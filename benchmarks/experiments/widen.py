@@ -99,7 +99,7 @@ def table(folder: Path) -> str:
     """Markdown: accuracy after the last epoch, and what each network has over the one from scratch, paired by seed.
 
     Args:
-        folder: of the arms' results.
+        folder: folder of the arms' results.
     """
     if not any(folder.glob("*-seed*.json")):
         return "Not yet run."

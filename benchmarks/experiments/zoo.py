@@ -7,14 +7,13 @@ Weights are random, norm statistics and affines too. Each network runs in a proc
 stopped at 300 s of CPU time (``--limit``).
 
 *This package* ties random clusters, half as many as channels in every group, and merges them with ``merge_channels``.
-*Share* is the number of convolution filters that are gone, over half of all convolution filters. *Deviation* is the
-relative difference between the outputs of the narrow network and those of the tied one, in float64; in the network's
-own type where its forward casts. *Form* says whether all modules kept their class ("module") or how many became a
-graph.
+*Share* is the number of removed convolution filters, divided by half of all convolution filters. *Deviation* is the
+relative difference between the outputs of the narrow and the tied network, in float64, or in the network's own type if
+its forward casts. *Form* says whether all modules kept their class ("module") or how many became a graph.
 
-*torch-pruning* gets the easier task: half of the channels of each of its groups are silenced, that is, every row of a
-producer and of a norm that its own group lists is set to zero, and then pruned. If the group is right, the outputs do
-not change. Layers that write network outputs are taken from our graph and left out.
+*torch-pruning* gets the easier task. Half of the channels of each of its groups are silenced: every row of a producer
+and of a norm in the group is set to zero. Then they are pruned. If the group is right, the outputs do not change.
+Layers that write network outputs are taken from our graph and left out.
 """
 
 from __future__ import annotations
@@ -186,10 +185,10 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| | channel graph | torch-pruning |",
         "|---|---|---|",
-        f"| networks of the list that are measured | {s['networks']} of {_listed()} | {tried} of {_listed()} |",
-        f"| networks answered for | {s['networks'] - len(s['no answer'])} of {s['networks']} | {peer} |",
-        f"| mean share of filters merged | {100 * s['mean share']:.0f} % | |",
-        f"| mean share, the {len(HARD)} hardest | {100 * s['mean share, hard list']:.0f} % | |",
+        f"| networks measured, of the list | {s['networks']} of {_listed()} | {tried} of {_listed()} |",
+        f"| answers among those | {s['networks'] - len(s['no answer'])} of {s['networks']} | of {tried}: {peer} |",
+        f"| filters merged, of half of all (mean) | {100 * s['mean share']:.0f} % | |",
+        f"| the same, {len(HARD)} networks worst in version 0.1 | {100 * (s['mean share, hard list'] or 0):.0f} % | |",
         f"| largest deviation of the outputs, in float64 | {s['largest deviation']:.0e} | |",
     ]
     return "\n".join(lines)

@@ -50,7 +50,7 @@ class CifarResNet(nn.Module):
         depth: 6n + 2.
         shortcut: ``"pad"`` (option A, the original) or ``"projection"`` (1x1 convolution and norm).
         width: channels of the first stage.
-        channels: of the input.
+        channels: channels of the input.
         classes: outputs.
 
     Raises:

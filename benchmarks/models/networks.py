@@ -140,7 +140,7 @@ def build_network(name: str, image_shape: tuple[int, int, int], classes: int, **
     Args:
         name: one of :data:`NetworkName`, or ``module.function`` of your own, called as
             ``function(channels, size, classes, **options)``.
-        image_shape: of one image; height and width are equal.
+        image_shape: shape of one image; height and width are equal.
         classes: outputs.
         options: further arguments of that network, such as ``width``.
 

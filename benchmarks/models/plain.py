@@ -21,7 +21,7 @@ def plain_convolutions(
     Args:
         depth: convolutions, at least 3; named ``conv1``, ``conv2``, ...
         width: filters per layer.
-        channels: of the input.
+        channels: channels of the input.
         image_size: height and width of the input, at least 4.
         classes: outputs.
 
@@ -51,7 +51,7 @@ def released_c3(width: int = 32, channels: int = 3, image_size: int = 32, classe
 
     Args:
         width: filters per layer.
-        channels: of the input.
+        channels: channels of the input.
         image_size: height and width of the input.
         classes: outputs.
     """
@@ -79,8 +79,8 @@ class SmallNet(nn.Sequential):
     units and ``classes``.
 
     Args:
-        kernel_size: of all convolutions, odd; 7 in ``cifar_tiny_7.py``.
-        channels: of the input.
+        kernel_size: kernel size of all convolutions, odd; 7 in ``cifar_tiny_7.py``.
+        channels: channels of the input.
         image_size: height and width of the input, at least 8.
         classes: outputs.
     """

@@ -33,7 +33,7 @@ class Residual(nn.Module):
         layers: convolutions with norms, applied one after the other with ReLU between.
         inputs: channels that come in.
         outputs: channels that go out.
-        stride: of the first layer.
+        stride: stride of the first layer.
     """
 
     def __init__(self, layers: Sequence[nn.Module], inputs: int, outputs: int, stride: int) -> None:
@@ -74,7 +74,7 @@ class StagedResNet(_Staged):
     Args:
         depths: convolutions per stage.
         widths: channels per stage.
-        channels: of the input.
+        channels: channels of the input.
         classes: outputs.
 
     Raises:
@@ -108,7 +108,7 @@ class StagedResNeXt(_Staged):
         depths: convolutions per stage.
         widths: channels of the grouped convolutions per stage; the stage's output has twice as many.
         cardinality: groups.
-        channels: of the input.
+        channels: channels of the input.
         classes: outputs.
 
     Raises:
@@ -170,7 +170,7 @@ class StagedDenseNet(_Staged):
     Args:
         depths: convolutions per stage; the first stage needs at least 2 where another follows.
         widths: growth rate per stage.
-        channels: of the input.
+        channels: channels of the input.
         classes: outputs.
         stem: its channels; twice the first growth rate by default.
 

@@ -35,7 +35,7 @@ class WideResNet(nn.Module):
         depth: 6n + 4.
         widening: k.
         dropout: between the convolutions of a block.
-        channels: of the input.
+        channels: channels of the input.
         classes: outputs.
 
     Raises:

@@ -33,7 +33,7 @@ def _shell(*command: str) -> str:
 
 
 def _state(job: str) -> dict[str, str]:
-    """What Slurm says about the job, as ``scontrol show job`` names it."""
+    """Return the state of the job, as named by ``scontrol show job``."""
     return dict(re.findall(r"(\w+)=(\S*)", _shell("scontrol", "show", "job", job)))
 
 
@@ -104,11 +104,11 @@ def trial(out: Path, method: str = "wau", epochs: int = 150, seconds: float = 60
     Args:
         out: folder of the runs; must not hold an earlier trial.
         method: name of a configuration.
-        epochs: of 11 steps each (digits, two processes of 64 images).
+        epochs: epochs of 11 steps each (digits, two processes of 64 images).
         seconds: to wait for a job.
 
     Returns:
-        What differs from the run that was left alone; empty when all is well.
+        Differences from the run that was left alone; empty if there are none.
 
     Raises:
         RuntimeError: a job failed.

@@ -41,7 +41,7 @@ from benchmarks.training import report
 from benchmarks.training.runs import read_runs
 from lightning_filterdiv import orthonormality
 
-#: What ``filterdiv methods`` prints.
+#: Text of ``filterdiv methods``.
 METHODS = ROOT / "lightning_filterdiv/command_line/methods.json"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -89,7 +89,7 @@ def _resnet20(*methods: str) -> str:
 
 
 def _devices(folder: str) -> str:
-    """Names of what the runs of a folder trained on."""
+    """Return the names of the devices of the runs in a folder."""
     return ", ".join(sorted({run["device"] for of in read_runs(RESULTS / folder).values() for run in of}))
 
 
@@ -157,9 +157,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "structure_cost": lambda: structure_cost.table(
         [structure_cost.Cost(**cost) for cost in json.loads(structure_cost.RESULT.read_text())["costs"]]
     ),
-    "composability": lambda: summary.composability("pairs"),
+    "composability": summary.composability,
     "reliability": summary.reliability,
-    "composability_beside": lambda: summary.composability("beside"),
+    "composability_beside": summary.composability_beside,
     "weak_scaling": lambda: communication.weak_table(json.loads(communication.RESULT.read_text())["weak"]),
     "scaling_check": lambda: scaling.check_table(json.loads(scaling.RESULT.read_text())["check"]),
     "scaling_step": lambda: scaling.step_table(json.loads(scaling.RESULT.read_text())),
@@ -189,7 +189,7 @@ def pages() -> list[Path]:
 
 
 def stale() -> dict[Path, str]:
-    """Files that are out of date -> the text that they should have."""
+    """Return outdated files -> their new text."""
     wanted = {page: filled(page.read_text(encoding="utf-8")) for page in pages()} | {METHODS: summary.methods_file()}
     return {path: text for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text}
 

@@ -1,9 +1,9 @@
-"""Tables of methods: what each is for and what it gained, with numbers read from the result files."""
+"""Tables of methods with purpose and measured gain. Numbers are read from the result files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from statistics import fmean
 from typing import Any
 
@@ -11,27 +11,37 @@ from benchmarks.common.device import read_result
 from benchmarks.common.paths import RESULTS
 from benchmarks.training.runs import interval, read_runs
 
-#: Goal, callback or function, its card, what it does. First what did in our runs what it is for.
+#: Goal, callback or function, its card, what it does. These did in our runs what they are for.
 _WORKED = (
     ("a smaller network with the same outputs", "CentripetalSGD", "centripetal", "makes filters equal and merges them"),
-    ("filters that do not overlap", "BasisOrthonormality", "orthonormality", "six published penalties in closed form"),
-    ("fewer parameters", "share_filter_bases", "shared_basis", "one set of filters for all layers of a stage"),
-    ("far fewer parameters", "share_anchored_filters", "shared_basis", "one kernel for all layers of a stage"),
+    (
+        "filters that do not overlap",
+        "BasisOrthonormality",
+        "orthonormality",
+        "adds one of six published penalties; measured with `soft`",
+    ),
+    (
+        "fewer parameters",
+        "share_filter_bases",
+        "shared_basis",
+        "layers of a stage combine one set of filters, each in its own way",
+    ),
+    ("far fewer parameters", "share_anchored_filters", "shared_basis", "layers of a stage use the same kernel"),
     ("see how alike filters are", "FilterSimilarityMonitor", "monitor", "scalars, figures and reports"),
-    ("a second opinion on depth", "EntropyDepthBound", "entropy_depth", "a bound from the entropy of the images"),
 )
 #: Methods whose published gain in accuracy our runs did not show.
 _NOT_SEEN = (
-    ("diverse filters that are trained in turn", "RePr", "repr_", "drops the most alike filters and regrows them"),
+    ("diverse filters by dropping some", "RePr", "repr_", "drops the most alike filters for a while and regrows them"),
     ("diverse filters by partial updates", "WeightAsynchronousUpdate", "async_update", "moves a random half each step"),
     ("a compact network that trains better", "ExpandNet", "expansion", "trains a larger one and contracts it exactly"),
     ("a better choice of what to prune", "ChannelImportance", "channel_importance", "measures channels by gates (UCP)"),
-    ("sharper edges", "WaveletReconstruction", "wavelet", "a fixed layer in front of the network"),
+    ("images with sharper edges", "WaveletReconstruction", "wavelet", "a fixed layer in front of the network"),
+    ("a shallower network", "EntropyDepthBound", "entropy_depth", "bounds the depth by the entropy of the images"),
 )
-#: What the numbers are, for a reader who has the package alone.
+#: Explanation of the numbers for readers who have the package alone.
 _NOTE = (
-    "Accuracies are differences to the same training without the method, in points with a 95 % interval, on parts of "
-    "Fashion-MNIST. The repository has the result files and a card for each method."
+    "Accuracies are differences to the same training without the method, in points with a 95 % interval, on 5,000 "
+    "training images of Fashion-MNIST. The repository has the result files and a card for each method."
 )
 
 
@@ -78,7 +88,7 @@ def _hooks(method: str) -> str:
 
 
 def _changed(name: str) -> str:
-    """What a step of the changed ResNet-20 takes beyond that of the plain one."""
+    """Return the extra time of a step of the changed ResNet-20, relative to the plain one."""
     costs = read_result("structure_cost.json")["costs"]
     (cost,) = [c for c in costs if c["change"] == name and c.get("network", "ResNet-20") == "ResNet-20"]
     return f"{100 * (cost['ratio'] - 1):+.0f} %"
@@ -86,7 +96,7 @@ def _changed(name: str) -> str:
 
 def _looks() -> str:
     look = read_result("monitor.json")["looks"]["resnet50"]
-    return f"none; {look['CPU seconds']:.1f} s per look at ResNet-50"
+    return f"none; {look['CPU seconds']:.1f} CPU seconds per snapshot of ResNet-50"
 
 
 def _runs(folder: str, arm: str) -> dict[int, dict[str, Any]]:
@@ -102,14 +112,14 @@ def _difference(folder: str, arm: str, base: str, base_folder: str = "") -> str:
 
 
 def _rank(arm: str) -> str:
-    """Effective rank after training, mean over layers and seeds."""
+    """Return the effective rank after training in percent of the full rank, mean over layers and seeds."""
     ranks = [fmean(row["effective_rank"] for row in run["after"].values()) for run in _runs("fm5k-c3", arm).values()]
-    return f"{fmean(ranks):.2f}"
+    return f"{100 * fmean(ranks):.0f}"
 
 
 def _diverse(arm: str) -> str:
     small, residual = (_difference(folder, arm, "baseline") for folder in ("fm5k-c3", "fm5k-resnet20"))
-    ranks = f"effective rank {_rank('baseline')} -> {_rank(arm)}"
+    ranks = f"effective rank {_rank('baseline')} -> {_rank(arm)} % of the full rank"
     return f"{ranks}; accuracy {small} with three convolutions, {residual} with ResNet-20"
 
 
@@ -132,7 +142,7 @@ _COST: dict[str, Callable[[], str]] = {
     "BasisOrthonormality": lambda: _hooks("soft"),
     "CentripetalSGD": lambda: _hooks("csgd"),
     "share_filter_bases": lambda: _changed("share_filter_bases"),
-    "RePr": lambda: f"{_hooks('repr sub-network phase')} while filters are out",
+    "RePr": lambda: f"{_hooks('repr sub-network phase')} in a phase",
     "WeightAsynchronousUpdate": lambda: _hooks("wau"),
     "EntropyDepthBound": lambda: "none",
     **{
@@ -148,33 +158,45 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
     "RePr": lambda: _diverse("repr"),
     "WeightAsynchronousUpdate": lambda: _diverse("wau"),
     "EntropyDepthBound": lambda: (
-        f"accuracy {_difference('entropy_depth', 'depth6', 'depth3')} at twice the bound's depth, equal parameters"
+        f"twice the bound's depth at equal parameters: accuracy {_difference('entropy_depth', 'depth6', 'depth3')}"
     ),
     "ExpandNet": lambda: f"accuracy {_difference('fm5k-c3', 'expand_third', 'baseline')}",
     "ChannelImportance": lambda: (
-        f"accuracy {_difference('ucp', 'ucp_kept', 'narrow', 'fm5k-c3')} against the narrow network; a random choice: "
+        f"accuracy {_difference('ucp', 'ucp_kept', 'narrow', 'fm5k-c3')} against the narrow network from scratch; "
+        f"channels chosen at random: "
         f"{_difference('ucp', 'random_kept', 'narrow', 'fm5k-c3')}"
     ),
     "share_anchored_filters": lambda: _fewer("fm5k-resnet20-14", "anchored", "baseline"),
     "WaveletReconstruction": lambda: f"accuracy {_difference('fm5k-c3', 'wavelet', 'baseline')}",
-    "FilterSimilarityMonitor": lambda: "changes no weight (test)",
+    "FilterSimilarityMonitor": lambda: "training with it is bit-identical to training without it",
 }
 
 
-def composability(part: str) -> str:
-    """Markdown: what happens when the row's callback is first in the list and the column's second, or stands beside it.
-
-    Args:
-        part: ``"pairs"`` or ``"beside"``.
-    """
-    found: dict[str, dict[str, str]] = read_result("composability.json")[part]
-    columns = list(dict.fromkeys(name for row in found.values() for name in row))
-    head = "first, then:" if part == "pairs" else "beside:"
-    lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in found.items():
-        cells = ["" if c not in row else row[c] if row[c] in ("works", "swap") else "refused" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def composability() -> str:
+    """Markdown: for each callback, which others it must follow in the list, and beside which it is refused."""
+    pairs: dict[str, dict[str, str]] = read_result("composability.json")["pairs"]
+    lines = ["| callback | list it after | refused beside |", "|---|---|---|"]
+    for name, row in pairs.items():
+        after = [other for other, outcome in row.items() if outcome == "swap"]
+        refused = [other for other, outcome in row.items() if outcome not in ("works", "swap")]
+        lines.append(f"| {name} | {_listed(after, row)} | {_listed(refused, row)} |")
     return "\n".join(lines)
+
+
+def composability_beside() -> str:
+    """Markdown: for each feature of Lightning or torch that was tried beside all callbacks, which refuse it."""
+    beside: dict[str, dict[str, str]] = read_result("composability.json")["beside"]
+    features = list(dict.fromkeys(feature for row in beside.values() for feature in row))
+    lines = ["| used beside every callback | refused by |", "|---|---|"]
+    for feature in features:
+        refused = [name for name, row in beside.items() if row.get(feature) != "works"]
+        lines.append(f"| {feature} | {_listed(refused, beside)} |")
+    return "\n".join(lines)
+
+
+def _listed(names: list[str], everything: Collection[str]) -> str:
+    """Names for a cell of a table."""
+    return "all others" if len(names) == len(everything) else ", ".join(names) or "-"
 
 
 def reliability() -> str:

@@ -1,1 +1,1 @@
-"""One run composed from YAML, grids of runs, and what they leave."""
+"""Runs composed from YAML, grids of runs, and their results."""

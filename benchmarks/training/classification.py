@@ -26,9 +26,9 @@ class Classifier(pl.LightningModule):
         net: ``(B, C, H, W)`` images to ``(B, classes)`` logits.
         image_shape: channels, height and width.
         lr: learning rate of SGD at the start.
-        momentum: of SGD.
-        nesterov: of SGD.
-        weight_decay: of all parameters.
+        momentum: momentum of SGD.
+        nesterov: use Nesterov momentum.
+        weight_decay: weight decay of all parameters.
         milestones: epochs at which the learning rate is multiplied by ``gamma``.
         gamma: see ``milestones``.
         convolution_lr: learning rate of convolutions relative to ``lr``.
@@ -95,9 +95,9 @@ class Classification(Classifier):
             (square) images and classes.
         options: further arguments of that network, such as ``{"width": 12}``.
         lr: learning rate of SGD at the start.
-        momentum: of SGD.
-        nesterov: of SGD.
-        weight_decay: of all parameters.
+        momentum: momentum of SGD.
+        nesterov: use Nesterov momentum.
+        weight_decay: weight decay of all parameters.
         milestones: epochs at which the learning rate is multiplied by ``gamma``.
         gamma: see ``milestones``.
         convolution_lr: learning rate of convolutions relative to ``lr``; a control for methods that move filters less.

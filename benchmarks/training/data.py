@@ -42,7 +42,7 @@ class ImagesInMemory(pl.LightningDataModule):
         train_images: use the head of a permutation of the training images, drawn from ``seed``; ``None`` for all.
         augment: zero padding by four, random crop, random mirror image.
         transform: module that all normalised images go through once, such as ``torch.nn.AvgPool2d``.
-        seed: of subset, order and augmentation.
+        seed: seed of subset, order and augmentation.
         root: folder of the data; ``None`` for the usual place.
         download: fetch what is missing, where the data set can be fetched.
         wrong_labels: share of the training images that get another class than theirs, drawn from ``seed``; ``None``:
@@ -97,7 +97,7 @@ class ImagesInMemory(pl.LightningDataModule):
 
     @cached_property
     def parts(self) -> Parts:
-        """What :meth:`read` returns, the subset of it, normalised and transformed.
+        """Return the result of :meth:`read` as a subset, normalised and transformed.
 
         Raises:
             ValueError: ``train_images`` is more than there are.
@@ -224,7 +224,7 @@ class ImageNet(pl.LightningDataModule):
         batch_size: images per step and process.
         workers: loader processes per training process.
         classes: number of class folders.
-        seed: of order and augmentation, which a resumed run repeats, also in the middle of an epoch.
+        seed: seed of order and augmentation, which a resumed run repeats, also in the middle of an epoch.
     """
 
     image_shape = (3, 224, 224)

@@ -1,4 +1,4 @@
-"""A loader whose batches are a function of (seed, epoch, index), so that a resumed run sees what it would have seen."""
+"""A loader whose batches are a function of (seed, epoch, index), so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Restartable(ABC):
         count: rows.
         batch_size: rows per batch and rank; an incomplete last batch is dropped.
         seed: the permutation of an epoch is a function of (seed, epoch).
-        rank: which interleaved share of every global batch to yield.
+        rank: number of the interleaved share of every global batch to yield.
         world_size: number of shares.
     """
 
@@ -35,7 +35,7 @@ class Restartable(ABC):
 
     @property
     def sampler(self) -> Restartable:
-        """Where Lightning looks for ``set_epoch``."""
+        """Object on which Lightning calls ``set_epoch``."""
         return self
 
     batch_sampler = sampler  # a loader with one is expected to have the other
@@ -65,7 +65,7 @@ class Restartable(ABC):
             yield index, order[index * size : (index + 1) * size][self.rank :: self.world_size]
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and number of batches handed out."""
+        """Return the epoch and the number of batches yielded."""
         return {"epoch": self._epoch, "next": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -79,8 +79,8 @@ class SeededBatches(Restartable):
     Args:
         tensors: ``(N, ...)`` tensors that are indexed together.
         batch_size: as for :class:`Restartable`, like ``seed``, ``rank`` and ``world_size``.
-        seed: of permutations and augmentation.
-        rank: of this process.
+        seed: seed of permutations and augmentation.
+        rank: rank of this process.
         world_size: number of processes.
         augment: applied to the first tensor of a batch, with a generator that is a function of (seed, epoch, index,
             rank).
@@ -109,7 +109,7 @@ class SeededBatches(Restartable):
 
 
 class _Keyed(Dataset[Any]):
-    """Items whose random transforms are a function of (seed, epoch, row), whichever worker makes them."""
+    """Items whose random transforms are a function of (seed, epoch, row), independent of the worker."""
 
     def __init__(self, items: Dataset[Any], seed: int) -> None:
         self.items, self.seed = items, seed
@@ -125,12 +125,12 @@ class SeededItems(Restartable):
     """A data set of files, read by the workers of a ``DataLoader``; its transforms draw from torch's global generator.
 
     Args:
-        items: with a length.
+        items: data set with a length.
         batch_size: as for :class:`Restartable`, like ``seed``, ``rank`` and ``world_size``.
-        seed: of permutations and transforms.
-        rank: of this process.
+        seed: seed of permutations and transforms.
+        rank: rank of this process.
         world_size: number of processes.
-        options: of the ``DataLoader``, such as ``num_workers``.
+        options: options of the ``DataLoader``, such as ``num_workers``.
     """
 
     def __init__(
@@ -148,12 +148,12 @@ class SeededItems(Restartable):
 
 
 class Shares:
-    """One rank's rows in order, for evaluation: every row is seen once, whatever the number of ranks.
+    """One rank's rows in order, for evaluation: every row is seen once, for any number of ranks.
 
     Args:
         tensors: ``(N, ...)`` tensors that are indexed together.
         batch_size: rows per batch and rank.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
     """
 
@@ -174,7 +174,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
 
     Args:
         images: ``(B, C, H, W)`` on the CPU, normalised (the padding is the mean).
-        generator: of the offsets and mirrors.
+        generator: generator of the offsets and mirrors.
         padding: pixels on every side.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Callbacks of ``benchmarks.training.train``: what a run did, where it can go on from, repeatable randomness."""
+"""Callbacks of ``benchmarks.training.train``: record of a run, checkpoints to continue from, repeatable randomness."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["LastCheckpoint", "Record", "SeededSteps", "WholeFiles", "differences
 
 
 def differences(planned: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two nested settings, as ``"model.lr: 0.1, not 0.02"``."""
+    """Return the differences of two nested settings, such as ``"model.lr: 0.1, not 0.02"``."""
     lines = []
     for key in sorted(planned.keys() | found.keys()):
         one, other = planned.get(key), found.get(key)
@@ -36,9 +36,9 @@ def differences(planned: dict[str, Any], found: dict[str, Any], prefix: str = ""
 
 
 def run_differences(planned: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """The same of the settings of two runs; what says nothing of processes had one.
+    """Return the differences of the settings of two runs. A record without a number of processes had one process.
 
-    An argument of a callback of this package that a record does not name had its default: it came later.
+    If a record lacks an argument of a callback of this package, the argument is newer and had its default.
     """
     one = {"processes": 1}
     return differences(one | _with_defaults(planned), one | _with_defaults(found))
@@ -70,7 +70,7 @@ class SeededSteps(Callback):
     """Seed torch's global generators at every step from (seed, step, rank): dropout repeats itself after a resume.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -85,7 +85,7 @@ class SeededSteps(Callback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``checkpoints/last.ckpt`` in the run's folder, from which the same command goes on.
+    """Save ``checkpoints/last.ckpt`` in the run's folder, from which the same command continues.
 
     Args:
         every_n_epochs: how often.
@@ -101,7 +101,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Choose the folder, whatever the logger."""
+        """Choose the folder, independent of the logger."""
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
@@ -123,11 +123,11 @@ class WholeFiles(TorchCheckpointIO):
 class Record(Callback):
     """Loss and accuracy after every epoch, accuracy right after an event of RePr, redundancy before and after.
 
-    Comes last in the list of callbacks, so that it looks after their events. Nothing random is drawn.
+    It is last in the list of callbacks, so that it measures after their events. It draws nothing at random.
 
     Args:
-        settings: what the run is; a checkpoint of other settings is refused.
-        look: accuracy is that of so many first test images of data held in memory; 0 for none.
+        settings: settings of the run. A checkpoint of other settings is refused.
+        look: number of first test images, of data held in memory, on which accuracy is measured; 0 for none.
 
     """
 

@@ -105,7 +105,7 @@ def table(rows: Sequence[Row], baseline: str = "baseline", gpu: Sequence[Row] = 
         rows: from :func:`summary`.
         baseline: what differences were taken to.
         gpu: the same of runs on a GPU, with their own baseline: more columns.
-        gpu_name: of that GPU.
+        gpu_name: name of that GPU.
     """
     sizes = len({row.parameters for row in rows}) > 1
     names = ["method", "seeds", *(["parameters"] if sizes else []), "test accuracy %", f"difference to {baseline}", "p",
@@ -133,7 +133,8 @@ def accuracy_cells(row: Row) -> list[str]:
 
 def event_table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: accuracy (first test images) around every event of RePr, mean over the runs that recorded a curve."""
-    lines = ["| method | event | epoch | before | right after | an epoch later | training loss then |"]
+    columns = ["method", "event", "epoch", "before (end: best epoch)", "right after (end: last epoch)"]
+    lines = [f"| {' | '.join([*columns, 'an epoch later', 'training loss after that epoch'])} |"]
     lines.append("|---|---|---|---|---|---|---|")
     for method, of in runs.items():
         recorded = [run["curve"] for run in of if run.get("curve")]
@@ -149,7 +150,8 @@ def event_table(runs: dict[str, list[dict[str, Any]]]) -> str:
             loss = fmean(curve[-1]["loss"] for curve in recorded)
             epoch = recorded[0][-1]["epoch"]
             lines.append(
-                f"| {method} | end, runs: {len(recorded)} | {epoch} | best {best:.1f} | {last:.1f} | | {loss:.4f} |"
+                f"| {method} | end of the fit (mean of {len(recorded)} runs) | {epoch} | {best:.1f} | {last:.1f} | "
+                f"| {loss:.4f} |"
             )
     return "\n".join(lines)
 

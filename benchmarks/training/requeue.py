@@ -1,8 +1,8 @@
 """Requeue a Slurm job at the end of a step.
 
 Lightning's own handler saves inside the signal handler: between a forward and a backward pass, or in the middle of
-an optimizer step, and on every rank at another moment. Here the signal only leaves a mark; the ranks agree at the end
-of a step, save there, and hand the job back.
+an optimizer step, and on every rank at another moment. Here the signal only sets a flag. The ranks agree at the end of
+a step, save there, and requeue the job.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RequeueAtStep(Callback):
         self._batches = 0  # the same on all ranks, and not begun anew at an epoch, which may be short
 
     def listen(self) -> None:
-        """Take the signal; before ``fit``, for Lightning leaves a handler that is there alone."""
+        """Install the signal handler. Call it before ``fit``, because Lightning keeps an existing handler."""
         if self.job is not None:
             signal.signal(signal.SIGUSR1, self._mark)
 

@@ -1,4 +1,4 @@
-"""Runs of an experiment, one small JSON file each: what is there is kept, the rest is made; and means over them.
+"""Runs of an experiment, one small JSON file each. Existing runs are kept, missing ones are made. Also means over runs.
 
 Several processes may be given the same runs: they share the work.
 """
@@ -32,7 +32,7 @@ def run_parser(description: str | None, arms: Iterable[str], seeds: list[int], o
 
     Args:
         description: the module's docstring.
-        arms: what is compared; all by default.
+        arms: arms to compare; all by default.
         seeds: default.
         out: default folder of the results.
     """
@@ -45,7 +45,7 @@ def run_parser(description: str | None, arms: Iterable[str], seeds: list[int], o
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file by way of another, so that a run that is cut off leaves no half one."""
+    """Write a file under a temporary name and rename it, so that an interrupted run leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may write the same one
     scratch.write_text(text)
@@ -81,7 +81,7 @@ def read_runs(folder: Path, names: Iterable[str] = ()) -> dict[str, list[dict[st
     """Name -> its results by seed, without what has not run.
 
     Args:
-        folder: of ``NAME-seedN.json`` files.
+        folder: folder of ``NAME-seedN.json`` files.
         names: which, in this order; by default all by name, the baseline first.
 
     Raises:
@@ -97,16 +97,16 @@ def read_runs(folder: Path, names: Iterable[str] = ()) -> dict[str, list[dict[st
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean (Student's t); NaN for a single value."""
-    if len(values) < 2:
+    """Return half the 95 % interval of a mean (Student's t); NaN for one or two values."""
+    if len(values) < 3:
         return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def interval(values: Sequence[float], sign: str = "") -> str:
-    """Mean and half the 95 % interval, as ``"87.1 ± 0.3"`` with two digits; the mean alone for a single value."""
+    """Return mean and half the 95 % interval, as ``"87.13 ± 0.31"``; the mean alone for one or two values."""
     shown = f"{fmean(values):{sign}.2f}"
-    return shown if len(values) < 2 else f"{shown} ± {half_interval(values):.2f}"
+    return shown if len(values) < 3 else f"{shown} ± {half_interval(values):.2f}"
 
 
 def run_missing(
@@ -116,8 +116,8 @@ def run_missing(
 
     With ``--table`` print the table of what is there instead.
 
-    A seed is the work of one process at a time, because its runs may start from one another; what another process has
-    in work comes last, and is taken over if that process leaves it unfinished.
+    One process at a time works on a seed, because its runs may start from one another. Seeds that another process works
+    on come last, and are taken over if that process leaves them unfinished.
 
     Args:
         options: what the parser returned.

@@ -6,8 +6,8 @@
     python -m benchmarks.training.sweep ... --slurm             # the missing runs as one Slurm array
 
 Every run is a process of ``benchmarks.training.train`` and leaves one file
-``METHOD-seedN.json`` in the folder of results. Stop the sweep as you like: the same command goes on from the last
-checkpoint of every run that was begun. A file that was made with other settings is reported and never overwritten;
+``METHOD-seedN.json`` in the folder of results. You can stop the sweep at any time. The same command continues from the
+last checkpoint of every run that was begun. A file that was made with other settings is reported and never overwritten;
 ``protocol.json`` keeps sweeps of other data, networks or recipes out of the folder, so that what is compared there is
 comparable; two sweeps over one folder share the work.
 """
@@ -39,7 +39,8 @@ _ELSEWHERE = "in work elsewhere"
 
 
 def _environment(**more: str) -> dict[str, str]:
-    """For the processes of a sweep: they run where it was started, so that paths mean what they mean there."""
+    """Return the environment of the processes of a sweep. They run in the folder of the sweep, so that relative paths
+    stay valid."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": path} | more
 
@@ -64,7 +65,7 @@ class Run:
 
     Attributes:
         method: name of its configuration.
-        seed: of everything.
+        seed: seed of everything.
         result: the file it leaves.
         files: configurations, later ones win.
         overrides: further arguments of ``benchmarks.training.train fit``.
@@ -78,12 +79,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the unfinished run keeps its checkpoint, its output and its lock."""
+        """Folder of the unfinished run, for its checkpoint, output and lock."""
         return self.result.parent / ".partial" / f"{self.method}-seed{self.seed}"
 
     @property
     def arguments(self) -> list[str]:
-        """What makes the run what it is, for ``benchmarks.training.train``."""
+        """Arguments of ``benchmarks.training.train`` that define the run."""
         files = [part for file in self.files for part in ("-c", str(file))]
         return [*files, "--seed_everything", str(self.seed), *self.overrides]
 
@@ -94,7 +95,7 @@ class Run:
         return [sys.executable, "-m", "benchmarks.training.train", "fit", *self.arguments, *places]
 
     def settings(self) -> dict[str, Any]:
-        """What the run computes; ``processes`` is left out where the machine decides.
+        """Settings that determine the results. ``processes`` is left out if the machine decides.
 
         Raises:
             SystemExit: the configurations do not fit together; the parser says why.
@@ -130,7 +131,7 @@ def plan(
         model: network.
         recipe: epochs, optimizer, batch size.
         methods: what is compared.
-        seeds: of the runs.
+        seeds: seeds of the runs.
         trainer: where it runs.
         out: folder of the results.
         overrides: further arguments of every run.
@@ -233,7 +234,7 @@ def execute(run: Run, threads: int, wait: bool = False) -> str:
 
     Args:
         run: which.
-        threads: of its process.
+        threads: threads of its process.
         wait: for the process that has it in work, and take over if that leaves it unfinished.
 
     Returns:
@@ -303,9 +304,9 @@ def submit(runs: Sequence[Run], arguments: Sequence[str], script: Path, options:
 
     Args:
         runs: the whole grid.
-        arguments: of this sweep, without ``--slurm``.
+        arguments: arguments of this sweep, without ``--slurm``.
         script: batch script that passes its arguments on to this command.
-        options: of ``sbatch``, such as ``--partition=gpu``.
+        options: options of ``sbatch``, such as ``--partition=gpu``.
 
     Returns:
         What ``sbatch`` printed; empty when nothing is missing.

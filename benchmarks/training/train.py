@@ -5,10 +5,9 @@
         -c benchmarks/configs/method/repr.yaml -c benchmarks/configs/trainer/cpu.yaml \\
         --seed_everything 1 --trainer.default_root_dir runs/repr-seed1
 
-Later files win over earlier ones, flags over files. The same command goes on where the run was stopped (killed,
-requeued by Slurm, or in the middle of an epoch) and does nothing when the run is finished. At the end the run is tested
-and described in ``result.json`` in its folder. Works under ``torchrun`` and Slurm as it is: Lightning finds the
-processes.
+Later files win over earlier ones, flags over files. The same command continues a run that was stopped (killed, requeued
+by Slurm, or in the middle of an epoch) and does nothing if the run is finished. At the end the run is tested and
+described in ``result.json`` in its folder. Works under ``torchrun`` and Slurm as it is: Lightning finds the processes.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def compact(result: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for, such as namespaces, devices and functions, as it has them."""
+    """Convert values without a JSON form, such as namespaces, devices and functions."""
     if isinstance(value, Namespace):
         return {key: _plain(entry) for key, entry in vars(value).items()}
     if isinstance(value, dict):
@@ -82,10 +81,11 @@ def _methods(callbacks: Any) -> list[dict[str, Any]]:
 
 
 def run_settings(config: Namespace) -> dict[str, Any]:
-    """What a run computes, from the parsed configuration: equal settings on as many processes are the same run.
+    """Return the settings of a run that determine its results. Runs with equal settings and numbers of processes are
+    the same.
 
     Args:
-        config: of one subcommand.
+        config: config of one subcommand.
     """
     data, model, trainer = _plain(config["data"]), _plain(config["model"]), config["trainer"]
     arguments = data.get("init_args", {})
@@ -103,7 +103,7 @@ def run_settings(config: Namespace) -> dict[str, Any]:
 
 
 def planned_processes(config: Namespace) -> int | None:
-    """How many processes the configuration asks for; ``None`` where that is left to the machine."""
+    """Return the number of processes that the configuration asks for; ``None`` if the machine decides."""
     devices = str(config["trainer"]["devices"])  # a number, a list, "auto" or -1
     return int(devices) * int(config["trainer"]["num_nodes"]) if devices.isdigit() else None
 
@@ -169,7 +169,7 @@ class BenchmarkCLI(LightningCLI):
         return trainer
 
     def result_path(self) -> Path:
-        """Where the result goes."""
+        """Path of the result."""
         return Path(self.options["result"] or Path(self.trainer.default_root_dir) / "result.json")
 
     def fit(self, **arguments: Any) -> None:

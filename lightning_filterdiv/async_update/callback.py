@@ -30,8 +30,8 @@ class WeightAsynchronousUpdate(FilterCallback):
             ``"with_replacement"``: ``max(1, floor(fraction * n))`` draws.
         hold: ``"update"``: filters outside the subset stay bit-identical through the step while the optimizer's state
             advances; ``"gradient"``: only their gradient is zeroed, momentum and weight decay still move them.
-        rescale: multiply the update of the subset by 1 / effective fraction, the control that separates diversity from
-            a smaller learning rate.
+        rescale: divide the update of the subset by the share of filters that move. This control separates the effect on
+            diversity from that of a smaller learning rate.
         include: patterns of layers; ``None`` for every ``Conv1d/2d/3d``.
         exclude: patterns of layers to leave out.
         seed: the subsets are a function of the seed and the step number, the same on all ranks.
@@ -68,7 +68,7 @@ class WeightAsynchronousUpdate(FilterCallback):
         self._taken: list[int] = []  # steps of each optimizer
 
     def fraction_at(self, epoch: int, step: int) -> float:
-        """Share of filters to update at this step; override it for a schedule.
+        """Return the share of filters to update at this step. Override it for a schedule.
 
         Args:
             epoch: the current epoch, from 0.
@@ -80,7 +80,7 @@ class WeightAsynchronousUpdate(FilterCallback):
         return self.update_fraction
 
     def last_subsets(self) -> dict[str, Tensor]:
-        """The filters updated in the last step: layer name -> ``(J,)`` bool on the CPU."""
+        """Return the filters updated in the last step: layer name -> ``(J,)`` bool on the CPU."""
         return {name: mask for update in self._updates.values() for name, mask in update.last_subsets.items()}
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,12 +122,12 @@ class WeightAsynchronousUpdate(FilterCallback):
             )
 
     def before_step(self, index: int) -> None:
-        """Draw this step's subsets and remember, or mask, what they leave out."""
+        """Draw the subsets of this step, and remember or mask the other filters."""
         step = self._taken[index]
         self._updates[index].before_step(step, self.fraction_at(self.trainer.current_epoch, step))
 
     def repeated_step(self, index: int) -> None:
-        """Refuse an optimizer that has moved the weights before it evaluates them again.
+        """Refuse an optimizer that evaluates a step again after it has moved the weights.
 
         Raises:
             MisconfigurationException: always.
@@ -139,7 +139,7 @@ class WeightAsynchronousUpdate(FilterCallback):
         )
 
     def after_step(self, index: int) -> None:
-        """Put the filters outside the subset back. A step that a gradient scaler skips draws its subset again."""
+        """Restore the filters outside the subset. A step that a gradient scaler skips draws its subset again."""
         self._updates[index].after_step()
         self._taken[index] += 1
 

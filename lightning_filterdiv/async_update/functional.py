@@ -33,9 +33,9 @@ _STEPS_AT_ONCE = 16
 def subset_size(slices: int, fraction: float, sampling: Sampling) -> int:
     """Number of draws for a layer of ``slices`` filters (or input channels), never below one.
 
-    Without replacement ``max(1, round(fraction * J))`` distinct filters (Python's rounding: halves to even). With
-    replacement ``max(1, floor(fraction * n))`` draws; the official code lacks the ``max`` and freezes a layer with
-    ``floor(fraction * n) = 0`` for good.
+    Without replacement these are ``max(1, round(fraction * J))`` distinct filters (halves are rounded to even). With
+    replacement these are ``max(1, floor(fraction * n))`` draws. The official code lacks the ``max``, which freezes a
+    layer with ``floor(fraction * n) = 0`` for good.
     """
     if sampling == "without_replacement":
         return max(1, round(fraction * slices))
@@ -79,8 +79,8 @@ def draw_subsets(
     for row, one in zip(numbers, generators, strict=True):
         torch.randint(high, shape, generator=one, out=row)
     if without:
-        # The k smallest of random keys are a uniform k-subset. Keys end in their own index: no two are equal. Selecting
-        # takes less than half of sorting's time, and the host's time is what a GPU waits for.
+        # The k smallest of random keys are a uniform k-subset. Keys end in their own index, so no two are equal.
+        # Selecting takes less than half of the time of sorting, and a GPU waits for the host.
         keys = numbers.mul_(slices).add_(torch.arange(slices, device="cpu"))
         chosen = keys <= keys.kthvalue(draws, dim=2, keepdim=True).values
     else:
@@ -89,7 +89,7 @@ def draw_subsets(
 
 
 class _Values(ParameterBuffer):
-    """The held tensors of one dtype, and what they were before the step."""
+    """Held tensors of one dtype, and their values before the step."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__(parameters)
@@ -100,17 +100,17 @@ class _Values(ParameterBuffer):
         self._before.flat.copy_(self.buffer.flat)
 
     def stacks(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """``(L, *shape)`` before the step and now."""
+        """Return the values before the step and now, ``(L, *shape)`` each."""
         return self._before.stack(first, count), self.buffer.stack(first, count)
 
 
 class _Slot:
-    """One tensor kind (weights, or biases) of the layers of one shape, as a batch.
+    """Weights, or biases, of the layers of one shape, as a batch.
 
     Args:
-        parameters: of one layout.
+        parameters: parameters of one layout.
         views: shapes of a value and of its mask, see :func:`~lightning_filterdiv.filters.mask_layout`.
-        held: ``(L * slices,)`` bool, the part of the mask that is theirs.
+        held: ``(L * slices,)`` bool, their part of the mask.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class _Slot:
         self._now: Tensor | None = None
 
     def hold_in(self, values: _Values, first: int) -> None:
-        """Find the parameters at the places from ``first`` on."""
+        """Look up the parameters in the buffer, from place ``first`` on."""
         self._before, self._now = map(self._viewed, values.stacks(first, len(self.parameters)))
 
     def _viewed(self, stacked: Tensor) -> Tensor:
@@ -155,12 +155,12 @@ class _Slot:
 
 
 class _Draws:
-    """The subsets of the steps to come, drawn for many steps at once; those of a step are a function of its key.
+    """Subsets of coming steps, drawn for many steps at once. The subsets of a step are a function of its key.
 
     Args:
-        batches: (slices, layers) of layers that are drawn together.
+        batches: (slices, layers) for each set of layers that is drawn together.
         sampling: see :func:`draw_subsets`.
-        key: of the draws, beside the step.
+        key: key of the draws, to which the step is added.
     """
 
     def __init__(self, batches: Sequence[tuple[int, int]], sampling: Sampling, key: tuple[int, str]) -> None:
@@ -170,9 +170,9 @@ class _Draws:
         self._held = self._masks
 
     def at(self, step: int, fraction: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``(slices of all layers,)`` bool: what is updated, on the CPU, and what is held, on the device."""
+        """Return two ``(slices of all layers,)`` masks: updated slices on the CPU, and held slices on the device."""
         if self._for is None or self._for[1] != fraction or not 0 <= step - self._for[0] < len(self._masks):
-            # A fraction that changes from step to step is not known for those to come.
+            # A fraction that changes from step to step is unknown for coming steps.
             steady = self._for is not None and self._for[1] == fraction
             steps = range(step, step + (_STEPS_AT_ONCE if steady else 1))
             self._masks = self._draw(steps, fraction)
@@ -218,9 +218,9 @@ class AsynchronousUpdate:
         hold: ``"update"`` keeps filters outside the subset bit-identical through the step while the optimizer state
             advances densely; ``"gradient"`` zeroes their gradient only, so that momentum and weight decay still move
             them. Two different algorithms.
-        rescale: multiply the update (``hold="gradient"``: the gradient) of the subset by 1 / effective fraction.
+        rescale: divide the update (``hold="gradient"``: the gradient) of the subset by :func:`effective_fraction`.
         seed: draws are a function of (seed, stream, step) alone.
-        stream: tells objects with equal seeds apart.
+        stream: number that separates the draws of objects with equal seeds.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -331,7 +331,7 @@ class AsynchronousUpdate:
 
     @torch.no_grad()
     def before_step(self, step: int, fraction: float | None = None) -> None:
-        """Draw the subsets of this step; for ``hold="update"`` remember the weights, else mask the gradients.
+        """Draw the subsets of this step. Remember the weights for ``hold="update"``, else mask the gradients.
 
         Args:
             step: number of the optimizer step, the key of the draw.
@@ -379,7 +379,7 @@ class AsynchronousUpdate:
         self._pending = False
 
     def release(self) -> None:
-        """Give every weight a storage of its own again; the object is not usable afterwards."""
+        """Give every weight a storage of its own again. The object cannot be used afterwards."""
         for values in self._values:
             values.release()
         self._pending = False

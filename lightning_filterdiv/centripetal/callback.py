@@ -39,7 +39,7 @@ __all__ = ["CentripetalSGD"]
 
 
 def _nan_last(value: float) -> tuple[bool, float]:
-    """Sorts NaN above every number."""
+    """Return a sort key that puts NaN above every number."""
     return math.isnan(value), value
 
 
@@ -51,15 +51,15 @@ class CentripetalSGD(FilterCallback):
     """Train filters of a cluster to become equal (C-SGD), so that they can be merged without any loss.
 
     Ding, Ding, Guo, Han: "Centripetal SGD for Pruning Very Deep Convolutional Networks with Complicated Structure",
-    CVPR 2019. Channels are clustered once, after the first forward call; from then on every gradient is averaged inside
-    its cluster and its members are pulled together, in every tensor that holds something for that channel. After the
-    fit :meth:`merge` returns the narrow network.
+    CVPR 2019. Channels are clustered once, after the first forward call. From then on gradients are averaged inside
+    each cluster and its members are pulled together, in every tensor that has entries for these channels. After the fit
+    :meth:`merge` returns the narrow network.
 
     Args:
         keep_fraction: share of every layer's channels to keep, in (0, 1], or a dict of layer pattern -> share (layers
             that no pattern matches keep all). ``None``: 0.625, unless a target is given.
-        target_macs: share of the network's multiply-accumulate operations that the merged network has, instead of
-            ``keep_fraction``. They are counted on the inputs that the graph is traced with.
+        target_macs: share of the multiply-accumulate operations that the merged network keeps, instead of
+            ``keep_fraction``. They are counted on the inputs of the trace.
         target_parameters: share of the parameters, likewise.
         scope: ``"layer"``: the same share in every layer; ``"global"``: redundant layers lose more.
         max_layer_fraction: largest share of its channels that a layer may lose; ``None``: all but one.
@@ -138,11 +138,11 @@ class CentripetalSGD(FilterCallback):
         self.seed = check_integer("seed", seed, low=0)
         #: Group name -> (size,) cluster index of each channel; empty before the first forward call.
         self.clusters: dict[str, Tensor] = {}
-        #: Layer -> why (some of) its channels are left alone.
+        #: Layer -> reason why (some of) its channels are left alone.
         self.left_alone: dict[str, str] = {}
-        self._seen: list[str] = []  # groups that a clustering was decided for, also those that keep all channels
+        self._seen: list[str] = []  # groups with a decided number of clusters, also those that keep all channels
         self._forecast = Forecast()
-        self._changed: set[str] = set()  # strengths, by a resume
+        self._changed: set[str] = set()  # strengths that a resume changed
         self._stopped_at: int | None = None  # global step
         self._began: list[int] = []  # epoch and step of the clustering
         self._tensors: list[ClusteredTensor] = []
@@ -154,37 +154,38 @@ class CentripetalSGD(FilterCallback):
 
     @property
     def resolved_strength(self) -> float | None:
-        """The strength in use; ``None`` before the first step."""
+        """Return the strength in use; ``None`` before the first step."""
         return self._forecast.strength
 
     @property
     def forecast_k(self) -> float | None:
-        """The smallest K forecast for a tensor of this fit; ``None``: no forecast."""
+        """Return the smallest K that is forecast for a tensor of this fit; ``None`` without a forecast."""
         return self._forecast.lowest_k
 
     @property
     def forecast(self) -> dict[str, float]:
-        """Tensor name -> K: its distance shrinks by ``exp(-K)`` between the clustering and the end of the fit."""
+        """Return tensor name -> K. The distance shrinks by ``exp(-K)`` between the clustering and the end of the
+        fit."""
         return dict(self._forecast.k)
 
     def deviations(self) -> dict[str, float]:
-        """Tensor name -> ``|w - cluster mean| / |w|`` now, of every clustered tensor, kernels and vectors."""
+        """Return tensor name -> present ``|w - cluster mean| / |w|`` of every clustered tensor, kernels and vectors."""
         return relative_deviations(self._tensors) if self._tensors else dict(self._forecast.measured)
 
     @property
     def largest_deviation(self) -> float | None:
-        """The largest of :meth:`deviations`, NaN if one is; ``None`` before the first step."""
+        """Return the largest of :meth:`deviations`, NaN if one of them is NaN; ``None`` before the first step."""
         return max(self.deviations().values(), default=None, key=_nan_last)
 
     # ------------------------------------------------------------------ start
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """Every convolution, transposed ones too, inside ``network``."""
+        """Return every convolution inside ``network``, transposed ones too."""
         chosen = select_filters(pl_module, ["*"] if self.include is None else self.include, self.exclude)
         return layers_inside(self.network, chosen)
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check optimizers and precision, wait for the first forward call or start at once if its inputs are known."""
+        """Check optimizers and precision. Start at once if example inputs are known, else at the first forward call."""
         check_usable(trainer.optimizers, self.layers)
         self._forecast.clipping.watch(trainer)
         for index in range(len(trainer.optimizers)):
@@ -194,7 +195,7 @@ class CentripetalSGD(FilterCallback):
             self._begin(trainer, pl_module)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Trace, cluster what is not clustered yet, forecast, and get ready to edit gradients."""
+        """Trace, cluster new groups, make the forecast, and prepare to edit gradients."""
         assert self._inputs is not None
         graph = self._inputs.trace()
         owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -230,7 +231,7 @@ class CentripetalSGD(FilterCallback):
         self._start(trainer, first=bool(new))
 
     def _plan(self, model: nn.Module, graph: ChannelGraph, groups: Mapping[str, ChannelGroup]) -> WidthPlan:
-        """How many channels each group is to keep; those that were clustered before keep their number."""
+        """Return the number of channels that each group keeps. Groups that were clustered before keep their number."""
         fixed = {name: len(index.unique()) for name, index in self.clusters.items() if name in groups}
         fixed |= {name: group.size for name, group in groups.items() if name in self._seen and name not in fixed}
         chosen = list(groups.values())
@@ -281,7 +282,7 @@ class CentripetalSGD(FilterCallback):
             self._forecast.clipping.before_step(update)
 
     def after_step(self, index: int) -> None:
-        """Apply the part of the pull that an optimizer with decoupled terms takes after its step."""
+        """Apply the pull after the step, for optimizers with decoupled terms."""
         if (update := self._updates.get(index)) is not None:
             self._forecast.clipping.after_step(update)
             update.after_step()
@@ -296,7 +297,7 @@ class CentripetalSGD(FilterCallback):
         self.log_metrics(numbers)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how far the clusters got."""
+        """Log how close the members of clusters are."""
         super().on_train_end(trainer, pl_module)
         if self._inputs is not None and not self._inputs.known:
             rank_zero_warn(
@@ -315,20 +316,20 @@ class CentripetalSGD(FilterCallback):
     # ------------------------------------------------------------------ for the monitor
 
     def filterdiv_events(self) -> list[dict[str, Any]]:
-        """When filters were clustered, for :class:`~lightning_filterdiv.FilterSimilarityMonitor`."""
+        """Return the clustering as an event, for :class:`~lightning_filterdiv.FilterSimilarityMonitor`."""
         if not self._began:
             return []
         epoch, step = self._began
         return [{"kind": "cluster", "cycle": 0, "epoch": epoch, "step": step, "filters": {}}]
 
     def filterdiv_deviation(self) -> dict[str, list[tuple[int, float, float]]]:
-        """Layer -> (step, measured, forecast), both relative to the start, for the monitor."""
+        """Return layer -> (step, measured, forecast) for the monitor, both relative to the start."""
         return self._forecast.for_layers(self.layers)
 
     # ------------------------------------------------------------------ end, state
 
     def release(self) -> None:
-        """Stop editing and capturing; clusters stay in the state."""
+        """Stop editing gradients and capturing inputs. Clusters stay in the state."""
         if self._tensors and self._trainer is not None:
             self._stopped_at = self._trainer.global_step
         self._updates, self._tensors = {}, []
@@ -344,11 +345,11 @@ class CentripetalSGD(FilterCallback):
         self._forecast, self._changed, self._began, self._stopped_at = Forecast(), set(), [], None
 
     def touched_tensors(self) -> dict[str, Tensor]:
-        """Every clustered tensor."""
+        """Return every clustered tensor."""
         return {tensor.name: tensor.parameter for tensor in self._tensors}
 
     def extra_state(self) -> dict[str, Any]:
-        """Clusters, strength, forecast, and the shapes to trace with."""
+        """Return clusters, strength, forecast, and the shapes of the example inputs."""
         return {
             "clusters": {name: index.clone() for name, index in self.clusters.items()},
             "seen": list(self._seen),
@@ -368,22 +369,23 @@ class CentripetalSGD(FilterCallback):
         self._saved_inputs = check_inputs_state(state["inputs"])
 
     def kept_on_resume(self) -> Mapping[str, str]:
-        """What made the clusters, once there are some."""
+        """Return the arguments that determined the clusters, once there are clusters."""
         return self.fixed_on_resume if self._seen else {}
 
     def arguments_changed(self, saved: Mapping[str, Any]) -> None:
-        """Forecast again with other strengths."""
+        """Make a new forecast if a strength changed."""
         self._changed = {"strength", "vector_strength"} & saved.keys()
 
     @staticmethod
     def clusters_from(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The clusters in a loaded Lightning checkpoint, for :func:`~lightning_filterdiv.narrowing.merge_channels`.
+        """Return the clusters in a loaded Lightning checkpoint, for
+        :func:`~lightning_filterdiv.narrowing.merge_channels`.
 
         Args:
-            checkpoint: what ``torch.load(path, weights_only=True)`` returns.
+            checkpoint: result of ``torch.load(path, weights_only=True)``.
 
         Returns:
-            Group name -> ``(size,)`` cluster index; those of several callbacks together.
+            Group name -> ``(size,)`` cluster index, of all callbacks together.
 
         Raises:
             KeyError: the checkpoint holds no clusters of CentripetalSGD.
@@ -407,7 +409,7 @@ class CentripetalSGD(FilterCallback):
 
         Args:
             model: the LightningModule that was trained, or the network inside it. It is left as it was.
-            example_inputs: for the trace; ``None``: ``example_input_array``, else the shapes seen in training.
+            example_inputs: inputs for the trace; ``None``: ``example_input_array``, else the shapes seen in training.
             tolerance: largest relative change of the outputs that setting members to their mean may cause;
                 ``float("inf")`` merges in any case.
             form: see :func:`~lightning_filterdiv.narrowing.merge_channels`.

@@ -1,4 +1,4 @@
-"""What a checkpoint of a fit with C-SGD says: clusters, example inputs, and whose names they are."""
+"""Read a checkpoint of a fit with C-SGD: clusters, example inputs, and the network that names refer to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["inputs_from_state", "relative_to", "saved_states"]
 
 
 def saved_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a checkpoint keeps of every CentripetalSGD, subclasses included."""
+    """Return the saved state of every CentripetalSGD in a checkpoint, subclasses included."""
     check_checkpoint(checkpoint)
     states = [state for state in (checkpoint.get("callbacks") or {}).values() if isinstance(state, dict)]
     return [s for s in states if isinstance(extra := s.get("extra"), dict) and {"clusters", "strength"} <= extra.keys()]
 
 
 def inputs_from_state(state: dict[str, Any] | None, network: str | None) -> tuple[Any, str | None]:
-    """Example inputs (zeros) and the submodule they belong to, from what a checkpoint keeps; ``None``: it has none."""
+    """Return example inputs (zeros) and their submodule from a checkpoint; ``None`` if it has none."""
     if state is None:
         return None, network
     args = tuple(state["args"])
@@ -31,8 +31,9 @@ def inputs_from_state(state: dict[str, Any] | None, network: str | None) -> tupl
 def relative_to(
     model: nn.Module, clusters: Mapping[str, Tensor], network: str | None
 ) -> tuple[dict[str, Tensor], str | None]:
-    """``clusters`` and ``network`` as names of ``model``: they may be those of the LightningModule around it."""
-    # The name of a group is that of its first layer, with its rows in brackets where it has not all of them.
+    """Return ``clusters`` and ``network`` with the names of ``model``, which may be inside the LightningModule of the
+    fit."""
+    # A group is named after its first layer. If it lacks some of its rows, the rows follow in brackets.
     strip, add = find_prefix([name.split("[")[0] for name in clusters], named_modules(model)) or ("", "")
     renamed = {add + name.removeprefix(strip): index for name, index in clusters.items()}
     if network is None or f"{network}." == strip:

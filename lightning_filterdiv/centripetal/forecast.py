@@ -1,4 +1,4 @@
-"""The forecast of a fit with C-SGD, and what became of it."""
+"""Forecast of a fit with C-SGD, compared with the measured distances."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from lightning_filterdiv.training.learning_rates import StepSettings, forecast_s
 
 __all__ = ["ClipMeter", "Forecast"]
 
-# Enough for a figure; between them the logarithm of the forecast is interpolated.
+# Points of a curve, enough for a figure. Between them the logarithm of the forecast is interpolated.
 _KEPT = 400
-# K of a tensor that is exactly tied: a finite number, whose exponential is one too.
+# K of a tensor that is exactly tied: finite, and so is its exponential.
 _TIED_K = 500.0
-# Times the learning rate: a strength that leaves nine tenths of a distance in a step without momentum.
+# Strength times learning rate that leaves nine tenths of a distance in a step without momentum.
 _ABRUPT = 0.1
 
 
 class _Share(NamedTuple):
-    """Clustered tensors with one future: the same parameter group and the same strength."""
+    """Clustered tensors with the same forecast: one parameter group and one strength."""
 
     names: list[str]
     vectors: bool
-    settings: list[StepSettings] | str  # or why nobody knows them
+    settings: list[StepSettings] | str  # or the reason why they are unknown
     now: StepSettings
     decoupled: bool
 
@@ -55,21 +55,21 @@ class _Curve(NamedTuple):
 
 
 class Forecast:
-    """How far the members of clusters will come together, how far they have come, and the strength that follows.
+    """Forecast distances in clusters, measured distances, and the strength that follows from them.
 
-    *Budget*: :meth:`update` runs the recursion of the optimizer over the steps that are left, before the first edit and
-    again where a resume finds another number of steps, another strength, or new tensors. *Curve*: :meth:`measure`
-    keeps measured distances beside it. *Clipping*: :attr:`clipping` measures what takes from the pull, and
-    :meth:`corrected_k` applies it.
+    :meth:`update` runs the recursion of the optimizer over the remaining steps. It does so before the first edit, and
+    again if a resume has another number of steps, another strength, or new tensors. :meth:`measure` stores measured
+    distances. :attr:`clipping` measures by how much gradient clipping weakens the pull, and :meth:`corrected_k` applies
+    that factor.
 
     Attributes:
         strength: eps in use; ``None`` before the first step.
-        k: tensor name -> K at the end of the fit; its distance shrinks by ``exp(-K)`` from the clustering on. Empty
+        k: tensor name -> K at the end of the fit. The distance shrinks by ``exp(-K)`` from the clustering on. Empty
             without a forecast.
-        measured: tensor name -> ``|w - Gamma w| / |w|``, measured last.
+        measured: tensor name -> last measured ``|w - Gamma w| / |w|``.
         points: tensor name -> ``[step, measured, forecast]`` in order, both relative to the clustering; the forecast is
-            NaN where there is none. Tensors that were equal from the start have nothing to shrink.
-        clipping: the meter for gradients clipped by norm.
+            NaN if there is none. Tensors that were equal from the start have no points.
+        clipping: meter of gradient clipping by norm.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Forecast:
         self._start: dict[str, float] = {}  # distances when the clusters were made
         self._reached: dict[str, float] = {}  # distances at the present forecast, relative to the start
         self._curves: list[_Curve] = []
-        self._shares: list[_Share] = []  # of the steps from the last start of training on
+        self._shares: list[_Share] = []  # for the steps since training last started
         self._now: dict[str, float] = {}  # K that had been reached then
         self._vector: float | None = None
 
@@ -97,15 +97,15 @@ class Forecast:
         *,
         changed: Collection[str] = (),
     ) -> None:
-        """Forecast the steps that are left, unless an earlier forecast still holds; print it and warn of a low K.
+        """Make a forecast for the remaining steps, unless an earlier one still holds. Print it and warn about a low K.
 
         Args:
-            trainer: of the fit, before the step that comes next.
+            trainer: trainer of the fit, before the next step.
             tensors: what is clustered.
-            strength: eps, or ``"auto"``: the smallest that reaches K = 18 for every tensor that it acts on.
+            strength: eps, or ``"auto"`` for the smallest that reaches K = 18 for every tensor that it acts on.
             vector_strength: eps of vectors; ``None``: the same.
             clusters: group name -> cluster index, for the message.
-            changed: which of ``"strength"`` and ``"vector_strength"`` have other values than in the last forecast.
+            changed: those of ``"strength"`` and ``"vector_strength"`` that differ from the last forecast.
         """
         step, distances = trainer.global_step, self._distances(tensors)
         joined = [name for name in distances if name not in self._start]
@@ -132,17 +132,17 @@ class Forecast:
 
     @property
     def planned_end(self) -> int | None:
-        """Global step at which the fit ends, as forecast last; ``None`` without a forecast."""
+        """Return the global step at which the fit ends in the last forecast; ``None`` without a forecast."""
         return max((int(curve.steps[-1]) for curve in self._curves), default=None)
 
     @property
     def lowest_k(self) -> float | None:
-        """The smallest K; ``None`` without a forecast."""
+        """Return the smallest K; ``None`` without a forecast."""
         return min(self.k.values(), default=None)
 
     @property
     def _unknown(self) -> str | None:
-        """Why there is no forecast."""
+        """Return the reason why there is no forecast."""
         return next((share.settings for share in self._shares if isinstance(share.settings, str)), None)
 
     @staticmethod
@@ -155,7 +155,7 @@ class Forecast:
         return self._vector if self._vector is not None and share.vectors else self.strength
 
     def _resolve(self, trainer: pl.Trainer, strength: float | str, reached: Mapping[str, float]) -> float:
-        """The strength to use: as given, or the smallest that reaches what is missing of K = 18, at least 1."""
+        """Return the given strength, or the smallest that reaches the missing part of K = 18 (at least 1)."""
         if not isinstance(strength, str):
             return strength
         shares = [share for share in self._shares if self._vector is None or not share.vectors]
@@ -227,7 +227,7 @@ class Forecast:
             rank_zero_warn(self._shortage(short, lowest))
 
     def _shortage(self, short: Sequence[_Share], lowest: str) -> str:
-        """A K below 15, with the strength that would do."""
+        """Return a warning about a K below 15, with a strength that suffices."""
         only_vectors = self._vector is not None and all(share.vectors for share in short)
         name = "vector_strength" if only_vectors else "strength"
         settings = [self._settings(share) for share in short]
@@ -256,7 +256,7 @@ class Forecast:
     # ------------------------------------------------------------------ clipping
 
     def corrected_k(self) -> float | None:
-        """The smallest K if clipping goes on to scale the pull by the mean coefficient measured so far."""
+        """Return the smallest K if clipping continues to scale the pull by the mean factor measured so far."""
         coefficient = self.clipping.mean
         if coefficient is None or self._unknown is not None or not self._curves:
             return None
@@ -268,7 +268,7 @@ class Forecast:
         return min(corrected, default=None)
 
     def warn_of_clipping(self) -> None:
-        """Warn if clipping takes K below what is lossless."""
+        """Warn if clipping lowers K below the limit for a lossless merge."""
         corrected, lowest = self.corrected_k(), self.lowest_k
         if corrected is not None and lowest is not None and corrected < LOSSLESS_K <= lowest:
             rank_zero_warn(
@@ -280,7 +280,7 @@ class Forecast:
     # ------------------------------------------------------------------ curve
 
     def measure(self, step: int, tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
-        """Measure all distances, keep them, and return what is logged.
+        """Measure and store all distances, and return the numbers to log.
 
         Args:
             step: global step.
@@ -314,19 +314,20 @@ class Forecast:
                 self.points.setdefault(name, []).append([step, value / start, self._factor(name, step)])
 
     def _factor(self, name: str, step: int) -> float:
-        """Forecast distance of a tensor at a step, relative to its start."""
+        """Return the forecast distance of a tensor at a step, relative to its start."""
         for names, steps, logs in self._curves:
             if name in names:
                 return float(math.exp(np.interp(step, steps, logs)) * self._reached.get(name, 1.0))
         return math.nan
 
     def for_layers(self, layers: Iterable[str]) -> dict[str, list[tuple[int, float, float]]]:
-        """The kernels of ``layers`` only: layer -> (step, measured, forecast)."""
+        """Return the points of the kernels of ``layers`` alone: layer -> (step, measured, forecast)."""
         kernels = {layer: self.points.get(f"{layer}.weight", []) for layer in layers}
         return {layer: [(int(s), m, f) for s, m, f in points] for layer, points in kernels.items() if points}
 
     def unfinished(self, step: int) -> str | None:
-        """What weights of ``step`` are, if that lies before the planned end; ``None`` if not, or without a forecast."""
+        """Return a noun phrase for weights of ``step`` if it lies before the planned end; ``None`` if not, or without a
+        forecast."""
         end = self.planned_end
         if end is None or step >= end:
             return None
@@ -399,7 +400,7 @@ def _shares(trainer: pl.Trainer, tensors: Sequence[ClusteredTensor]) -> list[_Sh
 
 
 def _numbers(entries: Mapping[Any, Any]) -> dict[str, float]:
-    """Name -> number, of a state; an error where it is something else."""
+    """Return name -> number from a state. Anything else is an error."""
     return {str(name): float(value) for name, value in entries.items()}
 
 
@@ -408,7 +409,7 @@ def _k(factor: float) -> float:
 
 
 def _reached(distance: float, start: float) -> float:
-    """K that a tensor has reached, 0 where nobody can say."""
+    """Return the K that a tensor has reached; 0 if unknown."""
     if distance == 0:
         return _TIED_K
     ratio = distance / start if start > 0 else 1.0
@@ -422,9 +423,9 @@ def _curve(names: list[str], factors: Sequence[float], step: int) -> _Curve:
 
 
 class ClipMeter:
-    """The factor by which gradient clipping scales the edited gradients, averaged over steps, on the device.
+    """Mean factor over steps by which gradient clipping scales the edited gradients, kept on the device.
 
-    It is read off one gradient of every step, before and after clipping; only fits that clip by norm pay for it.
+    It is measured on one gradient of every step, before and after clipping. Only fits that clip by norm measure it.
     """
 
     def __init__(self) -> None:
@@ -434,7 +435,7 @@ class ClipMeter:
         self._count = 0
 
     def watch(self, trainer: pl.Trainer) -> None:
-        """Warn about clipping, and measure it if it is by norm."""
+        """Warn about clipping by value. Measure clipping by norm."""
         if not trainer.gradient_clip_val:
             return
         if "value" in str(getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)):
@@ -451,17 +452,17 @@ class ClipMeter:
 
     @torch.no_grad()
     def before_step(self, update: CentripetalUpdate) -> None:
-        """Remember the norm of a gradient that was just edited."""
+        """Remember the norm of an edited gradient."""
         gradient = update.first_gradient() if self._active else None
         self._before = None if gradient is None else torch.linalg.vector_norm(gradient)
 
     @torch.no_grad()
     def after_step(self, update: CentripetalUpdate) -> None:
-        """Compare with the gradient that the optimizer took."""
+        """Compare it with the gradient that the optimizer used."""
         gradient = update.first_gradient() if self._before is not None else None
         if gradient is not None and self._before is not None:
             ratio = torch.linalg.vector_norm(gradient) / self._before
-            # A gradient that is not finite says nothing about clipping, and would stay in the sum for ever.
+            # A gradient that is not finite would spoil the sum for the rest of the fit.
             known = (self._before > 0) & ratio.isfinite()
             self._sum = self._sum + torch.where(known, ratio, torch.ones_like(ratio))
             self._count += 1
@@ -469,7 +470,7 @@ class ClipMeter:
 
     @property
     def mean(self) -> float | None:
-        """The mean coefficient so far, at most 1; ``None`` if nothing was measured. Synchronises."""
+        """Return the mean factor so far, at most 1; ``None`` if nothing was measured. Synchronises with the device."""
         return min(1.0, float(self._sum) / self._count) if self._count else None
 
     def release(self) -> None:
@@ -477,14 +478,14 @@ class ClipMeter:
         self._active, self._before = False, None
 
     def state(self) -> list[float]:
-        """Sum and count, for a checkpoint."""
+        """Return sum and count for a checkpoint."""
         return [float(self._sum), float(self._count)]
 
     def load(self, state: object) -> None:
         """Restore :meth:`state`.
 
         Raises:
-            TypeError: it is no list of two numbers.
+            TypeError: the state is not a list of two numbers.
         """
         if not isinstance(state, list) or len(state) != 2:
             raise TypeError(f"clip must be a list of two numbers, got {state!r}")

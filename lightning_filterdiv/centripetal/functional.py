@@ -1,7 +1,7 @@
 """The C-SGD rule: average gradients inside clusters and pull the members of a cluster together.
 
-Pure tensor functions and :class:`CentripetalUpdate`, which applies them to all tensors of a network with a number of
-kernels that depends on the number of distinct shapes only. No Lightning here.
+Pure tensor functions, and :class:`CentripetalUpdate`, which applies them to all tensors of a network. Its number of
+kernels depends only on the number of distinct shapes. No Lightning here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 
 @torch.no_grad()
 def cluster_means(rows: Tensor, clusters: Tensor) -> Tensor:
-    """``Gamma rows``: each row replaced by the mean of its cluster.
+    """Return ``Gamma rows``: each row replaced by the mean of its cluster.
 
     Args:
         rows: ``(J, ...)``, one row per filter.
@@ -56,7 +56,7 @@ def cluster_means(rows: Tensor, clusters: Tensor) -> Tensor:
 
 
 def centripetal_gradient(gradient: Tensor, weight: Tensor, clusters: Tensor, strength: float) -> Tensor:
-    """``Gamma g + eps (w - Gamma w)``, the gradient that C-SGD hands to the optimizer.
+    """Return ``Gamma g + eps (w - Gamma w)``, the gradient that C-SGD passes to the optimizer.
 
     The rule of the official code, with weight decay left to the optimizer (see the card).
 
@@ -73,13 +73,13 @@ def centripetal_gradient(gradient: Tensor, weight: Tensor, clusters: Tensor, str
 
 
 class _Batch:
-    """Tensors of one layout in a buffer, with what averages their clusters in one matrix product."""
+    """Tensors of one layout in a buffer, and the matrix that averages their clusters in one product."""
 
     def __init__(self, tensors: Sequence[ClusteredTensor], run: Run, buffer: FlatBuffer, group: dict[str, Any]) -> None:
         self.is_vector, self.group = tensors[0].is_vector, group
         clusters = [tensor.clusters for tensor in tensors]
         count = max(max(index) + 1 for index in clusters)
-        # Tensors of one group are averaged by one matrix, which then is stored once.
+        # One matrix averages all tensors of a group, so it is stored once.
         distinct = list(dict.fromkeys(clusters))
         matrices = torch.tensor(np.stack([_averaging(index, count) for index in distinct]), dtype=buffer.flat.dtype)
         self._matrices = matrices.to(buffer.flat.device)
@@ -92,21 +92,22 @@ class _Batch:
         self._members = torch.tensor(members).to(buffer.flat.device)
         rows, first = len(clusters[0]), tensors[0]
         self._view = run.rows(buffer, rows, first.dim) if first.groups == 1 else None
-        # Rows first, behind the tensors; (L, n, d) is a copy where a row is not one block of memory.
+        # Rows come after the dimension of tensors. (L, n, d) is a copy if a row is not one block of memory.
         self._stack = first.rows_first(run.stacked(buffer), 1)
         self._shape = (len(tensors), rows, self._stack.numel() // (len(tensors) * rows))
 
     def rows(self) -> Tensor:
-        """The buffer's values as ``(L, n, d)``: a view of them or a copy."""
+        """Return the buffer's values as ``(L, n, d)``, a view or a copy."""
         return self._stack.reshape(self._shape).contiguous() if self._view is None else self._view
 
     def store(self, rows: Tensor) -> None:
-        """Put ``rows`` back, unless they are the buffer's own memory."""
+        """Copy ``rows`` back, unless they are a view of the buffer."""
         if self._view is None:
             self._stack.copy_(rows.view(self._stack.shape))
 
     def means(self, rows: Tensor, out: Tensor) -> Tensor:
-        """``(L, n, d)`` cluster means in ``out``, bit-equal inside a cluster: each is computed once and copied."""
+        """Return ``(L, n, d)`` cluster means in ``out``. They are bit-equal inside a cluster: each is computed once and
+        copied."""
         means = torch.bmm(self._matrices, rows).flatten(0, 1)
         torch.index_select(means, 0, self._members, out=out.view(-1, self._shape[2]))
         return out
@@ -131,23 +132,23 @@ class _Clusters(Bank):
 
     @property
     def other(self) -> FlatBuffer:
-        """A second buffer, laid out as :attr:`values`."""
+        """Return a second buffer with the layout of :attr:`values`."""
         if self._other is None:
             self._other = self.buffer()
         return self._other
 
     def keep_finite(self, originals: Tensor) -> None:
-        """Put ``originals`` back where the edited values are not finite; :attr:`other` is overwritten.
+        """Restore ``originals`` where the edited values are not finite. :attr:`other` is overwritten.
 
-        The product that averages clusters multiplies by zeros, and ``0 * inf`` is NaN: one broken number would reach
-        the same entry of every filter of its layer.
+        The product that averages clusters multiplies by zeros, and ``0 * inf`` is NaN. Without this, one infinite
+        number would reach the same entry of every filter of its layer.
         """
         values = self.values.flat
         difference = torch.sub(values, values, out=self.other.flat)
         torch.where(difference == 0, values, originals, out=values)
 
     def pull(self, members: Sequence[int] | None, strength: float, vector_strength: float) -> Tensor:
-        """``eps w`` of ``members``, laid out as :attr:`values`; ``None``: of all."""
+        """Return ``eps w`` of ``members`` in the layout of :attr:`values`; ``None``: of all."""
         self.other.read(self.tensors if members is None else [self.tensors[i] for i in members], members)
         pull = self.other.flat
         if strength == vector_strength:
@@ -158,7 +159,7 @@ class _Clusters(Bank):
 
 
 def _averaging(clusters: Sequence[int], count: int) -> npt.NDArray[np.float64]:
-    """(count, n): row ``c`` averages the members of cluster ``c``."""
+    """Return a (count, n) matrix whose row ``c`` averages the members of cluster ``c``."""
     index = np.array(clusters)
     matrix = np.zeros((count, len(index)))
     matrix[index, np.arange(len(index))] = 1 / np.bincount(index, minlength=count)[index]
@@ -168,16 +169,16 @@ def _averaging(clusters: Sequence[int], count: int) -> npt.NDArray[np.float64]:
 class CentripetalUpdate:
     """C-SGD for the parameters of one optimizer, batched by shape; gradients are edited in place.
 
-    For ``torch.optim.SGD`` (momentum, Nesterov, weight decay) the pull goes into the gradient and the rule is exact.
+    For ``torch.optim.SGD`` (momentum, Nesterov, weight decay) the pull is part of the gradient and the rule is exact.
     For every other optimizer the gradient is averaged before the step and the pull follows it, ``w -= lr * eps * (w -
-    Gamma w)``: a term in the gradient would be rescaled by the optimizer.
+    Gamma w)``, because such an optimizer would rescale a term in the gradient.
 
     Protocol, once per step: :meth:`before_step` when gradients are final, the optimizer's step, :meth:`after_step`. A
-    parameter without gradient is skipped. Where a gradient (or weight) is not finite, that entry of its layer's filters
-    is not averaged in this step: a NaN stays in its own filter.
+    parameter without gradient is skipped. If an entry of a gradient or weight is not finite, this entry is not averaged
+    over the filters of its layer in this step. A NaN therefore stays in its own filter.
 
     Args:
-        tensors: what is clustered, from :func:`~lightning_filterdiv.narrowing.clusters.clustered_tensors`; those that
+        tensors: clustered tensors, from :func:`~lightning_filterdiv.narrowing.clusters.clustered_tensors`. Those that
             the optimizer does not own are ignored.
         optimizer: the optimizer that makes the steps.
         strength: eps for kernels.
@@ -210,7 +211,7 @@ class CentripetalUpdate:
             group = id(groups[id(p)]) if self.decoupled else None
             return p.shape, p.stride(), tensor.dim, tensor.groups, group
 
-        # What is sent to the device is sent here, not in a step.
+        # All copies to the device happen here, none in a step.
         self._banks = [
             _Clusters(group_by(alike, layout), groups)
             for alike in group_by(self.tensors, lambda t: (t.parameter.dtype, t.parameter.device))
@@ -251,7 +252,7 @@ class CentripetalUpdate:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Pull the members together, where the pull is not part of the gradient; a skipped fused step is none."""
+        """Pull the members together if the pull is not part of the gradient. A skipped fused step is ignored."""
         stepping, self._stepping = self._stepping, []
         if not self.decoupled:
             return
@@ -272,7 +273,7 @@ class CentripetalUpdate:
             bank.values.write(parameters, members)
 
     def first_gradient(self) -> Tensor | None:
-        """One of the gradients of the step under way; ``None`` outside a step."""
+        """Return one gradient of the step in progress; ``None`` outside a step."""
         if not self._stepping:
             return None
         bank, members = self._stepping[0]
@@ -280,7 +281,7 @@ class CentripetalUpdate:
 
     @torch.no_grad()
     def equalise_state(self) -> None:
-        """Average the optimizer's state inside clusters, once at the start: the rule needs equal state there.
+        """Average the optimizer's state inside clusters, once at the start. The rule needs equal state in a cluster.
 
         Raises:
             ValueError: the optimizer keeps state that is not element-wise.
@@ -300,9 +301,9 @@ def equalise(values: Tensor, tensor: ClusteredTensor) -> None:
 
 @torch.no_grad()
 def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[float, float]]:
-    """Tensor name -> (``|w - Gamma w|``, ``|w|``), Frobenius norms in float32 or wider. Synchronises once.
+    """Return tensor name -> (``|w - Gamma w|``, ``|w|``), Frobenius norms in float32 or wider. Synchronises once.
 
-    They are NaN for a tensor that is not finite, and exact for weights whose squares under- or overflow.
+    They are NaN for a tensor that is not finite. They are exact even if squares of the weights under- or overflow.
     """
     measured: list[Tensor] = []
     for tensor in tensors:
@@ -314,17 +315,17 @@ def cluster_distances(tensors: Sequence[ClusteredTensor]) -> dict[str, tuple[flo
         measured.append(torch.stack([torch.linalg.vector_norm(off), torch.linalg.vector_norm(wide), peak]).double())
     if not measured:
         return {}
-    measures = torch.stack(measured).tolist()  # multiplied on the host: a norm of large numbers may not fit float32
+    measures = torch.stack(measured).tolist()  # multiplied on the host: a norm of large numbers may overflow float32
     return {t.name: (off * peak, norm * peak) for t, (off, norm, peak) in zip(tensors, measures, strict=True)}
 
 
 def relative(off: float, norm: float) -> float:
-    """``off / norm``; 0 where both are, NaN where either is."""
+    """Return ``off / norm``: 0 if both are 0, NaN if either is NaN."""
     return off / norm if norm else off
 
 
 def relative_deviations(tensors: Sequence[ClusteredTensor]) -> dict[str, float]:
-    """Tensor name -> ``|w - Gamma w| / |w|``, 0 where all members are equal, NaN where one is not finite.
+    """Return tensor name -> ``|w - Gamma w| / |w|``: 0 if all members are equal, NaN if an entry is not finite.
 
     Synchronises once.
     """

@@ -1,8 +1,8 @@
-"""How far the members of a cluster will have come together when the fit ends.
+"""Recursion for the distance inside a cluster at the end of a fit.
 
-Under SGD the deviation of a filter from its cluster's mean obeys, whatever the loss, exactly the scalar recursion of
-the same optimizer on the gradient ``(eps + eta) w``: learning-rate schedule, momentum, dampening and Nesterov included.
-``exp(-K)`` with ``K = (eps + eta) / (1 - mu) * sum of lr`` is its limit for small steps.
+Under SGD the deviation of a filter from its cluster's mean is independent of the loss. It follows exactly the scalar
+recursion of the same optimizer on the gradient ``(eps + eta) w``, with learning-rate schedule, momentum, dampening and
+Nesterov. Its limit for small steps is ``exp(-K)`` with ``K = (eps + eta) / (1 - mu) * sum of lr``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = [
     "steps_until",
 ]
 
-#: A merge is called lossless when the deviation of every tensor shrinks by exp(-15) or more (ours).
+#: K from which we call a merge lossless: the deviation of every tensor shrinks by exp(-15) or more.
 LOSSLESS_K = 15.0
-#: What ``strength="auto"`` aims at.
+#: K that ``strength="auto"`` aims at.
 TARGET_K = 18.0
 _GRID = 96
 Floats = npt.NDArray[np.float64]
 
 
 class Solution(NamedTuple):
-    """A strength and the K that the recursion gives for it; ``reached`` says whether K is at least the target."""
+    """A strength and its K by the recursion. ``reached`` is true if K is at least the target."""
 
     strength: float
     k: float
@@ -44,10 +44,11 @@ class Solution(NamedTuple):
 
 
 def deviation_factors(settings: Sequence[StepSettings], strength: float, *, decoupled: bool = False) -> list[float]:
-    """Deviation inside a cluster after 0, 1, ..., n steps, as a multiple of that at the start (it may change sign).
+    """Return the deviation inside a cluster after 0, 1, ..., n steps, as a multiple of the first one (it may change
+    sign).
 
     Args:
-        settings: of the tensor's parameter group, one per step.
+        settings: settings of the tensor's parameter group, one per step.
         strength: eps, the centripetal strength.
         decoupled: the pull follows the step of an optimizer that is not SGD, ``w -= lr * eps * (w - Gamma w)``.
     """
@@ -56,13 +57,14 @@ def deviation_factors(settings: Sequence[StepSettings], strength: float, *, deco
 
 
 def reached_k(settings: Sequence[StepSettings], strength: float, *, decoupled: bool = False) -> float:
-    """``-ln`` of the size of the last of :func:`deviation_factors`; infinite where it is exactly zero."""
+    """Return ``-ln`` of the absolute value of the last of :func:`deviation_factors`; infinity if that is exactly
+    zero."""
     last = abs(deviation_factors(settings, strength, decoupled=decoupled)[-1])
     return -math.log(last) if last > 0 else math.inf
 
 
 def _simulate(settings: Sequence[StepSettings], strengths: Floats, decoupled: bool) -> list[Floats]:
-    """(S,) deviations after every step, for S strengths at once."""
+    """Return ``(S,)`` deviations after every step, for S strengths at once."""
     deviation = np.ones_like(strengths)
     buffer: Floats | None = None
     path = [deviation]
@@ -82,7 +84,8 @@ def _simulate(settings: Sequence[StepSettings], strengths: Floats, decoupled: bo
 
 
 def _envelope(groups: Sequence[Sequence[StepSettings]], strengths: Floats, decoupled: bool) -> Floats:
-    """(S,) the smallest K of all groups, from the largest deviation near the end: a zero crossing does not count."""
+    """Return ``(S,)`` smallest K of all groups, from the largest deviation near the end, so that a zero crossing does
+    not count."""
     worst = np.full(strengths.shape, np.inf)
     for settings in groups:
         window = min(20, len(settings) // 100) + 1
@@ -95,10 +98,10 @@ def _envelope(groups: Sequence[Sequence[StepSettings]], strengths: Floats, decou
 def solve_strength(
     groups: Sequence[Sequence[StepSettings]], target: float = TARGET_K, *, decoupled: bool = False
 ) -> Solution:
-    """The smallest strength whose recursion reaches ``K = target`` in every group.
+    """Find the smallest strength whose recursion reaches ``K = target`` in every group.
 
     Above ``lr * (eps + eta) = (1 - sqrt(mu))^2`` momentum makes the deviation oscillate; heavy-ball momentum then
-    shrinks it by about ``sqrt(mu)`` a step at most, whatever the strength, so that a short fit may have no solution.
+    shrinks it by at most about ``sqrt(mu)`` a step for every strength, so that a short fit may have no solution.
     Nesterov's shrinks it by ``sqrt(mu * (1 - lr * (eps + eta)))``, so that a strength near ``1 / lr`` ties clusters
     almost at once.
 
@@ -111,14 +114,15 @@ def solve_strength(
         The solution, or, with ``reached=False``, the smallest strength that comes within 2 % of the best K.
 
     Raises:
-        ValueError: there is no step left, or every learning rate is zero.
+        ValueError: no step remains, or every learning rate is zero.
     """
     groups = list(dict.fromkeys(tuple(settings) for settings in groups))
     rates = [sum(at.lr for at in settings) for settings in groups]
     if not rates or min(rates) <= 0:
         raise ValueError("no learning rate is left in this fit: nothing can pull filters together. Train for longer")
     highest = max(at.lr for settings in groups for at in settings)
-    # The small-step limit, from well below (weight decay helps) up to where every optimizer diverges.
+    # Range around the small-step limit: from well below it (weight decay helps) to strengths at which every optimizer
+    # diverges.
     lowest = min(target * (1 - max(at.momentum for at in s)) / r for s, r in zip(groups, rates, strict=True))
     strengths: Floats = np.geomspace(1e-2 * lowest, max(4 / highest, 2 * lowest), _GRID)
     for _ in range(3):
@@ -134,7 +138,7 @@ def solve_strength(
 
 
 def safe_strength(now: Sequence[StepSettings], *, decoupled: bool = False) -> float:
-    """A strength for fits whose schedule nobody knows: the fastest that does not oscillate, at most 1 % a step.
+    """Return a strength for fits of unknown schedule: the fastest that does not oscillate, at most 1 % a step.
 
     Args:
         now: current settings of the parameter groups.
@@ -151,7 +155,8 @@ def safe_strength(now: Sequence[StepSettings], *, decoupled: bool = False) -> fl
 def steps_until(
     groups: Sequence[Sequence[StepSettings]], strength: float, target: float = TARGET_K, *, decoupled: bool = False
 ) -> int:
-    """Number of steps after which ``strength`` reaches ``K = target``, with the same schedule stretched over them.
+    """Return the number of steps after which ``strength`` reaches ``K = target``, with the schedule stretched over
+    them.
 
     Args:
         groups: settings of the parameter groups that hold clustered tensors, step by step.
@@ -160,7 +165,7 @@ def steps_until(
         decoupled: see :func:`deviation_factors`.
 
     Raises:
-        ValueError: there is no step, or every learning rate is zero.
+        ValueError: there are no steps, or every learning rate is zero.
     """
     groups = list(dict.fromkeys(tuple(settings) for settings in groups))
     rates = [sum(at.lr for at in settings) for settings in groups]
@@ -173,7 +178,7 @@ def steps_until(
         stretched = [[settings[min(i, len(settings) - 1)] for i in places] for settings in groups]
         return float(_envelope(stretched, np.array([strength]), decoupled)[0])
 
-    # K grows in proportion to the number of steps, but for momentum, which has to build up.
+    # K is proportional to the number of steps, except for the first steps, in which momentum builds up.
     length = steps
     for _ in range(8):
         k = reaches(length)

@@ -1,4 +1,4 @@
-"""Which groups of channels a fit squeezes, and why the others stay as they are."""
+"""Choose the groups of channels that a fit squeezes, with reasons for the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_usable(optimizers: Sequence[Optimizer], layers: Mapping[str, Conv]) ->
     """Refuse optimizers and precisions under which members of a cluster would not become equal.
 
     Raises:
-        MisconfigurationException: naming the optimizer or the layer, and the way out.
+        MisconfigurationException: it names the optimizer or the layer, and the fix.
     """
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
@@ -46,16 +46,16 @@ def check_usable(optimizers: Sequence[Optimizer], layers: Mapping[str, Conv]) ->
 def choose_groups(
     model: nn.Module, graph: ChannelGraph, layers: Mapping[str, Conv], owned: Collection[int]
 ) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
-    """Groups whose convolutions are all among ``layers`` and whose tensors are all trained.
+    """Return the groups whose convolutions are all among ``layers`` and whose tensors are all trained.
 
     Args:
-        model: the module whose names ``graph`` and ``layers`` use.
+        model: module whose names ``graph`` and ``layers`` use.
         graph: its channel graph.
         layers: chosen convolutions.
         owned: ``id`` of every parameter that some optimizer updates.
 
     Returns:
-        Group name -> group, and layer name -> why (some of) its channels stay as they are.
+        Group name -> group, and layer name -> reason why (some of) its channels stay.
     """
     tensors = named_tensors(model)
     convolutions = {canonical_name(name) for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}

@@ -1,4 +1,5 @@
-"""Which tensors belong to channel j of a layer, and who consumes it: traced, exact, fail-closed."""
+"""Find the tensors that belong to channel j of a layer and the layers that read it, by tracing, exactly or not at
+all."""
 
 from .answers import ChannelGroup, ConsumerColumns, Operation, TensorRows
 from .errors import ChannelGraphError, ExampleInputsError, NarrowingError, StaleGraphError, TraceError

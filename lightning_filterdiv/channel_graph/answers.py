@@ -1,4 +1,4 @@
-"""What a trace found out, and the questions that it answers. Nothing here traces, narrows or computes."""
+"""Results of a trace, and answers to questions about channels. Nothing here traces, narrows or computes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS: tuple[Kind, ...] = ("filter", "member", "consumer", "counted")
 
 
 def layer_of(tensor: str) -> str:
-    """The layer that a tensor belongs to: of ``conv.parametrizations.weight.original1`` it is ``conv``."""
+    """Return the layer that a tensor belongs to: ``conv`` for ``conv.parametrizations.weight.original1``."""
     return tensor.partition(".parametrizations.")[0] if ".parametrizations." in tensor else tensor.rpartition(".")[0]
 
 
@@ -66,13 +66,13 @@ class TensorRows:
     groups: int = 1
 
     def entries(self, tensor: Tensor) -> Tensor:
-        """(size, k, ...) the rows of ``tensor``, as a copy."""
+        """Return the ``(size, k, ...)`` rows of ``tensor`` as a copy."""
         first = rows_first(tensor, self.dim, self.groups)
         return first[self.rows.to(tensor.device)]
 
 
 def rows_first(tensor: Tensor, dim: int, groups: int = 1) -> Tensor:
-    """``tensor`` with what rows number as dimension 0: a view, or with ``groups`` above 1 a copy."""
+    """Return ``tensor`` with the dimension of rows in front: a view, or with ``groups`` above 1 a copy."""
     return tensor.movedim(dim, 0) if groups == 1 else tensor.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
@@ -109,23 +109,23 @@ class ChannelGroup:
 
     @property
     def block_count(self) -> int:
-        """Number of blocks, 1 without any."""
+        """Number of blocks; 1 if there are none."""
         return 1 if self.blocks is None else int(self.blocks.max()) + 1
 
     def members(self) -> list[Tensor]:
-        """The channels of each block, ascending."""
+        """Return the channels of each block, ascending."""
         if self.blocks is None:
             return [torch.arange(self.size)]
         return list(self.blocks.argsort(stable=True).split(self.size // self.block_count))
 
     def rounded(self, count: int) -> int:
-        """The number nearest to ``count`` that keeps equally many channels, at least one, in every block."""
+        """Return the number nearest to ``count`` that keeps equally many channels, at least one, in every block."""
         blocks = self.block_count
         return min(self.size, max(1, (2 * count + blocks) // (2 * blocks)) * blocks)
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Those of ``layers`` that write the channel; the others act on it depthwise."""
+        """Layers that write the channel. The others act on it depthwise."""
         writers = {layer_of(part.tensor) for part in self.parts if part.kind == "filter"}
         return tuple(layer for layer in self.layers if layer in writers)
 
@@ -144,7 +144,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Table:
-    """Every row of every tensor that some channel owns, as parallel arrays sorted by channel, then by key."""
+    """All rows of tensors that channels own, as parallel arrays sorted by channel, then by key."""
 
     tensors: tuple[str, ...]
     root: Ints
@@ -160,7 +160,8 @@ class Table:
         return np.flatnonzero(np.r_[True, np.diff(self.root) != 0][: len(self.root)])
 
     def signatures(self) -> Ints:
-        """A hash per channel of what it is made of, rows apart: equal for channels that may be clustered."""
+        """Return a hash per channel of its tensors, without row numbers. It is equal for channels that may be
+        clustered."""
         if not len(self.root):
             return self.root
         starts = self.starts
@@ -169,7 +170,7 @@ class Table:
             return np.add.reduceat(mix(self.kind, self.tensor, self.dim, self.key, position), starts)
 
     def kinds(self) -> dict[int, int]:
-        """Channel -> hash of what it is made of, the same for interchangeable channels and in a narrowed network."""
+        """Return channel -> hash of its tensors, equal for interchangeable channels and in a narrowed network."""
         if not len(self.root):
             return {}
         with np.errstate(over="ignore"):
@@ -207,7 +208,7 @@ class MapSite:
 
 
 class NormSite(NamedTuple):
-    """A norm over channels: the module that weighs its channels where clusters are unequal."""
+    """A norm over channels, whose module must weigh its channels if clusters are unequal."""
 
     form: tuple[type[CountedNorm], dict[str, Any]]  # class and options, see :func:`counted.counted_form`
     size: int
@@ -247,7 +248,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class FilterRegion:
-    """What the trace recorded about the filters of one layer before channels were joined."""
+    """Facts about the filters of one layer, recorded before channels were joined."""
 
     count: int
     silence: tuple[tuple[str, Ints, Ints], ...]  # tensor, rows, filters
@@ -262,12 +263,12 @@ class ChannelAnswers:
         network: canonical name of the traced submodule, empty for the whole model.
         map_sites: submodules that move channels, which narrowing wraps.
         norms: norms over channels, by the name of their module.
-        counted_sizes: norm or reduction over channels -> how many channels it counts.
+        counted_sizes: norm or reduction over channels -> number of channels that it counts.
         constrained: sets of channels whose counts a forward body ties together.
         table: every row of every tensor that some channel owns.
-        read_values: where forward read the values of tensors, empty if it did not.
-        output_shapes: of the traced outputs.
-        stacked: channels lie along stacked branches somewhere, in an order that forward's numbers decide.
+        read_values: place at which forward read the values of tensors; empty if it did not.
+        output_shapes: output shapes of the traced outputs.
+        stacked: some channels lie along stacked branches, in an order that numbers in forward decide.
         recording: the record and its labels, which graph forms are written from.
     """
 
@@ -309,7 +310,7 @@ class ChannelAnswers:
         """Pin the filters of groups.
 
         Args:
-            groups: name of a group -> why nobody can narrow it.
+            groups: name of a group -> reason why it cannot be narrowed.
         """
         rows: dict[tuple[str, str], list[int]] = {}
         for group in self._groups:
@@ -323,7 +324,7 @@ class ChannelAnswers:
             self._pinned[layer] = f"{before}{some}{reason}"
 
     def moved_by(self, group: ChannelGroup) -> str:
-        """The last data movement in forward that knows how many channels the group has."""
+        """Return the last data movement in forward that depends on the number of channels of the group."""
         return self._body_moves.get(int(group.channels[0]), "a number in forward")
 
     def rebind(self, model: nn.Module) -> None:
@@ -344,11 +345,11 @@ class ChannelAnswers:
 
     @property
     def current(self) -> bool:
-        """Whether the traced network still has the structure that was traced."""
+        """True if the traced network still has its structure."""
         return structure(self._model) == self._structure
 
     def _check(self) -> None:
-        """Raise if the model is not what was traced."""
+        """Raise an error if the structure of the model has changed."""
         now = structure(self._model)
         if now != self._structure:
             names = [n for n in {**self._structure, **now} if self._structure.get(n) != now.get(n)]
@@ -365,7 +366,7 @@ class ChannelAnswers:
 
     @property
     def pinned(self) -> dict[str, str]:
-        """Layer -> why (some of) its filters must stay as they are."""
+        """Layer -> reason why (some of) its filters must stay as they are."""
         self._check()
         return dict(self._pinned)
 
@@ -376,7 +377,7 @@ class ChannelAnswers:
         return list(self._regions)
 
     def why_absent(self, layer: str) -> str:
-        """Why ``layer``, a convolution that is not among :attr:`layers`, is not."""
+        """Return why a convolution is not among :attr:`layers`."""
         if layer in self._pinned:
             return self._pinned[layer]
         if layer in self._regions:
@@ -406,12 +407,12 @@ class ChannelAnswers:
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the trace, as given."""
+        """Arguments of the trace as given, (args, kwargs)."""
         return self._arguments
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the trace; floating tensors are on ``meta`` (shape only)."""
+        """Arguments of the trace, (args, kwargs), with floating tensors on ``meta`` (shape only)."""
 
         def shape_only(leaf: Any) -> Any:
             return leaf.to("meta") if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -419,12 +420,13 @@ class ChannelAnswers:
         return cast(tuple[tuple[Any, ...], dict[str, Any]], tree_map(shape_only, self._arguments))
 
     def consumers_of(self, layer: str) -> tuple[str, ...]:
-        """Layers that read a channel ``layer`` writes into (also through sums)."""
+        """Return the layers that read a channel of ``layer``, also through sums."""
         self._region(layer)
         return self._consumers[layer]
 
     def coupled(self, layer: str) -> tuple[str, ...]:
-        """Other layers that share a channel with ``layer``: they write into the same sum, or act on it depthwise."""
+        """Return other layers that share a channel with ``layer``: they write into the same sum, or act on it
+        depthwise."""
         self._region(layer)
         return self._coupled[layer]
 
@@ -433,11 +435,11 @@ class ChannelAnswers:
         return self._region(layer).count
 
     def row_dim(self, tensor: str) -> int:
-        """The dimension of ``tensor`` that filters index: 0, but 1 for the weight of a transposed convolution."""
+        """Return the dimension of ``tensor`` that filters index: 0, or 1 for the weight of a transposed convolution."""
         return self._row_dims.get(tensor, 0)
 
     def private(self, layer: str, filters: Tensor | None = None) -> list[tuple[str, Tensor]] | str:
-        """What to set to zero (and hold) so that filters of ``layer`` contribute exactly nothing.
+        """Return the tensor rows to set to zero (and hold) so that filters of ``layer`` contribute exactly nothing.
 
         Args:
             layer: canonical name of a convolution or linear layer.
@@ -445,8 +447,8 @@ class ChannelAnswers:
 
         Returns:
             List of (tensor name, rows): the weight, the bias, and every per-channel tensor up to the first join or
-            dense consumer. Rows are in the order of ``filters``; they index :meth:`row_dim` of the tensor. A string
-            instead says why this is not possible.
+            dense consumer. Rows are in the order of ``filters``; they index :meth:`row_dim` of the tensor. Or a string
+            with the reason why this is impossible.
         """
         region = self._region(layer)
         if region.count == 0:
@@ -475,7 +477,7 @@ class ChannelAnswers:
         return entries
 
     def consumer_columns(self, layer: str) -> tuple[ConsumerColumns, ...]:
-        """Columns of later layers that read filters of ``layer`` and nothing else (not behind a sum)."""
+        """Return the columns of later layers that read only filters of ``layer`` (not behind a sum)."""
         return self._region(layer).columns
 
     def _region(self, layer: str) -> FilterRegion:
@@ -486,7 +488,7 @@ class ChannelAnswers:
 
 
 def ranges(rows: Iterable[int]) -> str:
-    """``0-3, 7`` for [0, 1, 2, 3, 7]."""
+    """Return ranges as text: ``0-3, 7`` for [0, 1, 2, 3, 7]."""
     parts: list[list[int]] = []
     for row in rows:
         if parts and row == parts[-1][1] + 1:
@@ -497,7 +499,7 @@ def ranges(rows: Iterable[int]) -> str:
 
 
 def _by_occurrence(owners: Ints) -> list[Ints]:
-    """Positions of the first, second, ... appearance of each owner."""
+    """Return the positions of the first, second, ... appearance of each owner."""
     seen: dict[int, int] = {}
     ranks: list[list[int]] = []
     for position, owner in enumerate(owners.tolist()):

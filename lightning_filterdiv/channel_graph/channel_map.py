@@ -1,4 +1,4 @@
-"""A submodule that moves channels, kept working at another width by index arithmetic around it."""
+"""Run a submodule that moves channels at another width, by index arithmetic around it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ __all__ = ["ChannelMap"]
 
 
 class ChannelMap(nn.Module):
-    """``inner`` between two channel selections: widen to the width it was written for, run it, keep what is left.
+    """Run ``inner`` between two channel selections: widen the input to its original width, run, and select the kept
+    channels.
 
-    Stands for a parameter-free submodule whose forward fixes channel counts (a zero-pad shortcut, a channel shuffle).
-    Widening repeats each merged channel, so that ``inner`` sees exactly the channels of the tied original.
+    It replaces a parameter-free submodule whose forward fixes numbers of channels (a zero-pad shortcut, a channel
+    shuffle). Widening repeats each merged channel, so that ``inner`` gets exactly the channels of the tied original.
 
     Args:
         inner: the original submodule.
@@ -41,7 +42,7 @@ class ChannelMap(nn.Module):
         return output if self.keep is None else output.index_select(1, self.keep)
 
     def narrowed(self, expand: Tensor | None, keep: Tensor | None) -> ChannelMap:
-        """This map after a further narrowing of its input and output: the selections are composed."""
+        """Return this map after a further narrowing of its input and output, with composed selections."""
         return ChannelMap(self.inner, _compose(self.expand, expand, first=False), _compose(self.keep, keep, first=True))
 
     def extra_repr(self) -> str:

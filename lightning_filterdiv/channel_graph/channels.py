@@ -1,4 +1,4 @@
-"""From events on labels to channels, groups of interchangeable channels, and the reasons of pinned ones."""
+"""Derive channels from events on labels: groups of interchangeable channels, and reasons of pinned ones."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def couple_shared_rows(state: Propagation) -> None:
 
 
 def linked_ranks(state: Propagation) -> dict[str, Ints]:
-    """Where several filters (entries) of a tensor belong to one channel: the number of each in its channel.
+    """Number the filters (entries) of a tensor that belong to one channel.
 
     Keys are those of :attr:`Propagation.owners`. Another run with these numbers tells the filters of a channel apart,
     so that filter k of one channel is the counterpart of filter k of another only if the network treats them alike.
@@ -105,7 +105,7 @@ def linked_ranks(state: Propagation) -> dict[str, Ints]:
 
 
 def channel_table(state: Propagation) -> Table:
-    """All events, by channel. Calls that share a tensor count once per row."""
+    """Return all events by channel. Calls that share a tensor count once per row."""
     table = state.table
     names: dict[str, int] = {}
     blocks: list[list[Ints]] = []
@@ -178,14 +178,15 @@ def groups_of(
     constrained: set[int],
     grouped: Mapping[str, Grouped],
 ) -> tuple[list[ChannelGroup], dict[int, str]]:
-    """Channels with equal signatures, in order of execution; and channels that cannot be narrowed -> why.
+    """Return groups of channels with equal signatures, in order of execution, and channels that cannot be narrowed ->
+    reason.
 
     Args:
         table: all rows of all channels.
         pinned: roots of pinned channels.
         order: layer names in order of execution.
         layer_tensors: weights of convolutions and linear layers.
-        constrained: channels whose counts a forward body fixes: there a group is a run of consecutive filters.
+        constrained: channels whose number a forward body fixes. Their groups are runs of consecutive filters.
         grouped: blocks of tensors that read or write channels block by block.
     """
     position = {layer: i for i, layer in enumerate(order)}
@@ -232,7 +233,8 @@ def groups_of(
 
 
 def _follow(rows: Tensor) -> Tensor:
-    """(size - 1,) whether the filters of the next channel follow those of a channel: each of them, or all at once."""
+    """Return a ``(size - 1,)`` mask: the filters of the next channel follow those of a channel, each of them or all at
+    once."""
     rows = rows.sort(dim=1).values
     steps, each = rows.diff(dim=0), rows.shape[1]
     whole = (rows[1:, -1] - rows[1:, 0] == each - 1) & (rows[:-1, -1] - rows[:-1, 0] == each - 1)
@@ -256,7 +258,7 @@ def _by_unequal_blocks(parts: Sequence[TensorRows], run: Tensor, grouped: Mappin
 
 
 def _blocks_of(parts: Sequence[TensorRows], grouped: Mapping[str, Grouped]) -> Tensor | str | None:
-    """The block of each channel; None where there are none; or why not every block can lose equally many."""
+    """Return the block of each channel, None without blocks, or the reason why blocks cannot lose equally many."""
     several = next((p for p in parts if p.kind == "filter" and len(p.rows) == 1 < p.rows.numel()), None)
     if several is not None:
         return f"{several.rows.numel()} filters of {layer_of(several.tensor)} meet in one channel"

@@ -1,9 +1,9 @@
-"""Norms over channels of unequal weight: what a norm becomes when clusters of unequal sizes are merged.
+"""Norms over channels of unequal weight, for networks in which clusters of unequal sizes are merged.
 
 Reductions that forward makes itself (``x.mean(1)``) become :class:`CountedReduction` in its graph form.
 
-A norm over N channels, of which clusters of n_c equal ones are merged, has the mean ``sum n_c x_c / N``. Where all
-clusters are equally large the plain norm computes just that; elsewhere one of the modules here takes its place.
+A norm over N channels, of which clusters of n_c equal ones are merged, has the mean ``sum n_c x_c / N``. If all
+clusters are equally large the plain norm computes the same. Otherwise one of these modules replaces it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class CountedNorm(nn.Module):
         return {"eps": self.eps, "dim": self.dim, "groups": self.groups}
 
     def extra_repr(self) -> str:
-        """Channels, and those that they stand for."""
+        """Return the number of channels, and of the original ones."""
         parts = [f"{len(self.counts)} for {int(self.counts.sum())}" if not self.counts.is_meta else "counts on meta"]
         parts += [f"eps={self.eps}", f"dim={self.dim}"] + ([f"groups={self.groups}"] if self.groups > 1 else [])
         return ", ".join(parts)
@@ -88,12 +88,12 @@ class CountedNorm(nn.Module):
 
 
 def _wide(input: Tensor) -> Tensor:
-    """Half precision has too few digits for sums over channels."""
+    """Return the input in float32 or wider, because half precision has too few digits for sums over channels."""
     return input if input.dtype == torch.float64 else input.float()
 
 
 class CountedLayerNorm(CountedNorm):
-    """Layer norm over one dimension, each channel counted as often as ``counts`` says.
+    """Layer norm over one dimension, with each channel counted ``counts`` times.
 
     Shape: ``(*, C, *)`` with C at ``dim``, unchanged.
     """
@@ -180,7 +180,7 @@ class CountedResponseNorm(CountedNorm):
 
 
 class CountedReduction(CountedNorm):
-    """A reduction over channels, each counted as often as ``counts`` says; 0: not at all.
+    """Reduction over channels, with each channel counted ``counts`` times, which may be 0.
 
     Args:
         counts: (C,) integers.
@@ -206,7 +206,7 @@ class CountedReduction(CountedNorm):
 
     @staticmethod
     def plain(kind: str, counts: Tensor) -> bool:
-        """Whether the operator itself does the same with one channel for each of ``counts``."""
+        """True if the plain operator gives the same result with one channel for each of ``counts``."""
         if kind in ("amax", "amin"):
             return bool((counts > 0).all())
         return bool((counts == (counts[0] if kind == "mean" else 1)).all())
@@ -247,13 +247,13 @@ COUNTED: dict[str, type[CountedNorm]] = {
 
 @torch.no_grad()
 def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[type[CountedNorm], dict[str, Any]] | None:
-    """The class that computes what ``module`` does where all counts are one, and its options; None if there is none.
+    """Return the class that equals ``module`` if all counts are one, and its options; None if there is none.
 
-    It is found by comparing the two on numbers: whatever else a subclass does in its forward is noticed.
+    It is found by comparing both on numbers, so that anything else in a subclass's forward is noticed.
 
     Args:
         module: a module without children.
-        shape: of its input.
+        shape: shape of its input.
         dim: the dimension of channels in it.
     """
     if isinstance(module, CountedNorm):

@@ -1,9 +1,8 @@
-"""What forward decides on values: recorded in one run, taken over in another.
+"""Decisions of forward on values: recorded in one run and reused in another.
 
-A sort, an ``argmax``, a threshold or non-maximum suppression turns the last bit of a floating number into another
-choice. Two networks that agree up to rounding may then return other boxes, or another number of them. So that they can
-be compared, the second one takes over the decisions of the first, and the numbers that each decision rests on are
-compared instead.
+In a sort, an ``argmax``, a threshold or non-maximum suppression, the last bit of a floating number may change a choice.
+Two networks that agree up to rounding may then return different boxes, or different numbers of boxes. For a comparison,
+the second network takes over the decisions of the first, and the numbers behind each decision are compared.
 """
 
 from __future__ import annotations
@@ -79,11 +78,11 @@ class RecordDecisions(TorchDispatchMode):
 
 
 class FollowDecisions(TorchDispatchMode):
-    """Takes over recorded decisions, in order, as long as the same operators decide on tensors of the same shapes.
+    """Reuse recorded decisions in order, as long as the same operators decide on tensors of the same shapes.
 
     Attributes:
-        difference: largest relative difference of the numbers that a decision rests on.
-        taken: the decisions that were taken over, with the numbers that they rest on here.
+        difference: largest relative difference of the numbers behind decisions.
+        taken: the reused decisions, with the numbers behind them in this run.
     """
 
     def __init__(self, decisions: list[Decision]) -> None:
@@ -101,7 +100,7 @@ class FollowDecisions(TorchDispatchMode):
             return result
         decision = next(self._left, None)
         if decision is None or decision.operator != str(func):
-            self._follows = False  # another way through forward: what comes out is compared as it is
+            self._follows = False  # another path through forward: outputs are compared as they are
             return result
         if [t.shape for t in decision.numbers] != [t.shape for t in read]:
             return result  # channels that were narrowed

@@ -1,4 +1,4 @@
-"""A channel graph as a table for people."""
+"""Text table of a channel graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ __all__ = ["describe"]
 
 
 def describe(graph: ChannelAnswers) -> str:
-    """One line per group (size, coupled layers, members, consumers), then one per pinned layer with its reason."""
+    """Return one line per group (size, coupled layers, members, consumers), then one per pinned layer with its
+    reason."""
     rows = [("group", "channels", "layers", "also narrowed", "read by")]
     for group in graph.groups:
         others = dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Errors of the channel graph. Each message names the layer or submodule at fault and what to do about it."""
+"""Errors of the channel graph. Each message names the layer or submodule and the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
 
 
 class ChannelGraphError(ValueError):
-    """Base class: a question about channels that cannot be answered exactly."""
+    """Base class: a question about channels has no exact answer."""
 
 
 class ExampleInputsError(ChannelGraphError):

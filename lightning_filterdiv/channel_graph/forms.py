@@ -1,4 +1,4 @@
-"""The two forms of a narrow network: which forward bodies fix widths, and which of those can be written as a graph."""
+"""The two forms of a narrow network: find forward bodies that fix widths, and write them as graphs where possible."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ class FormChoice:
 
 @dataclass
 class LostRecording:
-    """What pickle leaves of a :class:`Recording`."""
+    """Placeholder for a :class:`Recording` after pickling."""
 
     literal: dict[str, str]
 
 
 @dataclass
 class Recording:
-    """What a trace recorded, kept for graph forms.
+    """Record of a trace, kept for graph forms.
 
     Attributes:
         record: the forward pass in eval mode.
         state: its labels.
-        literal: bodies that hold a number of channels in a shape, found by narrowing -> the operator.
-        other: a record in training mode at another size, or why there is none; None before anything asked.
-        aligned: path of a body -> its calls side by side, or why it cannot be written as a graph.
+        literal: bodies with a number of channels in a shape, found by narrowing -> operator.
+        other: record in training mode at another size, or the reason why there is none; None before it is needed.
+        aligned: path of a body -> its aligned calls, or the reason why it cannot be written as a graph.
     """
 
     record: Record
@@ -90,7 +90,7 @@ class Recording:
 
 
 def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, str]:
-    """Path of each forward body that decides by itself where ``channels`` go -> the operator that does."""
+    """Return path of each forward body that itself decides where ``channels`` go -> operator."""
     state, wanted = graph.recording.state, np.fromiter(channels, dtype=np.int64)
     mapped = {mapping.module for mapping in graph.map_sites}
     found: dict[str, str] = {}
@@ -112,7 +112,7 @@ def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, s
 
 
 def refusal(graph: ChannelAnswers, path: str) -> str | None:
-    """Why the body at ``path`` has no graph form; None if it may have one."""
+    """Return why the body at ``path`` has no graph form; None if it may have one."""
     aligned = _aligned(graph, path)
     return aligned if isinstance(aligned, str) else None
 
@@ -163,11 +163,11 @@ def _side_by_side(record: Record, other: Record, path: str, *, with_copies: bool
 
 
 class Masks:
-    """Which positions of each tensor remain.
+    """Masks of the positions of each tensor that remain.
 
     Args:
         graph: channel graph of the network.
-        target: channel -> the one that stands for it, -1 for none; others stay.
+        target: channel -> channel that replaces it, -1 for none. Others stay.
         removed: (tensor, dim) -> rows that go.
     """
 
@@ -182,7 +182,7 @@ class Masks:
         self._known: dict[Node, Mask] = {}
 
     def __call__(self, node: Node) -> Mask:
-        """What remains of ``node``; dimensions along which that does not change have size one."""
+        """Return the mask of ``node``. Dimensions along which it is constant have size one."""
         if node not in self._known:
             self._known[node] = self._find(node)
         return self._known[node]
@@ -231,13 +231,13 @@ def graph_bodies(
     masks: Masks,
     counted: Mapping[Node, CountedReduction] | None = None,
 ) -> list[BodyGraph]:
-    """Graphs of the bodies at ``paths`` without the channels that go, inner ones first.
+    """Return graphs of the bodies at ``paths`` without removed channels, inner ones first.
 
     Args:
         graph: channel graph of the network.
         paths: path -> the operator that fixes widths.
-        masks: what remains of each tensor.
-        counted: reductions over channels -> what takes their place.
+        masks: remaining positions of each tensor.
+        counted: reductions over channels -> replacements.
 
     Raises:
         GraphFormError: one of them cannot be written; the message names it.
@@ -260,7 +260,7 @@ def graph_bodies(
 def _check_visits(
     graph: ChannelAnswers, aligned: Alignment, masks: Masks, counted: Mapping[Node, CountedReduction]
 ) -> None:
-    """A body that is called several times has one graph: what remains must be the same."""
+    """Check that all calls of a body keep the same positions, because a body has one graph."""
     labelled = graph.recording.state.values
     for twin in aligned.twins:
         for mine, theirs in twin.items():
@@ -277,17 +277,17 @@ def _check_visits(
 
 
 def take_graph_form(model: nn.Module, bodies: Iterable[BodyGraph]) -> nn.Module:
-    """Put graphs into ``model``; returns it, or the graph that takes its place."""
+    """Insert graphs into ``model``. Return it, or the graph that replaces it."""
     for body in bodies:
         model = body.install(model)
     return model
 
 
 def find_deviation(record: Record, masks: Masks, nodes: Iterable[Node]) -> Node | None:
-    """The first call of ``record`` that a narrower network does not repeat with what remains of its channels.
+    """Find the first call of ``record`` that the narrower network does not repeat with the remaining channels.
 
     Args:
-        record: of the network.
+        record: record of the network.
         masks: what remains.
         nodes: recorded with the narrower network, as far as its forward ran.
     """

@@ -1,4 +1,4 @@
-"""The channel graph: which tensors belong to channel ``j`` of a layer, and who consumes it."""
+"""The channel graph: the tensors of channel ``j`` of a layer, and the layers that read it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ __all__ = ["ChannelGraph"]
 
 
 class ChannelGraph(ChannelAnswers):
-    """Exact, fail-closed answers about the channels of a network. Made by :meth:`trace`.
+    """Exact answers about the channels of a network, or none. Made by :meth:`trace`.
 
-    All names are canonical (without ``_orig_mod.``, ``module.``). The model is held, nothing of it is copied; every
-    question raises :class:`StaleGraphError` once its structure has changed.
+    All names are canonical (without ``_orig_mod.``, ``module.``). The graph refers to the model without copying it.
+    Every question raises :class:`StaleGraphError` once its structure has changed.
     """
 
     @classmethod
     def trace(cls, model: nn.Module, example_inputs: Any = None, *, network: str | None = None) -> ChannelGraph:
         """Trace ``model`` on example inputs.
 
-        One forward pass in eval mode is recorded on shapes alone. Where forward reads the values of tensors, it runs on
-        real tensors instead; channels that it reads, or uses afterwards, are pinned.
+        One forward pass in eval mode is recorded on shapes alone. If forward reads values of tensors, it runs on real
+        tensors instead. Channels that it reads, or uses afterwards, are pinned.
 
         Args:
             model: nn.Module or LightningModule, on any device (``meta`` too), compiled or not. It is left as it was.
             example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of ``forward``. Default: the
                 model's ``example_input_array``. Also what :func:`capture_inputs` recorded.
             network: trace only this submodule (``"backbone"``), which ``example_inputs`` then belong to. Names stay
-                those of ``model``; whatever reads the submodule's outputs counts as network output.
+                those of ``model``. The submodule's outputs count as network outputs.
 
         Raises:
             ExampleInputsError: no example inputs, or forward fails on them.
@@ -54,17 +54,18 @@ class ChannelGraph(ChannelAnswers):
         return graph
 
     def expressible_counts(self, wanted: Mapping[str, int]) -> dict[str, int]:
-        """Channels to keep per group, as close to ``wanted`` as forward allows.
+        """Return the number of channels to keep per group, as close to ``wanted`` as forward allows.
 
-        Where a forward body itself splits or pads channels, only some widths fit it; where channels live in blocks, the
-        nearest multiple of their number. Everything else is returned as wanted; groups not mentioned keep all channels.
+        If a forward body splits or pads channels, only some widths fit it. If channels are in blocks, the nearest
+        multiple of the number of blocks is used. All other numbers are returned as wanted. Groups not mentioned keep
+        all channels.
         """
         return nearest_counts(
             self, {group.name: group.rounded(wanted.get(group.name, group.size)) for group in self.groups}
         )
 
     def describe(self) -> str:
-        """A table of all groups and pinned layers for people."""
+        """Return a text table of all groups and pinned layers."""
         return describe(self)
 
     def verify(self, example_inputs: Any = None, *, seed: int = 0) -> float:

@@ -12,18 +12,18 @@ from torch.fx.graph_module import reduce_graph_module
 
 __all__ = ["CONSTANT", "GraphBody"]
 
-#: Names of buffers and modules that hold what a graph reads begin so.
+#: Prefix of the names of buffers and modules that hold constants of a graph.
 CONSTANT = "_constant"
 
 
 class GraphBody(fx.GraphModule):
     """The modules, tensors, attributes and hooks of ``module`` with ``graph`` for a forward.
 
-    Unlike a plain ``GraphModule`` it keeps what the graph does not name, also through ``copy.deepcopy`` and ``pickle``:
-    names in the state dict, children that nothing calls, attributes that other code reads, hooks.
+    Unlike a plain ``GraphModule`` it keeps things that the graph does not name, also through ``copy.deepcopy`` and
+    ``pickle``: names in the state dict, children without calls, attributes that other code reads, hooks.
 
     Args:
-        module: the original submodule, or what is left of one. Its children and tensors are shared, not copied.
+        module: the original submodule, or a narrowed one. Its children and tensors are shared, not copied.
         graph: calls children of ``module`` by their names, and ATen operators.
         constants: name -> tensor that the graph reads, kept as a buffer that is not saved, or module that it calls.
     """
@@ -47,7 +47,7 @@ class GraphBody(fx.GraphModule):
 
     @property
     def constants(self) -> dict[str, Tensor | nn.Module]:
-        """What the graph brought along."""
+        """Constants of the graph."""
         own: list[tuple[str, Tensor | nn.Module]] = [*self.named_buffers(recurse=False), *self.named_children()]
         return {name: value for name, value in own if name.startswith(CONSTANT)}
 

@@ -1,8 +1,8 @@
 """Write a forward body that fixes widths as a graph for fewer channels.
 
-What is left of each tensor follows from its labels: a position remains if its channel does. Most operators do the same
-at any width. Those that name positions or sizes (slices, splits, shapes, padding) get new ones; a data movement whose
-intermediate results have no rectangular shape at the new widths (an uneven channel shuffle) becomes one index.
+A position of a tensor remains if its channel does, which its labels tell. Most operators work at any width. Operators
+with positions or sizes (slices, splits, shapes, padding) get new ones. A data movement whose intermediate results are
+not rectangular at the new widths (an uneven channel shuffle) becomes one index.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _SPATIAL = ("avg_pool", "max_pool", "adaptive_", "_adaptive_", "upsample_", "_up
 
 
 class RaggedError(Exception):
-    """What remains of a tensor has no rectangular shape."""
+    """The remaining positions of a tensor are not rectangular."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class BodyGraph:
     """A body in graph form.
 
     Attributes:
-        path: of the module that it replaces.
+        path: path of the module that it replaces.
         write: makes the graph anew, and what it reads and calls besides its own, by name.
     """
 
@@ -94,7 +94,7 @@ class Writer:
     """Writes one body.
 
     Args:
-        path: of the body.
+        path: path of the body.
         model: the original network.
         aligned: its calls.
         mask: node of the first sample -> which of its positions remain, constant dimensions of size one.
@@ -208,7 +208,7 @@ class Writer:
     # -- values ------------------------------------------------------------------------------------------------------
 
     def kept(self, node: Node) -> Kept:
-        """What remains of a tensor.
+        """Return the remaining positions of a tensor.
 
         Raises:
             RaggedError: not a rectangle.
@@ -221,7 +221,7 @@ class Writer:
         return not bool(self._mask(node).all())
 
     def _value(self, value: Any, others: Sequence[Any]) -> Any:
-        """An argument as the graph has it; integers that differ between samples become formulas."""
+        """Return an argument for the graph. Integers that differ between samples become formulas."""
         if isinstance(value, Node):
             return self._tensor(value)
         if isinstance(value, (list, tuple)):
@@ -401,7 +401,7 @@ class Writer:
         raise GraphFormError(f"{operator_name(node)} may depend on how many channels there are")
 
     def _whole_mosaics(self, node: Node) -> bool:
-        """Whether a channel that a pixel shuffle makes keeps all the channels that it is laid out of, or none."""
+        """True if every output channel of a pixel shuffle keeps all its input channels, or none."""
         before, after = self.kept(node.args[0])[-3], self.kept(node)[-3]
         each = node.args[1] ** 2
         if before is None or after is None:
@@ -430,7 +430,8 @@ class Writer:
         return first.value.dtype if first is not None and first.value.dtype.is_floating_point else None
 
     def _fitting(self, made: Any, node: Any, result: Node) -> Any:
-        """An operand without the positions that its partner lost: constants for every channel have no owner."""
+        """Return an operand without the positions that its partner lost, because constants for every channel have no
+        owner."""
         if not isinstance(node, Node) or not isinstance(node.value, Tensor):
             return made
         kept = self.kept(result)
@@ -460,7 +461,7 @@ class Writer:
         return self.graph.call_function(aten.index_select.default, (source, dim, constant))
 
     def _along(self, node: Node, source: Node, dim: int) -> fx.Node:
-        """A movement along a dimension that lost positions: the ones that it would have taken."""
+        """Write a movement along a dimension that lost positions as a selection of the remaining ones."""
         picked, position = _picked(node, source, dim)
         kept = self.kept(source)[dim]
         assert kept is not None
@@ -529,7 +530,7 @@ class Writer:
         return call
 
     def _scatter(self, node: Node) -> fx.Node:
-        """What is written, between what is left of the tensor around it."""
+        """Write the values between the remaining parts of the tensor around them."""
         call = arguments(node)
         base, source, dim = call["self"], call["src"], call["dim"] % len(node.shape)
         size, kept = node.shape[dim], self.kept(base)[dim]
@@ -548,7 +549,7 @@ class Writer:
         return self.graph.call_function(aten.cat.default, (parts, dim))
 
     def _copy(self, node: Node) -> fx.Node:
-        """What is written, in the shape of what it is written over."""
+        """Return the written values in the shape of the tensor that they overwrite."""
         over, source = node.args[:2]
         made = self._tensor(source)
         if source.value.dtype != over.value.dtype:
@@ -570,7 +571,7 @@ class Writer:
     # -- uneven movements --------------------------------------------------------------------------------------------
 
     def _indexed(self, node: Node) -> fx.Node:
-        """A chain of movements as one selection of what it started from."""
+        """Write a chain of movements as one selection of its source."""
         chain: list[Node] = []
         sources: list[Node] = []
         waiting = [node]
@@ -700,7 +701,7 @@ def write_body(
     """The body at ``path`` as a graph.
 
     Args:
-        path: of the module.
+        path: path of the module.
         model: the original network.
         aligned: calls of it.
         mask: node of the first call -> which positions remain.
@@ -761,7 +762,7 @@ def kept_positions(mask: Mask, shape: Sequence[int]) -> Kept:
 
 
 def is_movement(node: Node) -> bool:
-    """Whether a call moves entries and does no more."""
+    """True if a call moves entries and does no more."""
     return operator_name(node, raw=True) in _MOVES
 
 
@@ -779,7 +780,7 @@ def move(node: Node, of: Callable[[Node], Tensor]) -> Any:
 
 
 def _picked(node: Node, source: Node, dim: int) -> tuple[Ints, int | None]:
-    """Positions of ``source`` along ``dim`` that a movement takes, and along which dimension of its result they lie."""
+    """Return the positions of ``source`` along ``dim`` that a movement takes, and their dimension in its result."""
     shape = [size if d == dim else 1 for d, size in enumerate(source.shape)]
     positions = torch.arange(source.shape[dim]).reshape(shape).expand(source.shape)
     call = node.args[0] if node.op == "item" else node
@@ -801,7 +802,7 @@ def _moved_positions(node: Node, chain: list[Node], source: Node) -> Tensor:
 
 
 def _selection(node: Node, chain: list[Node], sources: Sequence[Node], axis: int) -> Ints | None:
-    """Positions along ``axis`` of the joined sources that ``node`` consists of; None: it is none."""
+    """Return the positions along ``axis`` of the joined sources that make up ``node``; None if it is no selection."""
     values: dict[Node, Any] = {}
     offset = 0
     for source in sources:

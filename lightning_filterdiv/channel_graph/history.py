@@ -1,4 +1,4 @@
-"""What was narrowed how: kept on the network, so that a file can do the same to a fresh one."""
+"""Record of the narrowings of a network, kept on the network so that a file can repeat them on a fresh one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _ATTRIBUTE = "_narrowing_steps"
 
 
 def remember(model: nn.Module, step: dict[str, Any], *, of: nn.Module) -> nn.Module:
-    """Note on ``model`` that it was made of ``of`` by ``step``; returns it."""
+    """Record on ``model`` that it was made from ``of`` by ``step``, and return it."""
     set_history(model, [*history_of(of), step])
     return model
 
 
 def set_history(model: nn.Module, steps: list[dict[str, Any]]) -> None:
-    """Note the steps that made ``model``, oldest first."""
+    """Record the steps that made ``model``, oldest first."""
     model.__dict__[_ATTRIBUTE] = steps
 
 
@@ -35,7 +35,7 @@ def history_of(model: nn.Module) -> list[dict[str, Any]]:
 def narrowing_step(
     graph: ChannelAnswers, keep: Mapping[str, Tensor], sums: Mapping[str, Tensor], form: str
 ) -> dict[str, Any]:
-    """Plain values and tensors that say what was kept: filters by the tensor that makes them."""
+    """Return the kept filters, by the tensor that makes them, as plain values and tensors."""
     kept: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
     groups = {group.name: group for group in graph.groups}
@@ -56,10 +56,10 @@ def narrowing_step(
 def chosen_channels(
     graph: ChannelAnswers, kept: Mapping[str, Tensor], added: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """``keep`` and ``sums`` for the groups of ``graph``, of the filters that a step names.
+    """Return ``keep`` and ``sums`` for the groups of ``graph`` from the filters of a step.
 
     Raises:
-        NarrowingError: a tensor makes no filters that may go, or not those.
+        NarrowingError: a tensor has no such removable filters.
     """
     keep: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ def chosen_channels(
 
 
 def _described(value: Any) -> Any:
-    """Example inputs without the values of floating tensors."""
+    """Return example inputs without the values of floating tensors."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -98,10 +98,10 @@ def _described(value: Any) -> Any:
 
 
 def example_inputs_of(described: Any) -> Any:
-    """Inputs of that description, floating tensors drawn at random.
+    """Return inputs of that description, with random floating tensors.
 
     Raises:
-        ValueError: it is none, or holds an object that a file cannot.
+        ValueError: it is no such description, or holds an object that a file cannot hold.
     """
     if isinstance(described, Tensor) or described is None or isinstance(described, (bool, int, float, str)):
         return described

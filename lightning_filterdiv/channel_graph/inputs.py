@@ -1,4 +1,4 @@
-"""Example inputs: what forward is called with, as given, as captured from a real call, and drawn at random."""
+"""Example inputs of forward: given, captured from a real call, or drawn at random."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TARGETS = ("targets", "target", "labels")
 
 
 class CapturedInputs:
-    """Arguments of the first forward call of a module; a valid ``example_inputs``. Also a context manager.
+    """Arguments of the first forward call of a module, valid as ``example_inputs``. Also a context manager.
 
     Attributes:
         arguments: (args, kwargs) of the call, detached, at most ``limit`` items of the batch (zeros for an empty
@@ -59,7 +59,7 @@ class CapturedInputs:
         self.arguments = tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
 
     def remove(self) -> None:
-        """Stop waiting for a call. Done by itself at the first one."""
+        """Stop waiting for a call. The first call does this too."""
         self._handle.remove()
 
     def __enter__(self) -> CapturedInputs:
@@ -78,7 +78,7 @@ def capture_inputs(module: nn.Module, limit: int = 2) -> CapturedInputs:
     compiled module itself, or before compiling.
 
     Args:
-        module: the network that will be traced; it may be called by anything, for instance a ``training_step``.
+        module: network to trace. Any code may call it, for instance a ``training_step``.
         limit: items of the batch to keep.
     """
     return CapturedInputs(module, limit)
@@ -90,7 +90,7 @@ class _Call(NamedTuple):
 
 
 def example_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for ``model.forward``, on the model's device and in its floating dtype.
+    """Return positional and keyword arguments for ``model.forward``, on the model's device and in its floating dtype.
 
     A tensor is one argument, a tuple or list several, a dict keyword arguments (Lightning's convention for
     ``example_input_array``, which stands in when ``example_inputs`` is None). Captured targets of a detector are left
@@ -135,7 +135,7 @@ def example_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any,
 
 
 def without_targets(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    """The arguments of a call without a detector's targets, which forward does without in eval mode."""
+    """Return the arguments of a call without a detector's targets, which forward does not need in eval mode."""
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):

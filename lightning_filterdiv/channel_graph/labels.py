@@ -1,13 +1,12 @@
-"""Values that carry channel labels: what a record is run on instead of data.
+"""Labels of channels, on which a record is run instead of data.
 
 Every activation becomes an integer tensor of the same shape. Each entry names a *value*, a row of :class:`ValueTable`:
 
 ``> 0``
     a value that belongs to one channel. The table keeps its *owner* (the filter or the entry of a per-channel parameter
-    it comes from), its *trail* (a hash of the operators it went through, so that two channels of one layer that were
-    treated differently are never mistaken for each other) and, until its first join, the filter that alone feeds it.
-    A *zero* (padding) has an owner too: it is neutral in a sum, but takes up a place that goes with the channel it
-    meets;
+    it comes from), its *trail* (a hash of its operators, which distinguishes channels of one layer that were treated
+    differently) and, until its first join, the filter that alone feeds it. A *zero* (padding) has an owner too: it is
+    neutral in a sum, but takes up a place that goes with the channel it meets;
 ``< 0``
     a value that no channel owns: network inputs, results of operators that mix channels.
 
@@ -32,12 +31,12 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def stable_hash(text: str) -> int:
-    """64-bit hash of ``text``, the same in every process."""
+    """Return a 64-bit hash of ``text`` that is equal in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def mix(*parts: Ints | int) -> Ints:
-    """Hash of a sequence of (arrays of) 64-bit integers, element by element; the order counts."""
+    """Return a hash of a sequence of (arrays of) 64-bit integers, element by element. It depends on the order."""
     with np.errstate(over="ignore"):
         state: npt.NDArray[np.uint64] = np.zeros((), dtype=np.uint64)
         for part in parts:
@@ -47,13 +46,15 @@ def mix(*parts: Ints | int) -> Ints:
 
 
 def unique(values: Ints) -> Ints:
-    """Sorted distinct entries, by sorting: since 2.3 NumPy hashes integers, which takes several times as long here."""
+    """Return sorted distinct entries, by sorting. NumPy from 2.3 on hashes integers, which takes several times as long
+    here."""
     found = np.sort(values, axis=None)
     return found[np.r_[True, found[1:] != found[:-1]]] if len(found) else found
 
 
 def distinct(labels: Ints) -> tuple[Ints, Ints]:
-    """Sorted distinct entries of ``labels``, and the position of each entry among them; without sorting if it can."""
+    """Return sorted distinct entries of ``labels``, and the position of each entry among them, without sorting if
+    possible."""
     flat = labels.reshape(-1)
     if not len(flat):
         return flat, flat
@@ -68,7 +69,7 @@ def distinct(labels: Ints) -> tuple[Ints, Ints]:
 
 
 def core(labels: Tensor) -> Tensor:
-    """View of ``labels`` with every expanded (stride 0) dimension shrunk to size 1."""
+    """Return a view of ``labels`` with every expanded (stride 0) dimension shrunk to size 1."""
     for dim in range(labels.ndim):
         if labels.stride(dim) == 0 and labels.shape[dim] > 1:
             labels = labels.narrow(dim, 0, 1)
@@ -76,7 +77,7 @@ def core(labels: Tensor) -> Tensor:
 
 
 def compress(labels: Tensor) -> Tensor:
-    """``labels`` with every dimension along which they are constant expanded (stride 0)."""
+    """Return ``labels`` with every dimension along which they are constant expanded (stride 0)."""
     shape, small = labels.shape, core(labels)
     for dim in range(small.ndim):
         if small.shape[dim] > 1:
@@ -177,12 +178,12 @@ class ValueTable:
         return np.arange(start, stop, dtype=np.int64)
 
     def add_fixed(self, reason: str) -> int:
-        """A new value that no channel owns."""
+        """Add a value that no channel owns and return it."""
         self.fixed_reasons.append(reason)
         return -len(self.fixed_reasons)
 
     def add_leak(self, reason: str) -> int:
-        """Number of a reason why silencing does not reach some values."""
+        """Add a reason why silencing does not reach some values, and return its number."""
         if reason not in self.leak_reasons:
             self.leak_reasons.append(reason)
         return self.leak_reasons.index(reason)
@@ -227,7 +228,8 @@ class ValueTable:
             np.minimum.at(self._parent, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
 
     def pin(self, labels: Tensor | Ints, reason: str, *, expose: bool = True) -> None:
-        """Pin the owners of the positive ``labels``; with ``expose`` they also cannot be silenced, for that reason."""
+        """Pin the owners of the positive ``labels``. With ``expose`` they cannot be silenced either, for the same
+        reason."""
         values, _ = distinct(core(labels).numpy() if isinstance(labels, Tensor) else labels)
         values = values[values > 0]
         for owner in unique(self.owner[values]).tolist():
@@ -237,18 +239,18 @@ class ValueTable:
                 self.exposed.setdefault(origin, reason)
 
     def expose_leaks(self, values: Ints) -> None:
-        """Values that reach a join or a consumer: whatever leaks there cannot be silenced."""
+        """Mark values that reach a join or a consumer. A leak there cannot be silenced."""
         self.expose_leaks_in_order(unique(values[values > 0]))
 
     def expose_leaks_in_order(self, values: Ints) -> None:
-        """:meth:`expose_leaks` of positive ``values``; the first reason that is met for a filter stays."""
+        """Run :meth:`expose_leaks` on positive ``values``. The first reason for a filter is kept."""
         for value in values[self.leak[values] > 0].tolist():
             self.exposed.setdefault(int(self.origin[value]), self.leak_reasons[int(self.leak[value])])
 
     # -- values ------------------------------------------------------------------------------------------------------
 
     def derive(self, labels: Tensor, key: int | None, *, shift: str | None = None) -> Tensor:
-        """``labels`` after one more operator, which treats every channel alike: same owners, longer trail.
+        """Return ``labels`` after one more operator that treats every channel alike: same owners, longer trail.
 
         Args:
             labels: label tensor of any shape.
@@ -265,7 +267,7 @@ class ValueTable:
         return torch.from_numpy(renamed).expand(labels.shape)
 
     def advance(self, old: Ints, key: Ints | int, *, shift: str | None = None, rank: Ints | int = 0) -> Ints:
-        """New values with the owners of ``old``; see :meth:`derive`."""
+        """Return new values with the owners of ``old``, see :meth:`derive`."""
         leak = self.leak[old]
         if shift is not None:
             leak = np.where(leak > 0, leak, self.add_leak(f"{shift} does not map zero to zero"))
@@ -280,7 +282,7 @@ class ValueTable:
         return new if shift is None else self.shift_zeros(new, shift)
 
     def shift_zeros(self, values: Ints, where: str) -> Ints:
-        """Zeros do not survive an operator with an offset: what results is a constant that no channel owns."""
+        """Replace zeros after an operator with an offset by a constant that no channel owns."""
         owned = values > 0
         zeros = owned & (self.zero[np.where(owned, values, 0)] > 0)
         if zeros.any():

@@ -19,7 +19,7 @@ __all__ = ["RULES"]
 
 
 def _place(vector: Ints, dim: int, shape: torch.Size) -> LabelTensor:
-    """Label tensor of ``shape`` whose values vary along ``dim`` only."""
+    """Return a label tensor of ``shape`` whose values vary only along ``dim``."""
     view = [1] * len(shape)
     view[dim % len(shape)] = len(vector)
     return LabelTensor(torch.from_numpy(np.ascontiguousarray(vector)).reshape(view).expand(shape))
@@ -31,7 +31,7 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 
 
 def _computed_weight(state: Propagation, node: Node) -> Value:
-    """A kernel that is not made filter by filter: pinned on both sides."""
+    """Handle a kernel that is not computed filter by filter: pin both sides."""
     state.computed_layers.setdefault(node.module, f"its weight is computed by {_computes(state, node)}, not by filters")
     for leaf in node.inputs:
         reason = f"input of {state.where(node)}, whose weight is computed in forward"
@@ -41,7 +41,7 @@ def _computed_weight(state: Propagation, node: Node) -> Value:
 
 
 def _computes(state: Propagation, node: Node) -> str:
-    """Words for what makes the weight of a call: the last operator that computes it."""
+    """Return a description of the weight of a call: the last operator that computes it."""
     weight = arguments(node).get("weight") or arguments(node).get("mat2")
     while isinstance(weight, Node) and state.is_move(weight):
         weight = weight.inputs[0]
@@ -51,10 +51,10 @@ def _computes(state: Propagation, node: Node) -> str:
 
 
 def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str | None, dim: int) -> Ints | None:
-    """Values of the filters of a kernel that forward computes of its weight, one filter of the other.
+    """Return the values of the filters of a kernel that forward computes filter by filter from its weight.
 
-    Weight norm, masks and standardised weights keep filters apart, so that they may go. They do not add up: input
-    columns are pinned. None if filters are mixed.
+    Weight norm, masks and standardised weights keep filters separate, so that filters may be removed. Input columns
+    cannot be added and are pinned. Return None if filters are mixed.
     """
     table, weight = state.table, arguments(node)["weight"]
     value = state.labels_of(weight)
@@ -95,7 +95,7 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
 def _computed_depthwise(
     state: Propagation, node: Node, vector: Ints, rows: Ints, main: str, names: list[str], bias: str | None
 ) -> Ints:
-    """A kernel that forward computes filter by filter, each of which acts on one channel: no columns to add."""
+    """Handle a kernel that forward computes filter by filter, if each acts on one channel. It has no columns to add."""
     table, repeat = state.table, len(rows) // len(vector)
     each = np.repeat(vector, repeat)
     owned = each > 0
@@ -141,7 +141,7 @@ def _members(
         repeat: outputs per channel (depthwise convolution with a multiplier).
         entries: (C,) entry of the tensors that acts on each channel, by default its number.
         shared: tensors with one entry for all outputs of a channel.
-        silenced: the output is zero once those tensors are, whatever came in.
+        silenced: the output is zero if those tensors are, for every input.
         offset: the operator does not map zero to zero.
     """
     table, key = state.table, state.key(node) or 0
@@ -166,7 +166,8 @@ def _members(
 
 
 def convolution(state: Propagation, node: Node) -> Value:
-    """Dense or grouped: reads channels, emits new ones. Depthwise: a per-channel operator."""
+    """Handle a convolution. Dense or grouped, it reads channels and emits new ones. Depthwise, it is a per-channel
+    operator."""
     call = arguments(node)
     labels, weight = _input(state, node, call["input"]), state.parameter_name(call["weight"])
     bias_node = call.get("bias")
@@ -216,7 +217,7 @@ def convolution(state: Propagation, node: Node) -> Value:
 
 
 def matrix_product(state: Propagation, node: Node) -> Value:
-    """mm and addmm by the transpose of a weight: a linear layer, which reads and writes the last dimension."""
+    """Handle mm and addmm with the transpose of a weight: a linear layer, which reads and writes the last dimension."""
     call = arguments(node)
     inputs, factor, bias_node = call.get("mat1", call["self"]), call["mat2"], call["self"] if "mat1" in call else None
     labels, weight, bias = _input(state, node, inputs), state.matrix(factor), None
@@ -241,7 +242,8 @@ def _is_parameter(state: Propagation, node: Node) -> bool:
 
 
 def normalisation(state: Propagation, node: Node) -> Value:
-    """Batch norm: per channel (dim 1). Also what instance norm is made of: every channel once per item of the batch."""
+    """Handle batch norm, per channel (dim 1). Instance norm is a batch norm with every channel once per item of the
+    batch."""
     call = arguments(node)
     labels = _input(state, node, call["input"])
     named: dict[str, tuple[str, Ints]] = {}
@@ -278,7 +280,7 @@ def normalisation(state: Propagation, node: Node) -> Value:
 
 
 def layer_norm(state: Propagation, node: Node) -> Value:
-    """Norms over the last dimension. They mix channels in a mean that counts them, and act on each by itself."""
+    """Norms over the last dimension. They mix channels in a mean that counts them, and scale each separately."""
     call = arguments(node)
     labels, shape = _input(state, node, call["input"]), call["normalized_shape"]
     named = [state.parameter_name(call[key]) for key in ("weight", "bias") if call.get(key) is not None]
@@ -320,13 +322,13 @@ def _normalised(state: Propagation, node: Node, vector: Ints, dim: int, names: l
 
 
 def _with_statistics(state: Propagation, node: Node, result: LabelTensor) -> Value:
-    """Results of a norm: nothing in forward reads the further ones."""
+    """Return the results of a norm. Forward reads only the first."""
     rest = state.fixed(node)
     return [result, *rest[1:]] if isinstance(rest, list) else result
 
 
 def _norm_of_parameters(state: Propagation, node: Node, call: dict[str, Any]) -> Value:
-    """A weight that is standardised filter by filter, with a gain that may be computed."""
+    """Handle a weight that is standardised filter by filter, with a gain that may be computed."""
     value = state.labels_of(call["input"])
     if value is None or not value.is_parameter:
         return _computed_weight(state, node)
@@ -346,7 +348,7 @@ def _norm_of_parameters(state: Propagation, node: Node, call: dict[str, Any]) ->
 
 
 def weight_norm(state: Propagation, node: Node) -> Value:
-    """Direction and length of every filter: the weight has one filter of each."""
+    """Handle weight norm, whose weight has a direction and a length for every filter."""
     call = arguments(node)
     direction, length, dim = state.labels_of(call["v"]), state.labels_of(call["g"]), call["dim"]
     if direction is None or length is None or not (direction.is_parameter and length.is_parameter):
@@ -363,7 +365,7 @@ def weight_norm(state: Propagation, node: Node) -> Value:
 
 
 def prelu(state: Propagation, node: Node) -> Value:
-    """One slope per channel (dim 1); a single shared slope is element-wise."""
+    """Handle PReLU: one slope per channel (dim 1). A single shared slope is element-wise."""
     call: dict[str, Any] = arguments(node)
     labels, known = _input(state, node, call["self"]), state.vector(call["weight"])
     if labels is None or known is None:

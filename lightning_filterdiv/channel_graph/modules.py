@@ -1,4 +1,4 @@
-"""Modules and their tensors: names, wrappers, copies, and a state that a trace gives back as it was."""
+"""Modules and their tensors: names, wrappers, copies, and a state that a trace restores."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def without_compilation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Set the mode; afterwards every attribute of every module, and the random state, are as they were."""
+    """Set the mode, and restore every attribute of every module and the random state afterwards."""
     modules = list(model.modules())
     attributes = [(m, dict(m.__dict__)) for m in modules]
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -181,9 +181,10 @@ def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> list[nn
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """No cyclic garbage collection for a while.
+    """Pause cyclic garbage collection.
 
-    A trace makes many small objects and no garbage; each full collection walks all of torch, a third of a trace.
+    A trace makes many small objects and no garbage. Full collections, which visit all of torch, would take a third of
+    its time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -196,7 +197,7 @@ def without_collection() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines from torch about shapes that do not fit: they become our own error."""
+    """Suppress torch's log lines about shapes that do not fit, which become our own error."""
     loggers = [logging.getLogger(f"torch._subclasses.{name}") for name in ("fake_tensor", "functional_tensor")]
     before = [logger.disabled for logger in loggers]
     try:

@@ -19,7 +19,7 @@ __all__ = ["RULES", "refuse_product"]
 
 
 def identity(state: Propagation, node: Node) -> Value:
-    """Copies, casts and dropout: every entry stays what it is."""
+    """Copies, casts and dropout, which keep every entry."""
     value = state.labels_of(node.args[0]) if isinstance(node.args[0], Node) else None
     if isinstance(node.value, (list, tuple)):
         return [value, None]
@@ -49,7 +49,7 @@ def _leaves(value: Any) -> list[Node]:
 
 
 def _is_index(node: Node) -> bool:
-    """Whether a node is a tensor of integers that forward knows beforehand."""
+    """True if a node is a tensor of integers that does not depend on inputs."""
     known = node.constant
     return isinstance(known, Tensor) and not known.is_floating_point() and known.ndim > 0
 
@@ -78,7 +78,7 @@ def _varying(labels: Tensor) -> set[int]:
 
 
 def _note_move(state: Propagation, node: Node, labels: Tensor, natural: Callable[[Tensor], bool] | None = None) -> None:
-    """Remember a movement; ``natural`` says whether it means the same at every width if it moves given labels."""
+    """Record a movement. ``natural`` tells if it has the same meaning at every width for given labels."""
     values, _ = distinct(core(labels).numpy())
     owners = unique(state.table.owner[values[values > 0]])
     if len(owners):
@@ -88,7 +88,7 @@ def _note_move(state: Propagation, node: Node, labels: Tensor, natural: Callable
 
 
 def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) -> None:
-    """Remember a movement that lays channels out along more dimensions than before."""
+    """Record a movement that lays channels out along more dimensions than before."""
     if len(_varying(after)) > len(_varying(before)):
         values, _ = distinct(core(after).numpy())
         for owner in unique(state.table.owner[values[values > 0]]).tolist():
@@ -96,7 +96,7 @@ def _note_spread(state: Propagation, node: Node, before: Tensor, after: Tensor) 
 
 
 def along_dim(state: Propagation, node: Node) -> Value:
-    """Slices, splits and rolls. Along channels they depend on how many channels there are."""
+    """Slices, splits and rolls. Along channels they depend on the number of channels."""
     call = arguments(node)
     labels = _labels(state, node.args[0]) if isinstance(node.args[0], Node) else None
     if labels is None:
@@ -116,12 +116,12 @@ def along_dim(state: Propagation, node: Node) -> Value:
 
 
 def keeps_order(state: Propagation, node: Node) -> Value:
-    """Transpositions and the like: whole dimensions move, whatever their size."""
+    """Transpositions and similar calls, which move whole dimensions of any size."""
     return _movement(state, node)
 
 
 def restride(state: Propagation, node: Node) -> Value:
-    """as_strided with the shape there was: what pooling to one position does to a channels-last activation."""
+    """as_strided with an unchanged shape, as after pooling a channels-last activation to one position."""
     value = state.labels_of(node.args[0])
     if value is None or value.shape != node.value.shape:
         return unknown(state, node)
@@ -129,13 +129,13 @@ def restride(state: Propagation, node: Node) -> Value:
 
 
 def overwrite(state: Propagation, node: Node) -> Value:
-    """copy: what is written, in the shape of what it is written over."""
+    """copy: the written values, in the shape of the tensor that they overwrite."""
     source = _value(state, node.args[1])
     return moved(state, node, source.labels.expand(node.value.shape))
 
 
 def index(state: Propagation, node: Node) -> Value:
-    """Indexing by integer buffers; by anything else it depends on values."""
+    """Indexing by integer buffers. Other indices depend on values."""
     call = arguments(node)
     indexed = [d for d, i in enumerate(call["indices"]) if i is not None]
     if len(indexed) != 1 or not _is_index(call["indices"][indexed[0]]):
@@ -170,8 +170,8 @@ def concatenate(state: Propagation, node: Node) -> Value:
     return LabelTensor(compress(_join_along(parts, dim)))
 
 
-# Nobody has a layer that reads more features than this: it would have millions of weights per output. Predictions of a
-# dense detector are as many, and following each of their positions takes minutes.
+# No layer reads more features than this, because it would have millions of weights per output. Predictions of a dense
+# detector are as many, and following each of their positions would take minutes.
 _MOST_POSITIONS = 2**20
 
 
@@ -263,7 +263,7 @@ def _positions_apart(state: Propagation, labels: Tensor) -> Tensor:
 
 
 def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[slice, slice]]:
-    """Dimensions of the two shapes that a reshape turns into one another, in order."""
+    """Return the matching groups of dimensions of the two shapes of a reshape, in order."""
     parts: list[tuple[slice, slice]] = []
     i = j = 0
     while i < len(source) or j < len(target):
@@ -281,7 +281,7 @@ def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[slice,
 
 
 def _reshaped(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``labels.reshape(shape)``; what is expanded stays so."""
+    """Return ``labels.reshape(shape)``, with expanded dimensions kept."""
     if not labels.numel():
         return labels.reshape(shape)
     small = core(labels)
@@ -295,10 +295,10 @@ def _reshaped(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the reshape means the same for any number of channels.
+    """True if the reshape has the same meaning for any number of channels.
 
-    It does where channels lie along at most one dimension before and after. A stack of branches may come in between:
-    there each channel is the same along the dimension of branches.
+    It has if channels lie along at most one dimension before and after. A stack of branches may be between, if each
+    channel is the same along the dimension of branches.
     """
     if not labels.numel():
         return True
@@ -315,7 +315,7 @@ def _reshape_is_natural(labels: Tensor, shape: Sequence[int]) -> bool:
 
 
 def pad(state: Propagation, node: Node) -> Value:
-    """Along space every channel is padded alike; along channels the padding takes places of its own."""
+    """Padding. Along space every channel is padded alike. Along channels the padding gets places of its own."""
     call = arguments(node)
     value = _value(state, node.args[0])
     result, shape = value.labels, node.value.shape
@@ -345,7 +345,7 @@ def pad(state: Propagation, node: Node) -> Value:
 
 
 def _padding(state: Propagation, node: Node, shape: torch.Size, dim: int, width: int, fill: float) -> Tensor:
-    """Labels of ``width`` padded channels: zeros, or another constant that no channel owns."""
+    """Return labels of ``width`` padded channels: zeros, or another constant that no channel owns."""
     count = max(0, width)
     if fill == 0:
         trail = np.full(count, state.key(node) or 0, dtype=np.int64)
@@ -357,7 +357,7 @@ def _padding(state: Propagation, node: Node, shape: torch.Size, dim: int, width:
 
 
 def _join_along(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate; dimensions that no part varies along stay expanded."""
+    """Concatenate labels. Dimensions along which all parts are constant stay expanded."""
     sizes = [-1 if d == dim else n for d, n in enumerate(parts[0].shape)]
     for d in range(len(sizes)):
         if d != dim and all(p.stride(d) == 0 or p.shape[d] == 1 for p in parts):
@@ -370,7 +370,7 @@ def _zero_preserving(name: str) -> bool:
 
 
 def over_space(state: Propagation, node: Node) -> Value:
-    """Pooling and resizing: the last k dimensions of each channel, alike for every channel."""
+    """Pooling and resizing of the last k dimensions, alike for every channel."""
     labels = _value(state, node.args[0]).labels
     rank = int(re.findall(r"(\d)d", operator_name(node, raw=True))[0])
     small = state.collapse(labels, range(labels.ndim - rank, labels.ndim), node, silent=False)
@@ -420,7 +420,8 @@ def sampled(state: Propagation, node: Node) -> Value:
 
 
 def _axis(dims: Sequence[int], labels: Tensor) -> str:
-    """Words for the dimensions that an operator mixes: channels where they lie along one dimension, else its number."""
+    """Return a description of the dimensions that an operator mixes: channels if they lie along one, else its
+    number."""
     if _varying(labels) == set(dims):
         return "channels"
     return f"dimension {dims[0]}" if len(dims) == 1 else f"dimensions {', '.join(map(str, dims))}"
@@ -467,7 +468,7 @@ def reduction(state: Propagation, node: Node) -> Value:
 
 
 def _countable(node: Node) -> str | None:
-    """The kind of a reduction that a count per channel makes right where equal channels are one; None for others."""
+    """Return the kind of a reduction that counts per channel make exact after merging; None for others."""
     call, name = arguments(node), operator_name(node, raw=True)
     if call.get("dtype") is not None:
         return None
@@ -480,7 +481,7 @@ def _countable(node: Node) -> str | None:
 
 
 def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:
-    """A sum of channels that were multiplied by the counts of a norm."""
+    """Sum of channels that were multiplied by the counts of a norm."""
     along = _varying(labels)
     vector = state.collapse(labels, [d for d in range(labels.ndim) if d not in along], node).reshape(-1).numpy()
     state.count(node, vector)
@@ -490,7 +491,7 @@ def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]
 
 
 def _lines(labels: Tensor, dims: Sequence[int]) -> Ints:
-    """(n, m) labels that lie along ``dims``, one row for each place along the other dimensions."""
+    """Return ``(n, m)`` labels along ``dims``, one row for each place along the other dimensions."""
     small = core(labels)
     kept = [d for d in range(small.ndim) if d not in dims]
     return small.permute(*kept, *dims).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
@@ -546,7 +547,7 @@ def _joined(
 
 
 def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
-    """Values that depend on themselves and on all that they met."""
+    """Return values that depend on themselves and on all values that they meet."""
     table = state.table
     pairs, inverse = np.unique(
         np.stack([own.reshape(-1).numpy(), joint.reshape(-1).numpy()], axis=1), axis=0, return_inverse=True
@@ -633,7 +634,7 @@ def refuse_product(state: Propagation, node: Node, first: Node, second: Node) ->
 
 
 def creation(state: Propagation, node: Node) -> Value:
-    """Tensors made in forward: zeros take places like padding, other constants are the same for every channel."""
+    """Tensors made in forward. Zeros count as padding, other constants are the same for every channel."""
     name, value = operator_name(node, raw=True), node.value
     call = arguments(node)
     fill = 0 if "zeros" in name else 1 if "ones" in name else call.get("fill_value")

@@ -1,4 +1,4 @@
-"""Make channels equal (tie), and make the network really narrower (narrow)."""
+"""Make channels equal (tie), and make the network narrower (narrow)."""
 
 from __future__ import annotations
 
@@ -152,11 +152,11 @@ def tie(model: nn.Module, graph: ChannelAnswers, clusters: Clusters) -> None:
 
 @dataclass
 class Cut:
-    """What happens to one dimension of one tensor.
+    """Change of one dimension of one tensor.
 
     Attributes:
-        removed: rows that go.
-        added: of those, consumer columns that are added to others first, and the columns they are added to.
+        removed: removed rows.
+        added: consumer columns among these that are added to others first, and the columns they are added to.
         index: what is kept, in this order; by default all that is not removed.
         groups: rows count through that many equal parts of dimension 0, see :class:`TensorRows`.
     """
@@ -172,11 +172,11 @@ Cuts = dict[str, dict[int, Cut]]
 
 @dataclass(frozen=True)
 class _Selection:
-    """What remains of one group."""
+    """Remaining channels of one group."""
 
     group: ChannelGroup
     kept: Tensor  # (n,) ascending
-    sums: Tensor  # (size,) the kept channel that takes over the columns of each, -1: nobody does
+    sums: Tensor  # (size,) kept channel that takes over the columns of each, -1 for none
 
     @property
     def removed(self) -> Tensor:
@@ -268,7 +268,7 @@ def narrow(
 
 
 class Narrowing:
-    """What :func:`narrow` does, decided once, for any number of copies of the network.
+    """Plan of :func:`narrow`, made once for any number of copies of the network.
 
     Args:
         graph: channel graph of the network.
@@ -370,12 +370,13 @@ class Narrowing:
         return remember(result, self.step(), of=model)
 
     def step(self) -> dict[str, Any]:
-        """What a file needs to do the same to a fresh network: plain values and tensors of integers."""
+        """Return the record that a file needs to repeat this on a fresh network, as plain values and integer
+        tensors."""
         return narrowing_step(self._graph, self._kept, self._sums, "graph" if self._bodies else "module")
 
 
 def masks_of(graph: ChannelAnswers, selections: list[_Selection]) -> Masks:
-    """Which positions of each recorded tensor ``selections`` leave."""
+    """Return masks of the positions of each recorded tensor that ``selections`` keep."""
     cuts = [(t, d, cut) for t, dims in _cuts(selections).items() for d, cut in dims.items() if cut.groups == 1]
     removed = {(tensor, dim): _rows(cut.removed) for tensor, dim, cut in cuts}
     return Masks(graph, _targets(selections), removed)
@@ -418,7 +419,7 @@ def cut_in_place(
         model: the network.
         graph: its channel graph.
         selections: what remains of which groups.
-        device: of the indices of channel maps, by default that of the network.
+        device: device of the indices of channel maps, by default that of the network.
     """
     cuts = _cuts(selections)
     _cut(model, cuts)
@@ -438,7 +439,7 @@ def leave_out(groups: Sequence[ChannelGroup], share: int = 3) -> list[_Selection
 
 
 def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
-    """The network at the widths of ``tied``, if forward follows them by itself."""
+    """Return the network at the widths of ``tied`` if forward itself follows them."""
     wanted = {s.group.name: len(s.kept) for s in tied}
     layout = layout_for(graph, widths_of(graph, wanted))
     if layout is None or any(layout.counts[name] != count for name, count in wanted.items()):
@@ -447,7 +448,7 @@ def _layout_of(graph: ChannelAnswers, tied: list[_Selection]) -> Layout | None:
 
 
 def _keeps_blocks(graph: ChannelAnswers, tied: list[_Selection], layout: Layout) -> bool:
-    """Whether what is kept meets the blocks of grouped layers in the order in which forward brings it there."""
+    """True if kept channels reach the blocks of grouped layers in the order in which forward brings them there."""
     kept = {s.group.name: s.kept for s in tied}
     blocks = {
         group.name: group.blocks[kept.get(group.name, slice(None))].tolist()
@@ -480,7 +481,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
 
 
 def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapping[int, int], cuts: Cuts) -> None:
-    """Put what is kept where the network's forward will look for it."""
+    """Order kept channels as the network's forward expects them."""
     filters = {channel for row in graph.table.filters().values() for channel in row}
     grouped = graph.recording.state.grouped
     old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
@@ -512,7 +513,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
 
 
 def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
-    """A copy with narrower tensors; what is cut is not copied first."""
+    """Return a copy with narrower tensors. Removed parts are not copied first."""
     tensors = named_tensors(model)
     narrower: dict[int, Tensor] = {}
     for name, dims in cuts.items():
@@ -591,7 +592,7 @@ def _set_bare_widths(model: nn.Module, graph: ChannelAnswers, selections: Sequen
 
 
 def _counts(graph: ChannelAnswers, cuts: Cuts) -> dict[str, Tensor]:
-    """Norm or reduction over channels -> how many of them each that is left stands for."""
+    """Return norm or reduction over channels -> number of original channels for each remaining one."""
     return {
         name: _cut_tensor(torch.ones(size, dtype=torch.int64), cuts[f"{name}.counts"])
         for name, size in graph.counted_sizes.items()
@@ -649,7 +650,7 @@ def weigh(
     """Give norms over channels their counts, in place. Norms whose counts and blocks are all equal stay plain.
 
     Args:
-        model: a network like that of ``graph``, at whatever widths.
+        model: a network like that of ``graph``, at any widths.
         graph: its channel graph.
         counts: norm -> (C,) how often it counts each channel. Norms that have counts already keep theirs.
         sizes: norm -> channels of each of its blocks, by default equally many.
@@ -694,7 +695,7 @@ def _install_maps(model: nn.Module, graph: ChannelAnswers, selections: list[_Sel
 
 
 def _targets(selections: Sequence[_Selection]) -> dict[int, int]:
-    """Channel -> the one that stands for it, -1: nobody does."""
+    """Return channel -> channel that replaces it, -1 for none."""
     target: dict[int, int] = {}
     for selection in selections:
         channels, sums = selection.group.channels, selection.sums.clone()
@@ -733,7 +734,7 @@ def _expand(channels: tuple[int, ...], target: Mapping[int, int]) -> Tensor | No
         if i in unowned:
             index.append(unowned[i])
         elif target[c] < 0 and kept:
-            index.append(0)  # whatever stands here is dropped behind the map
+            index.append(0)  # this entry is dropped behind the map
         elif (target[c], rank) in where:
             index.append(where[target[c], rank])
         else:

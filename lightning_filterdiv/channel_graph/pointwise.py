@@ -31,7 +31,7 @@ def maps_zero_to_zero(node: Node) -> bool:
 
 
 def pointwise(state: Propagation, node: Node) -> Value:
-    """Positions that meet become one channel; zero is neutral under a sum and wins in a product."""
+    """Join the channels of positions that meet. Zero is neutral in a sum, and dominates a product."""
     operands = [_before_expansion(state, n, value) for n in node.inputs if (value := state.labels_of(n)) is not None]
     out = node.value.shape
     if operator_name(node) in _PRODUCTS and any(isinstance(a, (int, float)) and a == 0 for a in node.args):
@@ -84,7 +84,8 @@ def pointwise(state: Propagation, node: Node) -> Value:
 
 
 def _before_expansion(state: Propagation, node: Node, value: LabelTensor) -> tuple[Node, LabelTensor]:
-    """What no channel owns as it was before ``expand``, which says along which dimensions it is the same."""
+    """Return a tensor that no channel owns as it was before ``expand``, which shows the dimensions along which it is
+    constant."""
     while node.op == "call" and operator_name(node, raw=True) == "expand" and bool((core(value.labels) < 0).all()):
         source = state.labels_of(node.args[0])
         if source is None:
@@ -94,7 +95,7 @@ def _before_expansion(state: Propagation, node: Node, value: LabelTensor) -> tup
 
 
 def _by_slices(state: Propagation, value: LabelTensor) -> bool:
-    """Whether entries that differ have one label, because they belong to one filter."""
+    """True if different entries have one label because they belong to one filter."""
     small = core(value.labels)
     if not state.row_owners or small.numel() == value.labels.numel():
         return False
@@ -114,7 +115,7 @@ def _distinct_rows(columns: Sequence[Ints]) -> tuple[Ints, Ints]:
 
 
 class _Join:
-    """One element-wise call: what becomes of the values that meet at a position."""
+    """One element-wise call, which joins the values that meet at a position."""
 
     def __init__(
         self, state: Propagation, node: Node, operands: Sequence[tuple[Node, LabelTensor]], has_neutral: bool
@@ -163,7 +164,7 @@ class _Join:
     def _meet_alike(self, columns: Ints) -> Ints | None:
         """:meth:`_meet` of all ``columns`` (n, operands) at once, where only channels meet in one order of positions.
 
-        None if a zero, a parameter, an unowned value or a function that exposes what it joins is among them.
+        Return None if a zero, a parameter, an unowned value, or a function that exposes its operands is among them.
         """
         table = self.table
         if self.is_parameter.any() or (columns <= 0).any() or table.zero[columns].any():

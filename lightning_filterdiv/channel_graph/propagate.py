@@ -1,4 +1,4 @@
-"""Run a record once on labels: the driver, and what every operator rule needs from it."""
+"""Run a record once on labels: the driver, and the services for operator rules."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class Reduction(NamedTuple):
 
 @dataclass(frozen=True)
 class Move:
-    """A data movement whose result depends on how many channels there are: a split, a shuffle, a pad over channels.
+    """A data movement whose result depends on the number of channels: a split, a shuffle, a pad over channels.
 
     Attributes:
         operator: its name.
         module: the module that runs it.
-        owners: of the values that it moves.
+        owners: owners of the values that it moves.
         labels: what it moves.
-        natural: labels -> whether it means the same at every width if these are what it moves.
+        natural: labels -> true if the movement has the same meaning at every width for them.
     """
 
     operator: str
@@ -125,7 +125,7 @@ class Propagation:
         """Propagate through ``record``; a second record of the same network may follow.
 
         Args:
-            record: of one forward pass.
+            record: record of one forward pass.
             rules: the rule of a call.
             layers: operators that own weights. Behind a value that forward reads only these are followed.
         """
@@ -170,7 +170,7 @@ class Propagation:
             self._keys[node] = None if node.in_map else stable_hash(text)
 
     def _is_moved_parameter(self, node: Node) -> bool:
-        """Whether a call does no more than move the entries of a parameter that nothing has labelled."""
+        """True if a call only moves the entries of a parameter that is not labelled."""
         if len(node.inputs) != 1 or operator_name(node, raw=True) not in _LAZY:
             return False
         source = node.inputs[0]
@@ -192,7 +192,8 @@ class Propagation:
         self.expose_leaks(node)
 
     def _given(self, node: Node, record: Record) -> Value:
-        """Labels of an input or a constant. A parameter gets none before an operator other than a layer reads it."""
+        """Return labels of an input or a constant. A parameter gets labels only when an operator other than a layer
+        reads it."""
         if node.op == "tensor":
             return None
         return _constant(self, node, record.words.get(node, "a tensor made in forward"))
@@ -232,7 +233,7 @@ class Propagation:
         return name, entries.reshape(-1).numpy()
 
     def is_move(self, node: Node) -> bool:
-        """Whether a call moves entries of one tensor and does no more."""
+        """True if a call only moves entries of one tensor."""
         return node.op == "call" and len(node.inputs) == 1 and operator_name(node, raw=True) in _LAZY
 
     def size_of(self, tensor: str) -> int:
@@ -255,7 +256,7 @@ class Propagation:
         return self.parameter_name(node.args[0]) if swaps else None
 
     def labels_of(self, node: Node) -> LabelTensor | None:
-        """Labels of a tensor node; a bare parameter gets one owner per entry the first time it is asked for."""
+        """Return labels of a tensor node. A parameter gets one owner per entry at the first request."""
         value = self.values.get(node)
         if value is None and (name := self._tensors.get(node)) is not None:
             value = self.values[node] = self._entries(node, name)
@@ -286,13 +287,15 @@ class Propagation:
         return LabelTensor(labels, is_parameter=True)
 
     def owners_of(self, tensor: str, count: int) -> Ints:
-        """The owners of the filters (entries) of a tensor: the same ones in every call of a shared layer."""
+        """Return the owners of the filters (entries) of a tensor, which are the same in every call of a shared
+        layer."""
         if tensor not in self.owners:
             self.owners[tensor] = self.table.new_owners(count)
         return self.owners[tensor]
 
     def first_trail(self, tensor: str, count: int, key: int) -> Ints:
-        """Trails of the filters (entries) of a tensor. Those that meet in one channel differ by their number there."""
+        """Return the trails of the filters (entries) of a tensor. Filters of one channel differ by their number in
+        it."""
         ranks = self.ranks.get(tensor)
         return np.full(count, key, dtype=np.int64) if ranks is None else mix(key, ranks)
 
@@ -316,7 +319,7 @@ class Propagation:
         return True
 
     def reduce(self, node: Node, kind: str, dim: int, values: Ints) -> None:
-        """Note that forward itself reduces ``values``, which lie along ``dim``: its graph form can count them."""
+        """Record that forward itself reduces ``values``, which lie along ``dim``. Its graph form can count them."""
         site = f"{node.module}.{kind}_"
         name = f"{site}{sum(known.startswith(site) for known in self.reductions)}"
         self.reductions[name] = Reduction(node, kind, dim, len(values))
@@ -338,8 +341,8 @@ class Propagation:
     def key(self, node: Node) -> int | None:
         """Hash that names this call in the original network and in a narrowed one alike.
 
-        It is made of the module that runs the node, the operator, and how many such calls that module made before. None
-        inside a channel map, which stands for nothing but index arithmetic.
+        It is made of the module that runs the node, the operator, and the number of such calls of that module before.
+        It is None inside a channel map, which is only index arithmetic.
         """
         return self._keys[node]
 
@@ -358,7 +361,7 @@ class Propagation:
             )
 
     def pin(self, value: object, reason: str, *, expose: bool = True) -> None:
-        """Pin whatever labels a node (or list of nodes) holds; bare parameters that nothing labelled yet are not."""
+        """Pin all labels of a node (or list of nodes). Parameters without labels are not pinned."""
         if isinstance(value, Node):
             value = self.values.get(value)
         if isinstance(value, LabelTensor):
@@ -378,9 +381,9 @@ class Propagation:
                 self.expose_leaks(item)
 
     def collapse(self, labels: Tensor, dims: Sequence[int], node: Node, *, silent: bool = True) -> Tensor:
-        """Labels with ``dims`` reduced to size 1: what an operator that treats these positions as one thing reads.
+        """Return labels with ``dims`` reduced to size 1, for an operator that treats these positions as one.
 
-        A channel must be the same along ``dims`` (zeros are neutral); where it is not, everything met is pinned.
+        A channel must be the same along ``dims`` (zeros are neutral). Otherwise everything that meets is pinned.
         """
         dims = sorted(d % labels.ndim for d in dims)
         small = core(labels)
@@ -402,7 +405,7 @@ class Propagation:
         return torch.from_numpy(rows).reshape(shape).expand(target)
 
     def stay_apart(self, matrix: Ints) -> bool:
-        """Whether several channels are left when all that meet in a row of ``matrix`` (n, m) become one."""
+        """True if several channels remain when all that meet in a row of ``matrix`` (n, m) become one."""
         rows, columns = np.nonzero(matrix > 0)
         roots = self.table.roots(self.table.owner[matrix[rows, columns]])
         values, place = np.unique(roots, return_inverse=True)
@@ -419,14 +422,14 @@ class Propagation:
         return False
 
     def link(self, matrix: Ints) -> None:
-        """Make what meets in a row of ``matrix`` (n, m) one channel, where nothing else is among it."""
+        """Join the values in each row of ``matrix`` (n, m) into one channel, if the row has no other values."""
         rows = matrix[(matrix > 0).all(axis=1)]
         if len(rows):
             owners = self.table.owner[rows]
             self.table.unite(np.repeat(owners[:, 0], rows.shape[1]), owners.reshape(-1))
 
     def joined(self, matrix: Ints) -> Ints:
-        """(n,) values of rows (n, m) that hold one channel in several states; 0 for rows that are not so simple.
+        """Return ``(n,)`` values of rows ``(n, m)`` that hold one channel in several states; 0 for other rows.
 
         The states and their order become part of the trail.
         """
@@ -485,13 +488,14 @@ class Propagation:
         return int(values[0])
 
     def channels(self, labels: Tensor, dim: int, node: Node) -> Ints:
-        """The value of each channel along ``dim``: one per index, everything else collapsed."""
+        """Return the value of each channel along ``dim``: one per index, with all other dimensions collapsed."""
         dim %= labels.ndim
         rest = [d for d in range(labels.ndim) if d != dim]
         return self.collapse(labels, rest, node).reshape(-1).numpy() if rest else labels.numpy()
 
     def settle_moves(self) -> None:
-        """Once all channels are known: movements of stacked branches, where branches have one channel, are natural."""
+        """Mark movements of stacked branches as natural if branches have one channel. Called once all channels are
+        known."""
         moves, self.moves = self.moves, []
         for move in moves:
             natural = move.natural is not None and move.natural(self.rooted(move.labels))
@@ -515,7 +519,7 @@ class Propagation:
 
 
 def pattern(table: ValueTable, rows: Ints) -> Ints:
-    """(n,) trails of rows (n, m) of values: what they are, and in which order."""
+    """Return ``(n,)`` trails of rows ``(n, m)`` of values, which depend on the values and their order."""
     with np.errstate(over="ignore"):
         return np.asarray(mix(table.trail[rows], table.slot[rows], np.arange(rows.shape[1])).sum(axis=1))
 
@@ -529,12 +533,12 @@ _LONGEST_VECTOR = 1 << 16
 
 
 def _creates(node: Node) -> bool:
-    """Whether a call makes zeros, which take places like padding, or another number for every entry."""
+    """True if a call makes zeros, which count as padding, or one other number for every entry."""
     return operator_name(node, raw=True).removeprefix("new_").removesuffix("_like") in ("zeros", "ones", "full")
 
 
 def _constant(state: Propagation, node: Node, reason: str) -> Value:
-    """A value that no channel owns; ``uniform`` if it is known to be the same number everywhere."""
+    """Return a value that no channel owns. ``uniform``: it is known to be the same number everywhere."""
     if not isinstance(node.value, Tensor):
         return state.fixed(node, reason)
     known = node.constant
@@ -543,12 +547,13 @@ def _constant(state: Propagation, node: Node, reason: str) -> Value:
 
 
 def fixed_labels(shape: Sequence[int], label: int) -> Tensor:
-    """Label tensor of values no channel owns; only its literal size says along which dimensions they are equal."""
+    """Return a label tensor of values that no channel owns. Only its size tells along which dimensions they are
+    equal."""
     return torch.full((), label, dtype=torch.int64).expand(tuple(shape))
 
 
 def nullified(state: Propagation, node: Node, labels: Tensor) -> Tensor:
-    """Labels of zeros in the places of ``labels`` (``x * 0``, ``zeros_like(x)``)."""
+    """Return labels of zeros in the places of ``labels`` (``x * 0``, ``zeros_like(x)``)."""
     result = state.table.derive(labels, state.key(node))
     values = unique(core(result).numpy())
     values = values[values > 0]
@@ -557,7 +562,7 @@ def nullified(state: Propagation, node: Node, labels: Tensor) -> Tensor:
 
 
 def unknown(state: Propagation, node: Node) -> Value:
-    """An operator without a rule pins what it reads."""
+    """Pin the inputs of an operator that has no rule."""
     if is_shape_only(node.target):  # randn_like and the like
         return state.fixed(node)
     name = operator_name(node)
@@ -577,7 +582,7 @@ _MIXERS = frozenset({"layer_norm", "group_norm", "matmul"})
 
 
 def moved(state: Propagation, node: Node, labels: Tensor, index: int = 0) -> LabelTensor:
-    """Result number ``index`` of a data movement: compressed, with the call added to its trail."""
+    """Return result number ``index`` of a data movement, compressed, with the call added to its trail."""
     key = state.key(node)
     return LabelTensor(state.table.derive(compress(labels), None if key is None else int(mix(key, index))))
 

@@ -96,7 +96,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Opaque:
-    """What stands in a :class:`Visit` for an argument that is no tensor, container or plain value."""
+    """Placeholder in a :class:`Visit` for an argument that is no tensor, container or plain value."""
 
     kind: str
 

@@ -65,8 +65,8 @@ _IN_PLACE = {
 class _PlainOperators(TorchFunctionMode):
     """Operators in a form that can be recorded.
 
-    Linear layers are one matrix product, whatever the strides of their input; fake quantisation goes without its state;
-    lists and arrays of a tensor's values are read entry by entry.
+    Linear layers are one matrix product for all strides of their input. Fake quantisation runs without its state. Lists
+    and arrays of a tensor's values are read entry by entry.
     """
 
     def __torch_function__(
@@ -348,14 +348,14 @@ def _on_meta(result: Any) -> Any:
 
 
 def _fixed(func: Any, inputs: Mapping[Node, None]) -> bool:
-    """Whether a call depends on constants alone, not on inputs, weights or random numbers."""
+    """True if a call depends on constants alone, not on inputs, weights or random numbers."""
     if torch.Tag.nondeterministic_seeded in func.tags:
         return False
     return all(source.fixed for source in inputs) or is_shape_only(func)
 
 
 def reads_values(func: Any, real: bool) -> bool:
-    """Whether a call hands values over to Python, or has as many results as its values say.
+    """True if a call returns values to Python, or if its number of results depends on values.
 
     Args:
         func: the operator.
@@ -376,7 +376,7 @@ def reads_values(func: Any, real: bool) -> bool:
 
 
 def _by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call indexes by integers: the shape of the result follows from shapes, unlike with a mask."""
+    """True if a call indexes by integers: the shape of the result follows from shapes, unlike with a mask."""
     return func is torch.ops.aten.index.Tensor and all(
         i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]
     )
@@ -386,7 +386,8 @@ _reading: dict[Any, bool] = {}
 
 
 def value_of_buffer(tensor: Tensor) -> Tensor | None:
-    """A copy of a tensor of integers, or of a single number that nobody trains: forward may index by it or read it."""
+    """Return a copy of a tensor of integers, or of a single untrained number, because forward may index by it or read
+    it."""
     fixed = not tensor.is_floating_point() and not tensor.is_complex()
     if tensor.is_meta or tensor.numel() > _FOLDED or isinstance(tensor, nn.Parameter) or not fixed:
         return None
@@ -442,7 +443,7 @@ def record(
 
 
 def record_as_far_as_it_runs(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> list[Node]:
-    """Everything that forward calls on meta tensors before it fails, if it does."""
+    """Record all calls of forward on meta tensors until it ends or fails."""
     with without_compilation(model):
         return _attempt(model, call, names, prefix, False, real=False)[0].nodes
 
@@ -506,7 +507,7 @@ def _node(tensor: Tensor) -> Node:
 
 
 def _stand_in(tensor: Tensor, real: bool, *, copied: bool = False) -> Tensor:
-    """What forward meets instead of a tensor of the model."""
+    """Return the tensor that replaces a tensor of the model in forward."""
     if not real:
         return meta_like(tensor)
     return tensor.detach().clone() if copied else tensor.detach().view_as(tensor)

@@ -1,4 +1,4 @@
-"""What a trace says about each layer: how to silence its filters, who reads them, why they are pinned."""
+"""Facts about each layer from a trace: how to silence its filters, which layers read them, why they are pinned."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def layers_in_order(
     """(layers in order of execution, their weights): convolutions and linear layers with filters of their own.
 
     Args:
-        modules: of the network.
-        events: of the trace.
+        modules: modules of the network.
+        events: events of the trace.
         depthwise: tensors that forward computes depthwise kernels of.
     """
     order: dict[str, None] = {}
@@ -66,7 +66,7 @@ def pinned_layers(
 
 
 def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegion]:
-    """What silences each filter, read off the values before any union."""
+    """Return the rows that silence each filter, from the values before any union."""
     table = state.table
     _expose_shared(state)
     layer_number = np.full(table.owner_count, -1, dtype=np.int64)

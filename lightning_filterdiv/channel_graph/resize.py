@@ -1,4 +1,4 @@
-"""Which groups forward lets nobody narrow: ``x.view(-1, 400)`` looks like a flatten until it is narrower."""
+"""Find groups that forward does not allow to narrow. ``x.view(-1, 400)`` looks like a flatten until it is narrower."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["find_unresizable", "pin_unresizable"]
 
 
 def pin_unresizable(graph: ChannelAnswers) -> None:
-    """Pin the groups that no other width of theirs would fit into forward, in neither form."""
+    """Pin the groups for which no other width fits forward, in either form."""
     if graph.constrained:
         _try_graphs(graph)
     _pin_uncountable(graph)
@@ -43,9 +43,10 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
 
 
 def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
-    """Find bodies that hold the width of their input as a number; it shows once those before them are graphs.
+    """Find bodies that hold the width of their input as a number. This shows only once the bodies before them are
+    graphs.
 
-    Cross-covariance attention reads ``C`` off its input and shapes what its pinned layers put out by it.
+    Cross-covariance attention reads ``C`` from its input and uses it to shape the outputs of its pinned layers.
     """
     model, tried = graph.model, set[str]()
     while not graph.read_values:
@@ -95,7 +96,7 @@ def _pin_uncountable(graph: ChannelAnswers) -> None:
 
 
 def _counts_differ(graph: ChannelAnswers, path: str) -> bool:
-    """Whether calls of the body at ``path`` reduce different channels, which one graph cannot count."""
+    """True if calls of the body at ``path`` reduce different channels, which one graph cannot count."""
     state, aligned = graph.recording.state, graph.recording.aligned[path]
     counted = {
         name: state.table.roots(state.table.owner[event.values])

@@ -1,8 +1,8 @@
-"""What one forward body does itself, read off a record, and compared over several calls of it.
+"""Operators of one forward body itself, from a record, compared over several calls.
 
-A body is recorded in eval mode, and once more in training mode with another batch and image size. What differs between
-such samples must be a number that follows from the shapes of tensors; anything else (dropout by a function, a branch
-that training alone takes) cannot be written down as one graph.
+A body is recorded in eval mode, and once more in training mode with another batch and image size. Differences between
+such samples must be numbers that follow from the shapes of tensors. Anything else (dropout by a function, a branch only
+in training) cannot be written as one graph.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def samples_of(record: Record, path: str, *, with_copies: bool = True) -> list[S
     """Every call of the module at ``path``.
 
     Args:
-        record: of the network.
-        path: of the module.
+        record: record of the network.
+        path: path of the module.
         with_copies: copies that a reshape makes are steps too; else they are what they copy.
 
     Raises:
@@ -109,7 +109,7 @@ def _sample(
 
 
 def _only_reshaped(node: Node) -> bool:
-    """Whether a node is a copy that only gives a reshape the memory it needs; whether it does depends on sizes."""
+    """True if a node is a copy that a reshape needs only at some sizes."""
     copied = node.op == "call" and operator_name(node, raw=True) == "clone"
     return copied and all(operator_name(user, raw=True) in ("view", "_unsafe_view") for user in node.users)
 
@@ -209,7 +209,7 @@ class Alignment:
 
 
 def _target(node: Node) -> Any:
-    """The operator; a reshape is the same whether it copies or not."""
+    """Return the operator. A reshape is the same with and without a copy."""
     return torch.ops.aten.view.default if node.target is torch.ops.aten._unsafe_view.default else node.target
 
 

@@ -1,4 +1,4 @@
-"""Where forward fixes channel counts: submodules that a channel map can stand for, and bodies that it cannot."""
+"""Places where forward fixes numbers of channels: submodules that a channel map can replace, and other bodies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["constrained_channels", "find_sites"]
 def find_sites(
     model: nn.Module, records: Sequence[Record], state: Propagation, network: str
 ) -> tuple[list[MapSite], list[Move]]:
-    """(sites that can be mapped, moves made by forward bodies that cannot)."""
+    """Return (sites that can be mapped, moves of forward bodies that cannot)."""
     modules = named_modules(model)
     sites: dict[str, MapSite | None] = {}
     for path in dict.fromkeys(move.module for move in state.moves):

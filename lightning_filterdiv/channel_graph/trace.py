@@ -53,7 +53,7 @@ _RULES: dict[str, Rule] = {**dict.fromkeys(EXTRA, pointwise), **layers.RULES, **
 
 
 def _rule(node: Node) -> Rule:
-    """The rule of a call: by its name, by ATen's tag for element-wise operators, or the one that pins."""
+    """Return the rule of a call: by its name, by ATen's tag for element-wise operators, or the rule that pins."""
     rule = _RULES.get(operator_name(node, raw=True))
     if rule is not None:
         return rule
@@ -149,7 +149,7 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _norm_sites(model: nn.Module, state: Propagation) -> tuple[dict[str, NormSite], dict[str, str]]:
-    """Norms over channels, and those that are none that anyone knows: ``counts`` -> why."""
+    """Return norms over channels, and unknown ones: ``counts`` -> reason."""
     modules, sites, unknown = _norms(model), {}, {}
     for name, places in state.counted.items():
         (shape, dim), where = next(iter(places.items()))

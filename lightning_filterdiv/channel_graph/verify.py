@@ -64,7 +64,7 @@ class Proof:
 
     @property
     def exact(self) -> bool:
-        """Whether the difference is no more than rounding."""
+        """True if the difference is rounding."""
         return self.difference <= self.tolerance
 
     @property
@@ -97,7 +97,7 @@ def random_clusters(graph: ChannelAnswers, generator: torch.Generator, keep: flo
 
 @torch.no_grad()
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Random norm statistics, affines and biases: fresh ones (0 and 1) would hide mistakes."""
+    """Draw random norm statistics, affines and biases, because fresh ones (0 and 1) would hide mistakes."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and tensor.numel() == max(tensor.shape, default=1):
             values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
@@ -109,8 +109,8 @@ def random_inputs(inputs: Any, device: torch.device, generator: torch.Generator)
     """Inputs like ``inputs``: floating tensors drawn at random in float64, everything else as given.
 
     Images and sequences (three dimensions and more) are drawn uniformly from the range of the given ones, from the
-    normal distribution where those are constant or on meta. Smaller tensors beside them (boxes, scales) are given ones
-    made smaller: order, sign and validity stay.
+    normal distribution where those are constant or on meta. Smaller tensors (boxes, scales) are the given ones, scaled
+    down, so that order, sign and validity stay.
     """
     floating = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.is_floating_point()]
     large = max((t.ndim for t in floating), default=0) > 2
@@ -245,11 +245,11 @@ def prove(
         arguments: (args, kwargs) of the traced network, by default those of the trace.
         earlier: what the network was before, step by step: a network, or canonical name -> tensor where it had others
             than one step later. The proof says how much each step changed the outputs.
-        seed: of the drawn inputs.
+        seed: seed of the drawn inputs.
 
     Raises:
-        NarrowingError: the model has no values, no output of it is finite, or the narrow network does not run. What
-            differs is no error here: see :attr:`Proof.exact`.
+        NarrowingError: the model has no values, no output of it is finite, or the narrow network does not run. A
+            difference is no error here, see :attr:`Proof.exact`.
     """
     if device_of(reference).type == "meta":
         raise NarrowingError(_NO_VALUES)

@@ -1,9 +1,8 @@
-"""Which widths a forward body can express, found by running it at other widths.
+"""Find the widths that a forward body allows, by running it at other widths.
 
-A forward that splits, shuffles or pads channels itself ties channel counts together, in a way that only the code knows
-(``chunk(2)`` follows the width, ``x[:, :8]`` does not). So the network is rebuilt without weights at the wanted widths,
-every layer taking whatever it receives, and traced again: the labels then say how many channels of each kind these
-widths mean.
+A forward that splits, shuffles or pads channels ties numbers of channels together in its code (``chunk(2)`` follows the
+width, ``x[:, :8]`` does not). The network is therefore rebuilt without weights at the wanted widths, with every layer
+adapted to its input, and traced again. The labels then tell the number of channels of each kind.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ class Layout:
 def nearest_counts(graph: ChannelAnswers, counts: dict[str, int]) -> dict[str, int]:
     """See :meth:`ChannelAnswers.expressible_counts`.
 
-    One trial asks whether forward itself follows these widths, so that every class stays. Otherwise its graph form
-    takes any. More trials are made for forwards that have none, and for that of the whole network, whose class is the
-    one that people know.
+    One trial shows if forward itself follows these widths, so that every class stays. Otherwise its graph form takes
+    any widths. More trials are made for forwards without graph form, and for that of the whole network, so that its
+    class stays.
     """
     record_again(graph)
     shrinking = [
@@ -88,12 +87,12 @@ def stuck_sets(graph: ChannelAnswers) -> list[frozenset[int]]:
 
 
 def why_stuck(graph: ChannelAnswers, channels: Iterable[int]) -> str | None:
-    """Why a forward that decides where ``channels`` go has no graph form; None if each has one."""
+    """Return why a forward that decides where ``channels`` go has no graph form; None if each has one."""
     return next((reason for path in fixing_bodies(graph, channels) if (reason := refusal(graph, path))), None)
 
 
 def unresizable_sets(graph: ChannelAnswers) -> list[tuple[ChannelGroup, str]]:
-    """Groups that forward lets nobody narrow, in neither form, and why it has no graph form."""
+    """Return groups that forward does not allow to narrow in either form, and why it has no graph form."""
     found: list[tuple[ChannelGroup, str]] = []
     for channels in stuck_sets(graph):
         for groups in _tied_groups(graph, [channels]):
@@ -115,7 +114,7 @@ def _together(
     """Counts when all layers shrink to about the ratio of their set, or else to less and less; None if a set keeps all.
 
     Args:
-        graph: of the network.
+        graph: channel graph of the network.
         sets: tied groups, and the ratio that is wanted for them.
         steps: shares of the shrinkage to try.
     """

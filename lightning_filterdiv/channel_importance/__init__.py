@@ -1,4 +1,4 @@
-"""Channel importance from squeeze-and-excite gates (UCP), and the choice of the channels that matter."""
+"""Channel importance from squeeze-and-excite gates (UCP), and the choice of channels by importance."""
 
 import lazy_loader
 

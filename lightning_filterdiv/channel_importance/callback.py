@@ -1,4 +1,4 @@
-"""``ChannelImportance``: gates while training, and what they let through."""
+"""``ChannelImportance``: train with gates and average them."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ __all__ = ["ChannelImportance"]
 class ChannelImportance(FilterCallback):
     """Train with squeeze-and-excite gates beside convolutions, and average the gates (UCP).
 
-    Gates are inserted in ``setup``, before ``configure_optimizers``. They stay in the network, which was trained with
-    them. The importance of a channel is the mean of its gate over the augmented images of the last epoch, under DDP
-    over those of all ranks.
+    Gates are inserted in ``setup``, before ``configure_optimizers``. They stay in the network after the fit, because it
+    was trained with them. The importance of a channel is the mean of its gate over the augmented images of the last
+    epoch, of all ranks under DDP.
 
     Args:
         placement: ``"convolution"`` (ours): behind every convolution, no biases. ``"cifar"``, ``"imagenet"``: one gate
-            per residual block where the released networks for these data have it, and biases where they have them; see
+            per residual block, with or without biases, as in the released networks for these data; see
             :func:`~lightning_filterdiv.channel_importance.insert_gates`.
         reduction: channels per hidden unit of a gate; smaller numbers keep the gates of narrow layers alive.
         include: patterns of layers; ``None``: all that ``placement`` measures.
         exclude: patterns of layers to leave out.
-        seed: of the gates' weights.
+        seed: seed of the gates' weights.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; at ``setup`` a layer in ``include`` that cannot have a gate.
         NoLayersError: at ``setup``: no layer is left.
-        MisconfigurationException: something took gates out of the network before training, such as
-            ``sync_batchnorm=True``, which replaces the norms that hold those of ``placement="imagenet"``.
+        MisconfigurationException: gates were removed from the network before training, for example by
+            ``sync_batchnorm=True``, which replaces the norms that hold the gates of ``placement="imagenet"``.
     """
 
     lost_in_child_processes = "the gates and the importance of channels"
@@ -77,10 +77,11 @@ class ChannelImportance(FilterCallback):
 
     @property
     def importance(self) -> dict[str, Tensor]:
-        """Layer -> ``(C,)`` mean gates in (0, 1), float64 on the CPU: of the last whole epoch, else of what was seen.
+        """Return layer -> ``(C,)`` mean gates in (0, 1), float64 on the CPU: over the last whole epoch, else over all
+        images so far.
 
-        Empty before the first step. Images with gates that are not finite do not count; a layer that saw no other is
-        left out.
+        It is empty before the first step. Images whose gates are not finite do not count. A layer without other images
+        is left out.
         """
         sums = self._finished if self._finished is not None else self._sums
         return {} if sums is None else mean_gates(self._widths, sums)
@@ -99,7 +100,7 @@ class ChannelImportance(FilterCallback):
             self._inserted = list(gated_layers(pl_module))
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """Gated layers that ``include`` and ``exclude`` leave."""
+        """Return the gated layers that ``include`` and ``exclude`` leave."""
         hosts = gated_layers(pl_module)
         if lost := [name for name in self._inserted if name not in hosts]:
             raise MisconfigurationException(
@@ -120,18 +121,18 @@ class ChannelImportance(FilterCallback):
         device = next(iter(self.layers.values())).weight.device
         if self._sums is None:
             self._sums = torch.zeros(sum(widths.values()) + len(widths))
-        # A sum over an epoch in float32 would forget small changes; MPS has nothing wider.
+        # A float32 sum over an epoch would lose small changes. MPS has no wider type.
         self._sums = self._sums.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
     def release(self) -> None:
-        """The gates stop counting; they stay in the network, and what they let through is kept on the CPU."""
+        """Stop counting. The gates stay in the network, and their sums are kept on the CPU."""
         for gate in self._gates.values():
             gate.total = None
         self._sums = None if self._sums is None else self._sums.cpu()
         self._finished = None if self._finished is None else self._finished.cpu()
 
     def reset(self) -> None:
-        """Forget what an earlier fit saw."""
+        """Forget the sums of an earlier fit."""
         self._widths, self._sums, self._finished, self._epoch = {}, None, None, -1
 
     # ------------------------------------------------------------------ training
@@ -139,7 +140,7 @@ class ChannelImportance(FilterCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin a new average where a new epoch begins."""
+        """Start a new average at the start of an epoch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if trainer.current_epoch != self._epoch:
             self._finish()
@@ -150,7 +151,7 @@ class ChannelImportance(FilterCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add what all ranks saw: after every step, so that a checkpoint of rank 0 holds the whole sum."""
+        """Add the sums of all ranks after every step, so that a checkpoint of rank 0 holds the whole sum."""
         totals = [gate.total for gate in self._gates.values() if gate.total is not None]
         seen = torch.cat(totals)
         if trainer.world_size > 1:
@@ -161,7 +162,7 @@ class ChannelImportance(FilterCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The average is complete."""
+        """Store the complete average of the epoch."""
         self._finish()
 
     def _finish(self) -> None:
@@ -169,7 +170,7 @@ class ChannelImportance(FilterCallback):
             self._finished = self._sums.clone()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how far gates differ."""
+        """Log how far gates differ."""
         super().on_train_end(trainer, pl_module)
         if not self.importance:
             rank_zero_warn(
@@ -182,13 +183,13 @@ class ChannelImportance(FilterCallback):
         rank_zero_info(f"ChannelImportance: mean gates of {listed}")
 
     def touched_tensors(self) -> dict[str, Tensor]:
-        """Weights, gates and sums."""
+        """Return weights, gates and sums."""
         return super().touched_tensors() | ({"sums": self._sums} if self._sums is not None else {})
 
     # ------------------------------------------------------------------ state
 
     def extra_state(self) -> dict[str, Any]:
-        """Sums so far, those of the last whole epoch, and whose they are."""
+        """Return the sums so far, those of the last whole epoch, and their layers."""
         return {
             "widths": [[name, count] for name, count in self._widths.items()],
             "sums": None if self._sums is None else self._sums.clone(),

@@ -1,4 +1,4 @@
-"""What a checkpoint of a fit with ChannelImportance says: which layers have gates, and what they let through."""
+"""Read a checkpoint of a fit with ChannelImportance: gated layers and their mean gates."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lightning_filterdiv.filters import find_prefix, named_modules
 
 __all__ = ["restore_gates"]
 
-#: By these entries the state of a ChannelImportance is known.
+#: Entries that identify the state of a ChannelImportance.
 _OWN = {"widths", "sums", "finished", "epoch"}
 
 
 def restore_gates(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Put gates where a checkpoint's network had them, in place, so that its weights load.
+    """Insert the gates of a checkpoint's network, in place, so that its weights load.
 
     Args:
         model: the LightningModule of the fit, or the network in it, newly built.
-        checkpoint: what ``torch.load(path, weights_only=True)`` returns.
+        checkpoint: result of ``torch.load(path, weights_only=True)``.
 
     Returns:
         Layer of ``model`` -> ``(C,)`` mean gate of the fit, float64; ``{}`` if the checkpoint was saved without

@@ -1,4 +1,4 @@
-"""Squeeze-and-excite gates beside a convolution and its norm: what they let through is how much a channel matters.
+"""Squeeze-and-excite gates beside a convolution and its norm. Their mean measures the importance of a channel.
 
 Chang, Lu, Xue, Wei, Wei: "UCP: Uniform channel pruning for deep convolutional neural networks compression and
 acceleration", arXiv 2010.01251. The gate is that of Hu, Shen, Sun (CVPR 2018).
@@ -29,18 +29,19 @@ Placement = Literal["convolution", "cifar", "imagenet"]
 
 
 class ChannelGate(nn.Module):
-    """``y = x * sigmoid(excite(ReLU(squeeze(mean of x over space))))``, one factor in (0, 1) per image and channel.
+    """Compute ``y = x * sigmoid(excite(ReLU(squeeze(mean of x over space))))``, one factor in (0, 1) per image and
+    channel.
 
     Args:
         channels: ``C``; the hidden layer has ``C / reduction`` units, at least one.
-        generator: for the weights, on the CPU; ``None``: torch's global one.
-        reduction: channels per hidden unit. A hidden unit that is never positive leaves a gate at 0.5: more of them
-            keep the gates of narrow layers alive.
-        biases: of both layers. The released code has them where ``C <= 16``.
+        generator: generator for the weights, on the CPU; ``None``: torch's global one.
+        reduction: channels per hidden unit. If no hidden unit is ever positive, the gates stay at 0.5. Smaller numbers
+            avoid that in narrow layers.
+        biases: give both layers biases. The released code does so for ``C <= 16``.
 
     Attributes:
-        total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and their number;
-            images whose factors are not finite (an fp16 overflow) do not count.
+        total: ``(C + 1,)`` or ``None``: sums of the factors over the images seen in training mode, and the number of
+            images. Images whose factors are not finite (an fp16 overflow) do not count.
     """
 
     def __init__(
@@ -59,11 +60,11 @@ class ChannelGate(nn.Module):
             for name, parameter in list(linear.named_parameters()):
                 drawn = torch.rand(parameter.shape, generator=generator)
                 setattr(linear, name, nn.Parameter((2 * drawn - 1) * linear.in_features**-0.5))
-        # A plain attribute: DDP would overwrite a buffer with rank 0's before every forward.
+        # A plain attribute, because DDP would overwrite a buffer with that of rank 0 before every forward.
         self.total: Tensor | None = None
 
     def factors(self, x: Tensor) -> Tensor:
-        """``(B, C)`` of ``x``, ``(B, C, H, W)``."""
+        """Return the factors ``(B, C)`` for ``x``, ``(B, C, H, W)``."""
         gates: Tensor = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
         return gates
 
@@ -83,15 +84,15 @@ class GateHost(nn.Module):
 
     Attributes:
         gate: the gate.
-        gated_layer: name of the sibling whose channels the gate measures; empty: the layer itself.
+        gated_layer: name of the sibling whose channels the gate measures; empty for the layer itself.
     """
 
-    #: Why narrowing refuses the network, read by :mod:`lightning_filterdiv.narrowing`.
+    #: Reason why narrowing refuses the network, read by :mod:`lightning_filterdiv.narrowing`.
     narrowing_obstacle = (
         "still has its gate: prune_channels(..., importance='gates') folds gates into the filters; else narrow a fresh "
         "network, or call remove_gates first"
     )
-    #: What the layer is without its gate.
+    #: Class of the layer without its gate.
     plain_class: ClassVar[type[nn.Module]]
     #: Dimension of the layer's weight that the gate scales.
     gate_dim: ClassVar[int] = 0
@@ -101,7 +102,7 @@ class GateHost(nn.Module):
 
     @torch.no_grad()
     def fold_gate(self, mean: Tensor) -> None:
-        """Multiply a constant gate ``(C,)`` into the layer, and become an ordinary one."""
+        """Multiply a constant gate ``(C,)`` into the layer, and turn it into an ordinary one."""
         weight, bias = cast(Tensor, self.weight), cast("Tensor | None", getattr(self, "bias", None))
         shape = [1] * weight.ndim
         shape[self.gate_dim] = -1
@@ -111,7 +112,7 @@ class GateHost(nn.Module):
         self.remove_gate()
 
     def remove_gate(self) -> None:
-        """Become what the layer is without its gate."""
+        """Turn the layer into an ordinary one, without its gate."""
         plain_class = self.plain_class
         del self.gate, self.gated_layer
         self.__class__ = plain_class  # type: ignore[assignment]
@@ -171,7 +172,8 @@ class InputGatedConv2d(GateHost, nn.Conv2d):
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Yield prefix, module and whether it is a bottleneck of every residual block, known by its convolutions' names."""
+    """Yield prefix, module, and a flag for bottlenecks, of every residual block. Blocks are known by the names of
+    convolutions."""
     for name, module in model.named_modules():
         convs = [isinstance(getattr(module, f"conv{index}", None), nn.Conv2d) for index in (1, 2, 3)]
         if convs[:2] == [True, True]:
@@ -179,10 +181,11 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def _released_places(model: nn.Module, placement: Placement) -> dict[str, tuple[nn.Module, type[GateHost]]]:
-    """Canonical name of each measured convolution -> the layer that holds its gate, and how, in the released networks.
+    """Return canonical name of each measured convolution -> layer and class that hold its gate in the released
+    networks.
 
     Raises:
-        ValueError: a block that the released networks of ``placement`` do not have; no block at all.
+        ValueError: there is no block, or one that the released networks of ``placement`` do not have.
     """
     places: dict[str, tuple[nn.Module, type[GateHost]]] = {}
     for prefix, block, is_bottleneck in _blocks(model):
@@ -220,7 +223,7 @@ def insert_gates(
     reduction: int = REDUCTION,
     seed: int = 0,
 ) -> nn.Module:
-    """Put gates into a network, in place; the modules stay the same objects.
+    """Insert gates into a network, in place. The modules stay the same objects.
 
     ===============  ================================================================================================
     ``placement``    where
@@ -238,7 +241,7 @@ def insert_gates(
         exclude: patterns of layers to leave out.
         placement: see the table.
         reduction: channels per hidden unit of a gate; smaller numbers keep the gates of narrow layers alive.
-        seed: of the gates' weights, which depend on it and on the layer's name alone.
+        seed: seed of the gates' weights, which depend on it and on the layer's name alone.
 
     Returns:
         ``model``. Layers that have a gate keep it.
@@ -253,7 +256,7 @@ def insert_gates(
     places = _released_places(model, placement) if placement != "convolution" else {}
     chosen: dict[str, tuple[nn.Module, type[GateHost]]] = {}
     others: dict[str, str] = {}
-    derived: list[str] = []  # subclasses, whose own forward a gate would replace
+    derived: list[str] = []  # a gate would replace the forward of a subclass
     for name, conv in select_filters(model, include, exclude).items():
         plain = type(conv) in (nn.Conv2d, GatedConv2d, InputGatedConv2d)
         if places and name not in places:
@@ -272,20 +275,20 @@ def insert_gates(
         )
         if include is not None:
             raise ValueError(
-                f"layer {others[name]}; gates go behind ungrouped layers of class nn.Conv2d itself, leave it out with "
-                f"exclude"
+                f"layer {others[name]}; gates need an ungrouped layer whose class is exactly nn.Conv2d, leave it "
+                f"out with exclude"
             )
         if isinstance(conv, nn.Conv2d) and conv.groups == 1:
             derived.append(name)
     if not chosen:
         raise NoLayersError(
-            f"{type(model).__name__} has no ungrouped layer of class nn.Conv2d itself to put a gate behind: "
+            f"{type(model).__name__} has no ungrouped layer to put a gate behind whose class is exactly nn.Conv2d: "
             f"{', '.join(list(others.values())[:2])}; gates are for networks on images, built from such layers"
         )
     if derived:
         warnings.warn(
-            f"no gate goes behind {', '.join(map(repr, derived[:12]))}: gates need layers of class nn.Conv2d itself, "
-            f"and {others[derived[0]]}",
+            f"no gate goes behind {', '.join(map(repr, derived[:12]))}: gates need layers whose class is exactly "
+            f"nn.Conv2d, and {others[derived[0]]}",
             stacklevel=2,
         )
     convolutions = select_filters(model, list(chosen))
@@ -313,7 +316,7 @@ def _insert(
 
 
 def remove_gates(model: nn.Module) -> nn.Module:
-    """Take all gates out again, in place. This changes what the network computes.
+    """Remove all gates, in place. This changes the outputs of the network.
 
     Raises:
         NoLayersError: there is none.
@@ -329,11 +332,11 @@ def remove_gates(model: nn.Module) -> nn.Module:
 
 
 def mean_gates(widths: Mapping[str, int], sums: Tensor) -> dict[str, Tensor]:
-    """Mean gates from what a fit summed.
+    """Return mean gates from the sums of a fit.
 
     Args:
         widths: layer -> channels ``C``.
-        sums: for layer after layer ``C`` sums of factors and the number of images, as :attr:`ChannelGate.total`.
+        sums: ``C`` sums of factors and the number of images, as :attr:`ChannelGate.total`, layer after layer.
 
     Returns:
         Layer -> ``(C,)`` float64 on the CPU; without layers that saw no image.
@@ -344,18 +347,18 @@ def mean_gates(widths: Mapping[str, int], sums: Tensor) -> dict[str, Tensor]:
 
 
 def measure_importance(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Mean gate of every channel over images, in eval mode.
+    """Return the mean gate of every channel over images, in eval mode.
 
     Args:
-        model: with gates, trained.
-        batches: of inputs ``(B, C, H, W)``, or of tuples that begin with them.
+        model: trained network with gates.
+        batches: batches of inputs ``(B, C, H, W)``, or of tuples that begin with them.
 
     Returns:
         Canonical layer name -> ``(C,)`` in (0, 1), float64 on the CPU.
 
     Raises:
         NoLayersError: the model has no gates.
-        TypeError: a batch that holds no tensor of images.
+        TypeError: a batch holds no tensor of images.
         ValueError: no images.
     """
     if not gated_layers(model):

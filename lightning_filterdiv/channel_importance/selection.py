@@ -1,4 +1,4 @@
-"""Which channels to keep, by how open their gates are."""
+"""Choose the channels to keep by their mean gates."""
 
 from __future__ import annotations
 
@@ -43,27 +43,26 @@ def select_channels(
     """Choose the channels to keep by their mean gates.
 
     Args:
-        graph: of the network to prune.
-        importance: layer -> ``(C,)`` mean gates, of
-            :class:`~lightning_filterdiv.ChannelImportance` or :func:`measure_importance`. Names may be those of the
-            network inside a LightningModule or the other way round.
+        graph: channel graph of the network to prune.
+        importance: layer -> ``(C,)`` mean gates, from :class:`~lightning_filterdiv.ChannelImportance` or
+            :func:`measure_importance`. Names may be those of the LightningModule or of the network inside it.
         rule: ``"threshold"`` (the released code's for VGG and for ResNets on ImageNet): channels above ``threshold``
             times the layer's mean; ``"uniform"`` (for ResNets on CIFAR): the ``keep_fraction`` largest of every layer,
             so equally many in the layers of a stage. :data:`RELEASED_RULES` has all arguments by network.
-        keep_fraction: of the channels, rounded up.
+        keep_fraction: share of the channels to keep, rounded up.
         threshold: see ``rule``.
-        include: patterns of layers. ``None``: layers that write all their channels alone; those that write into a
-            residual sum keep their width. The released code prunes the 3x3 of bottlenecks: ``["*.conv2"]``.
+        include: patterns of layers. ``None``: all layers except those that write into a residual sum, which keep their
+            width. The released code prunes the 3x3 of bottlenecks: ``["*.conv2"]``.
         exclude: patterns of layers to keep whole.
 
     Returns:
-        Group name -> ``(n,)`` sorted indices of the channels to keep, at least one, in numbers that the network's
-        forward can express. A group of layers that write into one sum is judged by the mean over its layers.
+        Group name -> ``(n,)`` sorted indices of the channels to keep, at least one. Their number is one that the
+        network's forward allows. A group of layers that write into one sum is judged by the mean over its layers.
 
     Raises:
         NoLayersError: no group with a gate is left.
-        ValueError: a bad argument, by name, or an importance that is not finite or has another length than the layer
-            has channels.
+        ValueError: a bad argument, by name; an importance that is not finite, or whose length is not the number of
+            channels.
     """
     check_choice("rule", rule, Rule)
     check_number("keep_fraction", keep_fraction, above=0.0, high=1.0)
@@ -85,8 +84,8 @@ def select_channels(
     if not scores:
         gates = ", ".join(list(importance)[:8]) or "none"
         raise NoLayersError(
-            f"no layer with a gate can be pruned alone: gates are behind {gates}, the groups are "
-            f"{', '.join(group.name for group in graph.groups)}; name layers in include"
+            f"no group of channels can be chosen by gates: layers with a gate: {gates}; groups: "
+            f"{', '.join(group.name for group in graph.groups)}; name layers of a group in include"
         )
     counts = {
         name: int((score > threshold * score.mean()).sum()) if rule == "threshold"
@@ -98,7 +97,7 @@ def select_channels(
 
 
 def _largest(group: ChannelGroup, score: Tensor, count: int) -> Tensor:
-    """The ``count`` channels of the largest score, equally many of every block."""
+    """Return the ``count`` channels with the largest score, equally many of every block."""
     each = count // group.block_count
     best = [members[score[members].argsort(descending=True, stable=True)[:each]] for members in group.members()]
     return torch.cat(best).sort().values

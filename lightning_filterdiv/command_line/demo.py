@@ -45,7 +45,7 @@ _BATCH = 256  # images of a timed forward pass
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train: callbacks, and what happens to the network before."""
+    """One way to train: callbacks, and a change of the network before training."""
 
     callbacks: Callable[[], list[pl.Callback]]
     prepare: Callable[[nn.Module], Any] = lambda model: None
@@ -75,7 +75,7 @@ DATA: dict[str, Callable[[int], Images]] = {
 
 
 class _Board(TensorBoardLogger):
-    """Without the card that Lightning adds to every number: which epoch it was."""
+    """TensorBoard logger without the card for the number of the epoch."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
@@ -88,8 +88,8 @@ class Outcome:
     Attributes:
         network: in eval mode.
         predictions: ``(N,)`` class of each test image.
-        accuracy: share of test images that are classified right.
-        training: CPU seconds of the fit, None for a network that was not trained but made.
+        accuracy: share of test images that are classified correctly.
+        training: CPU seconds of the fit; None for a network that was not trained.
         latency: time of a forward pass over that of the plain network.
     """
 
@@ -101,7 +101,7 @@ class Outcome:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train plain and with each method from the same start, print the comparison and where to look.
+    """Train plain and with each method from the same start. Print the comparison, and where the files are.
 
     Raises:
         CommandError: an option or the folder cannot be used.
@@ -129,7 +129,8 @@ def run(options: argparse.Namespace) -> None:
                 if isinstance(callback, CentripetalSGD):
                     merged = callback.merge(model)
                     outcomes["merged"] = _judge(merged.network, DATA[options.data](options.seed), None)
-                    # Beside the TensorBoard files of this run, which have a new folder each time: nothing is replaced.
+                    # In the folder of this run's TensorBoard files, which is new each time, so that nothing is
+                    # replaced.
                     path = Path(model.trainer.log_dir or options.out / name) / "narrow.pt"
                     save_merged(merged.network, path)
                     saved.append(f"Narrow network, for load_merged: {path}")
@@ -143,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One progress bar, and warnings of this package only."""
+    """Show only one progress bar and warnings of this package."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -184,7 +185,7 @@ def _trainer(options: argparse.Namespace, callbacks: list[pl.Callback], **more: 
 
 
 def _warm_up(options: argparse.Namespace) -> None:
-    """One batch, untimed: the first one imports and, on a new machine, compiles what the others use."""
+    """Train on one batch, untimed. The first batch imports modules and, on a new machine, compiles them."""
     data = DATA[options.data](options.seed)
     trainer = _trainer(options, [], fast_dev_run=1, logger=False)
     trainer.fit(SmallConvNet(image_size=data.image_size), datamodule=data)

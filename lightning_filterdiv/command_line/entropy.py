@@ -1,4 +1,4 @@
-"""``filterdiv entropy``: the depth bound of a data set, and a network held against it."""
+"""``filterdiv entropy``: the depth bound of a data set, compared with the depth of a network."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def run(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def reading_data(source: str) -> Iterator[None]:
-    """Report what reading ``--data`` raises, in a user's class too, in one line.
+    """Report an error while ``--data`` is read, also one of a user's class, in one line.
 
     Raises:
-        CommandError: it holds no images, or an error of any kind.
+        CommandError: the data hold no images, or reading them failed.
     """
     try:
         yield
@@ -121,7 +121,7 @@ class _Folder:
 
 
 def build_data(source: str, root: Path | None) -> Any:
-    """What ``--data`` names, for :func:`~lightning_filterdiv.entropy_depth.images.image_source`.
+    """Return the data that ``--data`` names, for :func:`~lightning_filterdiv.entropy_depth.images.image_source`.
 
     Raises:
         CommandError: there is no such data, or it cannot be read.
@@ -145,7 +145,7 @@ def build_data(source: str, root: Path | None) -> Any:
     search_here()
     try:
         built = getattr(importlib.import_module(kind), name)()
-    except Exception as error:  # of whatever the user's class does
+    except Exception as error:  # an error of the user's class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"--data {source}: it cannot be built without arguments ({reason})") from error
     return built
@@ -181,7 +181,7 @@ def _torchvision(name: str, root: Path | None) -> Any:
 
 
 def _example_inputs(model: nn.Module, data: Any, shape: tuple[int, ...] | None) -> Any:
-    """The model's own example, else zeros of the images' size with the channels that its first convolution reads."""
+    """Return the model's own example, else zeros of the images' size with the channels of its first convolution."""
     if shape is not None:
         return zeros(shape)
     if getattr(model, "example_input_array", None) is not None:

@@ -24,10 +24,16 @@ from lightning_filterdiv.command_line.model_source import PICKLED, search_here
 from lightning_filterdiv.command_line.options import TRAINING
 from lightning_filterdiv.command_line.yaml_errors import find_cause
 
-__all__ = ["run"]
+__all__ = ["FilterDivCLI", "run"]
 
-#: LightningCLI knows the classes that are imported, and rooms are imported on first use.
+#: Imports every room, because LightningCLI knows only imported classes.
 _PUBLIC = [getattr(lightning_filterdiv, name) for name in lightning_filterdiv.__all__]
+
+#: What a configuration holds beside the options of Trainer.
+_SECTIONS = ("model", "data", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "seed_everything")
+_EXAMPLE = """ Callbacks of this package are known by name, in YAML and as in
+--trainer.callbacks+=RePr --trainer.callbacks.cycles=2"""
+_UNKNOWN_OPTION = re.compile(r"does not accept option '([^']+)'$|[Uu]nrecognized arguments: --([\w.]+)")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -42,34 +48,62 @@ def run(arguments: Sequence[str]) -> None:
     """
     search_here()
     try:
-        _FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv", "exit_on_error": False})
-    except ArgumentError as error:
-        more = f"The options are listed by: filterdiv {arguments[0]} --help"
-        cause, meant = find_cause(str(error)), list(_meant(str(error)))
-        first = meant if meant and "there is no class" in cause else [*filter(None, [cause]), *meant]
-        raise CommandError("\n".join([*first, str(error), more])) from error
+        descriptions = {
+            name: {"description": f"{text[0].upper()}{text[1:]}.{_EXAMPLE}"} for name, text in TRAINING.items()
+        }
+        FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv", **descriptions})
+    except _ConfigurationError as error:
+        raise CommandError(f"{error}\nThe options are listed by: filterdiv {arguments[0]} --help") from error
     except pickle.UnpicklingError as error:
         raise CommandError(
             f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, add --weights_only false"
         ) from error
 
 
-class _FilterDivCLI(LightningCLI):
+class _ConfigurationError(CommandError):
+    """Option or value that the parser refuses."""
+
+
+class FilterDivCLI(LightningCLI):
+    """LightningCLI that knows the callbacks here by their short names and says in one line what it cannot use.
+
+    ``filterdiv fit`` runs it. A script of your own can use it in place of ``LightningCLI``, with the same arguments.
+
+    Raises:
+        CommandError: an argument, a value in the configuration or the checkpoint cannot be used. The message names the
+            callback, the argument, the value and what is allowed.
+    """
+
     refused: list[Exception]
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
+        """Return fit, validate and test, each with the arguments that are not options."""
         known = LightningCLI.subcommands()
         return {name: known[name] for name in TRAINING}
 
+    def init_parser(self, **options: Any) -> Any:
+        """Return a parser that raises its errors."""
+        return super().init_parser(**{"exit_on_error": False} | options)
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        # LightningCLI's own warns if both these arguments and a command line exist; here they are the same.
-        self.config = parser.parse_args(args)
+        """Parse the command line.
+
+        Raises:
+            CommandError: an option or a value cannot be used.
+        """
+        # LightningCLI's own method warns if there are arguments and a command line. Here they are the same.
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise _ConfigurationError(_in_one_line(str(error))) from None
 
     def setup_parser(self, *arguments: Any, **options: Any) -> None:
+        """Add what keeps the first error of a constructor."""
         super().setup_parser(*arguments, **options)
-        # jsonargparse tries every type of a union, and its error lists each failure as text. An error of a constructor
-        # is kept where it happens. LightningCLI adds what constructs models and data by the same method.
+        # jsonargparse tries every type of a union, and its error lists each failure as text. Errors of constructors are
+        # therefore stored where they are raised. LightningCLI registers constructors of models and data by the same
+        # method.
         self.refused = []
         add = self.parser.add_instantiator
 
@@ -91,6 +125,11 @@ class _FilterDivCLI(LightningCLI):
         return observed
 
     def instantiate_classes(self) -> None:
+        """Construct callbacks, model, data and trainer.
+
+        Raises:
+            CommandError: a class of Lightning or of this package refuses an argument.
+        """
         try:
             super().instantiate_classes()
         except Exception:
@@ -99,7 +138,7 @@ class _FilterDivCLI(LightningCLI):
             reason = self.refused[0]
             *_, (frame, _) = traceback.walk_tb(reason.__traceback__)
             if frame.f_globals["__name__"].partition(".")[0] not in ("lightning_filterdiv", "lightning"):
-                raise reason from None  # of a class of the user, who needs the traceback
+                raise reason from None  # an error in a user's class: the user needs the traceback
             raise CommandError(f"{reason} (in the configuration)") from reason
 
     def _before(self) -> None:
@@ -110,10 +149,22 @@ class _FilterDivCLI(LightningCLI):
     before_fit = before_validate = before_test = _before
 
 
+def _in_one_line(message: str) -> str:
+    """Return the cause of an error of jsonargparse, or the whole message if its form is unknown."""
+    cause, meant = find_cause(message), list(_meant(message))
+    if meant and (not cause or "there is no class" in cause):
+        return "\n".join(meant if cause else [*meant, message])
+    if unknown := _UNKNOWN_OPTION.search(message):
+        trainer = (f"trainer.{name}" for name in signature(Trainer).parameters)
+        near = difflib.get_close_matches(unknown[1] or unknown[2], [*_SECTIONS, *trainer], n=1, cutoff=0.7)
+        return f"{message}; did you mean {near[0]!r}?" if near else message
+    return cause or message
+
+
 def _meant(message: str) -> Iterator[str]:
     """Yield the callback that a word in ``message`` is close to.
 
-    jsonargparse suggests nothing and gives the class that it did not find only in its message, which quotes it.
+    jsonargparse makes no suggestions, and names the missing class only inside its message.
     """
     callbacks = [value.__name__ for value in _PUBLIC if isinstance(value, type) and issubclass(value, Callback)]
     known = {"Callback", *(cls.__name__ for cls in _subclasses(Callback))}
@@ -129,7 +180,7 @@ def _subclasses(cls: type[object]) -> Iterator[type[object]]:
 
 
 def _lightning_restrains_loading() -> bool:
-    """Whether Trainer can load checkpoints without unpickling, as it does from Lightning 2.6 on."""
+    """True if Trainer can load checkpoints without unpickling, as it does from Lightning 2.6 on."""
     return "weights_only" in signature(Trainer.fit).parameters
 
 

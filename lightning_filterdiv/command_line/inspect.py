@@ -1,4 +1,4 @@
-"""``filterdiv inspect``: how redundant is a network that exists already?"""
+"""``filterdiv inspect``: report the redundancy of an existing network."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Inspected(NamedTuple):
     """A network and what was measured of it.
 
     Attributes:
-        title: what it is called in the report.
-        notes: where its weights come from, and what they were shown, a line each.
+        title: name in the report.
+        notes: origin of its weights and the data it saw, a line each.
         rows: one per layer.
         layers: name -> convolution.
         correlations: between the channels of layers that saw data.
@@ -95,10 +95,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse what cannot be used, before minutes of work.
+    """Refuse options that cannot be used, before minutes of work.
 
     Raises:
-        CommandError: a number out of its range; a folder that cannot be written, or that holds a report.
+        CommandError: a number is out of range, or the folder cannot be written or holds a report.
     """
     try:
         check_number("--threshold", options.threshold, low=0.0, below=1.0)
@@ -126,7 +126,7 @@ def inspect_network(source: str, options: argparse.Namespace) -> Inspected:
 
     Args:
         source: a file, or the name of a network.
-        options: of the command.
+        options: options of the command.
 
     Raises:
         CommandError: it cannot be found or measured.
@@ -150,7 +150,7 @@ def inspect_network(source: str, options: argparse.Namespace) -> Inspected:
 
 
 def _find_network(source: str, options: argparse.Namespace) -> _Network:
-    mixed = options.command == "compare"  # of two networks, an option may belong to the other one
+    mixed = options.command == "compare"  # with two networks, an option may belong to the other one
     if ":" in source and not Path(source).exists():
         if (options.model is not None or options.config is not None) and not mixed:
             raise CommandError(f"{source!r} names a network already; --model and --config belong to a file")
@@ -179,19 +179,19 @@ def _find_network(source: str, options: argparse.Namespace) -> _Network:
 
 
 def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """A network of bare convolutions that holds every kernel of a checkpoint."""
+    """Return a network of bare convolutions with every kernel of a checkpoint."""
     network = nn.Module()
     for key, tensor in weights.items():
         name, _, last = key.rpartition(".")
         if last != "weight" or not isinstance(tensor, Tensor) or tensor.dim() not in _PLAIN or not name:
             continue
         kernel_size: Any = tuple(tensor.shape[2:])
-        # Filters are only read: sizes of 1 are allowed where those of the file are 0, which select_filters reports.
+        # Filters are only read. Sizes of 0 in the file become 1 here, and select_filters reports them.
         with torch.device("meta"):
             conv = _PLAIN[tensor.dim()](max(1, tensor.shape[1]), max(1, tensor.shape[0]), kernel_size, bias=False)
         conv.weight = nn.Parameter(tensor.detach(), requires_grad=False)
         conv.in_channels, conv.out_channels = tensor.shape[1], tensor.shape[0]
-        # Under its whole name, and not by add_module: a file may hold names that no attribute can have.
+        # Stored under the whole name without add_module, because a file may hold names that no attribute can have.
         network._modules[name] = conv
     if not any(True for _ in network.parameters()):
         raise CommandError(
@@ -201,10 +201,10 @@ def _plain_convolutions(weights: Mapping[str, Tensor], path: Path) -> nn.Module:
 
 
 def _with_values(layers: dict[str, Conv], title: str) -> dict[str, Conv]:
-    """The layers whose filters can be compared; others are named in a warning.
+    """Return the layers whose filters can be compared. A warning names the others.
 
     Raises:
-        CommandError: none can.
+        CommandError: there is none.
     """
     reasons = {name: why for name, conv in layers.items() if (why := _why_incomparable(conv.weight))}
     if len(reasons) == len(layers):
@@ -226,7 +226,7 @@ def _why_incomparable(weight: Tensor) -> str:
 
 
 def _named_network(source: str, trust_pickle: bool) -> _Network:
-    """A network by its name, with torchvision's default weights where they are on disk already; nothing downloads."""
+    """Return a network by its name, with torchvision's default weights if they are on disk. Nothing is downloaded."""
     network, title = build_model(source), printable(source)
     kind, _, name = source.partition(":")
     if kind == "torchvision":
@@ -234,7 +234,7 @@ def _named_network(source: str, trust_pickle: bool) -> _Network:
         file = Path(torch.hub.get_dir()) / "checkpoints" / default.url.split("/")[-1] if default is not None else None
         if file is not None and file.is_file():
             if not trust_pickle:
-                read_checkpoint(file)  # torchvision would unpickle whatever lies there
+                read_checkpoint(file)  # torchvision would unpickle any file there
             trained = torchvision.models.get_model(name, weights=default)
             return _Network(trained, title, f"Weights of {file.name}, found on this machine.")
     if kind not in ("torchvision", "timm"):
@@ -247,7 +247,7 @@ def _named_network(source: str, trust_pickle: bool) -> _Network:
 
 
 def _same_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Whether a constructor gives the same convolutions twice: random ones differ."""
+    """True if a constructor gives the same convolutions twice. Random ones differ."""
     ours, theirs = (dict(named_convolutions(network)) for network in (first, second))
     pairs = [(conv.weight, theirs[name].weight) for name, conv in ours.items() if name in theirs]
     known = all(not is_lazy(w) and not w.is_meta and w.layout == torch.strided for pair in pairs for w in pair)
@@ -260,10 +260,10 @@ def _same_weights(first: nn.Module, second: nn.Module) -> bool:
 def _show_images(
     found: _Network, layers: dict[str, Conv], options: argparse.Namespace
 ) -> tuple[dict[str, Tensor], str]:
-    """Correlations between channels, and a note on what the network was shown."""
+    """Return correlations between channels, and a note on the images."""
     if not found.runs:
         raise CommandError(
-            f"--data needs a network that runs, and {found.title} is read as it is stored: name its network with "
+            f"--data needs a network that runs, and {found.title} holds weights alone: name their network with "
             f"--model ({MODEL_SOURCES}) or --config"
         )
     images, note = _images(found.network, options)
@@ -276,7 +276,7 @@ def _show_images(
 
     try:
         correlations = measure_channels(found.network, layers, show)
-    except Exception as error:  # of the user's network, about images of a size it does not take
+    except Exception as error:  # the user's network does not accept images of this size
         reason = " ".join(str(error).split())[:300]
         raise CommandError(
             f"--data {options.data}: {found.title} does not run on images {tuple(images.shape[1:])} "
@@ -291,7 +291,7 @@ def _show_images(
 
 
 def _images(network: nn.Module, options: argparse.Namespace) -> tuple[Tensor, str]:
-    """``(N, C, H, W)`` float images, and a note on them."""
+    """Return ``(N, C, H, W)`` float images, and a note on them."""
     path = Path(options.data)
     if path.is_file():
         try:
@@ -329,7 +329,7 @@ def _images(network: nn.Module, options: argparse.Namespace) -> tuple[Tensor, st
 
 
 def _prepared(images: Tensor, network: nn.Module) -> Tensor:
-    """In the layout that a network reads: channels first, as many as its first convolution has inputs."""
+    """Return images in the layout of the network: channels first, as many as its first convolution reads."""
     raw = not images.is_floating_point()
     if images.dim() == 3:
         images = images.unsqueeze(1)
@@ -348,7 +348,7 @@ def _prepared(images: Tensor, network: nn.Module) -> Tensor:
 
 
 def _draw(views: Mapping[str, LayerView], rows: list[LayerReport], count: int) -> dict[str, bytes]:
-    """Figures of the layers that stand out most, as files."""
+    """Return figures of the most redundant layers as files."""
 
     def interest(row: LayerReport) -> tuple[float, float]:
         return row.twins / row.filters, row.over_chance if row.over_chance == row.over_chance else 0.0

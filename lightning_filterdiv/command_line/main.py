@@ -1,4 +1,4 @@
-"""The ``filterdiv`` command: find the module of a command, run it, and report what it cannot use."""
+"""The ``filterdiv`` command: find the module of a command, run it, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else ""
-    # A module is imported when its command runs: torch and Lightning take seconds.
+    # A module is imported when its command runs, because torch and Lightning take seconds.
     try:
         with _forgiving_output():
             if command in TRAINING:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The message; of an error of the system without its number."""
+    """Return the message of an error, without the number of a system error."""
     if isinstance(error, WriteError) or not isinstance(error, OSError) or error.strerror is None:
         return str(error) or type(error).__name__
     return f"{error.filename or 'standard output'}: {error.strerror}"
@@ -100,7 +100,7 @@ def _warnings_on_one_line(command: str) -> Iterator[None]:
 
 
 def _discard_output() -> None:
-    """Drop what is still buffered for stdout, if it cannot be written: Python would try again when it exits."""
+    """Drop the buffer of stdout if it cannot be written. Python would try again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -26,23 +26,23 @@ from lightning_filterdiv.command_line.model_source import (
 from lightning_filterdiv.command_line.outputs import check_outputs, finish
 from lightning_filterdiv.narrowing.merge import NotTiedError, merge_channels
 from lightning_filterdiv.narrowing.twins import merge_twins
-from lightning_filterdiv.tensors.arguments import check_integer, check_number
+from lightning_filterdiv.tensors.arguments import check_integer
 
 __all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rebuild the network, merge, verify, save, and print what it costs before and after.
+    """Rebuild the network, merge, verify, save, and print the costs before and after.
 
     Raises:
         CommandError: no usable checkpoint, model, clusters or example inputs, or clusters that are not tied.
     """
     try:
-        if options.tolerance != float("inf"):
-            check_number("--tolerance", options.tolerance, low=0.0)
         check_integer("--pairs", options.pairs, low=0)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
+    if not options.tolerance >= 0:  # NaN too
+        raise CommandError(f"--tolerance must be a number with 0 <= --tolerance, or inf, got {options.tolerance}")
     check_outputs(options)
     if options.twins is not None:
         _merge_twins(options)
@@ -109,7 +109,7 @@ def _merge_twins(options: argparse.Namespace) -> None:
 
 
 def _check_states(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any] | None:
-    """What the checkpoint keeps of the first CentripetalSGD; ``None``: nothing.
+    """Return the state of the first CentripetalSGD in the checkpoint; ``None`` if there is none.
 
     Raises:
         CommandError: an entry is missing, has another type, or is of a newer release.

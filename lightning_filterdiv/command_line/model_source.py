@@ -1,4 +1,4 @@
-"""Where a command gets its network from: a class, a torchvision or timm name, a LightningCLI YAML, and its weights.
+"""Build the network of a command from a class, a torchvision or timm name, or a LightningCLI YAML, with its weights.
 
 Nothing here unpickles arbitrary objects unless it is told to trust the file.
 """
@@ -48,13 +48,13 @@ __all__ = [
     "zeros",
 ]
 
-#: Of a file that a restrained unpickler refuses.
+#: Predicate for a file that a restricted unpickler refuses.
 PICKLED = "holds objects that only unpickling would open, which can run any code; it was not opened"
-#: Last level of the key under which a module keeps what is no tensor.
+#: Last level of the key under which a module stores extra state.
 _EXTRA_STATE = "_extra_state"
-#: Entries that ``filterdiv fit`` (LightningCLI) saves among a network's arguments. --model names the class instead.
+#: Entries that ``filterdiv fit`` (LightningCLI) saves among a network's arguments. Here --model names the class.
 _LIGHTNING_CLI = {"_class_path", "_instantiator"}
-#: What a network's name begins with -> module whose ``list_models`` has the names.
+#: Prefix of a network's name -> module whose ``list_models`` has the names.
 _LIBRARIES = {"torchvision": "torchvision.models", "timm": "timm"}
 _NO_CHECKPOINT = "is not a checkpoint: torch.save did not write it, or a part of it is missing; copy or save it again"
 
@@ -66,11 +66,11 @@ def build_model(
 
     Args:
         model: ``"pkg.module:Class"`` (or a function that returns a module), ``"torchvision:NAME"`` or ``"timm:NAME"``.
-        config: a YAML file for LightningCLI; what stands under ``model`` is built. Give one of the two.
+        config: YAML file for LightningCLI, whose ``model`` is built. Give either ``model`` or ``config``.
         hyper_parameters: arguments for ``pkg.module:Class``, as Lightning saves them in a checkpoint.
 
     Raises:
-        CommandError: there is no such network or file, or its constructor needs arguments that nobody gave.
+        CommandError: there is no such network or file, or its constructor lacks arguments.
     """
     if (model is None) == (config is None):
         raise CommandError(f"say which network is meant by one of --model ({MODEL_SOURCES}) and --config run.yaml")
@@ -88,12 +88,12 @@ def build_model(
 
 
 def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Module:
-    """Construct a network of a library with trained weights; the only thing here that downloads.
+    """Construct a network of a library with trained weights. Nothing else in this module downloads.
 
     Args:
         source: ``"torchvision:NAME"`` or ``"timm:NAME"``.
-        weights: which ones, by the library's name; ``"DEFAULT"`` for its own choice.
-        trust_pickle: see :func:`read_checkpoint`, which checks a file that is on this machine already.
+        weights: library's name of the weights; ``"DEFAULT"`` for its own choice.
+        trust_pickle: see :func:`read_checkpoint`, which checks a file that is already on this machine.
 
     Raises:
         CommandError: no such network or weights, or they cannot be loaded.
@@ -120,7 +120,7 @@ def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Modu
             )
         file = Path(torch.hub.get_dir()) / "checkpoints" / known[weights].url.rpartition("/")[2]
         if file.is_file() and not trust_pickle:
-            read_checkpoint(file)  # torchvision would unpickle whatever lies there
+            read_checkpoint(file)  # torchvision would unpickle any file there
         built: nn.Module = torchvision.models.get_model(name, weights=weights)
     except CommandError:
         raise
@@ -133,13 +133,13 @@ def load_named(source: str, weights: str, trust_pickle: bool = False) -> nn.Modu
 
 
 def _reason(error: Exception) -> str:
-    """What an error says on one line, with its type where that alone says something."""
+    """Return the message of an error on one line, with its type if the message alone is unclear."""
     said = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch may list all its backends
     return said if isinstance(error, TypeError) and said else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _did_you_mean(name: str, names: Sequence[str], prefix: str = "") -> str:
-    """End of a message about a name that is none of ``names``: the closest ones; ``""`` if none is close."""
+    """Return the end of a message about a name that is not in ``names``: the closest ones; ``""`` if none is close."""
     lower = name.lower()
     near = [lower] if lower in names else difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     *most, last = [prefix + one for one in near] or [""]
@@ -147,7 +147,7 @@ def _did_you_mean(name: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 def _library_names(kind: str) -> list[str]:
-    """Networks that torchvision or timm has; none if it is not installed. Nothing downloads."""
+    """Return the networks of torchvision or timm; none if it is not installed. Nothing is downloaded."""
     try:
         library: Any = importlib.import_module(_LIBRARIES[kind])
     except ImportError:
@@ -156,10 +156,11 @@ def _library_names(kind: str) -> list[str]:
 
 
 def suggest_source(source: str) -> str:
-    """End of a message about something that names neither a file nor a network: ``"; did you mean timm:resnet18?"``.
+    """Return the end of a message about a text that is neither a file nor a network: ``"; did you mean
+    timm:resnet18?"``.
 
     Args:
-        source: what was written, such as ``resnet18``, ``timm.resnet18`` or ``torchvison:resnet18``.
+        source: the user's text, such as ``resnet18``, ``timm.resnet18`` or ``torchvison:resnet18``.
 
     Returns:
         ``""`` if no library has a name like this one.
@@ -173,7 +174,7 @@ def suggest_source(source: str) -> str:
 
 
 def _no_model(kind: str, name: str) -> CommandError:
-    """The error for a name that a library does not have: another library may have it, or one like it."""
+    """Return the error for a name that a library lacks. Another library may have it, or a similar one."""
     for other in _LIBRARIES:
         if other != kind and name in _library_names(other):
             return CommandError(f"{kind} has no model {name!r}; did you mean {other}:{name}?")
@@ -206,7 +207,7 @@ def _from_timm(name: str) -> nn.Module:
 
 
 def search_here() -> None:
-    """Let imports find what lies in the current folder."""
+    """Let imports find modules in the current folder."""
     # A console script does not search the current folder, where users keep the classes that they name.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -226,7 +227,7 @@ def _from_class(path: str, name: str, hyper_parameters: Mapping[str, Any]) -> nn
         raise CommandError(f"--model {path}:{name}: {path} has no {name!r}{_did_you_mean(name, callables)}")
     try:
         built = getattr(module, name)(**hyper_parameters)
-    except Exception as error:  # of whatever the user's class does with arguments from a file
+    except Exception as error:  # an error of the user's class with arguments from a file
         raise CommandError(
             f"--model {path}:{name} cannot be constructed: {_reason(error)}. Give its arguments in a YAML file "
             f"with --config, or call save_hyperparameters() in its constructor"
@@ -283,7 +284,7 @@ def with_values(model: nn.Module) -> nn.Module:
     """Return ``model``, whose layers are ready to run.
 
     Raises:
-        CommandError: one is lazy or on the meta device.
+        CommandError: a layer is lazy or on the meta device.
     """
     for name, parameter in model.named_parameters():
         if is_lazy(parameter) or parameter.is_meta:
@@ -295,7 +296,7 @@ def with_values(model: nn.Module) -> nn.Module:
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
-    """A batch of ``--input-shape``.
+    """Return a batch of zeros of ``--input-shape``.
 
     Raises:
         CommandError: it does not fit into memory.
@@ -308,7 +309,7 @@ def zeros(shape: tuple[int, ...]) -> Tensor:
 
 
 def _other_format(path: Path) -> str | None:
-    """What torch calls a file that is no checkpoint and not opened here; ``None``: nothing it knows."""
+    """Return torch's name for a file that is no checkpoint and is not opened here; ``None`` if unknown."""
     try:
         if tarfile.is_tarfile(path):
             return "a tar archive, as torch.save wrote before 2017, with pickled objects"
@@ -336,7 +337,7 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
         The checkpoint; a bare state dict comes back as ``{"state_dict": ...}``.
 
     Raises:
-        CommandError: no such file, no checkpoint, one that only unpickling would open, or a damaged one.
+        CommandError: the file is missing, damaged, no checkpoint, or needs unpickling.
     """
     if path.is_dir():
         raise CommandError(f"{path} is a folder; name the .ckpt or .pt file in it")
@@ -381,7 +382,8 @@ def read_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
 
 
 def _check_entries(path: Path, checkpoint: Mapping[Any, Any]) -> None:
-    """Raise unless what the commands read of a Lightning checkpoint has the types that Lightning writes."""
+    """Raise an error unless the entries of a Lightning checkpoint that commands read have the types that Lightning
+    writes."""
     _check_weights(path, checkpoint["state_dict"])
     for name in ("callbacks", "hyper_parameters"):
         entry = checkpoint.get(name)
@@ -408,12 +410,12 @@ def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[st
     """Construct the network of a checkpoint, with the gates that ChannelImportance gave it, and load its weights.
 
     Args:
-        model: see :func:`build_model`; the hyper-parameters are those in the checkpoint.
+        model: see :func:`build_model`. The hyper-parameters come from the checkpoint.
         config: see :func:`build_model`.
-        checkpoint: what :func:`read_checkpoint` returned.
+        checkpoint: result of :func:`read_checkpoint`.
 
     Raises:
-        CommandError: the network cannot be constructed, or the weights are those of another.
+        CommandError: the network cannot be constructed, or the weights belong to another network.
     """
     network = build_model(model, config, checkpoint.get("hyper_parameters"))
     saved_gate_means(network, checkpoint)
@@ -422,10 +424,10 @@ def restore_model(model: str | None, config: Path | None, checkpoint: Mapping[st
 
 
 def saved_gate_means(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Put gates into ``network`` where the checkpoint's has them; return what they let through in the fit.
+    """Insert the gates of the checkpoint into ``network``, and return their means in the fit.
 
     Raises:
-        CommandError: the state of ChannelImportance is damaged or that of another network.
+        CommandError: the state of ChannelImportance is damaged or belongs to another network.
     """
     try:
         return restore_gates(network, checkpoint)
@@ -434,7 +436,7 @@ def saved_gate_means(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[
 
 
 def load_source(options: argparse.Namespace) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Network that ``SOURCE`` names, and the checkpoint that its weights are from; ``{}`` for one without a file.
+    """Return the network that ``SOURCE`` names, and the checkpoint of its weights; ``{}`` without a file.
 
     Args:
         options: ``source``, ``model``, ``config``, ``weights`` and ``trust_pickle``.
@@ -461,12 +463,13 @@ def load_source(options: argparse.Namespace) -> tuple[nn.Module, Mapping[str, An
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load ``state_dict`` into ``model``; levels that wrappers add to names (``_orig_mod``, ``module``) do not count.
+    """Load ``state_dict`` into ``model``. Levels that wrappers add to names (``_orig_mod``, ``module``) are ignored.
 
     A checkpoint of a LightningModule also fits the network inside it: one common prefix (``net.``) is taken off.
 
     Raises:
-        CommandError: the tensors are not those of the network; the first missing, unexpected and misshapen ones.
+        CommandError: the tensors are not those of the network. The message names the first missing, unexpected and
+            misshapen ones.
     """
     own = {canonical_name(name): name for name in model.state_dict()}
     given = {canonical_name(name): tensor for name, tensor in state_dict.items()}
@@ -496,5 +499,5 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """Of a tensor; extra state has none."""
+    """Return the shape of a tensor; extra state has none."""
     return tuple(value.shape) if isinstance(value, Tensor) else None

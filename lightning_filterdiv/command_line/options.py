@@ -1,7 +1,8 @@
 """Options of all commands.
 
 Nothing here imports torch, so that ``--help``, ``--version`` and a misspelt command answer at once. Choices that are a
-Literal or a table elsewhere therefore stand here again; ``tests/command_line/test_options.py`` compares them.
+Literal or a table in another module are therefore repeated here, and ``tests/command_line/test_options.py`` compares
+them.
 
 All options have one style:
 
@@ -36,7 +37,7 @@ LABELLED_SOURCES = "digits, fashion_mnist, or pkg.module:Name of a data set or L
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to the help of every option that has one."""
+    """Help formatter that adds the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
@@ -46,7 +47,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line; the usage of some commands is longer than a screen."""
+    """Parser that reports a wrong argument in one line. The usage of some commands is longer than a screen."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -115,7 +116,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _methods(parser: argparse.ArgumentParser) -> None:
-    """Nothing to choose."""
+    """Add no options."""
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -231,8 +232,8 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="SOURCE",
-        help=f"(inputs, labels): {LABELLED_SOURCES}. At most 16 batches are measured, for --importance taylor and for "
-        "the means of removed channels, which correct biases; all validation data give the accuracy before and after",
+        help=f"(inputs, labels): {LABELLED_SOURCES}. At most 16 batches serve --importance taylor, and give the means "
+        "of removed channels, which are added to the next biases. All validation data give accuracies before and after",
     )
     _seed(parser, "--importance random and the order of the data")
     _form(parser)
@@ -249,17 +250,17 @@ def _entropy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-images", type=int, metavar="N", help="measure N images, evenly spaced in the data (default: all)"
     )
-    _model(parser)
+    _model(parser, "network whose depth is compared with the bound")
     _input_shape(parser, "the network or the images")
 
 
 # -- options of several commands -------------------------------------------------------------------------------------
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
-    """Add the options by which a command is told its network, for :mod:`.model_source`."""
+def _model(parser: argparse.ArgumentParser, purpose: str = "network to load the weights into") -> None:
+    """Add the options that name a command's network, for :mod:`.model_source`."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="SOURCE", help=f"network to load the weights into: {MODEL_SOURCES}")
+    source.add_argument("--model", metavar="SOURCE", help=f"{purpose}: {MODEL_SOURCES}")
     source.add_argument("--config", type=Path, metavar="FILE", help="LightningCLI configuration that names the network")
     parser.add_argument(
         "--trust-pickle",
@@ -353,7 +354,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _share(text: str) -> tuple[str, float]:
-    """Pattern (empty: all layers) and share."""
+    """Return pattern (empty for all layers) and share."""
     pattern, _, number = text.rpartition("=")
     try:
         return pattern, float(number)
@@ -363,8 +364,8 @@ def _share(text: str) -> tuple[str, float]:
         ) from None
 
 
-#: Name of a command -> its line of help, more about it with an example, and what adds its options. Module ``NAME``
-#: beside this one runs it.
+#: Name of a command -> line of help, description with an example, and function that adds its options. The module of
+#: this name runs it.
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "demo": (
         "train a small network on real digits, squeeze it and merge it",
@@ -390,8 +391,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
         _compare,
     ),
     "merge": (
-        "merge a CentripetalSGD checkpoint into a narrower network",
-        "The outputs of both networks are compared before anything is written. With --twins any network will do.\n\n"
+        "merge equal filters of a CentripetalSGD checkpoint, or nearly equal ones of any network",
+        "The outputs of both networks are compared before anything is written. --twins merges nearly equal filters.\n\n"
         "  filterdiv merge end.ckpt --model my_package.nets:Net --out narrow.pt\n"
         "  filterdiv merge torchvision:resnet18 --weights DEFAULT --input-shape 1,3,224,224 --twins --out narrow.pt",
         _merge,

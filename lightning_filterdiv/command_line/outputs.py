@@ -1,4 +1,4 @@
-"""Files that commands write: the check before minutes of work, and what ``merge`` and ``prune`` end with."""
+"""Output files of commands: the check before minutes of work, and the last part of ``merge`` and ``prune``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["check_outputs", "check_replaced", "finish"]
 
 
 def check_replaced(options: argparse.Namespace, option: str, paths: Iterable[Path]) -> None:
-    """Keep files that are there: the one rule of all commands.
+    """Refuse to replace existing files, for all commands.
 
     Raises:
         CommandError: one of ``paths`` exists and ``--overwrite`` is not given.
@@ -49,7 +49,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def finish(options: argparse.Namespace, model: nn.Module, narrow: nn.Module, inputs: Any, network: str | None) -> None:
-    """Save the narrow network, export it where asked, and print what both cost.
+    """Save the narrow network, export it if asked, and print the costs of both networks.
 
     Raises:
         CommandError: the network has no ONNX form.

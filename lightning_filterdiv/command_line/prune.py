@@ -28,7 +28,7 @@ _BATCH = 64
 
 
 def run(options: argparse.Namespace) -> None:
-    """Build the network, print the plan, prune, save, and print what that did.
+    """Build the network, print the plan, prune, save, and print the result.
 
     Raises:
         CommandError: the network, the data or an option cannot be used, or the target is out of reach.
@@ -76,10 +76,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _keep_fraction(given: list[tuple[str, float]] | None) -> float | dict[str, float] | None:
-    """One share, or pattern -> share.
+    """Return one share, or pattern -> share.
 
     Raises:
-        CommandError: shares with and without a pattern, or a pattern twice.
+        CommandError: there are shares with and without a pattern, or a pattern is repeated.
     """
     if given is None or [pattern for pattern, _ in given] == [""]:
         return None if given is None else given[0][1]
@@ -90,7 +90,7 @@ def _keep_fraction(given: list[tuple[str, float]] | None) -> float | dict[str, f
 
 
 def _saved_means(source: str, model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Mean gates of the fit that the checkpoint is from."""
+    """Return the mean gates of the fit of the checkpoint."""
     means = saved_gate_means(model, checkpoint)
     if not means:
         raise CommandError(
@@ -102,7 +102,7 @@ def _saved_means(source: str, model: nn.Module, checkpoint: Mapping[str, Any]) -
 
 
 def _in_options(message: str) -> str:
-    """The message with options in the place of arguments."""
+    """Return the message with options instead of arguments."""
     names = ("keep_fraction", "target_macs", "target_parameters", "max_layer_fraction", "channels_multiple")
     for name in names:
         message = message.replace(name, f"--{name.replace('_', '-')}")
@@ -131,7 +131,7 @@ class _Reported:
 
 
 def _loaders(source: str, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
-    """Batches to measure on and batches to judge on; of a plain data set the same."""
+    """Return batches for measuring and batches for accuracy, which are the same for a plain data set."""
     package, separator, name = _KNOWN_DATA.get(source, source).partition(":")
     if not (separator and package and name):
         raise CommandError(f"--data {source!r} is none of {LABELLED_SOURCES}")
@@ -146,6 +146,6 @@ def _loaders(source: str, seed: int) -> tuple[Iterable[Any], Iterable[Any]]:
         generator = torch.Generator().manual_seed(seed)
         training = DataLoader(built, _BATCH, shuffle=True, generator=generator)
         return _Reported(training, source), _Reported(DataLoader(built, _BATCH), source)
-    except Exception as error:  # of whatever the user's class does
+    except Exception as error:  # an error of the user's class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"--data {source}: it gives no batches ({reason})") from error

@@ -21,12 +21,12 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Images(pl.LightningDataModule):
-    """Images held in memory as float tensors ``(N, 1, H, W)``, normalised by the training set's mean and deviation.
+    """Images in memory as float tensors ``(N, 1, H, W)``, normalised by mean and deviation of the training set.
 
     Args:
         batch_size: images per step.
-        seed: of the train/test split or subset.
-        transform: module that all normalised images go through once; it keeps their shape.
+        seed: seed of the train/test split or subset.
+        transform: module that is applied once to all normalised images. It must keep their shape.
     """
 
     image_size: int
@@ -44,7 +44,7 @@ class Images(pl.LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load once, normalise both parts by the training part, transform.
+        """Load the images once, normalise both parts by the training part, and apply the transform.
 
         Raises:
             ValueError: ``transform`` changes the shape of images.
@@ -73,7 +73,7 @@ class Images(pl.LightningDataModule):
         return DataLoader(data, batch_size=self.batch_size, shuffle=shuffle, drop_last=shuffle)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled, the last incomplete batch dropped."""
+        """Return the training images, shuffled, without the last incomplete batch."""
         return self._loader(self._train, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
@@ -92,7 +92,7 @@ class Digits(Images):
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :meth:`Images.load`; a stratified, seeded split."""
-        # Not at the top: scikit-learn takes seconds to import, and FashionMNIST does not need it.
+        # Imported here because scikit-learn takes seconds to import, and FashionMNIST does not need it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -111,14 +111,14 @@ class FashionMNIST(Images):
     """Fashion-MNIST (Xiao et al. 2017), 28x28 grey, 60,000 training and 10,000 test images, read from local files.
 
     Args:
-        root: folder with the four ``*-ubyte.gz`` files; ``None`` looks where Debian's package puts them.
-        train_images: use a seeded random subset of so many training images; ``None`` for all.
+        root: folder with the four ``*-ubyte.gz`` files; ``None`` for that of Debian's package.
+        train_images: size of a seeded random subset of the training images; ``None`` for all.
         batch_size: images per step.
-        seed: of the subset.
+        seed: seed of the subset.
         transform: see :class:`Images`.
 
     Raises:
-        FileNotFoundError: no files there; the message says how to get them.
+        FileNotFoundError: the files are missing. The message says how to get them.
     """
 
     image_size = 28
@@ -157,7 +157,7 @@ def load_fashion_mnist(part: str, root: Path | None = None) -> tuple[Tensor, Ten
         Images ``(N, 28, 28)`` uint8 and labels ``(N,)`` int64.
 
     Raises:
-        FileNotFoundError: with what to install.
+        FileNotFoundError: the message says what to install.
     """
     folder = DEBIAN_FASHION_MNIST if root is None else root
     arrays = []

@@ -1,4 +1,4 @@
-"""The small classifier of the demo: RePr's "vanilla" network of three convolutions, with every knob in YAML."""
+"""The small classifier of the demo: RePr's "vanilla" network of three convolutions, configurable in YAML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SmallConvNet", "three_convolutions"]
 
 
 def three_convolutions(width: int = 32, image_size: int = 28, classes: int = 10) -> nn.Sequential:
-    """C3(width): three 3x3 convolutions of ``width`` filters with ReLU, max-pooling by 2 after the first two.
+    """Return C3(width): three 3x3 convolutions of ``width`` filters with ReLU, max-pooling by 2 after the first two.
 
     Args:
         width: filters per layer.
@@ -23,7 +23,8 @@ def three_convolutions(width: int = 32, image_size: int = 28, classes: int = 10)
         classes: outputs of the linear classifier.
 
     Returns:
-        ``(B, 1, image_size, image_size) -> (B, classes)``; the convolutions are named ``conv1`` to ``conv3``.
+        Network from ``(B, 1, image_size, image_size)`` to ``(B, classes)``. The convolutions are named ``conv1`` to
+        ``conv3``.
     """
     check_integer("width", width, low=1)
     check_integer("image_size", image_size, low=4)
@@ -46,7 +47,7 @@ class SmallConvNet(pl.LightningModule):
         width: filters per convolution.
         image_size: height and width of the images.
         lr: learning rate.
-        weight_decay: of all parameters.
+        weight_decay: weight decay of all parameters.
         milestones: epochs at which the learning rate is divided by ten.
     """
 
@@ -65,12 +66,12 @@ class SmallConvNet(pl.LightningModule):
         self.example_input_array = torch.zeros(1, 1, image_size, image_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 1, H, W)`` images to ``(B, 10)`` logits."""
+        """Map ``(B, 1, H, W)`` images to ``(B, 10)`` logits."""
         logits: Tensor = self.net(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch."""
+        """Return the cross-entropy of a batch."""
         loss = F.cross_entropy(self(batch[0]), batch[1])
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -88,7 +89,7 @@ class SmallConvNet(pl.LightningModule):
         self._evaluate(batch, "test_acc")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with momentum 0.9 and step decay."""
+        """Return SGD with momentum 0.9 and step decay."""
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.hparams["lr"], momentum=0.9, weight_decay=self.hparams["weight_decay"]
         )

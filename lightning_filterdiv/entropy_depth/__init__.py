@@ -1,4 +1,4 @@
-"""Bound on the depth of the convolutional part from the entropy of the training images: a heuristic."""
+"""Bound on the depth of the convolutional part from the entropy of the training images (a heuristic)."""
 
 import lazy_loader
 

@@ -30,24 +30,24 @@ T = TypeVar("T")
 
 
 class EntropyDepthBound(FilterCallback):
-    """Measure the training images at fit start and say which stages of the network are deeper than they can use.
+    """Measure the training images at fit start and name the stages of the network that are deeper than they can use.
 
     The bound is the rounded mean entropy of the images, a heuristic after EBCLE (Gowdra et al., Pattern Recognition
     2021; see the card). It is compared with each stage, the convolutions of one spatial resolution on the longest path;
-    the total depth is logged beside it. Deeper stages come with a shallower, broader plan of equal weights. Nothing
-    about training changes: no weight, no batch, no random number.
+    the total depth is logged beside it. If stages are deeper, the log proposes a shallower, broader network with as
+    many parameters. Training does not change: no weight, no batch, no random number.
 
-    Where the module has no ``example_input_array``, the network is traced after its first training batch. The images
+    Without an ``example_input_array`` the network is traced after its first training batch. The images
     are measured on rank 0 only. A resumed fit takes the result from the checkpoint.
 
     Args:
-        unit: of the entropy that is rounded; nats allow at most 6 for 8-bit images, bits at most 8.
-        rounding: of the mean entropy.
-        max_images: measure so many images; ``None`` for all.
-        action: what a stage that is too deep leads to.
+        unit: unit of the entropy that is rounded. For 8-bit images the bound is at most 6 in nats and 8 in bits.
+        rounding: rounding of the mean entropy.
+        max_images: number of images to measure; ``None`` for all.
+        action: reaction to a stage that is too deep.
         network: name of the submodule to trace, ``None`` for the whole module.
         include: patterns of the convolutions that count towards depth; ``None`` for all.
-        exclude: patterns of convolutions that do not.
+        exclude: patterns of convolutions that do not count.
 
     Attributes:
         bound: the measured :class:`DepthBound`, from fit start on.
@@ -55,7 +55,7 @@ class EntropyDepthBound(FilterCallback):
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
-        ImageDataError: at fit start, when the training data hold no images or can be read only once.
+        ImageDataError: at fit start, if the training data hold no images or can be read only once.
         MisconfigurationException: all chosen convolutions are ``nn.Conv1d``; with ``action="error"``: a stage is too
             deep, or the network cannot be traced.
     """
@@ -89,13 +89,13 @@ class EntropyDepthBound(FilterCallback):
         self._inputs: ExampleInputs | None = None
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """The convolutions of ``network`` that ``include`` and ``exclude`` leave."""
+        """Return the convolutions of ``network`` that ``include`` and ``exclude`` leave."""
         return layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
 
     # ------------------------------------------------------------------ the two measurements
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the images; compare with the network, if it can be traced without a batch."""
+        """Measure the images. Compare them with the network if it can be traced without a batch."""
         if all(isinstance(conv, nn.Conv1d) for conv in self.layers.values()):
             raise MisconfigurationException(
                 f"EntropyDepthBound measures images, and this network reads signals ({next(iter(self.layers))!r} is a "
@@ -115,13 +115,13 @@ class EntropyDepthBound(FilterCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the first batch that the network saw its input is known."""
+        """Trace the network after the first batch that it saw."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._inputs is not None and not self._inputs.awaited(self.layers.values()):
             self._compare(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say it, if the network was never called."""
+        """Warn if the network was never called."""
         super().on_train_end(trainer, pl_module)
         if self._inputs is not None:
             self._compare(trainer, pl_module)
@@ -193,7 +193,8 @@ class EntropyDepthBound(FilterCallback):
         return {"measured": None if self._measured is None else _packed(self._measured), "max_images": self.max_images}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`extra_state`, also that of release 0.1; measured anew where ``max_images`` has changed."""
+        """Restore :meth:`extra_state`, also that of release 0.1. Images are measured again if ``max_images`` has
+        changed."""
         packed = state["measured"]
         if isinstance(packed, list) and all(isinstance(entry, list) for entry in packed):
             # Release 0.1: a list of [fingerprint, is it a stream, measurement], that of its last fit at the end.
@@ -212,7 +213,7 @@ class EntropyDepthBound(FilterCallback):
 
 
 def _packed(measured: Measurement) -> list[Any]:
-    """Plain values, for a checkpoint."""
+    """Return plain values for a checkpoint."""
     return [*measured[:-1], list(measured.notes)]
 
 
@@ -220,7 +221,7 @@ def _refuse_one_pass(loader: object) -> None:
     """Refuse a loader that measuring would use up.
 
     Raises:
-        ImageDataError: every pass over it goes on where the last one ended.
+        ImageDataError: every pass over it continues where the last one ended.
     """
     data = loader.dataset if isinstance(loader, DataLoader) else loader
     if isinstance(data, Iterator | IterableDataset) and iter(data) is iter(data):
@@ -231,7 +232,8 @@ def _refuse_one_pass(loader: object) -> None:
 
 
 def _from_rank_zero(trainer: pl.Trainer, action: Callable[[], T]) -> T:
-    """The result of ``action`` on rank 0, on every rank; an error there is an error everywhere, or all others wait."""
+    """Return the result of ``action`` on rank 0 to every rank. An error on rank 0 is raised everywhere, because the
+    others wait."""
     outcome: tuple[T | None, str] = (None, "")
     failure: Exception | None = None
     if trainer.is_global_zero:

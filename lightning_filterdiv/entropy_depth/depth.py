@@ -20,11 +20,11 @@ class Stage(NamedTuple):
     """Neighbouring convolutions of the longest path whose outputs have one spatial resolution.
 
     Attributes:
-        resolution: of the outputs, ``(H, W)`` for images.
-        layers: names of the convolutions in order; one that is called twice appears twice.
-        width: the most frequent number of output channels (the larger of equally frequent ones).
+        resolution: resolution of the outputs, ``(H, W)`` for images.
+        layers: names of the convolutions in order. A convolution that is called twice appears twice.
+        width: most frequent number of output channels (the larger one if two are equally frequent).
         weights: number of weights of these layers.
-        entry_weights: those of the first layer, whose input has the width of the stage before.
+        entry_weights: weights of the first layer, whose input has the width of the stage before.
     """
 
     resolution: tuple[int, ...]
@@ -35,12 +35,12 @@ class Stage(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Convolutions in the stage."""
+        """Number of convolutions in the stage."""
         return len(self.layers)
 
     @property
     def name(self) -> str:
-        """``28x28``."""
+        """Resolution as text, such as ``28x28``."""
         return "x".join(map(str, self.resolution))
 
 
@@ -51,11 +51,11 @@ class NetworkDepth(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Convolutions on the longest path."""
+        """Number of convolutions on the longest path."""
         return sum(stage.depth for stage in self.stages)
 
     def beyond(self, bound: int) -> list[int]:
-        """Indices of the stages deeper than ``bound``."""
+        """Return the indices of stages deeper than ``bound``."""
         return [index for index, stage in enumerate(self.stages) if stage.depth > bound]
 
     def plan(self, bound: int) -> DepthPlan:
@@ -77,7 +77,7 @@ class NetworkDepth(NamedTuple):
         return plan_depth(depths, [stage.width for stage in self.stages], bound, parameters=parameters)
 
     def advice(self, bound: int) -> str:
-        """The plan in words, one clause per stage that is too deep; empty where none is."""
+        """Return the plan in words, one clause per stage that is too deep; empty if there is none."""
         deep = self.beyond(bound)
         if not deep:
             return ""
@@ -93,7 +93,7 @@ class NetworkDepth(NamedTuple):
         return "; ".join(clauses)
 
     def describe(self) -> str:
-        """One line: depth of each stage and in total."""
+        """Return the depth of each stage and in total, on one line."""
         stages = ", ".join(f"{stage.depth} at {stage.name}" for stage in self.stages)
         return f"{self.total} convolutions on the longest path: {stages}"
 
@@ -101,12 +101,12 @@ class NetworkDepth(NamedTuple):
 def network_depth(graph: ChannelGraph, layers: Collection[str] | None = None) -> NetworkDepth:
     """Count convolutions along the longest path from any input to any output.
 
-    Every convolution counts one, 1x1 and depthwise ones too; of equally long paths the first in order of execution is
-    taken. A new stage begins where the resolution of the outputs changes.
+    Every convolution counts one, also 1x1 and depthwise ones. Of equally long paths the first in order of execution is
+    used. A new stage begins where the resolution of the outputs changes.
 
     Args:
-        graph: the traced network; it must still be alive.
-        layers: names of the convolutions that count; all by default.
+        graph: channel graph of a network that still exists.
+        layers: names of the convolutions that count; ``None`` for all.
 
     Raises:
         ValueError: none of ``layers`` is on the traced path.
@@ -119,7 +119,7 @@ def network_depth(graph: ChannelGraph, layers: Collection[str] | None = None) ->
     for name, operation in operations.items():
         before = [source for source in operation.inputs if source in longest]
         best = max(before, key=lambda source: longest[source]) if before else None
-        # ATen's names: conv2d, conv_transpose2d, convolution. Also functional ones, in a module that is no convolution.
+        # ATen's names: conv2d, conv_transpose2d, convolution. Functional calls inside other modules count too.
         counts[name] = operation.operator.startswith("conv") and (layers is None or operation.module in layers)
         longest[name] = (longest[best] if best is not None else 0) + counts[name]
         previous[name] = best
@@ -153,7 +153,7 @@ def _stages(path: list[Operation], modules: dict[str, nn.Module]) -> list[Stage]
 
 def _weights(module: nn.Module | None) -> int:
     if isinstance(module, CONVOLUTIONS):
-        # Not from ``weight``: reading one under spectral_norm takes a step of its power iteration.
+        # Not read from ``weight``: under spectral_norm, reading it runs a step of power iteration.
         return module.out_channels * module.in_channels // module.groups * math.prod(module.kernel_size)
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 

@@ -28,13 +28,13 @@ __all__ = ["NormalizationCheck", "estimate_depth_bound", "measure", "preserve_rn
 
 
 class NormalizationCheck:
-    """Notices, batch by batch, whether images were normalised, and says what that means for their entropy."""
+    """Detect batch by batch if images were normalised, and describe the effect on their entropy."""
 
     def __init__(self) -> None:
         self._low, self._high, self._channels = math.inf, -math.inf, 1
 
     def update(self, images: Tensor) -> None:
-        """Take in ``(n, ...)`` images; floating ones are taken to be channels first."""
+        """Add ``(n, ...)`` images. Floating ones are assumed to have channels first."""
         if not images.is_floating_point() or not images.numel():
             return
         low, high = torch.aminmax(images)
@@ -42,7 +42,7 @@ class NormalizationCheck:
         self._channels = max(self._channels, images.shape[1] if images.ndim >= 4 else 1)
 
     def notes(self) -> list[str]:
-        """Sentences about what was seen; empty for raw images."""
+        """Return sentences about the images; empty for raw images."""
         if not self._low < 0:
             return []
         span = f"float images between {self._low:.3g} and {self._high:.3g} look normalised"
@@ -56,7 +56,8 @@ class NormalizationCheck:
 
 @contextmanager
 def preserve_rng_state(*generators: torch.Generator) -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch, and ``generators``, back: measuring must not show later."""
+    """Restore the global generators of Python, numpy and torch, and ``generators``, so that measuring has no effect
+    later."""
     states = [(generator, generator.get_state()) for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -70,14 +71,14 @@ def preserve_rng_state(*generators: torch.Generator) -> Iterator[None]:
 
 
 def measure(source: ImageSource, progress: bool = True) -> Measurement:
-    """Read ``source``; all random generators are left as they were.
+    """Measure ``source``. All random generators are restored.
 
     Args:
         source: images.
         progress: show a line on a terminal while it takes long.
 
     Raises:
-        ImageDataError: no image came, or one that has no entropy (NaN), with its number.
+        ImageDataError: there is no image, or one has NaN; the message gives its number.
     """
     statistics, check = EntropyStatistics(), NormalizationCheck()
     line = tqdm(
@@ -116,15 +117,15 @@ def estimate_depth_bound(
 ) -> DepthBound:
     """Estimate how many convolutions per stage are useful for these images.
 
-    The bound is the rounded mean over the training images of each image's entropy: a heuristic after EBCLE (Gowdra et
-    al., Pattern Recognition 2021), see the card. Nats give at most 6 (``ln 256 = 5.545``), bits at most 8.
+    The bound is the mean entropy of the training images, rounded. It is a heuristic after EBCLE (Gowdra et al., Pattern
+    Recognition 2021), see the card. For 8-bit images it is at most 6 in nats (``ln 256 = 5.545``) and 8 in bits.
 
     Args:
-        data: images ``(N, ...)``, a data set, a ``DataLoader`` or a ``LightningDataModule``. Of torchvision data sets
-            that keep raw 8-bit images those are measured; all others as they come, transforms included.
-        unit: of the entropy that is rounded.
-        rounding: of the mean entropy.
-        max_images: measure so many: evenly spaced over a data set, the first ones of a loader.
+        data: images ``(N, ...)``, a data set, a ``DataLoader`` or a ``LightningDataModule``. Raw 8-bit images are
+            measured if a torchvision data set keeps them. All other images are measured with their transforms.
+        unit: unit of the entropy that is rounded.
+        rounding: rounding of the mean entropy.
+        max_images: number of images to measure: evenly spaced over a data set, the first ones of a loader.
         progress: show a line on a terminal while it takes long.
 
     Returns:
@@ -132,7 +133,7 @@ def estimate_depth_bound(
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
-        ImageDataError: data that are empty, hold no images, or hold NaN.
+        ImageDataError: the data are empty, hold no images, or hold NaN.
     """
     check_choice("unit", unit, Unit)
     check_choice("rounding", rounding, Rounding)

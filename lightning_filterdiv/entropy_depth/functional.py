@@ -1,4 +1,4 @@
-"""Entropy of images, and the depth bound that is read from it. Pure tensor functions, any device."""
+"""Entropy of images, and the depth bound that follows. Pure tensor functions on any device."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ _LEVELS = 256
 
 
 def image_entropy(images: Tensor, *, first: int = 0) -> Tensor:
-    """Shannon entropy of the histogram of values of each image, in nats.
+    """Return the Shannon entropy of the histogram of values of each image, in nats.
 
-    ``H = -sum_v p_v ln p_v`` with ``p_v`` the fraction of the image's entries (all channels pooled) that equal ``v``
-    exactly, without binning: scikit-image's ``shannon_entropy(image, base=e)``. 0 for a constant image, at most
+    ``H = -sum_v p_v ln p_v``, where ``p_v`` is the fraction of entries (all channels pooled) that equal ``v`` exactly,
+    without binning. This is scikit-image's ``shannon_entropy(image, base=e)``. It is 0 for a constant image and at most
     ``ln 256 = 5.545`` for 8-bit images.
 
     Args:
-        images: ``(N, ...)``, any real dtype and device; one bincount per chunk for ``uint8``, else a sort.
-        first: number of the first one, for errors.
+        images: ``(N, ...)``, any real dtype and device. ``uint8`` takes one bincount per chunk, other dtypes a sort.
+        first: number of the first image, for errors.
 
     Returns:
         ``(N,)`` float64 on the same device.
 
     Raises:
         TypeError: complex numbers.
-        ValueError: no axis for ``N``, images without entries, or NaN or infinite values; with the image's number.
+        ValueError: there is no axis ``N``, images have no entries, or an image has NaN or infinite values, by its
+            number.
     """
     if images.ndim < 2:
         raise ValueError(f"images must be (N, ...) with at least one axis per image, got shape {tuple(images.shape)}")
@@ -103,13 +104,13 @@ def _entropy_of_counts(histogram: Tensor, entries: int) -> Tensor:
 
 
 class EntropyStatistics:
-    """Mean and standard deviation of entropies that come in parts; memory does not grow with their number."""
+    """Mean and standard deviation of entropies that come in parts, in constant memory."""
 
     def __init__(self) -> None:
         self.count, self.mean, self._squares = 0, 0.0, 0.0
 
     def add(self, entropies: Tensor) -> None:
-        """Take in ``(n,)`` further values."""
+        """Add ``(n,)`` values."""
         n = entropies.numel()
         if n == 0:
             return
@@ -129,7 +130,7 @@ class EntropyStatistics:
 
 
 def depth_from_entropy(entropy: float, rounding: Rounding = "ceil") -> int:
-    """Bound on the convolutions per stage: the mean entropy, rounded, at least 1. A heuristic, see the card.
+    """Return the bound on the convolutions per stage: the mean entropy, rounded, at least 1. A heuristic, see the card.
 
     Args:
         entropy: mean entropy of the images, in nats or bits.
@@ -142,7 +143,8 @@ def depth_from_entropy(entropy: float, rounding: Rounding = "ceil") -> int:
         raise ValueError(f"rounding must be one of 'ceil', 'floor', 'round', got {rounding!r}")
     if not 0 <= entropy < math.inf:
         raise ValueError(f"entropy must be a finite number >= 0, got {entropy!r}")
-    # Without it the last bit of a logarithm could add a layer: 256 equally frequent values have 8 bits, not 8 + 1e-15.
+    # Without it the last bit of a logarithm could add a layer: 256 equally frequent values must have 8 bits, not 8 +
+    # 1e-15.
     steady = round(entropy, 9)
     rounded = {"ceil": math.ceil(steady), "floor": math.floor(steady), "round": math.floor(steady + 0.5)}[rounding]
     return max(1, rounded)
@@ -150,7 +152,7 @@ def depth_from_entropy(entropy: float, rounding: Rounding = "ceil") -> int:
 
 @dataclass(frozen=True)
 class DepthBound:
-    """Convolutions per stage that the images can make use of, and what that was read from.
+    """Bound on the convolutions per stage, and the measurement behind it.
 
     Attributes:
         entropy: mean over the images, in ``unit``.
@@ -173,7 +175,7 @@ class DepthBound:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Paragraph for people: entropy, bound, what was measured, notes."""
+        """Return a paragraph with entropy, bound, measured images and notes."""
         lines = [
             f"entropy {self.entropy:.3f} ± {self.std:.3f} {self.unit} (mean and deviation over {self.n_images:,} "
             f"images: {self.source}). Bound: at most {self.bound} convolutions per stage (heuristic, see docs)."
@@ -182,7 +184,7 @@ class DepthBound:
 
 
 class Measurement(NamedTuple):
-    """Result of a pass over images in plain values, whatever the unit of the bound.
+    """Result of a pass over images in plain values, independent of the unit of the bound.
 
     Attributes:
         entropy: mean over the images, in nats.
@@ -199,7 +201,7 @@ class Measurement(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def bound(self, unit: Unit = "nats", rounding: Rounding = "ceil") -> DepthBound:
-        """Depth bound that follows from it.
+        """Return the depth bound that follows.
 
         Raises:
             ValueError: an unknown unit or rounding.

@@ -1,4 +1,4 @@
-"""Where images come from: tensors, data sets, loaders and data modules, as batches of ``(n, ...)`` tensors."""
+"""Read images from tensors, data sets, loaders and data modules, as batches of ``(n, ...)`` tensors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from torch.utils.data import (
 
 __all__ = ["UNSIZED_LIMIT", "ImageDataError", "ImageSource", "image_source", "loader_source"]
 
-#: Images measured of data that do not know their length: they may never end.
+#: Images to measure if data have no length, because they may never end.
 UNSIZED_LIMIT = 50_000
 _ROWS = 1024
 _AS_SEEN = "measured as the network sees them: random augmentation, cropping and padding are part of it"
 
 
 class ImageDataError(ValueError):
-    """Data that hold no images, or none that can be measured. The message says what was found and what would do."""
+    """Data hold no images that can be measured. The message says what was found and what is needed."""
 
 
 class ImageSource(NamedTuple):
@@ -38,10 +38,10 @@ class ImageSource(NamedTuple):
 
     Attributes:
         batches: one pass over ``(n, ...)`` tensors of images.
-        length: batches in it, ``None`` if unknown.
-        description: what is measured, in words.
-        notes: what the reader should know about it, one sentence each.
-        generators: random generators that reading advances, beside the global ones.
+        length: number of batches; ``None`` if unknown.
+        description: description of the images.
+        notes: remarks for the reader, one sentence each.
+        generators: random generators, other than the global ones, that reading advances.
     """
 
     batches: Iterator[Tensor]
@@ -55,12 +55,12 @@ def image_source(data: Any, max_images: int | None = None) -> ImageSource:
     """Find the images of ``data``.
 
     Args:
-        data: images ``(N, ...)``; a data set or sequence, whose items are or begin with an image; a data module, of
-            which the training data count; or a loader.
-        max_images: measure so many: evenly spaced over data with items, the first ones of all others.
+        data: images ``(N, ...)``; a data set or sequence whose items are an image or begin with one; a data module,
+            whose training data are used; or a loader.
+        max_images: number of images to measure: evenly spaced over data with items, else the first ones.
 
     Raises:
-        ImageDataError: no images, or nothing that could hold any.
+        ImageDataError: ``data`` hold no images.
     """
     name = type(data).__name__
     if isinstance(data, Tensor | np.ndarray):
@@ -92,7 +92,7 @@ def loader_source(loader: Any, max_images: int | None = None) -> ImageSource:
 
     Args:
         loader: yields batches; or several ``DataLoader`` in a list or dict, which are read one after the other.
-        max_images: measure so many: evenly spaced over raw images, else the first ones.
+        max_images: number of images to measure: evenly spaced over raw images, else the first ones.
     """
     several = list(loader.values()) if isinstance(loader, Mapping) else loader
     if isinstance(several, list | tuple) and several and all(isinstance(part, DataLoader) for part in several):
@@ -125,7 +125,7 @@ def _as_tensor(value: Any) -> Tensor | None:
 
 
 def _first_images(part: Any, axes: int, description: str) -> Tensor:
-    """First tensor with ``axes`` dimensions or more: 2 for an item, 3 for a batch."""
+    """Return the first tensor with at least ``axes`` dimensions: 2 for an item, 3 for a batch."""
     leaves = tree_leaves(part)
     for leaf in leaves:
         if (images := _as_tensor(leaf)) is not None and images.ndim >= axes:
@@ -143,7 +143,7 @@ def _shape(leaf: Any) -> str:
 
 
 def _raw_images(data: Any) -> tuple[Any, str, Sequence[int]] | None:
-    """Raw array of a data set such as torchvision's CIFAR10, its description, and which of its rows count."""
+    """Return the raw array of a data set such as torchvision's CIFAR10, its description, and the rows to use."""
     indices: Sequence[int] = range(len(data))
     while isinstance(data, Subset):
         inner = data.indices
@@ -155,7 +155,7 @@ def _raw_images(data: Any) -> tuple[Any, str, Sequence[int]] | None:
 
 
 def _evenly_spaced(indices: Sequence[int], max_images: int | None) -> Sequence[int]:
-    """``max_images`` of them from all over the data, which are often sorted by class."""
+    """Return ``max_images`` evenly spaced indices, because data are often sorted by class."""
     length = len(indices)
     if max_images is None or max_images >= length:
         return indices
@@ -172,7 +172,7 @@ def _array_source(array: Any, description: str, indices: Sequence[int], max_imag
 
 
 def _read(data: Iterable[Any], axes: int, description: str, max_images: int | None) -> ImageSource:
-    """Batches (``axes=3``) or items (``axes=2``) in the order in which ``data`` yields them."""
+    """Yield batches (``axes=3``) or items (``axes=2``) in the order of ``data``."""
     length = _length(data)
     notes = [_AS_SEEN] if axes == 3 else []
     limit = max_images
@@ -203,7 +203,7 @@ def _length(data: Any) -> int | None:
 
 
 def _reader(data: Any) -> Any:
-    """Shallow copy, so that a loader's own position in its epoch does not move and its workers are not started."""
+    """Return a shallow copy, so that a loader keeps its position in the epoch and does not start its workers."""
     try:
         clone = copy.copy(data)
     except TypeError:

@@ -1,4 +1,4 @@
-"""A shallower, broader network with as many parameters: depths cut to the bound, widths solved for."""
+"""Plan a shallower, broader network with as many parameters: cut depths to the bound and solve for the widths."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DepthPlan(NamedTuple):
     Attributes:
         depths: convolutions per stage, none above the bound.
         widths: filters per convolution and stage.
-        parameters: of the planned network, as the counting function sees it.
-        reference: of the network before.
+        parameters: parameters of the planned network, by the counting function.
+        reference: parameters of the network before.
     """
 
     depths: tuple[int, ...]
@@ -43,7 +43,7 @@ def chain_parameters(depths: Sequence[int], widths: Sequence[int], *, channels: 
     Args:
         depths: ``(S,)`` convolutions per stage, at least 1 each.
         widths: ``(S,)`` filters per convolution.
-        channels: of the input image.
+        channels: channels of the input image.
         kernel: positions per filter, 9 for 3x3.
     """
     before = [channels, *widths[:-1]]
@@ -60,17 +60,16 @@ def plan_depth(
 ) -> DepthPlan:
     """Cut every stage to ``bound`` convolutions and broaden what was cut until the parameters are equal.
 
-    Stages within the bound keep depth and width; all others are broadened by one common factor ``f``, then rounded.
-    The parameters of a network of convolutions are a quadratic function of ``f``, which three counts determine. That
-    depth beyond the bound is better spent on width is the claim of the EBCLE paper (Gowdra et al. 2021); this width
-    rule is ours.
+    Stages within the bound keep depth and width. All others are broadened by one common factor ``f``, then rounded. The
+    parameters of a network of convolutions are a quadratic function of ``f``, which three counts determine. The EBCLE
+    paper (Gowdra et al. 2021) claims that depth beyond the bound is better spent on width. This width rule is ours.
 
     Args:
         depths: ``(S,)`` convolutions per stage.
         widths: ``(S,)`` filters per convolution in each stage.
-        bound: most convolutions per stage, from :func:`estimate_depth_bound`.
-        parameters: counts the parameters of the network with given depths and widths; default a plain chain.
-        multiple_of: widths that were changed are multiples of it (8 suits tensor cores). Rounding a width ``w`` to it
+        bound: largest number of convolutions per stage, from :func:`estimate_depth_bound`.
+        parameters: function that counts the parameters for given depths and widths; the default counts a plain chain.
+        multiple_of: changed widths are multiples of this number (8 suits tensor cores). Rounding a width ``w`` to it
             changes its share of the parameters by up to ``multiple_of / w``.
 
     Raises:
@@ -95,7 +94,7 @@ def plan_depth(
     reference = parameters(depths, widths)
     if max(depths) <= bound:
         return DepthPlan(tuple(planned), tuple(widths), reference, reference)
-    # a + b f + c f^2, from f = 1, 2, 3; the root in a form that also holds for c = 0.
+    # a + b f + c f^2, from f = 1, 2, 3. This form of the root also holds for c = 0.
     once, twice, thrice = (parameters(planned, broadened(factor)) for factor in (1, 2, 3))
     c = (thrice - 2 * twice + once) / 2
     b = twice - once - 3 * c

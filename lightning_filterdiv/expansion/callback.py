@@ -1,4 +1,4 @@
-"""``ExpandNet``: the network is expanded while it trains and compact before, after and in every checkpoint."""
+"""``ExpandNet``: expand the network while it trains. It is compact before, after, and in every checkpoint."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["ExpandNet"]
 
-#: Share of a step's multiply-adds from which composing is worth a warning.
+#: Share of a step's multiply-adds above which composing causes a warning.
 _SMALL_SHARE = 0.1
 
 
 class ExpandNet(FilterCallback):
-    """Train over-parameterised, keep the compact network (ExpandNets, Guo et al., NeurIPS 2020).
+    """Train an over-parameterised network and keep the compact one (ExpandNets, Guo et al., NeurIPS 2020).
 
     Layers are expanded in ``setup``, before ``configure_optimizers``. They are contracted when the fit ends, also after
     an error. ``state_dict`` always shows the compact network, so every checkpoint loads into the model's own class,
@@ -36,24 +36,26 @@ class ExpandNet(FilterCallback):
     Args:
         kind: ``"CL"``: 1x1, k x k, 1x1 for each convolution larger than 1x1; ``"CK"``: 3x3 convolutions for kernels of
             5x5 and more; ``"FC"``: three linear layers for each; ``"CL+FC"``, ``"CK+FC"``: both.
-        rate: how many times more channels the factors have.
+        rate: ratio of the channels of the factors to those of the layer.
         initial: ``"keep"``: start from the weights that the network has; ``"fresh"``: draw new ones.
-        expand_image: expand convolutions that read at most 3 channels to ``rate`` times as many, too. By default their
-            first factor keeps that number, and with ``CK`` they start from new weights.
+        expand_image: also give ``rate`` times more channels to the first factor of convolutions that read an image (at
+            most 3 channels). By default that factor keeps the image's channels. With ``CK`` such a layer then cannot
+            represent its old weights, and starts from new ones.
         include: patterns of layers; ``None`` for all layers of ``kind``.
         exclude: patterns of layers to leave as they are.
-        seed: of the factors.
+        seed: seed of the factors.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.FilterCallback`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
-        ExpansionError, NoLayersError: at ``setup``: a layer that is meant cannot be expanded, or none is left.
-        MisconfigurationException: the optimizer was made before ``setup``; or a checkpoint is resumed that holds no
-            factors.
+        ExpansionError, NoLayersError: at ``setup``: a selected layer cannot be expanded, or none is left.
+        MisconfigurationException: the optimizer was made before ``setup``, or the resumed checkpoint holds no factors.
     """
 
     fixed_on_resume = dict.fromkeys(("initial", "seed"), "the factors are those of the checkpoint")
-    trainable_only = False  # frozen layers are expanded too (they may thaw), and get their own weights back
+    trainable_only = (
+        False  # frozen layers are expanded too, because they may be unfrozen; they get their own weights back
+    )
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class ExpandNet(FilterCallback):
         super().setup(trainer, pl_module, stage)
         present = {id(module) for module in pl_module.modules()}
         if any(id(layer) not in present for layer in self._expanded.values()):
-            self._contract()  # the network of a fit that ended without our on_exception
+            self._contract()  # a fit of this network ended without our on_exception
         if stage != "fit" or self._expanded:
             return
         self.check_built(pl_module, values=True)
@@ -95,7 +97,7 @@ class ExpandNet(FilterCallback):
         before = _numbers(pl_module)
         compact = {name: dict(layer.named_parameters()) for name, (layer, _) in chosen.items()}
         others = {n: (layer, kind) for n, (layer, kind) in chosen.items() if not self._resume(n, layer, kind)}
-        # Weights that training made are never thrown away, nor those of a layer that does not train.
+        # Weights from training are never discarded, nor those of a layer that does not train.
         trained = [name for name, (layer, _) in others.items() if self._kept.get(name, (None, {}))[0] is layer]
         drawn = draw_all(others, self.rate, self.initial, self.seed, self.expand_image, trained) if others else {}
         for name, factors in drawn.items():
@@ -109,7 +111,7 @@ class ExpandNet(FilterCallback):
         rank_zero_info(f"ExpandNet: {before:,} parameters become {_numbers(pl_module):,} while training")
 
     def _resume(self, name: str, layer: Layer, kind: Kind) -> bool:
-        """Expand a layer with the factors of an earlier fit of this network, unless its weights were changed since."""
+        """Expand a layer with the factors of an earlier fit of this network, unless its weights have changed."""
         owner, factors = self._kept.get(name, (None, {}))
         if owner is not layer:
             return False
@@ -131,7 +133,7 @@ class ExpandNet(FilterCallback):
             contract(layer)
             compact, start = self._origin.get(name, ({}, {}))
             if compact and all(torch.equal(factors[key], start[key].to(factors[key])) for key in start):
-                # Nothing moved: the weights of before, without the rounding of factors.
+                # Nothing moved: restore the original weights, without the rounding of factors.
                 for key, parameter in compact.items():
                     layer.get_parameter(key).data.copy_(parameter)
         self._expanded, self._replaced, self._origin = {}, {}, {}
@@ -150,7 +152,7 @@ class ExpandNet(FilterCallback):
     # ------------------------------------------------------------------ checks
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """The expanded layers."""
+        """Return the expanded layers."""
         return cast(dict[str, Conv], dict(self._expanded))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,7 +179,7 @@ class ExpandNet(FilterCallback):
         return [name for name, layer in self._expanded.items() if factor_product(layer).stale]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse optimizers that would go on training the weights that factors replaced."""
+        """Refuse optimizers that still hold the weights that factors replaced."""
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -190,18 +192,18 @@ class ExpandNet(FilterCallback):
         if not is_compiled(pl_module):
             self._network_macs = NetworkMacs(pl_module)
             return
-        # Hooks that come and go would compile every graph twice.
+        # Adding and removing hooks would compile every graph twice.
         rank_zero_info(
             f"ExpandNet: composing weights takes {composing_macs(self._expanded.values()) / 1e9:.3g} G multiply-adds "
             f"of every step. They are not compared with those of the network, which is compiled"
         )
 
     def release(self) -> None:
-        """Stop counting."""
+        """Stop counting multiply-adds."""
         self._network_macs.close()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Warn before the first step where composing is more than a tenth of it."""
+        """Warn before the first step if composing takes more than a tenth of it."""
         network, self._network_macs.total = self._network_macs.total, 0
         self._network_macs.close()
         if network:
@@ -220,7 +222,7 @@ class ExpandNet(FilterCallback):
     # ------------------------------------------------------------------ state
 
     def extra_state(self) -> dict[str, Any]:
-        """The factors, as a list of (layer, parameter, tensor)."""
+        """Return the factors as a list of (layer, parameter, tensor)."""
         factors = {name: _copies(layer) for name, layer in self._expanded.items()}
         if not factors:
             factors = {name: kept for name, (_, kept) in self._kept.items()}

@@ -1,4 +1,4 @@
-"""Multiply-adds of composing weights beside those of the network that uses them."""
+"""Multiply-adds of composing weights, and of the network that uses them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["NetworkMacs", "composing_macs", "is_compiled"]
 
 
 def composing_macs(layers: Iterable[Layer]) -> int:
-    """Count the multiply-adds of composing the weights of expanded layers once; nothing is computed."""
+    """Count the multiply-adds that compose the weights of expanded layers once, without computing anything."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for layer in layers:
             shapes = [(*factor.shape, 1, 1)[:4] for factor in weight_factors(layer)]
@@ -35,13 +35,13 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 class NetworkMacs:
-    """Counts the multiply-adds of convolutions and linear layers in real forward calls, composing left out.
+    """Count the multiply-adds of convolutions and linear layers in real forward calls, without composing.
 
     Args:
-        network: whose modules are watched until :meth:`close`.
+        network: network to watch until :meth:`close`.
 
     Attributes:
-        total: of the calls so far.
+        total: multiply-adds of the calls so far.
     """
 
     def __init__(self, network: nn.Module) -> None:

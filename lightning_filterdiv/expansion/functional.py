@@ -1,4 +1,4 @@
-"""Chains of linear layers as one: composing kernels and biases, and factors that compose to a given kernel.
+"""Compose kernels and biases of chains of linear layers, and find factors that compose to a given kernel.
 
 Guo, Alvarez, Salzmann: "ExpandNets: Linear Over-parameterization to Train Compact Convolutional Networks", NeurIPS
 2020, section 3. Weights are those of convolutions, ``(out, in/groups, *kernel)``; a linear layer is a 1x1 convolution.
@@ -20,7 +20,7 @@ __all__ = [
 
 Kind = Literal["CL", "CK", "FC"]
 Shape = tuple[int, int, int, int]
-#: A layer that reads no more channels than an image has keeps their number in its first factor (official code).
+#: Channels of an image. A layer that reads at most so many keeps their number in its first factor (official code).
 IMAGE_CHANNELS = 3
 
 
@@ -29,16 +29,16 @@ class UnreachableKernelError(ValueError):
 
 
 def compose(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
-    """The kernel of "first ``first``, then ``second``".
+    """Return the kernel of ``first`` followed by ``second``.
 
     Args:
         first: ``(H, I/groups, a, b)``.
-        second: ``(O, H/groups, p, q)``, with stride 1 between the two (the first's stride is 1).
-        groups: of both.
+        second: ``(O, H/groups, p, q)``. The stride of the first layer is 1.
+        groups: number of groups of both layers.
 
     Returns:
         ``(O, I/groups, a+p-1, b+q-1)``: ``W[o, i] = sum_h second[o, h] * first[h, i]``, ``*`` the full convolution of
-        two kernels. One batched matrix product, so that TF32 convolutions of a GPU do not touch it.
+        two kernels. It is one batched matrix product, so that TF32 convolutions on a GPU do not affect it.
     """
     hidden, inputs, a, b = first.shape
     outputs, _, p, q = second.shape
@@ -53,17 +53,17 @@ def compose(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
 
 
 def compose_bias(first: Tensor, second: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
-    """The bias of "first a layer with bias ``first``, then ``second`` with ``bias``".
+    """Return the bias of a layer with bias ``first``, followed by ``second`` with ``bias``.
 
     Args:
         first: ``(H,)``.
         second: ``(O, H/groups, p, q)``.
         bias: ``(O,)``.
-        groups: of the second.
+        groups: number of groups of the second layer.
 
     Returns:
-        ``(O,)``: ``sum_{h, kernel} second[o, h] first[h] + bias[o]``. Exact at the borders too if all padding is on the
-        input of the first layer.
+        ``(O,)``: ``sum_{h, kernel} second[o, h] first[h] + bias[o]``. It is exact at the borders too if all padding is
+        on the input of the first layer.
     """
     outputs, hidden = second.shape[:2]
     summed = second.sum((2, 3)).reshape(groups, outputs // groups, hidden)
@@ -73,17 +73,17 @@ def compose_bias(first: Tensor, second: Tensor, bias: Tensor, groups: int = 1) -
 def compose_chain(
     weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, groups: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """Kernel and bias of a chain of layers, in order of application.
+    """Return kernel and bias of a chain of layers, given in order of application.
 
     Args:
         weights: ``(H_i, H_{i-1}/groups, *k_i)``.
-        biases: ``(H_i,)`` each; ``None``: the layers have none.
-        groups: of all of them.
+        biases: ``(H_i,)`` each; ``None`` if the layers have none.
+        groups: number of groups of all of them.
 
     Returns:
         ``(out, in/groups, *k)`` with ``k = 1 + sum (k_i - 1)``, and ``(out,)`` or ``None``.
     """
-    # From the narrower end: a classifier composes its few outputs first.
+    # Compose from the narrower end. A classifier has few outputs, so they come first.
     if weights[-1].shape[0] <= weights[0].shape[1] * groups:
         weight = weights[-1]
         for first in reversed(weights[:-1]):
@@ -96,7 +96,7 @@ def compose_chain(
 
 
 def compose_biases(weights: Sequence[Tensor], biases: Sequence[Tensor], groups: int = 1) -> Tensor:
-    """Bias ``(out,)`` of a chain of layers; arguments as in :func:`compose_chain`."""
+    """Return the bias ``(out,)`` of a chain of layers; arguments as in :func:`compose_chain`."""
     bias = biases[0]
     for second, own in zip(weights[1:], biases[1:], strict=True):
         bias = compose_bias(bias, second, own, groups)
@@ -104,20 +104,20 @@ def compose_biases(weights: Sequence[Tensor], biases: Sequence[Tensor], groups: 
 
 
 def reads_image(shape: Shape, groups: int) -> bool:
-    """Return whether a layer of compact ``shape`` reads no more channels than an image has."""
+    """Return whether a layer of compact ``shape`` reads at most as many channels as an image has."""
     return groups == 1 and shape[1] <= IMAGE_CHANNELS
 
 
 def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int, expand_image: bool = False) -> list[Shape]:
-    """Shapes of the factors' weights in order of application.
+    """Return the shapes of the factors' weights in order of application.
 
     Args:
         kind: ``CL``: 1x1, k x k, 1x1; ``CK``: (k-1)/2 times 3x3; ``FC``: three linear layers.
         shape: ``(out, in/groups, k, k)`` of the compact layer.
-        groups: of the compact layer and of all factors.
+        groups: number of groups of the compact layer and of all factors.
         rate: ``r``; hidden layers have ``r * in`` and ``r * out`` channels.
-        expand_image: a convolution that reads at most 3 channels has ``r * in`` behind its first factor, too, instead
-            of as many as it reads.
+        expand_image: also give ``r * in`` channels to the first factor of a convolution that reads at most 3 channels.
+            Otherwise that factor keeps the number of channels.
     """
     outputs, per_group, height, width = shape
     inputs = per_group * groups
@@ -134,7 +134,7 @@ def factor_shapes(kind: Kind, shape: Shape, groups: int, rate: int, expand_image
 
 
 def _orthonormal(groups: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """``(groups, rows, columns)`` in float64, orthonormal along the shorter side."""
+    """Draw a ``(groups, rows, columns)`` tensor in float64, orthonormal along the shorter side."""
     long, short = max(rows, columns), min(rows, columns)
     drawn = torch.randn(groups, long, short, generator=generator, dtype=torch.float64)
     basis: Tensor = torch.linalg.qr(drawn).Q
@@ -154,17 +154,17 @@ def draw_factors(
     target: Tensor | None = None,
     expand_image: bool = False,
 ) -> list[Tensor]:
-    """Random factors whose composition has the variance of torch's default initialisation, or is ``target``.
+    """Draw factors whose composition has the variance of torch's default initialisation, or is ``target``.
 
     ``CL``, ``FC``: the outer factors ``A``, ``C`` are orthonormal and the inner one ``B`` is drawn as the compact layer
-    would be, so that the gradient of ``B`` has the size that the compact layer's has. With a target,
-    ``B <- B + C^T (target - C B A) A^T``. (``C^T target A^T`` alone would leave the added directions without a gradient
-    for ever.) ``CK``: variance-preserving factors; with a target the last one moves to the nearest solution.
+    would be, so that the gradient of ``B`` has the size that the compact layer's has. With a target, ``B <- B + C^T
+    (target - C B A) A^T``. With ``C^T target A^T`` alone, the added directions would never get a gradient. ``CK``:
+    variance-preserving factors; with a target the last one moves to the nearest solution.
 
     Args:
         kind, shape, groups, rate, expand_image: see :func:`factor_shapes`.
-        generator: on the CPU.
-        target: ``shape``, float64, on the CPU.
+        generator: a generator on the CPU.
+        target: tensor of ``shape``, float64, on the CPU.
 
     Returns:
         Factors in float64 on the CPU, in order of application.
@@ -198,7 +198,7 @@ def draw_factors(
         back = [_transposed(factors[0], groups), missing, _transposed(factors[2], groups)]
         factors[1] = factors[1] + compose_chain(back, groups=groups)[0]
     left = target - compose_chain(factors, groups=groups)[0]
-    # What had to be composed is the difference: a target of zeros is reached to the rounding of what was drawn.
+    # Solve for the difference, so that a target of zeros is reached up to the rounding of the drawn factors.
     if left.abs().max() > 1e-9 * torch.maximum(target.abs().max(), drawn.abs().max()):
         raise UnreachableKernelError(
             f"no 3x3 kernels of these widths compose to the given {shape[2]}x{shape[3]} kernel "
@@ -208,16 +208,17 @@ def draw_factors(
 
 
 def _transposed(weight: Tensor, groups: int) -> Tensor:
-    """``(I, O/groups, 1, 1)`` of a 1x1 weight ``(O, I/groups, 1, 1)``."""
+    """Transpose a 1x1 weight ``(O, I/groups, 1, 1)`` to ``(I, O/groups, 1, 1)``."""
     outputs, inputs = weight.shape[:2]
     return weight.reshape(groups, outputs // groups, inputs).transpose(1, 2).reshape(-1, outputs // groups, 1, 1)
 
 
 def _last_factor(earlier: Sequence[Tensor], shape: Shape, target: Tensor, groups: int) -> Tensor:
-    """The smallest last factor that composes with the earlier ones to ``target``, in the sense of least squares."""
+    """Return the last factor that composes with the earlier ones to ``target``: the least-squares solution of least
+    norm."""
     prefix, _ = compose_chain(earlier, groups=groups)
     numbers = shape[1] * shape[2] * shape[3]
-    # What each single entry of the factor contributes: its rows are the linear map from factor to kernel.
+    # Contribution of each entry of the factor: the rows are the linear map from factor to kernel.
     single = torch.eye(numbers, dtype=target.dtype).reshape(numbers, *shape[1:]).repeat(groups, 1, 1, 1)
     effect = compose(prefix, single, groups).reshape(groups, numbers, -1)
     wanted = target.reshape(groups, shape[0] // groups, -1)

@@ -32,17 +32,17 @@ Factors = dict[str, Tensor]
 
 
 class _Composed(nn.Module):
-    """Parametrization by several tensors that are given when it is registered."""
+    """Parametrization by several tensors, which are given when it is registered."""
 
     def __init__(self, start: Sequence[Tensor]) -> None:
         super().__init__()
         self.start: Sequence[Tensor] | None = start
 
     def right_inverse(self, composed: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors to start from; torch asks for them once.
+        """Return the initial factors. torch calls this once.
 
         Raises:
-            RuntimeError: a tensor is assigned to the expanded layer; many factors have that product.
+            RuntimeError: a tensor is assigned to the expanded layer. Many factors have that product.
         """
         if self.start is None:
             raise RuntimeError("weight and bias of an expanded layer cannot be set; contract it first, expand it again")
@@ -51,13 +51,14 @@ class _Composed(nn.Module):
 
 
 class FactorProduct(_Composed):
-    """Weight composed of factors, in float32 or wider, in the dtype of the factors.
+    """Compose the weight of factors, computed in float32 or wider and returned in the dtype of the factors.
 
-    Composed at every access, so that the layer runs as one convolution: outputs and gradients are those of the chain of
-    layers that the paper draws, at a cost that does not depend on the size of the images.
+    The weight is composed at every access, and the layer runs as one convolution. Outputs and gradients equal those of
+    the paper's chain of layers. The cost does not depend on the size of the images.
 
     Attributes:
-        stale: compact tensors were loaded into the layer, and its factors have not followed (:func:`show_compact`).
+        stale: compact tensors were loaded into the layer and its factors still have their old values
+            (:func:`show_compact`).
     """
 
     #: Read by :func:`~lightning_filterdiv.filters.find_weight_obstacle`.
@@ -73,7 +74,7 @@ class FactorProduct(_Composed):
         self.stale = False
 
     def forward(self, *weights: Tensor) -> Tensor:
-        """``(H_i, H_{i-1}/groups, *k_i)`` each to the compact weight."""
+        """Compose kernels ``(H_i, H_{i-1}/groups, *k_i)`` to the compact weight."""
         with torch.autocast(weights[0].device.type, enabled=False):
             weight, _ = compose_chain(_kernels(weights), groups=self.groups)
         return (
@@ -86,18 +87,18 @@ class FactorProduct(_Composed):
 
 
 class FactorBias(_Composed):
-    """Bias of a chain of layers, which depends on the factors of its weight, too."""
+    """Compose the bias of a chain of layers, which also depends on the factors of its weight."""
 
     weights: ParametrizationList
 
     def __init__(self, start: Sequence[Tensor], groups: int, weights: ParametrizationList) -> None:
         super().__init__(start)
         self.groups = groups
-        # A plain reference: the factors of the weight have one name in the network.
+        # A plain reference, so that the factors of the weight have one name in the network.
         object.__setattr__(self, "weights", weights)
 
     def forward(self, *biases: Tensor) -> Tensor:
-        """``(H_i,)`` each to the compact bias."""
+        """Compose biases ``(H_i,)`` to the compact bias."""
         weights = _originals(self.weights)
         with torch.autocast(biases[0].device.type, enabled=False):
             bias = compose_biases(_kernels(weights), [b.to(_wide(b)) for b in biases], self.groups)
@@ -109,7 +110,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _kernels(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The factors as kernels of convolutions, in float32 or wider."""
+    """Return the factors as kernels of convolutions, in float32 or wider."""
     return [(w if w.dim() == 4 else w[:, :, None, None]).to(_wide(w)) for w in weights]
 
 
@@ -118,27 +119,27 @@ def _originals(factors: ParametrizationList) -> list[Tensor]:
 
 
 def factor_lists(layer: nn.Module) -> dict[str, ParametrizationList]:
-    """The lists of factors of an expanded layer, by the tensor that they compose."""
+    """Return the lists of factors of an expanded layer, by the tensor that they compose."""
     return dict(cast(nn.ModuleDict, layer.parametrizations).items())  # type: ignore[arg-type]
 
 
 def factor_product(layer: nn.Module) -> FactorProduct:
-    """How an expanded layer composes its weight."""
+    """Return the parametrization that composes the weight of an expanded layer."""
     return cast(FactorProduct, factor_lists(layer)["weight"][0])
 
 
 def is_expanded(layer: nn.Module) -> bool:
-    """Whether :func:`~lightning_filterdiv.expansion.expand` made the weight of ``layer`` a product of factors."""
+    """True if :func:`~lightning_filterdiv.expansion.expand` made the weight of ``layer`` a product of factors."""
     return is_parametrized(layer, "weight") and isinstance(factor_lists(layer)["weight"][0], FactorProduct)
 
 
 def weight_factors(layer: nn.Module) -> list[Tensor]:
-    """Factors of the weight of an expanded layer, in order of application."""
+    """Return the factors of the weight of an expanded layer, in order of application."""
     return _originals(factor_lists(layer)["weight"])
 
 
 def factors_of(layer: nn.Module) -> Factors:
-    """Parameters of an expanded layer: ``weight_1``, ... and ``bias_1``, ... in order of application."""
+    """Return the parameters of an expanded layer: ``weight_1``, ... and ``bias_1``, ... in order of application."""
     return {
         f"{name}_{index}": tensor
         for name, factors in factor_lists(layer).items()
@@ -199,11 +200,11 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int]:
 def show_compact(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     """Let ``state_dict`` show the compact ``weight`` and ``bias`` of an expanded layer instead of its factors.
 
-    Loading such a state changes no factor: many factors have one product. Where it holds another product than the
-    layer's, the layer is marked ``stale`` until whoever loads it has restored the factors.
+    Loading such a state changes no factor, because many factors have one product. If the state holds another product
+    than the layer's, the layer is marked ``stale`` until the caller has restored the factors.
 
     Returns:
-        Handles that end it.
+        Handles that undo it.
     """
     return [
         layer.register_state_dict_post_hook(_save_compact),

@@ -1,4 +1,4 @@
-"""Put factors in the place of weights, and weights back in the place of factors."""
+"""Replace weights by factors, and factors by weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ExpansionError(ValueError):
 
 
 class UnreachableImageKernelError(ExpansionError):
-    """``CK`` factors whose first one keeps the channels of an image cannot compose to the layer's weight."""
+    """``CK`` factors cannot compose to a layer's weight because the first one keeps the channels of an image."""
 
 
 def _find_obstacle(layer: nn.Module, kind: Kind, shared: Counter[int]) -> Obstacle | None:
@@ -77,14 +77,14 @@ def _is_odd_square(layer: nn.Conv2d) -> bool:
 
 
 def _is_default(layer: nn.Module, kind: Kind) -> bool:
-    """Whether ``include=None`` means this layer, by its kernel."""
+    """True if ``include=None`` selects this layer, by its kernel."""
     if not isinstance(layer, nn.Conv2d):
         return True
     return _is_odd_square(layer) if kind == "CK" else layer.kernel_size != (1, 1)
 
 
 def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, tuple[nn.Module, Kind]]]:
-    """Yield the layers of these kinds, a layer under two names once; quantised ones, which are subclasses of none."""
+    """Yield the layers of these kinds, each once even if it has two names, and quantised layers."""
     seen: set[nn.Module] = set()
     packed = quantised_modules(model)
     for name, module in named_modules(model).items():
@@ -96,7 +96,7 @@ def _candidates(model: nn.Module, kinds: str) -> Iterator[tuple[str, tuple[nn.Mo
 
 
 def _other_convolution(model: nn.Module) -> str:
-    """The first convolution that is none of ``nn.Conv2d``, for a message."""
+    """Return the first convolution of another class than ``nn.Conv2d``, for a message."""
     others = ((name, conv) for name, conv in named_convolutions(model) if not isinstance(conv, nn.Conv2d))
     return next((f" ({name!r} is a {type(conv).__name__})" for name, conv in others), "")
 
@@ -107,7 +107,7 @@ def choose_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> dict[str, tuple[Layer, Kind]]:
-    """Choose the layers that an expansion of ``kinds`` means: canonical name -> (layer, kind).
+    """Choose the layers for an expansion of ``kinds``: canonical name -> (layer, kind).
 
     Args:
         model: the network.
@@ -115,8 +115,8 @@ def choose_layers(
         include, exclude: patterns of canonical names.
 
     Warns:
-        UserWarning: layers that ``include=None`` means cannot be expanded and stay as they are, by name; a pattern of
-            ``exclude`` matches nothing.
+        UserWarning: layers that ``include=None`` selects cannot be expanded and are left as they are, by name; a
+            pattern of ``exclude`` matches nothing.
 
     Raises:
         NoLayersError: a pattern of ``include`` matches nothing, or no layer is left.
@@ -137,7 +137,7 @@ def choose_layers(
         layer, kind = candidate
         obstacle = _find_obstacle(layer, kind, shared)
         weight = layer._parameters.get("weight")
-        # By default, too, a lazy layer may be what was meant, and an expanded one is: expanding twice is an error.
+        # Also by default, a lazy layer may be meant and an expanded one is. Expanding twice is an error.
         meant = include is not None or is_expanded(layer) or (weight is not None and is_lazy(weight))
         if obstacle is not None and meant:
             raise ExpansionError(f"layer {name!r} {obstacle}")
@@ -158,11 +158,11 @@ def choose_layers(
 def draw(
     name: str, layer: Layer, kind: Kind, rate: int, initial: Initial, seed: int, expand_image: bool = False
 ) -> Factors:
-    """Draw the factors to start from, in the dtype and on the device of the layer called ``name``.
+    """Draw the initial factors, in the dtype and on the device of the layer called ``name``.
 
     Raises:
         UnreachableImageKernelError: ``CK`` factors whose first one keeps the channels of an image cannot reproduce the
-            weight, whatever the rate.
+            weight, at any rate.
         ExpansionError: the weight is not finite, or ``CK`` factors cannot reproduce it.
     """
     generator = keyed_generator("expand", seed, name)
@@ -207,16 +207,16 @@ def draw_all(
     expand_image: bool = False,
     trained: Collection[str] = (),
 ) -> dict[str, Factors]:
-    """Draw the factors of all layers before the first of them changes: a refusal leaves the network as it was.
+    """Draw the factors of all layers before any layer changes, so that an error leaves the network as it was.
 
     Args:
         chosen: from :func:`choose_layers`.
         rate, initial, seed, expand_image: see :func:`expand`.
-        trained: layers whose weights training made: they are kept whatever ``initial`` says, like those of frozen
+        trained: layers whose weights come from training. They are kept for every ``initial``, like those of frozen
             layers.
 
     Returns:
-        Name -> factors. Layers that read an image and do not train are missing where they cannot be kept.
+        Name -> factors. Frozen layers that read an image are missing if their weights cannot be kept.
 
     Warns:
         UserWarning: layers that read an image start from new weights or are left as they are, by name.
@@ -258,7 +258,7 @@ def draw_all(
 
 
 def set_factors(layer: Layer, kind: Kind, rate: int, factors: Factors) -> None:
-    """Put factors in the place of weight and bias; the module stays the same object."""
+    """Replace weight and bias by factors. The module stays the same object."""
     weight = layer.weight
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     is_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
@@ -299,7 +299,8 @@ def expand(
     ``FC``  linear layers             three linear layers ``m -> r m -> r n -> n``
     ======  ========================  ==================================================================================
 
-    Nothing is between the factors; grouped layers have grouped factors. Call it before the optimizer is made.
+    There is no activation between the factors. Grouped layers have grouped factors. Call it before the optimizer is
+    made.
 
     A convolution that reads at most 3 channels keeps their number in its first factor, as in the released CIFAR
     networks. ``CK`` factors of that size cannot compose to such a layer's kernel. The layer then starts from new
@@ -314,7 +315,7 @@ def expand(
         exclude: patterns of layers to leave as they are.
         initial: ``"keep"``: the network computes the same as before; ``"fresh"``: new weights.
         expand_image: expand layers that read at most 3 channels to ``r m`` channels, too.
-        seed: of the factors; they depend on it and on the layer's name alone.
+        seed: seed of the factors; they depend on it and on the layer's name alone.
 
     Returns:
         ``model``. Expanded layers are the same objects, with parametrized weight and bias
@@ -324,7 +325,7 @@ def expand(
         UserWarning: see :func:`choose_layers`; layers that read an image start from new weights or stay as they are.
 
     Raises:
-        NoLayersError, ExpansionError: a layer that is meant cannot be expanded, or none is left. The network is then
+        NoLayersError, ExpansionError: a selected layer cannot be expanded, or none is left. The network is then
             unchanged.
         TypeError, ValueError: a bad argument, by name.
     """
@@ -360,7 +361,7 @@ def contract(model: nn.Module) -> nn.Module:
     for layer in layers:
         for name, factors in factor_lists(layer).items():
             trains = any(p.requires_grad for p in factors.parameters())
-            factors.requires_grad_()  # of factors that do not train torch would make a buffer
+            factors.requires_grad_()  # torch would make a buffer of factors that do not train
             with torch.enable_grad():
                 remove_parametrizations(layer, name)
             layer.get_parameter(name).requires_grad_(trains)

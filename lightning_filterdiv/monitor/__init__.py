@@ -1,4 +1,4 @@
-"""See how alike the filters are: while the network trains, and in a checkpoint."""
+"""Show how alike the filters are, while the network trains and in a checkpoint."""
 
 import lazy_loader
 

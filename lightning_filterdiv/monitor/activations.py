@@ -1,4 +1,4 @@
-"""Redundancy of what filters compute: the absolute correlation between the channels of a layer. No Lightning here."""
+"""Redundancy of the outputs of filters: the absolute correlation between channels of a layer. No Lightning here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "record_channels",
 ]
 
-#: Scalar name -> what it says, in the order of the columns of :func:`channel_redundancy`.
+#: Scalar name -> meaning, in the order of the columns of :func:`channel_redundancy`.
 ACTIVATION_METRICS = {
     "mean_abs_correlation": "mean |correlation| between distinct channels",
     "channel_effective_rank": "effective rank of the standardised channels as a fraction of their number",
@@ -33,16 +33,16 @@ ACTIVATION_METRICS = {
     "twins_in_function_only": "fraction of channels with a twin whose filter is not at |cos| > 0.9",
 }
 _CHUNK = 1 << 15  # positions at a time
-_CONSTANT = 1e-7  # a channel with a smaller deviation relative to its mean is constant up to rounding
+_CONSTANT = 1e-7  # relative deviation below which a channel is constant up to rounding
 
 
 class Moments(NamedTuple):
-    """Moments of ``C`` channels over some positions, in float64.
+    """Moments of ``C`` channels over positions, in float64.
 
     Attributes:
-        positions: ``()``, their number.
+        positions: ``()``, number of positions.
         mean: ``(C,)``.
-        products: ``(C, C)``, sums of products of deviations from the mean.
+        products: ``(C, C)`` sums of products of deviations from the mean.
     """
 
     positions: Tensor
@@ -51,12 +51,12 @@ class Moments(NamedTuple):
 
     @classmethod
     def none(cls, channels: int, device: torch.device | str = "cpu") -> Moments:
-        """Moments over no position."""
+        """Return moments over no position."""
         start = torch.zeros((), dtype=torch.float64, device=device)
         return cls(start, start.new_zeros(channels), start.new_zeros(channels, channels))
 
     def joined(self, other: Moments) -> Moments:
-        """Moments over the positions of both (Chan, Golub, LeVeque 1979): exact also where means are large."""
+        """Return the moments over the positions of both (Chan, Golub, LeVeque 1979), accurate for large means too."""
         count = self.positions + other.positions
         share = other.positions / torch.where(count > 0, count, 1.0)
         shift = other.mean - self.mean
@@ -64,11 +64,12 @@ class Moments(NamedTuple):
         return Moments(count, self.mean + shift * share, self.products + other.products + between)
 
     def selected(self, channels: Tensor) -> Moments:
-        """Moments of some of the channels."""
+        """Return the moments of some of the channels."""
         return Moments(self.positions, self.mean[channels], self.products[channels][:, channels])
 
     def correlation(self) -> Tensor:
-        """``(C, C)`` signed correlation in [-1, 1], diagonal 1; a constant channel has 0 with all, itself included."""
+        """Return the ``(C, C)`` signed correlation in [-1, 1], with diagonal 1. A constant channel has 0 with all
+        channels, itself included."""
         variance = self.products.diagonal()
         floor = self.positions * (_CONSTANT * self.mean).square()
         inverse = torch.where(variance > floor, variance, torch.inf).rsqrt()
@@ -76,7 +77,7 @@ class Moments(NamedTuple):
 
 
 class ChannelMoments:
-    """Moments of the channels of a layer, gathered from its outputs batch by batch; no output is kept."""
+    """Moments of the channels of a layer, accumulated batch by batch. No output is stored."""
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
@@ -106,11 +107,11 @@ def channel_redundancy(
 
     Args:
         correlations: layer -> ``(C, C)`` float64 correlation, see :meth:`Moments.correlation`.
-        cosines: layer -> ``(C, C)`` cosine of the filters that make these channels.
+        cosines: layer -> ``(C, C)`` cosine of the filters of these channels.
 
     Returns:
-        Layer -> metric -> value, metrics as in :data:`ACTIVATION_METRICS`. Layers of equal width are one batch. A layer
-        of one channel has correlation 0. NaN for a layer whose outputs are not finite.
+        Layer -> metric -> value, with the metrics of :data:`ACTIVATION_METRICS`. Layers of equal width are computed as
+        one batch. A layer of one channel has correlation 0. A layer whose outputs are not finite has NaN.
     """
     values: dict[str, dict[str, float]] = {}
     for batch in group_by(correlations.items(), lambda item: (item[1].shape, item[1].device)):
@@ -137,13 +138,13 @@ def _measure(correlation: Tensor, cosine: Tensor) -> Tensor:
 
 
 class Pair(NamedTuple):
-    """Two channels of a layer that are alike in what they compute, and not in their weights.
+    """Two channels of a layer that have similar outputs and different weights.
 
     Attributes:
         first: index of a filter.
         second: index of another one, larger.
-        correlation: signed, of their outputs.
-        cosine: signed, of their weights.
+        correlation: signed correlation of their outputs.
+        cosine: signed cosine of their weights.
     """
 
     first: int
@@ -153,7 +154,7 @@ class Pair(NamedTuple):
 
 
 def in_function_only(correlation: Tensor, cosine: Tensor, limit: float = NEAR_DUPLICATE) -> list[Pair]:
-    """Return pairs at ``|correlation| > limit`` whose filters are not at ``|cos| > limit``, the most alike first.
+    """Return the pairs with ``|correlation| > limit`` and ``|cos| <= limit``, the most alike first.
 
     Args:
         correlation: ``(C, C)``.
@@ -168,19 +169,19 @@ def in_function_only(correlation: Tensor, cosine: Tensor, limit: float = NEAR_DU
 
 @contextlib.contextmanager
 def record_channels(layers: Mapping[str, Conv]) -> Iterator[dict[str, ChannelMoments]]:
-    """Gather moments of the outputs of ``layers`` from every forward pass inside the block.
+    """Accumulate moments of the outputs of ``layers`` in every forward pass inside the block.
 
     Args:
         layers: name -> convolution. Outputs are taken before norm and activation.
 
     Yields:
-        name -> moments; those of a layer that was not called are ``None``.
+        name -> moments; ``None`` for a layer that was not called.
     """
     recorded = {name: ChannelMoments() for name in layers}
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            # Without its batch dimension an input is one image.
+            # An input without batch dimension is one image.
             batched = output.dim() == len(layers[name].kernel_size) + 2
             recorded[name].update(output if batched else output.unsqueeze(0))
 
@@ -196,7 +197,7 @@ def record_channels(layers: Mapping[str, Conv]) -> Iterator[dict[str, ChannelMom
 
 @dataclass(frozen=True)
 class _Modes:
-    """Which modules are in training mode."""
+    """Training mode of every module."""
 
     modules: list[tuple[nn.Module, bool]]
 
@@ -216,25 +217,25 @@ def measure_channels(
     run: Callable[[], object],
     dropped: Mapping[str, Dropped] | None = None,
 ) -> dict[str, Tensor]:
-    """Correlations between the channels of each layer while ``run`` calls ``network``, which is in evaluation mode.
+    """Measure correlations between the channels of each layer while ``run`` calls ``network`` in evaluation mode.
 
-    Modes, buffers and the random state are as before afterwards.
+    Modes, buffers and the random state are restored afterwards.
 
     Args:
-        network: what is run, for its modes and buffers.
+        network: network that ``run`` calls.
         layers: name -> convolution inside it.
-        run: calls the network, once or batch by batch.
+        run: function that calls the network, once or batch by batch.
         dropped: name -> filters whose channels do not count.
 
     Returns:
-        Layer -> ``(C', C')`` float64 correlation of the channels that count, where the layer ran.
+        Layer -> ``(C', C')`` float64 correlation of the channels that count, for layers that ran.
     """
     modes = _Modes.of(network)
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     try:
         network.eval()
-        # A hook registered on a compiled module never fires: it runs as it was written.
+        # A hook on a compiled module never fires, so the original module runs.
         eagerly = torch.compiler.set_stance("force_eager")
         with torch.random.fork_rng(devices=list(devices)), eagerly, record_channels(layers) as recorded:
             run()

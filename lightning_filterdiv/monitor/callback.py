@@ -37,7 +37,7 @@ from lightning_filterdiv.training.learning_rates import fit_epochs
 
 __all__ = ["FilterSimilarityMonitor"]
 
-#: Group of the summary and of the network's numbers. TensorBoard sorts capitals first: pages open with it.
+#: Group of the summary and of the network's numbers. TensorBoard sorts capitals first, so pages open with it.
 _NETWORK = "Filters"
 #: Tag of the summary; it sorts before the numbers.
 _SUMMARY = f"{_NETWORK}/all_layers"
@@ -55,8 +55,8 @@ class FilterSimilarityMonitor(FilterCallback):
     Scalars go to every logger: ``Filters/<metric>``, the mean over layers with at least two filters, and
     ``filterdiv_layers/<metric>/<layer>``. Figures go to TensorBoard, Weights & Biases and MLflow; where no logger takes
     them, to PNG files in the log directory: ``Filters/all_layers`` sums up all layers over the epochs,
-    ``filterdiv_figures/...`` shows some layers filter by filter. Filters that a callback (RePr) has taken out do not
-    count while they are out: all numbers are those of the network without them.
+    ``filterdiv_figures/...`` shows some layers filter by filter. Filters that a callback (RePr) has dropped do not
+    count: all numbers are those of the network without them.
 
     The monitor changes nothing, and costs nothing in epochs without a snapshot. Under DDP the layers are divided among
     the ranks for the numbers. Rank 0 alone draws, measures activations and writes. A figure or number that cannot be
@@ -113,7 +113,7 @@ class FilterSimilarityMonitor(FilterCallback):
         self._tags: dict[str, str] = {}
         self._snapshots: list[Snapshot] = []
         self._without_scale = False  # snapshots of 0.1 hold mean |cos| itself
-        self._drawn = True  # whether figures of the last look are
+        self._drawn = True  # the last snapshot has been drawn
         self._writer: FigureWriter | None = None
         self._record: ArgumentRecord | None = None
         self._batch: FixedBatch | None = None
@@ -138,7 +138,7 @@ class FilterSimilarityMonitor(FilterCallback):
             self.attempt("hyper-parameters", partial(self._record.write, logger, shown))
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the loggers and look before the first step, so that every plot has its starting point."""
+        """Open the loggers and take a snapshot before the first step, so that every plot has a starting point."""
         if self.figure_layers is not None:
             self._named = [name for name in select_filters(pl_module, self.figure_layers) if name in self.layers]
             if not self._named:
@@ -149,7 +149,7 @@ class FilterSimilarityMonitor(FilterCallback):
         if self._record is not None:
             self._record.close()
         self._find_batch(trainer, pl_module)
-        # log_dir is agreed on by a collective: every rank must ask, though only rank 0 writes.
+        # log_dir runs a collective, so every rank must read it, although only rank 0 writes.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._tags = tag_names(self.layers)
         if trainer.is_global_zero:
@@ -187,7 +187,7 @@ class FilterSimilarityMonitor(FilterCallback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the first validation batch: what the network is called with is measured on from now on."""
+        """Watch the first validation batch. Its inputs are used for all later measurements."""
         if self._batch is not None and batch_idx == 0 and dataloader_idx == 0:
             self._batch.watch()
 
@@ -212,23 +212,25 @@ class FilterSimilarityMonitor(FilterCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Make up a look: a checkpoint of an epoch's last batch resumes here, without the hook at the epoch's end."""
+        """Take a snapshot that is missing. A checkpoint of an epoch's last batch resumes here, without the hook at the
+        epoch's end."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx > 0:
             return
-        # The epoch that StochasticWeightAveraging appends trains nothing: it puts the averages in and updates norms.
+        # The epoch that StochasticWeightAveraging appends does not train. It loads the averages and updates norms.
         self._trains = not trainer.fit_loop._skip_backward
         completed = trainer.current_epoch
         if self._trains and self._snapshots and self._snapshots[-1].epoch < completed and self.should_log(completed):
             self._take_snapshot(trainer, completed, f"after epoch {completed}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take another snapshot after the last step; callbacks that average weights have put the trained ones back."""
+        """Take a snapshot after the last step. Callbacks that average weights have restored the trained ones by
+        then."""
         if self._trains and self.should_log(trainer.current_epoch + 1):
             self._take_snapshot(trainer, trainer.current_epoch + 1, f"after epoch {trainer.current_epoch + 1}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the last look, if it was not known to be the last when it was taken (early stopping)."""
+        """Draw the last snapshot if its figures are missing because of early stopping."""
         super().on_train_end(trainer, pl_module)
         if not self._drawn and self._writer is not None:
             dropped = collect_dropped(self._others(trainer), self.layers)
@@ -246,14 +248,14 @@ class FilterSimilarityMonitor(FilterCallback):
     # ------------------------------------------------------------------ where to
 
     def _open(self, trainer: pl.Trainer, folder: Path) -> None:
-        # fast_dev_run has no loggers: everything is drawn, nothing is written.
+        # With fast_dev_run there are no loggers. Everything is drawn and nothing is written.
         dry: bool = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
         self._writer = FigureWriter(trainer.loggers, folder, discard=dry)
         if self._writer.writes_files:
             rank_zero_info(f"FilterSimilarityMonitor: no logger takes figures, PNG files go to {folder / _FIGURES}")
 
     def _lay_out(self, trainer: pl.Trainer) -> None:
-        """TensorBoard's Custom Scalars page."""
+        """Lay out the Custom Scalars page of TensorBoard."""
         repr_runs = any(type(callback).__name__ == "RePr" for callback in self._others(trainer))
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
@@ -286,7 +288,7 @@ class FilterSimilarityMonitor(FilterCallback):
             self._draw_all(trainer, when, dropped, correlations)
 
     def _numbers(self, metrics: Mapping[str, Mapping[str, float]], dropped: Mapping[str, Dropped]) -> dict[str, float]:
-        # A layer of one filter has no pair: it says nothing about the network.
+        # A layer of one filter has no pair, so it is not part of the network's mean.
         paired = [row for name, row in metrics.items() if self._live_count(name, dropped) > 1] or list(metrics.values())
         numbers = {f"{_NETWORK}/{metric}": fmean(row[metric] for row in paired) for metric in METRICS}
         return numbers | {
@@ -297,7 +299,7 @@ class FilterSimilarityMonitor(FilterCallback):
         return filter_count(self.layers[name]) - len(dropped.get(name, Dropped()).filters)
 
     def _correlations(self, trainer: pl.Trainer, dropped: Mapping[str, Dropped]) -> dict[str, Tensor]:
-        """Correlations between channels on the fixed batch; empty without one."""
+        """Return correlations between channels on the fixed batch; empty without a batch."""
         found: dict[str, Tensor] = {}
         batch = self._batch
         if batch is not None and batch.known:
@@ -327,7 +329,7 @@ class FilterSimilarityMonitor(FilterCallback):
         }
 
     def log_metrics(self, numbers: Mapping[str, float]) -> None:
-        """Hand numbers to all loggers under their own names; the failure of one is a warning, the others get them."""
+        """Log numbers to all loggers under their own names. If one fails, the others still get them."""
         if self.trainer.is_global_zero:
             values = {name: float(value) for name, value in numbers.items()}
             for logger in self.trainer.loggers:
@@ -352,7 +354,8 @@ class FilterSimilarityMonitor(FilterCallback):
     def _draw(
         self, trainer: pl.Trainer, when: str, dropped: Mapping[str, Dropped], correlations: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Callable[[], Figure]]]:
-        """Tags and what draws them: only one figure is alive at a time, and one that fails is one."""
+        """Yield tags and functions that draw. Only one figure exists at a time, and a failure costs only that
+        figure."""
         others = self._others(trainer)
         events, deviations = collect_events(others), collect_deviations(others)
         yield _SUMMARY, partial(network_summary, self._snapshots, events, deviations)
@@ -374,7 +377,7 @@ class FilterSimilarityMonitor(FilterCallback):
             yield f"{_FIGURES}/deviation", partial(_itself, curves)
 
     def layers_to_draw(self) -> list[str]:
-        """Names of the layers that are drawn, in the order of the network; the same ones for the whole fit."""
+        """Return the names of the layers to draw, in the order of the network. They are the same for the whole fit."""
         if self._named:
             return self._named[: self.max_figures]
         names, count = list(self.layers), min(self.max_figures, len(self.layers))
@@ -383,7 +386,7 @@ class FilterSimilarityMonitor(FilterCallback):
     # ------------------------------------------------------------------ state
 
     def release(self) -> None:
-        """Let go of the loggers."""
+        """Release the loggers."""
         self._writer = None
         if self._record is not None:
             self._record.close()
@@ -391,16 +394,16 @@ class FilterSimilarityMonitor(FilterCallback):
             self._batch.stop()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the batch."""
+        """Release the batch."""
         super().teardown(trainer, pl_module, stage)
         self._batch = None
 
     def reset(self) -> None:
-        """Forget the looks of an earlier fit."""
+        """Forget the snapshots of an earlier fit."""
         self._snapshots, self._without_scale, self._drawn = [], False, True
 
     def extra_state(self) -> dict[str, Any]:
-        """The looks so far: the summary goes on after a resume."""
+        """Return the snapshots so far, so that the summary continues after a resume."""
         key = "looks" if self._without_scale else "snapshots"
         return {key: [list(snapshot) for snapshot in self._snapshots]}
 

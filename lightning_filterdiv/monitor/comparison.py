@@ -15,16 +15,16 @@ _SIDE = 2.1  # inches of one heat map
 
 
 def compare_heat_maps(views: Mapping[str, LayerView]) -> Figure:
-    """Heat maps of ``|cos|`` between the filters of a layer, side by side; for reports and notebooks.
+    """Draw heat maps of ``|cos|`` between the filters of a layer, side by side, for reports and notebooks.
 
-    Each map is in an order of its own that puts alike filters side by side, so that duplicates are bright blocks. All
+    Each map has its own order of filters that puts alike ones side by side, so that duplicates are bright blocks. All
     share one scale, the widest of those that :func:`~lightning_filterdiv.monitor.figures.similarity_heat_map` has.
 
     Args:
-        views: what to write above a map -> the layer, from :func:`~lightning_filterdiv.monitor.views.view_layer`.
+        views: title of a map -> layer, from :func:`~lightning_filterdiv.monitor.views.view_layer`.
 
     Raises:
-        ValueError: no view.
+        ValueError: there is no view.
     """
     if not views:
         raise ValueError("views is empty: give at least one layer to draw")

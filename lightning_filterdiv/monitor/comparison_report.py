@@ -1,4 +1,4 @@
-"""What ``filterdiv compare`` says: two networks side by side, layer by layer."""
+"""Report of ``filterdiv compare``: two networks side by side, layer by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_filterdiv.monitor.views import LayerView
 
 __all__ = ["Both", "Side", "comparison_csv", "comparison_page", "comparison_summary", "comparison_text", "pair_layers"]
 
-# The smaller the better; a larger rank means more directions.
+# Smaller is better, except for ranks.
 _LESS_IS_DIVERSE = {"over_chance", "max_abs_cosine", "twins", "mean_abs_correlation", "channel_twins"}
 _MORE_IS_DIVERSE = {"effective_rank", "channel_rank"}
 _COMPARED = ("over_chance", "filters", "fan_in", "max_abs_cosine", "twins", "mergeable", "effective_rank", "dead")
@@ -25,7 +25,7 @@ _ON_DATA = ("mean_abs_correlation", "channel_rank", "channel_twins", "function_o
 
 
 class Side(NamedTuple):
-    """One of the two networks: its name, rows, views, and correlations of layers that saw data."""
+    """One of the two networks: name, rows, views, and correlations of layers that saw data."""
 
     title: str
     note: str
@@ -35,7 +35,7 @@ class Side(NamedTuple):
 
 
 class Both(NamedTuple):
-    """A layer in both networks; ``None`` where one does not have it."""
+    """A layer in both networks; ``None`` for a network that lacks it."""
 
     name: str
     first: LayerReport | None
@@ -43,7 +43,7 @@ class Both(NamedTuple):
 
 
 def pair_layers(first: Sequence[LayerReport], second: Sequence[LayerReport]) -> list[Both]:
-    """Match layers by name; a prefix that one side has before all its names (``net.``) does not count.
+    """Match layers by name. A prefix of all names of one side (``net.``) is ignored.
 
     Returns:
         Layers of the first network in its order, with their partners, then those that only the second has.
@@ -62,13 +62,13 @@ def _columns(pairs: Sequence[Both]) -> list[str]:
 
 
 def _words(pair: Both, column: str) -> str:
-    """``A → B``, or one value where both are shown alike."""
+    """Return ``A → B``, or one value if both look equal."""
     values = [shown(row, column) if row is not None else "-" for row in pair[1:]]
     return values[0] if values[0] == values[1] else " → ".join(values)
 
 
 def comparison_summary(pairs: Sequence[Both]) -> str:
-    """The difference in two sentences, over the layers that both have."""
+    """Return the difference over the common layers in a few sentences."""
     common = [(a, b) for _, a, b in pairs if a is not None and b is not None and min(a.filters, b.filters) > 1]
     lonely = [sum(pair[1 + side] is None for pair in pairs) for side in (1, 0)]
     tail = (
@@ -94,7 +94,7 @@ def _layers(count: int) -> str:
 
 
 def comparison_text(pairs: Sequence[Both], heading: str) -> str:
-    """Aligned table with a heading and a summary; ``A → B`` where the two differ."""
+    """Return an aligned table with heading and summary, with ``A → B`` where the networks differ."""
     columns = _columns(pairs)
     cells = [[printable(pair.name), *(_words(pair, column) for column in columns)] for pair in pairs]
     table = table_text(["layer", *(COLUMNS[column][0] for column in columns)], cells, lambda i: i == 0)
@@ -102,7 +102,8 @@ def comparison_text(pairs: Sequence[Both], heading: str) -> str:
 
 
 def comparison_csv(pairs: Sequence[Both]) -> str:
-    """Comma-separated, one line per layer, ``<attribute>_a`` and ``<attribute>_b`` of :class:`LayerReport`."""
+    """Return comma-separated text, one line per layer, with ``<attribute>_a`` and ``<attribute>_b`` of
+    :class:`LayerReport`."""
     columns = _columns(pairs)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -114,7 +115,7 @@ def comparison_csv(pairs: Sequence[Both]) -> str:
 
 
 def comparison_page(pairs: Sequence[Both], first: Side, second: Side, threshold: float) -> str:
-    """The page of ``filterdiv compare``: a click on a layer shows it in both networks."""
+    """Return the page of ``filterdiv compare``. A click on a layer shows it in both networks."""
     columns = _columns(pairs)
     ratios = [row.over_chance for pair in pairs for row in pair[1:] if row is not None]
     scale = 1.05 * max([2.0, *(ratio for ratio in ratios if ratio == ratio)])

@@ -1,8 +1,8 @@
-"""What other callbacks tell the monitor, by duck typing: a method of the right name, no import and no base class.
+"""Interface by which other callbacks report to the monitor: methods of given names, without import or base class.
 
-A callback that changes filters at certain moments implements :meth:`ReportsEvents.filterdiv_events`, one that pulls
-them together :meth:`ReportsDeviation.filterdiv_deviation`. The monitor asks every callback of the trainer at each look;
-the answers are complete histories, so nothing is lost on a resume.
+A callback that changes filters at certain moments implements :meth:`ReportsEvents.filterdiv_events`. One that makes
+filters equal implements :meth:`ReportsDeviation.filterdiv_deviation`. The monitor asks every callback of the trainer at
+each snapshot. The answers are complete histories, so nothing is lost on a resume.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class FilterEvent(NamedTuple):
 
     Attributes:
         source: class of the callback, for example ``"RePr"``.
-        kind: what happened, in a word or two: ``"drop"``, ``"regrow"``.
-        cycle: which repetition, from 1 (0: the method has none).
-        epoch: epochs completed when it happened.
+        kind: name of the event in a word or two, such as ``"drop"`` or ``"regrow"``.
+        cycle: number of the repetition, from 1; 0 if the method has none.
+        epoch: epochs completed before it.
         step: global step.
         filters: layer name -> filter indices concerned; may be empty.
     """
@@ -53,7 +53,7 @@ class ReportsEvents(Protocol):
     """A callback with a history of events."""
 
     def filterdiv_events(self) -> list[dict[str, Any]]:
-        """All events so far in order: dicts with ``kind``, ``cycle``, ``epoch``, ``step`` and ``filters``."""
+        """Return all events so far in order, as dicts with ``kind``, ``cycle``, ``epoch``, ``step`` and ``filters``."""
         ...
 
 
@@ -62,25 +62,25 @@ class ReportsDeviation(Protocol):
     """A callback that makes filters of a cluster equal."""
 
     def filterdiv_deviation(self) -> Deviations:
-        """Distance of filters from their cluster's mean so far, and what the method forecasts for the same steps."""
+        """Return distances of filters from their cluster's mean so far, and the forecast for the same steps."""
         ...
 
 
 @runtime_checkable
 class ReportsDropped(Protocol):
-    """A callback that takes filters out of the network for a while; every rank of a fit gives the same answer."""
+    """A callback that drops filters for a while. Every rank of a fit gives the same answer."""
 
     def filterdiv_dropped(self) -> dict[str, list[tuple[str, int, list[int]]]]:
-        """What is out at the moment, as (tensor, dim, indices): under ``silent`` rows of tensors that are zero, under
-        ``unread`` columns of tensors whose inputs are zero. Empty lists if nothing is out."""
+        """Return what is dropped at the moment, as (tensor, dim, indices): under ``silent`` rows of tensors that are
+        zero, under ``unread`` columns of tensors whose inputs are zero. Both lists are empty if nothing is dropped."""
         ...
 
 
 def collect_events(callbacks: Iterable[object]) -> list[FilterEvent]:
-    """Events of all callbacks, ordered by step.
+    """Return the events of all callbacks, ordered by step.
 
     Raises:
-        ValueError: a callback reports an event without one of the entries; it is named.
+        ValueError: a callback, which is named, reports an event that lacks an entry.
     """
     events: list[FilterEvent] = []
     for callback in callbacks:
@@ -96,7 +96,7 @@ def collect_events(callbacks: Iterable[object]) -> list[FilterEvent]:
 
 
 def collect_deviations(callbacks: Iterable[object]) -> Deviations:
-    """Deviations of all callbacks by layer; layers without a measurement are left out."""
+    """Return the deviations of all callbacks by layer, without layers that have no measurement."""
     deviations: Deviations = {}
     for callback in callbacks:
         if isinstance(callback, ReportsDeviation):
@@ -105,7 +105,8 @@ def collect_deviations(callbacks: Iterable[object]) -> Deviations:
 
 
 def collect_dropped(callbacks: Iterable[object], layers: Mapping[str, Conv]) -> dict[str, Dropped]:
-    """Filters and input channels that callbacks have taken out of ``layers``; layers that lost nothing are left out."""
+    """Return the filters and input channels that callbacks have dropped from ``layers``, without layers that lost
+    nothing."""
     filters: dict[str, set[int]] = {}
     inputs: dict[str, set[int]] = {}
     for callback in callbacks:

@@ -1,8 +1,8 @@
-"""Figures of layers at one moment. Plain matplotlib objects: no pyplot, no global state, safe in any thread.
+"""Figures of layers at one moment, as plain matplotlib objects without pyplot or global state, safe in any thread.
 
-TensorBoard shows every image 350 pixels wide, so all are 3.6 inches wide at 180 dots per inch: text keeps about 11
-pixels when they are halved, and is sharp at full size. White background, dark text, on a light and a dark page.
-The title says what is seen without a legend.
+TensorBoard shows every image 350 pixels wide. All figures are therefore 3.6 inches wide at 180 dots per inch: text is
+about 11 pixels high when they are halved, and sharp at full size. Background is white and text dark, for light and dark
+pages. The title explains the figure without a legend.
 """
 
 from __future__ import annotations
@@ -45,42 +45,44 @@ __all__ = [
 BLUE, RED = "#2166ac", "#c0392b"
 _MOSAIC_KERNELS = 256
 _DIRECTIONS = 32
-_ITERATIONS = 8  # of the subspace: more would not show
+_ITERATIONS = 8  # iterations of the subspace; more would not be visible
 _HEAT_MAP_CELLS = 400
 _TITLE = 56  # characters of a title's line that fit at full size
-_TICKS = 4  # at most, per axis: drawing labels takes longer than drawing the picture
-# A square figure under a title of three lines, in fractions of its side. These figures are alike but for the width of
-# their tick labels: laying each out anew takes half of the time it takes to draw it.
+_TICKS = 4  # largest number of ticks per axis: drawing labels takes longer than drawing the picture
+# A square under a title of three lines, in fractions of its side. These figures differ only in the width of their tick
+# labels, and laying out each anew takes half of the time to draw it.
 _MARGIN, _BELOW_TITLE = 0.0116, 0.854
 
 
 def new_figure(height: float, *, width: float = 3.6, layout: Literal["constrained", "none"] = "constrained") -> Figure:
-    """An empty white figure of ``height`` and ``width`` inches; layout ``none``: its axes are placed by hand."""
+    """Return an empty white figure of ``height`` and ``width`` inches. With layout ``none`` the caller places the
+    axes."""
     figure = Figure(figsize=(width, height), dpi=180, facecolor="white")
     figure.set_layout_engine(layout)
     return figure
 
 
 def _left_of(count: int) -> float:
-    """Where axes begin whose y axis has a label, and ticks below ``count``."""
+    """Return the left edge of axes with a y label and ticks below ``count``."""
     return 0.0849 + 0.0185 * len(str(max(1, count - 1)))
 
 
 def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
-    """Pixels ``(height, width, 3)`` of a figure."""
+    """Return the pixels ``(height, width, 3)`` of a figure."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
 
 
 def shorten(name: str, limit: int = 17) -> str:
-    """A layer name that fits beside an axis: the end tells layers apart. Matplotlib's signs are only signs in it."""
+    """Shorten a layer name to fit beside an axis. Its end is kept, because it distinguishes layers. Characters special
+    to matplotlib are escaped."""
     name = printable(name)
     return (name if len(name) <= limit else f"…{name[1 - limit :]}").replace("$", r"\$")
 
 
 def title(figure: Figure, *lines: str) -> None:
-    """Say what is seen, over the whole width of the figure; empty lines are left out, long ones are written smaller."""
+    """Write a title over the whole width of the figure. Empty lines are left out, long ones are smaller."""
     size = 8 * min(1.0, _TITLE / max(1, *map(len, lines)))
     text = figure.suptitle("\n".join(line for line in lines if line), x=0.02, ha="left", fontsize=size)
     if figure.get_layout_engine() is None:
@@ -96,10 +98,10 @@ def _without_out(view: LayerView) -> str:
 
 
 def similarity_heat_map(view: LayerView, when: str = "") -> Figure:
-    """Heat map of ``|cos|`` between the filters of one layer; duplicates show as bright blocks on the diagonal.
+    """Draw a heat map of ``|cos|`` between the filters of one layer. Duplicates are bright blocks on the diagonal.
 
-    The scale follows the data, or wide layers would be black: it ends at the 99th percentile of all pairs, and at twice
-    the mean of random filters at least. Title and colour bar say where that is.
+    The scale follows the data, because wide layers would be black otherwise. It ends at the 99th percentile of all
+    pairs, and at least at twice the mean of random filters. Title and colour bar show the end.
 
     Args:
         view: the layer.
@@ -122,18 +124,18 @@ def similarity_heat_map(view: LayerView, when: str = "") -> Figure:
 
 
 def heat_map_top(view: LayerView) -> float:
-    """``|cos|`` from which on a heat map of the layer is at its brightest."""
+    """Return the ``|cos|`` at which a heat map of the layer is brightest."""
     pairs = view.pairs()
     return min(1.0, max(2 * view.chance, float(np.quantile(pairs, 0.99)) if pairs.size else 0.0))
 
 
 def channel_heat_map(view: LayerView, correlation: Tensor, pairs: Sequence[Pair], when: str = "") -> Figure:
-    """Heat map of ``|correlation|`` between the channels of one layer, in the order of the filters' own heat map.
+    """Draw a heat map of ``|correlation|`` between the channels of one layer, in the order of the filters' heat map.
 
     Args:
         view: the layer.
-        correlation: ``(J, J)``, of the channels that its filters make.
-        pairs: those alike in function but not in weights, the most alike first.
+        correlation: ``(J, J)`` correlation of the channels of its filters.
+        pairs: pairs that are alike in function but not in weights, the most alike first.
         when: the moment, for the title.
     """
     overlap = correlation.abs().float()
@@ -165,7 +167,7 @@ def _heat_map(
     lines: Sequence[str],
     labels: tuple[str, str],
 ) -> Figure:
-    """Values between pairs, the diagonal in grey, with a mark on the colour bar."""
+    """Draw values of pairs with the diagonal in grey and a mark on the colour bar."""
     count = len(order)
     what, mark, meaning = scale
     figure = new_figure(3.6, layout="none")
@@ -173,7 +175,8 @@ def _heat_map(
     axes = figure.add_axes((left, 0.125, 0.779 - left, 0.657))
     ordered = values[list(order)][:, list(order)].clone()
     if count > _HEAT_MAP_CELLS:
-        # More filters than pixels: average over blocks of pairs, many times faster than matplotlib's resampling.
+        # With more filters than pixels, average over blocks of pairs. This is many times faster than matplotlib's
+        # resampling.
         ordered.fill_diagonal_(0.0)
         ordered = torch.nn.functional.adaptive_avg_pool2d(ordered[None], _HEAT_MAP_CELLS)[0]
     else:
@@ -197,12 +200,13 @@ def _heat_map(
 
 
 def cosine_distribution(views: Sequence[LayerView], when: str = "") -> Figure:
-    """How often each ``|cos|`` over chance occurs between two filters, one row per layer; 1 is the mean of random ones.
+    """Draw the distribution of ``|cos|`` over chance between two filters, one row per layer; 1 is the mean of random
+    filters.
 
-    Chance is the exact ``E|cos|`` of random directions, ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``.
+    Chance is ``E|cos|`` of random directions, ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``.
 
     Args:
-        views: layers with at least one pair of filters are drawn.
+        views: layers; those with at least one pair of filters are drawn.
         when: the moment, for the title.
     """
     rows = [view for view in views if view.count > 1]
@@ -237,11 +241,11 @@ def cosine_distribution(views: Sequence[LayerView], when: str = "") -> Figure:
 
 
 def kernel_mosaic(view: LayerView, when: str = "") -> Figure:
-    """The kernels themselves, in the order of the heat map.
+    """Draw the kernels in the order of the heat map.
 
     Kernels over three input channels are shown in colour (grey is 0). Others are projected on the layer's first
     principal input direction, blue negative, red positive. Kernels of one weight per channel are rows of coefficients
-    in the leading principal directions. Of 3-D kernels the middle slice is shown.
+    in the leading principal directions. 3-D kernels are shown by their middle slice.
 
     Args:
         view: the layer.
@@ -292,20 +296,24 @@ def _paint(axes: Axes, values: npt.NDArray[np.float32], aspect: Literal["equal",
 
 
 def project_kernels(kernels: Tensor, directions: int) -> Tensor:
-    """``(J, C, *k) -> (J, directions, *k)``: coefficients in the leading principal directions of the input channels."""
+    """Project kernels ``(J, C, *k)`` on the leading principal directions of the input channels, ``(J, directions,
+    *k)``."""
     if kernels.shape[1] == 1:
         return kernels
     columns = kernels.flatten(2).transpose(0, 1).flatten(1).float()  # (C, J * k)
     leading = _leading_directions(columns, directions)
-    # Eigenvectors have no sign: take the one in which most weight is positive, or pictures would flip between epochs.
+    # Eigenvectors have no sign. Choose the one in which most weight is positive, so that pictures do not flip between
+    # epochs.
     leading = leading * torch.where(leading.sum(dim=0) < 0, -1.0, 1.0)
     return torch.einsum("jc...,cn->jn...", kernels.float(), leading)
 
 
 def _leading_directions(columns: Tensor, count: int) -> Tensor:
-    """``(C, n) -> (C, count)``, orthonormal: the left singular directions of the ``count`` largest singular values.
+    """Return the left singular directions of the ``count`` largest singular values, ``(C, n)`` to orthonormal ``(C,
+    count)``.
 
-    By subspace iteration: all directions of a 2048-channel layer would cost seconds, and a picture needs one or a few.
+    It uses subspace iteration, because a picture needs few directions and all directions of a 2048-channel layer would
+    take seconds.
     """
     extra = min(count + 8, *columns.shape)
     start = torch.randn(columns.shape[1], extra, generator=keyed_generator("directions"), dtype=columns.dtype)
@@ -319,7 +327,8 @@ def _leading_directions(columns: Tensor, count: int) -> Tensor:
 
 
 def kernel_planes(kernels: Tensor) -> Tensor:
-    """``(J, C, *k) -> (J, h, w, C)``, the middle slice of 3-D kernels, one row for 1-D kernels."""
+    """Return kernels ``(J, C, *k)`` as images ``(J, h, w, C)``: the middle slice of 3-D kernels, one row for 1-D
+    kernels."""
     if kernels.dim() == 5:
         kernels = kernels[:, :, kernels.shape[2] // 2]
     if kernels.dim() == 3:
@@ -328,7 +337,8 @@ def kernel_planes(kernels: Tensor) -> Tensor:
 
 
 def tile_cells(cells: Tensor) -> Tensor:
-    """``(J, h, w, C) -> (H, W, C)``: a near-square grid, gaps NaN; colours scaled to [0, 1] around grey, else as is."""
+    """Arrange images ``(J, h, w, C)`` in a near-square grid ``(H, W, C)`` with gaps of NaN. Colours are scaled to [0,
+    1] around grey."""
     count, height, width, channels = cells.shape
     columns = max(1, round(math.sqrt(count * height / width)))
     rows = math.ceil(count / columns)

@@ -14,7 +14,7 @@ from lightning_filterdiv.tensors.sharing import share
 
 __all__ = ["METRICS", "NEAR_DUPLICATE", "Dropped", "effective_rank_of_gram", "live_filters", "redundancy_metrics"]
 
-#: Scalar name -> what it says, in the order of the columns of :func:`redundancy_metrics`.
+#: Scalar name -> meaning, in the order of the columns of :func:`redundancy_metrics`.
 METRICS = {
     "cosine_over_chance": "mean |cos| over that of random filters with as many weights",
     "mean_abs_cosine": "mean |cos| between distinct filters",
@@ -24,20 +24,20 @@ METRICS = {
     "near_duplicates": "fraction of filters with another one at |cos| > 0.9",
     "dead_filters": "fraction of filters with a norm below 1e-3 of the layer's median",
 }
-#: Filters or channels count as twins from this |cos| or |correlation| on.
+#: |cos| or |correlation| from which filters or channels count as twins.
 NEAR_DUPLICATE = 0.9
 _DEAD = 1e-3
 _Part = Literal["both", "cosines", "rank"]
-_START = 1e7  # what starting the operations of a layer costs, in multiplications of a Gram matrix
-_BLOCK = 128  # rows of a Gram matrix at a time: it stays in the cache, and its upper half is not computed
+_START = 1e7  # cost of starting the operations of a layer, in multiplications of a Gram matrix
+_BLOCK = 128  # rows of a Gram matrix in one block, which stays in the cache; the upper half is not computed
 
 
 class Dropped(NamedTuple):
-    """Filters and inputs of a layer that a callback has dropped for a time.
+    """Filters and inputs of a layer that a callback has dropped.
 
     Attributes:
         filters: indices of filters that are silenced.
-        inputs: indices of input channels that are zero, since the filters that make them are silenced.
+        inputs: indices of input channels that are zero because their filters are silenced.
     """
 
     filters: Sequence[int] = ()
@@ -45,11 +45,12 @@ class Dropped(NamedTuple):
 
 
 def live_filters(conv: Conv, dropped: Dropped | None = None) -> Tensor:
-    """Return the ``(J', d')`` filters of ``conv`` without what is dropped: those of the layer with it removed.
+    """Return the ``(J', d')`` filters of ``conv`` without dropped filters and inputs.
 
     Args:
         conv: any convolution.
-        dropped: its indices; ``None`` or empty ones for :func:`~lightning_filterdiv.filters.filter_matrix` itself.
+        dropped: dropped indices. With ``None`` or none, the result is
+            :func:`~lightning_filterdiv.filters.filter_matrix`.
     """
     matrix = filter_matrix(conv)
     if dropped is None:
@@ -83,13 +84,13 @@ def redundancy_metrics(
 
     Args:
         layers: name -> convolution.
-        dropped: name -> filters and input channels that do not count; the numbers are those of the network without
+        dropped: name -> filters and input channels that do not count. The numbers are those of the network without
             them.
         among_ranks: divide the layers among the ranks of the default process group, all of which must call this.
 
     Returns:
-        name -> metric -> value, metrics as in :data:`METRICS`. A layer of one filter has cosine 0. Every layer is
-        measured by itself: its numbers do not depend on the others, nor on the number of ranks.
+        name -> metric -> value, with the metrics of :data:`METRICS`. A layer of one filter has cosine 0. Every layer is
+        measured by itself, so its numbers depend neither on other layers nor on the number of ranks.
     """
     gone = dropped or {}
     shapes = {name: _live_shape(conv, gone.get(name)) for name, conv in layers.items()}
@@ -109,27 +110,28 @@ def redundancy_metrics(
 
 
 def _live_shape(conv: Conv, dropped: Dropped | None) -> tuple[int, int]:
-    """Shape of :func:`live_filters`."""
+    """Return the shape of :func:`live_filters`."""
     count, fan_in = filter_matrix(conv).shape
     gone = dropped or Dropped()
     return count - len(set(gone.filters)), fan_in - _positions(conv) * len(set(gone.inputs))
 
 
 def _costs(count: int, fan_in: int) -> dict[_Part, float]:
-    """Parts that are measured apart, and what they cost: cosines and rank of many short filters share no product."""
+    """Return the costs of parts that are measured separately. Cosines and rank of many short filters share no
+    product."""
     short, long = sorted((count, fan_in))
     of_rank = short**2 * long + 4.0 * short**3 + _START
     return {"both": of_rank} if count <= fan_in else {"cosines": count**2 * fan_in / 3 + _START, "rank": of_rank}
 
 
 def _measure(matrix: Tensor, part: _Part) -> dict[str, float]:
-    """``(J, d)`` -> the metrics of this part."""
+    """Measure the metrics of one part for filters ``(J, d)``."""
     measured = list(METRICS)[1:]
     names = [name for name in measured if part == "both" or (name == "effective_rank") == (part == "rank")]
     if 0 in matrix.shape:
         return dict.fromkeys(names, 0.0)
     with torch.autocast(matrix.device.type, enabled=False):
-        # In float64 squares of float32 neither under- nor overflow, and singular values can come from Gram matrices.
+        # In float64 squares of float32 neither under- nor overflow, and Gram matrices give exact singular values.
         filters = matrix.double()
         if matrix.dtype == torch.float64:
             peak = filters.abs().max()
@@ -146,10 +148,11 @@ def _measure(matrix: Tensor, part: _Part) -> dict[str, float]:
 
 
 def _cosines(filters: Tensor, norm: Tensor, gram: Tensor | None) -> dict[str, Tensor]:
-    """The metrics of cosines and norms; ``gram``: ``W W^T``, where the filters are few."""
+    """Return the metrics of cosines and norms. ``gram`` is ``W W^T`` if the filters are few."""
     count = len(filters)
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
-    # The Gram matrix of few filters holds their cosines; that of many is one of weights, and single precision will do.
+    # The Gram matrix of few filters holds their cosines. That of many filters is one of weights, and single precision
+    # suffices.
     unit = None if gram is not None else (filters * inverse[:, None]).float()
     total = filters.new_zeros(())
     nearest = filters.new_zeros(count)
@@ -175,7 +178,7 @@ def _cosines(filters: Tensor, norm: Tensor, gram: Tensor | None) -> dict[str, Te
 
 
 def _lower_gram(rows: Tensor) -> Tensor:
-    """``(n, m) -> (n, n)``: ``rows rows^T`` in blocks; of blocks above the diagonal, zeros."""
+    """Return ``rows rows^T``, ``(n, m)`` to ``(n, n)``, in blocks. Blocks above the diagonal are zeros."""
     count = len(rows)
     gram = rows.new_zeros((count, count))
     for start in range(0, count, _BLOCK):
@@ -185,13 +188,14 @@ def _lower_gram(rows: Tensor) -> Tensor:
 
 
 def effective_rank_of_gram(gram: Tensor) -> Tensor:
-    """Exponential of the entropy of the normalised singular values of ``W``, from ``W W^T`` (Roy and Vetterli 2007).
+    """Return the exponential of the entropy of the normalised singular values of ``W``, from ``W W^T`` (Roy, Vetterli
+    2007).
 
     Args:
         gram: ``(B, n, n)`` float64, finite; only the lower triangle is read.
 
     Returns:
-        ``(B,)`` in ``[1, n]``, and 0 for a zero matrix. It is exact to 1e-8 of the largest singular value.
+        ``(B,)`` in ``[1, n]``, and 0 for a zero matrix. Singular values are exact to 1e-8 of the largest one.
     """
     values = torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
     total = values.sum(dim=-1, keepdim=True)

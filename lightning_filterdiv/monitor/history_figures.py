@@ -1,4 +1,4 @@
-"""Figures of what happened over a run: redundancy by epoch, and the events and forecasts of other callbacks."""
+"""Figures of a whole run: redundancy by epoch, and events and forecasts of other callbacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLOOR = 1e-9  # a deviation of exactly 0 on a log axis
 
 
 class Snapshot(NamedTuple):
-    """One look at the network.
+    """Snapshot of the network at one moment.
 
     Attributes:
         epoch: epochs completed.
@@ -46,22 +46,22 @@ class Snapshot(NamedTuple):
 def network_summary(
     looks: Sequence[Snapshot], events: Sequence[FilterEvent] = (), deviations: Deviations | None = None
 ) -> Figure:
-    """All layers over the epochs: colour is mean ``|cos|`` over chance, the total beside it, events as lines.
+    """Draw all layers over the epochs: mean ``|cos|`` over chance as colour, their mean beside it, events as lines.
 
-    The colour scale is logarithmic, so that a layer at 15 times chance does not drown those at 1.5 times. Chance is in
-    its middle: orange layers are more alike than random filters, purple ones more diverse. Grey: a single filter.
+    The colour scale is logarithmic, so that layers at 1.5 times chance stay visible beside one at 15 times. Chance is
+    in its middle: orange layers are more alike than random filters, purple ones more diverse. Grey is a single filter.
 
     Args:
-        looks: at least one, epochs ascending; rows are the layers of the last one.
+        looks: at least one snapshot, epochs ascending. Rows are the layers of the last one.
         events: moments to mark.
-        deviations: by layer; the largest one and its forecast are drawn on a log axis over the same epochs.
+        deviations: deviations by layer. The largest one and its forecast are drawn on a log axis over the same epochs.
     """
     layers = list(looks[-1].over_chance)
     values = np.array([[look.over_chance.get(layer, np.nan) for look in looks] for layer in layers], dtype=float)
     # A layer without a pair of filters has no ratio.
     paired = np.where((values > 0).any(axis=1))[0]
     totals = values[paired if len(paired) else slice(None)].mean(axis=0)
-    # Time Series fits pictures into cards of this shape: a tall one would be unreadable there.
+    # Time Series fits pictures into cards of this shape. A tall picture would be unreadable there.
     figure = new_figure(_CARD[1], width=_CARD[0])
     panels = figure.subplot_mosaic(
         [["layers", "total"], ["layers", "deviation"]] if deviations else [["layers", "total"]],
@@ -70,7 +70,7 @@ def network_summary(
     )
     axes, total = panels["layers"], panels["total"]
     epochs = np.array([look.epoch for look in looks], dtype=float)
-    # A look fills the time since the one before it; what happens after epoch e stands between the looks at e and e + 1.
+    # A snapshot fills the time since the one before it. Events after epoch e are between the snapshots at e and e + 1.
     edges = np.concatenate([[epochs[0] - 0.5], epochs + 0.5])
     total.plot(epochs, totals, color=BLUE, linewidth=1.6, marker="o", markersize=2.5)
     total.axhline(1.0, color=RED, linestyle=(0, (3, 1.5)), linewidth=1.0)
@@ -118,14 +118,15 @@ def _own_parts(layers: Sequence[str]) -> list[str]:
 
 
 def _ratio_scale(values: npt.NDArray[np.float64]) -> TwoSlopeNorm:
-    """Of logarithms to base 2, with chance in the middle: one colour for more alike filters, one for more diverse."""
+    """Return a colour scale of logarithms to base 2 with chance in the middle: one colour for more alike filters, one
+    for more diverse."""
     known = np.log2(values[np.isfinite(values) & (values > 0)])
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
     return TwoSlopeNorm(0.0, min(-1.0, max(low, _LEAST)), max(high, 1.0))
 
 
 def _ratio_ticks(norm: TwoSlopeNorm) -> list[float]:
-    """Whole logarithms within the scale, at most six."""
+    """Return whole logarithms within the scale, at most six."""
     assert norm.vmin is not None
     assert norm.vmax is not None
     powers = [float(power) for power in range(_LEAST, 12) if norm.vmin <= power <= norm.vmax]
@@ -133,7 +134,7 @@ def _ratio_ticks(norm: TwoSlopeNorm) -> list[float]:
 
 
 def _mark(axes: Axes, total: Axes, events: Sequence[FilterEvent]) -> str:
-    """Vertical lines with a word above each."""
+    """Draw vertical lines with a word above each."""
     for event in events:
         axes.axvline(event.epoch + 0.5, color="white", linewidth=2.4)
         for panel in (axes, total):
@@ -169,15 +170,15 @@ def _draw_largest(axes: Axes, deviations: Deviations, looks: Sequence[Snapshot])
 
 
 def dropped_filters(events: Sequence[FilterEvent], counts: Mapping[str, int], max_layers: int = 8) -> Figure | None:
-    """Which filters were dropped in which cycle: one strip per layer, one line per cycle, one cell per filter.
+    """Draw the filters dropped in each cycle: one strip per layer, one line per cycle, one cell per filter.
 
     Args:
-        events: those of kind ``"drop"`` are drawn.
-        counts: layer name -> number of filters; a layer that is not named ends at its last dropped filter.
-        max_layers: layers drawn, those that lost most.
+        events: events; those of kind ``"drop"`` are drawn.
+        counts: layer name -> number of filters. A layer that is missing ends at its last dropped filter.
+        max_layers: number of layers to draw, those that lost most.
 
     Returns:
-        ``None`` when nothing was dropped.
+        ``None`` if nothing was dropped.
     """
     drops = [event for event in events if event.kind == "drop" and event.filters]
     if not drops:
@@ -223,16 +224,16 @@ def dropped_filters(events: Sequence[FilterEvent], counts: Mapping[str, int], ma
 
 
 def deviation_curves(deviations: Deviations, layers: Sequence[str] = ()) -> Figure | None:
-    """Deviation of filters from their cluster's mean by layer on a log axis, against the forecast ``exp(-K)``.
+    """Draw the deviation of filters from their cluster's mean by layer on a log axis, and the forecast ``exp(-K)``.
 
     Colours go by depth, from the first layer (dark) to the last (bright).
 
     Args:
         deviations: layer -> (step, measured, forecast).
-        layers: in the order of the network; others come last.
+        layers: layers in the order of the network; others come last.
 
     Returns:
-        ``None`` when nothing was measured.
+        ``None`` if nothing was measured.
     """
     if not deviations:
         return None
@@ -264,5 +265,5 @@ def deviation_curves(deviations: Deviations, layers: Sequence[str] = ()) -> Figu
 
 
 def depth_colour(index: int, count: int) -> tuple[float, float, float, float]:
-    """Colour of layer ``index`` of ``count``."""
+    """Return the colour of layer ``index`` of ``count``."""
     return colormaps["viridis"](0.92 * index / max(1, count - 1))

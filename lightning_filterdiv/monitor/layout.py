@@ -1,4 +1,4 @@
-"""How the numbers are named and arranged in TensorBoard: few groups, and a page with one card per metric."""
+"""Names and layout of the numbers in TensorBoard: few groups, and a page with one card per metric."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _CHANNEL_CHARTS = {
 
 
 def tag_names(layers: Iterable[str]) -> dict[str, str]:
-    """Layer -> its part of a tag: what no logger takes in a name is ``_``. Different layers keep different tags."""
+    """Return layer -> its part of a tag. Characters that a logger refuses become ``_``, and different layers keep
+    different tags."""
     tags: dict[str, str] = {}
     taken: set[str] = set()
     for layer in layers:
-        # As loggers take names for paths, no level may be empty or lead upwards.
+        # Loggers use names as paths, so no level may be empty or lead upwards.
         levels = [re.sub(r"[^-\w.]", "_", level) for level in layer.split("/")]
         tag = "/".join(level if level.strip(".") else "_" * max(1, len(level)) for level in levels)
         unique, count = tag, 1
@@ -43,10 +44,11 @@ def tag_names(layers: Iterable[str]) -> dict[str, str]:
 def custom_scalars_layout(
     layers: Sequence[str], repr_runs: bool = False, activations: bool = False
 ) -> dict[str, dict[str, list[Any]]]:
-    """Layout for ``SummaryWriter.add_custom_scalars``: one card per metric, with the network's mean and all layers.
+    """Return a layout for ``SummaryWriter.add_custom_scalars``: one card per metric, with the network's mean and all
+    layers.
 
     Args:
-        layers: their parts of tags, in the order of the network; one line each.
+        layers: parts of tags of the layers, in the order of the network; one line each.
         repr_runs: also show how many filters RePr has dropped and brought back.
         activations: also show the numbers of channels.
 

@@ -1,7 +1,7 @@
-"""Where figures and the callbacks' arguments go: Lightning's loggers have no common call for them.
+"""Write figures and the callbacks' arguments to loggers, for which Lightning has no common call.
 
-A figure is drawn once, and its pixels are handed to every logger that takes images. Loggers are recognised by what they
-can do, so that both of Lightning's namespaces and subclasses work.
+A figure is drawn once, and its pixels are passed to every logger that accepts images. Loggers are recognised by their
+methods, so that both of Lightning's namespaces and subclasses work.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["ArgumentRecord", "FigureWriter"]
 
 _LEVELS = 2  # of a tag, above the layer
 Pixels = npt.NDArray[np.uint8]
-#: Takes (tag, pixels, global step).
+#: Function of (tag, pixels, global step).
 Sink = Callable[[str, Pixels, int], None]
 
 
 def _sink(logger: Any) -> Sink | None:
-    """How this logger takes images; ``None``: it does not."""
+    """Return the function that gives an image to this logger; ``None`` if the logger accepts none."""
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_image"):  # TensorBoard
         return lambda tag, pixels, step: experiment.add_image(tag, pixels, step, dataformats="HWC")
@@ -43,11 +43,11 @@ def _sink(logger: Any) -> Sink | None:
 
 
 class FigureWriter:
-    """Hands figures to every logger that takes images; if none does, writes PNG files.
+    """Write figures to every logger that accepts images, or to PNG files if none does.
 
     Args:
-        loggers: of the trainer; on other ranks than 0 none may be touched.
-        folder: where PNG files go, ``<tag>-step<step>.png``.
+        loggers: loggers of the trainer. Only rank 0 may use them.
+        folder: folder for PNG files, ``<tag>-step<step>.png``.
         discard: draw, but write nothing.
     """
 
@@ -57,23 +57,23 @@ class FigureWriter:
         self.writes_files = not self._sinks and not discard
 
     def write(self, tag: str, figure: Figure, step: int) -> None:
-        """Draw ``figure`` and give it away.
+        """Draw ``figure`` and pass it to the loggers.
 
         Args:
-            tag: for example ``filterdiv_figures/similarity/conv1``.
-            figure: is not kept.
+            tag: tag such as ``filterdiv_figures/similarity/conv1``.
+            figure: the figure, which is not kept.
             step: global step.
 
         Raises:
             WriteError: the PNG file cannot be written.
-            Exception: what a logger raises; the other loggers have got the figure.
+            Exception: error of a logger. The other loggers have received the figure.
         """
         pixels = to_rgb(figure)
         failed: list[Exception] = []
         for sink in self._sinks:
             try:
                 sink(tag, pixels, step)
-            except Exception as error:  # loggers have errors of their own
+            except Exception as error:  # loggers raise errors of many types
                 failed.append(error)
         if failed:
             raise failed[0]
@@ -85,15 +85,16 @@ class FigureWriter:
 
 
 class ArgumentRecord:
-    """Which callbacks ran with which arguments, for the loggers' view of hyper-parameters.
+    """Record of the callbacks and their arguments, for the loggers' view of hyper-parameters.
 
-    TensorBoard shows the first record of a run only, and Lightning writes one with the module's hyper-parameters and a
-    placeholder, ``hp_metric``, of -1. So ours comes first, holds the module's too, and the placeholder is not written.
+    TensorBoard shows only the first record of a run. Lightning writes one with the module's hyper-parameters and a
+    placeholder, ``hp_metric``, of -1. Our record therefore comes first and includes the module's. The placeholder is
+    not written.
 
     Args:
-        callbacks: all of the trainer; those with a method ``arguments`` count.
-        module: its hyper-parameters, where it saves any for loggers.
-        data: likewise, a data module or ``None``.
+        callbacks: all callbacks of the trainer; those with a method ``arguments`` are recorded.
+        module: module whose hyper-parameters are recorded, if it saves any for loggers.
+        data: data module, likewise, or ``None``.
     """
 
     def __init__(self, callbacks: Iterable[Any], module: Any, data: Any) -> None:
@@ -105,11 +106,11 @@ class ArgumentRecord:
         self._silenced: list[Any] = []
 
     def write(self, logger: Any, metrics: Sequence[str]) -> None:
-        """Hand the record to ``logger``.
+        """Write the record to ``logger``.
 
         Args:
             logger: any of Lightning's.
-            metrics: tags of the scalars shown beside it in TensorBoard.
+            metrics: tags of the scalars that TensorBoard shows beside it.
         """
         experiment: Any = getattr(logger, "experiment", None)
         if not hasattr(experiment, "_get_file_writer"):  # not TensorBoard's
@@ -121,22 +122,22 @@ class ArgumentRecord:
         if placeholder:
             logger._default_hp_metric = False
             self._silenced.append(logger)
-        # A module that logs hp_metric itself keeps its column.
+        # If the module itself logs hp_metric, its column stays.
         shown = dict.fromkeys([*metrics, *(["hp_metric"] if placeholder else [])], 0.0)
         for summary in hparams(_flat(self._saved) | self.arguments, shown):
             experiment._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
-        """Let loggers be as they were: Lightning has handed them its record."""
+        """Restore the loggers, after Lightning has written its record."""
         for logger in self._silenced:
             logger._default_hp_metric = True
         self._silenced = []
 
 
 def _arguments(callbacks: Iterable[Any]) -> dict[str, Any]:
-    """``callbacks/<name>`` -> what is not the default, for all with ``arguments``; ``settings/...`` -> each value.
+    """Return ``callbacks/<name>`` -> arguments that are not defaults, and ``settings/...`` -> each value.
 
-    TensorBoard shows the first five names in the order of the alphabet.
+    TensorBoard shows the first five names in alphabetical order.
     """
     ours = [callback for callback in callbacks if callable(getattr(callback, "arguments", None))]
     written: dict[str, str] = {}
@@ -155,7 +156,7 @@ def _arguments(callbacks: Iterable[Any]) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Numbers and strings by name, levels joined by ``/``; anything else, flags too, as it is written."""
+    """Return numbers and strings by name, with levels joined by ``/``. Other values, flags too, become text."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

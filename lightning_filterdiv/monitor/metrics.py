@@ -20,7 +20,7 @@ ChannelFigure = Literal["mean_abs_correlation", "channel_effective_rank", "chann
 
 
 def _filters(layer: Tensor | nn.Module) -> Tensor:
-    """``(B, J, d)`` filters of a convolution, a matrix or a batch of matrices."""
+    """Return the filters of a convolution, a matrix or a batch of matrices as ``(B, J, d)``."""
     if isinstance(layer, CONVOLUTIONS):
         layer = filter_matrix(layer)
     if not isinstance(layer, Tensor) or layer.dim() not in (2, 3):
@@ -31,7 +31,7 @@ def _filters(layer: Tensor | nn.Module) -> Tensor:
 
 
 class _MeanOverLayers(Metric):
-    """A figure of one layer's filters, averaged over the layers seen."""
+    """Number about one layer's filters, averaged over the layers seen."""
 
     is_differentiable = False
     full_state_update = False
@@ -44,7 +44,7 @@ class _MeanOverLayers(Metric):
         self.add_state("layers", torch.zeros(()), dist_reduce_fx="sum")
 
     def _figure(self, batch: Tensor) -> Tensor:
-        """``(B, J, d)`` filters to the ``(B,)`` figures of their layers."""
+        """Return the ``(B,)`` numbers of layers with filters ``(B, J, d)``."""
         raise NotImplementedError
 
     def update(self, filters: Tensor | nn.Module) -> None:
@@ -58,7 +58,7 @@ class _MeanOverLayers(Metric):
         self.layers += batch.shape[0]
 
     def compute(self) -> Tensor:
-        """Mean over layers; NaN before the first :meth:`update`."""
+        """Return the mean over layers; NaN before the first :meth:`update`."""
         return self.total / self.layers
 
 
@@ -66,12 +66,12 @@ class FilterCoherence(_MeanOverLayers):
     """Absolute cosine between distinct filters of a layer, in [0, 1], averaged over the layers seen.
 
     Args:
-        reduction: over the pairs of one layer: ``"mean"`` (0.1 for random 3x3 kernels of 7 channels) or ``"max"`` (the
-            mutual coherence; 1 as soon as two filters are parallel or opposite).
+        reduction: reduction over the pairs of one layer: ``"mean"`` (0.1 for random 3x3 kernels of 7 channels) or
+            ``"max"`` (the mutual coherence; 1 as soon as two filters are parallel or opposite).
         kwargs: for :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: another reduction.
+        ValueError: ``reduction`` is neither.
     """
 
     higher_is_better = False
@@ -91,10 +91,10 @@ class FilterCoherence(_MeanOverLayers):
 class EffectiveRank(_MeanOverLayers):
     """Effective rank of the filters of a layer, averaged over the layers seen (Roy and Vetterli, EUSIPCO 2007).
 
-    Between 0 and 1 if normalised, else up to ``min(J, d)``.
+    It is between 0 and 1 if normalised, else at most ``min(J, d)``.
 
     Args:
-        normalize: as a fraction of ``min(J, d)``, so that layers of different size compare.
+        normalize: divide by ``min(J, d)``, so that layers of different size can be compared.
         kwargs: for :class:`torchmetrics.Metric`.
     """
 
@@ -115,14 +115,14 @@ class ChannelRedundancy(Metric):
     Correlations between channels are accumulated batch by batch in float64. No activation is kept.
 
     Args:
-        channels: their number, C.
+        channels: number of channels, C.
         figure: ``"mean_abs_correlation"`` between distinct channels; ``"channel_effective_rank"``, of the standardised
             channels as a fraction of C; or ``"channel_twins"``, the fraction of channels with another one at an
             absolute correlation above 0.9.
         kwargs: for :class:`torchmetrics.Metric`.
 
     Raises:
-        TypeError, ValueError: no positive integer; another figure.
+        TypeError, ValueError: ``channels`` is no positive integer, or ``figure`` is unknown.
     """
 
     is_differentiable = False
@@ -135,7 +135,7 @@ class ChannelRedundancy(Metric):
         super().__init__(**kwargs)
         self.channels = check_integer("channels", channels, low=1)
         self.figure = check_choice("figure", figure, ChannelFigure)
-        # Ranks are joined in compute: moments of several are no sum of moments.
+        # Ranks are joined in compute, because joint moments are not sums of moments.
         for name, value in Moments.none(self.channels)._asdict().items():
             self.add_state(name, value, dist_reduce_fx=None)
 
@@ -146,7 +146,7 @@ class ChannelRedundancy(Metric):
             activations: ``(N, C, *positions)`` or ``(N, C)``, any floating dtype.
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: wrong number of channels.
         """
         if not isinstance(activations, Tensor) or activations.dim() < 2 or activations.shape[1] != self.channels:
             given = tuple(activations.shape) if isinstance(activations, Tensor) else type(activations).__name__
@@ -157,7 +157,7 @@ class ChannelRedundancy(Metric):
         self.positions, self.mean, self.products = moments.moments
 
     def compute(self) -> Tensor:
-        """The figure, in float64; NaN before the first :meth:`update`."""
+        """Return the result in float64; NaN before the first :meth:`update`."""
         parts = [Moments(self.positions, self.mean, self.products)]
         if self.mean.dim() > 1:  # of several ranks
             parts = [Moments(*part) for part in zip(self.positions, self.mean, self.products, strict=True)]

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: no file beside it, nothing from the network, light and dark.
+"""Report as one self-contained HTML page: no other file, no network access, light and dark.
 
 A click on a layer opens its panel: heat map, kernels and twins.
 """
@@ -98,13 +98,13 @@ for (const [index, head] of [...document.querySelectorAll('.wide > table > thead
   });
 }
 """
-# An icon of its own, or the browser would ask for favicon.ico.
+# An icon in the page, so that the browser does not request favicon.ico.
 _ICON = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'/%3E"
 
 
 @dataclass(frozen=True)
 class PageCell:
-    """One cell: what it is sorted by, and its content as HTML, with the classes of its ``td``."""
+    """One cell: sort key, content as HTML, and classes of its ``td``."""
 
     value: str
     content: str
@@ -122,18 +122,18 @@ class PageRow:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page says.
+    """Content of a page.
 
     Attributes:
-        title: of the window.
+        title: title of the window.
         question: the heading.
         lead: the answer.
-        notes: where weights come from and what to keep in mind.
-        hint: on how to read the table.
-        heads: (heading, what it means) of every column, the layer's name first.
-        rows: of the table.
+        notes: origin of the weights, and remarks.
+        hint: hint on how to read the table.
+        heads: (heading, meaning) of every column, the layer's name first.
+        rows: rows of the table.
         text_columns: indices of columns that hold words.
-        caution: at the end.
+        caution: caution at the end.
     """
 
     title: str
@@ -148,7 +148,7 @@ class Page:
 
 
 def as_html(page: Page) -> str:
-    """The whole page."""
+    """Return the whole page."""
     heads = "".join(
         f'<th title="{escape(meaning)}"{_text_class(i in page.text_columns)}>{escape(head)}</th>'
         for i, (head, meaning) in enumerate(page.heads)
@@ -194,12 +194,12 @@ def _row(index: int, row: PageRow) -> str:
 
 
 def cell(value: object, content: str, *, text: bool = False, classes: str = "") -> PageCell:
-    """A plain cell; ``value`` is what it is sorted by."""
+    """Return a plain cell that is sorted by ``value``."""
     return PageCell(printable(str(value)), escape(content), f"{'text ' if text else ''}{classes}".strip())
 
 
 def ratio_cell(ratios: Sequence[float], scale: float) -> PageCell:
-    """Bars of one ``|cos|`` over chance, or of two of them, with a mark at 1."""
+    """Return a cell with bars of one or two ``|cos|`` over chance, with a mark at 1."""
     names = ("first", "second") if len(ratios) > 1 else ("",)
     bars = "".join(
         f'<i class="{name}" style="width:{_BAR * min(1.0, ratio / scale):.1f}%"></i>'
@@ -219,15 +219,15 @@ def report_page(
     views: Mapping[str, LayerView],
     correlations: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """The page of ``filterdiv inspect``.
+    """Return the page of ``filterdiv inspect``.
 
     Args:
-        rows: of the table.
-        title: what was inspected.
-        notes: where the weights come from and what to keep in mind, a line each.
-        threshold: of the cosine, for the text and the list of twins.
-        views: of every layer.
-        correlations: between the channels of layers that saw data.
+        rows: rows of the table.
+        title: name of the inspected network.
+        notes: origin of the weights and remarks, a line each.
+        threshold: absolute cosine that makes two filters twins, for the text and the list of twins.
+        views: views of every layer.
+        correlations: correlations between the channels of layers that saw data.
     """
     columns = columns_of(rows)
     scale = 1.05 * max([2.0, *(row.over_chance for row in rows if row.over_chance == row.over_chance)])
@@ -265,13 +265,13 @@ def report_page(
 def layer_panel(
     view: LayerView, threshold: float = NEAR_DUPLICATE, correlation: Tensor | None = None, side: str = ""
 ) -> str:
-    """HTML of one layer: heat map, kernels, twins, and with ``correlation`` the same for its channels.
+    """Return the HTML of one layer: heat map, kernels, twins, and with ``correlation`` the same for its channels.
 
     Args:
         view: the layer.
-        threshold: of ``|cos|``, for twins.
-        correlation: ``(J, J)`` between its channels.
-        side: a heading over it, where several are shown.
+        threshold: ``|cos|`` above which two filters are twins.
+        correlation: ``(J, J)`` correlation between its channels.
+        side: heading over the panel, if several are shown.
     """
     heading = f'<section class="side"><h3>{escape(printable(side))}</h3></section>' if side else ""
     top = heat_map_top(view)

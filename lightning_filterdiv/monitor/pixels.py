@@ -1,4 +1,4 @@
-"""Pictures of a layer as bare pixels, for a page that scales and labels them itself: fast enough for every layer."""
+"""Pictures of a layer as bare pixels, for a page that scales and labels them. They are fast enough for every layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GREY = 150
 
 
 def as_png(pixels: Pixels, *, optimize: bool = False, palette: Sequence[int] | None = None) -> bytes:
-    """Content of a PNG file of ``(h, w, 3 or 4)`` pixels, or ``(h, w)`` indices into a palette."""
+    """Return the content of a PNG file of ``(h, w, 3 or 4)`` pixels, or of ``(h, w)`` indices into a palette."""
     image = Image.fromarray(pixels)
     if palette is not None:
         image = image.convert("P")
@@ -38,18 +38,18 @@ def as_png(pixels: Pixels, *, optimize: bool = False, palette: Sequence[int] | N
 
 
 def as_data(content: bytes) -> str:
-    """A ``data:`` address of a PNG file."""
+    """Return a PNG file as a ``data:`` address."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _palette(name: str) -> list[int]:
-    """254 colours of a map, then grey."""
+    """Return 254 colours of a map, then grey."""
     colours = (colormaps[name](np.linspace(0, 1, 255))[:, :3] * 255).round().astype(int)
     return [*colours.ravel().tolist(), _GREY, _GREY, _GREY]
 
 
 def heat_map_pixels(values: Tensor, order: Sequence[int], top: float) -> bytes:
-    """PNG file of values between pairs: black is 0, yellow ``top`` and more, the diagonal grey."""
+    """Return a PNG file of values between pairs: black is 0, yellow ``top`` and more, the diagonal grey."""
     ordered = values[list(order)][:, list(order)].float().clone()
     many = len(order) > _CELLS
     ordered.fill_diagonal_(0.0 if many else torch.nan)
@@ -60,12 +60,12 @@ def heat_map_pixels(values: Tensor, order: Sequence[int], top: float) -> bytes:
 
 
 def gradient() -> bytes:
-    """PNG file of the heat map's scale, from left to right."""
+    """Return a PNG file of the heat map's scale, from left to right."""
     return as_png(np.arange(255, dtype=np.uint8)[None], palette=_palette("magma"))
 
 
 def _cells(kernels: Tensor) -> tuple[Tensor, Literal["colour", "weights", "direction", "directions"]]:
-    """``(J, h, w, C)`` and what they show."""
+    """Return images ``(J, h, w, C)`` and a description."""
     if kernels.shape[1] == 3 and kernels.dim() == 4:
         return kernel_planes(kernels), "colour"
     if kernels[0, 0].numel() == 1:
@@ -75,7 +75,8 @@ def _cells(kernels: Tensor) -> tuple[Tensor, Literal["colour", "weights", "direc
 
 
 def _painted(values: Tensor, peak: float) -> Pixels:
-    """``(h, w, 4)``: blue negative, red positive, nothing for NaN; three channels are colours already."""
+    """Return pixels ``(h, w, 4)``: blue for negative, red for positive, transparent for NaN. Three channels are colours
+    already."""
     if values.shape[-1] == 3:
         alpha = values[..., :1].isfinite().float()
         return (torch.cat([values.clamp(0.0, 1.0).nan_to_num(), alpha], -1) * 255).round().numpy().astype(np.uint8)
@@ -87,7 +88,7 @@ def _painted(values: Tensor, peak: float) -> Pixels:
 
 
 def mosaic_pixels(view: LayerView) -> tuple[bytes, str, int]:
-    """PNG file of the kernels in the order of the heat map, what they show, and how many of them there are."""
+    """Return a PNG file of the kernels in the order of the heat map, a description, and their number."""
     picked = torch.linspace(0, view.count - 1, min(view.count, _KERNELS)).long()
     cells, what = _cells(view.kernels[view.order][picked])
     grid = tile_cells(cells)
@@ -101,7 +102,7 @@ def mosaic_pixels(view: LayerView) -> tuple[bytes, str, int]:
 
 
 def kernel_pixels(view: LayerView, positions: Sequence[int]) -> dict[int, bytes]:
-    """PNG files of single kernels, in the colours of the mosaic."""
+    """Return PNG files of single kernels, in the colours of the mosaic."""
     cells, what = _cells(view.kernels)
     peak = float(cells.abs().amax())
     if what == "colour":

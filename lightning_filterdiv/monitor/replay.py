@@ -1,4 +1,4 @@
-"""One batch that the network is shown at every look, so that what its filters compute can be compared over time."""
+"""One batch that the network sees at every snapshot, so that the outputs of its filters can be compared over time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["FixedBatch"]
 
 
 class FixedBatch:
-    """Arguments of a forward call of a network, taken from one that happens, and that call repeated.
+    """Capture the arguments of a forward call of a network, and repeat that call.
 
-    The network is ``module`` where it is called itself, else its only child with convolutions.
+    The network is ``module`` if it is called itself, else its only child with convolutions.
 
     Args:
-        module: what is trained.
+        module: module that is trained.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,7 +33,7 @@ class FixedBatch:
 
     @property
     def known(self) -> bool:
-        """Whether there is a call to repeat."""
+        """True if a call was captured."""
         return self._call is not None
 
     def watch(self) -> None:
@@ -46,7 +46,7 @@ class FixedBatch:
         self._handles = [m.register_forward_pre_hook(self._keep, with_kwargs=True) for m in candidates]
 
     def stop(self) -> bool:
-        """Stop watching; whether no call was seen while it watched."""
+        """Stop watching. Return true if no call was seen meanwhile."""
         watched = bool(self._handles)
         for handle in self._handles:
             handle.remove()
@@ -62,7 +62,7 @@ class FixedBatch:
         self._call = module, *example_arguments(module, None)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Under DDP a step goes through the module's call, with forward replaced: those are the step's arguments.
+        # Under DDP a step runs by calling the module, with forward replaced. Those arguments belong to the step.
         if self.known or "forward" in vars(module):
             return
 
@@ -73,7 +73,7 @@ class FixedBatch:
 
     @torch.no_grad()
     def correlations(self, layers: Mapping[str, Conv], dropped: Mapping[str, Dropped]) -> dict[str, Tensor]:
-        """Correlations between the channels of ``layers``, see :func:`~.activations.measure_channels`.
+        """Return correlations between the channels of ``layers``, see :func:`~.activations.measure_channels`.
 
         Raises:
             RuntimeError: none of the layers ran.

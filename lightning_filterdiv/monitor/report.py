@@ -1,4 +1,4 @@
-"""What ``filterdiv inspect`` says about each layer: how redundant it is, what could go, and what would help."""
+"""Report of ``filterdiv inspect`` about each layer: redundancy, filters that could go, and advice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "tied_filters",
 ]
 
-# From which share of a layer's filters on a finding is worth an action.
+# Share of a layer's filters from which a finding leads to advice.
 _WORTH_MERGING = 0.05
 _WORTH_REMOVING = 0.02
 _ALIKE = 1.5
@@ -44,23 +44,24 @@ class LayerReport:
     """One row of the report.
 
     Attributes:
-        layer: name.
+        layer: name of the layer.
         filters: J.
         fan_in: d, weights per filter.
         over_chance: mean ``|cos|`` of two filters over that of random ones.
         mean_abs_cosine: mean ``|cos|`` of two filters.
-        random_abs_cosine: what random filters of that fan-in have.
-        max_abs_cosine: of the two most alike filters.
+        random_abs_cosine: the same for random filters of that fan-in.
+        max_abs_cosine: ``|cos|`` of the two most alike filters.
         twins: filters with another one at ``|cos|`` above the threshold.
         mergeable: filters that could be merged into others of the same sign, at a cosine above the threshold.
-        effective_rank: of the filters, between 1 and :attr:`full_rank`.
+        effective_rank: effective rank of the filters, between 1 and :attr:`full_rank`.
         full_rank: ``min(J, d)``.
         dead: share of filters with a norm below 1e-3 of the layer's median.
-        mean_abs_correlation: between its channels on the data; ``None`` without data, like the next three.
+        mean_abs_correlation: mean ``|correlation|`` between its channels on the data; ``None`` without data, like the
+            next three.
         channel_rank: effective rank of the standardised channels.
         channel_twins: channels with another one at ``|correlation|`` above 0.9.
         function_only: pairs of channels alike in function but not in weights.
-        advice: what would help, or that nothing is needed; empty where nothing can be advised.
+        advice: a method that would help, or that none is needed; empty if nothing can be advised.
     """
 
     layer: str
@@ -82,7 +83,7 @@ class LayerReport:
     advice: str = ""
 
 
-#: Attribute of :class:`LayerReport` -> (heading, what it means, format).
+#: Attribute of :class:`LayerReport` -> (heading, meaning, format).
 COLUMNS = {
     "layer": ("layer", "name of the convolution", ""),
     "over_chance": (
@@ -139,7 +140,7 @@ def advice(filters: int, over_chance: float, tied: int, mergeable: int, dead: fl
 
 
 def tied_filters(matrix: Tensor) -> int:
-    """Number of filters that equal an earlier one, weights and all, up to 1e-3 of their norm.
+    """Return the number of filters that equal an earlier one up to 1e-3 of their norm.
 
     Args:
         matrix: ``(J, d)``. Zero filters do not count.
@@ -164,9 +165,9 @@ def report_layers(
 
     Args:
         layers: name -> convolution.
-        threshold: of the cosine from which filters count as alike, in [0, 1).
-        correlations: name -> ``(C, C)`` correlation between its channels, where data were shown to the network.
-        trained: ``False`` for random weights, about which nothing can be advised.
+        threshold: cosine from which filters count as alike, in [0, 1).
+        correlations: name -> ``(C, C)`` correlation between its channels, if the network saw data.
+        trained: ``False`` for random weights, which get no advice.
     """
     correlations = correlations or {}
     cosines = {name: cosine_similarity(filter_matrix(layers[name])) for name in correlations}
@@ -175,7 +176,7 @@ def report_layers(
     for name, row in redundancy_metrics(layers).items():
         matrix = filter_matrix(layers[name])
         count, fan_in = matrix.shape
-        # A layer whose most alike pair is below the threshold needs no clustering, nor does one that is not finite.
+        # No clustering is needed if the most alike pair is below the threshold, or if the layer is not finite.
         worth = row["max_abs_cosine"] > threshold
         cosine = cosine_similarity(matrix) if worth else matrix.new_zeros(1, 1)
         overlap = cosine.abs().fill_diagonal_(0.0)
@@ -217,23 +218,23 @@ def _rounded(value: float) -> int:
 
 
 def columns_of(rows: Sequence[LayerReport]) -> list[str]:
-    """Columns that say something: those of channels need data, and random weights get no advice."""
+    """Return the columns to show. Columns of channels need data, and random weights get no advice."""
     return [name for name in COLUMNS if any(getattr(row, name) not in (None, "") for row in rows)]
 
 
 def shown(row: LayerReport, column: str) -> str:
-    """A cell as text."""
+    """Return a cell as text."""
     value = getattr(row, column)
     return "" if value is None else format(value, COLUMNS[column][2]) if COLUMNS[column][2] else printable(str(value))
 
 
 def table_text(heads: Sequence[str], cells: Sequence[Sequence[str]], left: Callable[[int], bool]) -> str:
-    """Aligned columns under their heads.
+    """Return aligned columns under their heads.
 
     Args:
-        heads: of the columns.
+        heads: heads of the columns.
         cells: lines of the table.
-        left: whether a column is aligned on its left.
+        left: tells if a column is aligned on the left.
     """
     table = [list(heads), *map(list, cells)]
     widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
@@ -245,7 +246,7 @@ def table_text(heads: Sequence[str], cells: Sequence[Sequence[str]], left: Calla
 
 
 def as_text(rows: Sequence[LayerReport], heading: str, threshold: float) -> str:
-    """Aligned table with a heading and a sum line."""
+    """Return an aligned table with a heading and a summary."""
     columns = columns_of(rows)
     cells = [[shown(row, column) for column in columns] for row in rows]
     table = table_text([COLUMNS[c][0] for c in columns], cells, lambda i: columns[i] in ("layer", "advice"))
@@ -253,21 +254,21 @@ def as_text(rows: Sequence[LayerReport], heading: str, threshold: float) -> str:
 
 
 def summary(rows: Sequence[LayerReport], threshold: float) -> str:
-    """The whole network in three sentences."""
+    """Return the whole network in four sentences."""
     total, mergeable, twins = (sum(getattr(row, name) for row in rows) for name in ("filters", "mergeable", "twins"))
     paired = [row.over_chance for row in rows if row.filters > 1] or [0.0]
     alike = sum(ratio > _ALIKE for ratio in paired)
     seen = [row.function_only for row in rows if row.function_only is not None]
     unseen = f" {sum(seen)} pairs of channels are alike on the data and not in their weights." if seen else ""
     return (
-        f"Two filters of a layer are {sum(paired) / len(paired):.2f} times as alike as random ones (mean of "
-        f"{len(rows)} layers; more than {_ALIKE:g} times in {alike}). {twins} of {total} filters have a twin at "
-        f"|cos| > {threshold:g}; {mergeable} could be merged into one of the same sign.{unseen}"
+        f"Two filters of a layer are {sum(paired) / len(paired):.2f} times as alike as random ones, on average. In "
+        f"{alike} of {len(rows)} layer{'s' * (len(rows) != 1)} it is more than {_ALIKE:g} times. {twins} of {total} "
+        f"filters have a twin at |cos| > {threshold:g}; {mergeable} could be merged into one of the same sign.{unseen}"
     )
 
 
 def as_csv(rows: Sequence[LayerReport]) -> str:
-    """Comma-separated, one line per layer, columns named like the attributes of :class:`LayerReport`."""
+    """Return comma-separated text, one line per layer, with the attributes of :class:`LayerReport` as columns."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [field.name for field in fields(LayerReport)]

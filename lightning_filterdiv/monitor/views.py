@@ -1,4 +1,4 @@
-"""One layer as the figures and the report see it: kernels, similarities and an order that shows groups."""
+"""One layer for figures and report: kernels, similarities, and an order that shows groups."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["LayerView", "mergeable_filters", "similarity_order", "view_layer"]
 
 @dataclass(frozen=True)
 class LayerView:
-    """A snapshot on the CPU.
+    """Snapshot of a layer on the CPU.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         kernels: ``(J, in/groups, *kernel_size)``, float32 or wider; NaN and infinity are shown as 0.
         signed: ``(J, J)`` cosine, diagonal 1 (0 for a zero filter).
         order: permutation of the filters that puts alike ones side by side.
-        numbers: index of each filter in the layer; without those that are out, which are not among the J.
-        out: number of filters that are out.
+        numbers: index of each filter in the layer. Dropped filters are not among the J.
+        out: number of dropped filters.
     """
 
     name: str
@@ -64,7 +64,8 @@ class LayerView:
         return float(self.pairs().mean()) if self.count > 1 else 0.0
 
     def twins(self, limit: float = NEAR_DUPLICATE) -> list[tuple[int, int, float]]:
-        """Pairs of filters at ``|cos| > limit``, the most alike first: both positions among the J, and the cosine."""
+        """Return the pairs of filters at ``|cos| > limit``, the most alike first: both positions among the J, and the
+        cosine."""
         found = (self.cosine > limit).triu(diagonal=1).nonzero().tolist()
         return sorted(((i, j, float(self.signed[i, j])) for i, j in found), key=lambda twin: -abs(twin[2]))
 
@@ -77,7 +78,8 @@ class LayerView:
 
 @torch.no_grad()
 def view_layer(name: str, conv: Conv, dropped: Dropped | None = None) -> LayerView:
-    """Snapshot of a layer, without what is ``dropped``; similarities are computed where its weights are."""
+    """Return a snapshot of a layer, without ``dropped`` filters. Similarities are computed on the device of its
+    weights."""
     matrix = live_filters(conv, dropped)
     matrix = torch.nan_to_num(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), posinf=0.0, neginf=0.0)
     signed = cosine_similarity(matrix).float().cpu()
@@ -88,7 +90,7 @@ def view_layer(name: str, conv: Conv, dropped: Dropped | None = None) -> LayerVi
 
 
 def _distances(cosine: Tensor) -> npt.NDArray[np.float64]:
-    """Condensed ``1 - |cos|`` of all pairs."""
+    """Return the condensed ``1 - |cos|`` of all pairs."""
     distance = (1.0 - cosine.abs().double().cpu().numpy()).clip(0.0, 1.0)
     distance += distance.T
     distance /= 2
@@ -98,7 +100,8 @@ def _distances(cosine: Tensor) -> npt.NDArray[np.float64]:
 
 
 def similarity_order(cosine: Tensor) -> list[int]:
-    """Order of the filters that puts alike ones next to each other (average-linkage clustering on ``1 - |cos|``).
+    """Return an order of the filters that puts alike ones next to each other (average-linkage clustering on ``1 -
+    |cos|``).
 
     Args:
         cosine: ``(J, J)`` cosine similarities.
@@ -114,10 +117,10 @@ def similarity_order(cosine: Tensor) -> list[int]:
 
 
 def mergeable_filters(cosine: Tensor, threshold: float) -> int:
-    """Filters that could go if filters at ``cos > threshold`` were merged.
+    """Return the number of filters that could go if filters at ``cos > threshold`` were merged.
 
-    Groups are formed by complete linkage: within one, *all* pairs are above the threshold. A group of ``n`` filters
-    gives ``n - 1``. Opposite filters do not count: behind an activation they compute different things.
+    Groups are formed by complete linkage: in a group *all* pairs are above the threshold. A group of ``n`` filters
+    gives ``n - 1``. Opposite filters do not count, because they compute different features behind an activation.
 
     Args:
         cosine: ``(J, J)`` signed cosine similarities.
@@ -126,7 +129,7 @@ def mergeable_filters(cosine: Tensor, threshold: float) -> int:
     count = cosine.shape[0]
     if count < 2:
         return 0
-    # Merging happens at distance <= t; the next float below makes "above the threshold" strict.
+    # Merging happens at distance <= t. The next float below makes "above the threshold" strict.
     limit = float(np.nextafter(1.0 - threshold, 0.0))
     groups = fcluster(linkage(_distances(cosine.clamp_min(0.0)), method="complete"), limit, criterion="distance")
     return count - int(groups.max())

@@ -1,4 +1,4 @@
-"""Which channels of a network are to become one: clustering, and the tensors that follow it."""
+"""Cluster the channels of a network, and list the tensors whose rows are clustered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Clustering = Literal["kmeans", "even", "imbalanced"]
-#: What trying to move one filter between clusters costs, in multiplications of a Gram matrix.
+#: Cost of trying to move one filter between clusters, in multiplications of a Gram matrix.
 _MOVES = 4e6
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -39,19 +39,20 @@ def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "k
     """Partition filters into exactly ``n_clusters`` clusters.
 
     Args:
-        filters: ``(J, d)``, one row per filter; only its length matters for methods other than ``"kmeans"``.
+        filters: ``(J, d)``, one row per filter. Methods other than ``"kmeans"`` use only its length.
         n_clusters: between 1 and J.
         method: ``"kmeans"``: the k-means objective on the rows, by Ward's hierarchical clustering and then moves of
             single rows; ``"even"``: contiguous blocks, the first ``J mod n`` one longer; ``"imbalanced"``: one cluster
             of ``J - n + 1`` filters, the others alone.
-        seed: of the order in which k-means tries to move filters.
+        seed: seed of the order in which k-means tries to move filters.
 
     Returns:
         ``(J,)`` int64 on the CPU, numbered by first appearance.
 
     Raises:
         TypeError: ``n_clusters`` is no integer.
-        ValueError: an unknown method, no matrix, NaN or inf for k-means, or a number of clusters outside 1..J.
+        ValueError: the method is unknown, ``filters`` is no matrix or has NaN or inf (k-means), or ``n_clusters`` is
+            outside 1..J.
     """
     check_choice("method", method, Clustering)
     check_tensor("filters", filters)
@@ -74,10 +75,10 @@ def cluster_filters(filters: Tensor, n_clusters: int, *, method: Clustering = "k
 
 
 def _kmeans(filters: Tensor, n_clusters: int, seed: int) -> Tensor:
-    """Minimise the sum of squares to the clusters' means: Ward's merges, then single filters change clusters.
+    """Minimise the sum of squares to the clusters' means: Ward's merges, then moves of single filters.
 
-    Distances, and changes of the sum, follow from the products of filters with filters: after one matrix product
-    nothing depends on the filters' length, and trying to move a filter costs one operation per cluster.
+    Distances, and changes of the sum, follow from the products of filters with filters. After one matrix product the
+    cost does not depend on the filters' length, and trying to move a filter costs one operation per cluster.
     """
     peak = filters.abs().max()
     rows = (filters / peak if peak > 0 else filters).numpy()
@@ -114,7 +115,7 @@ def _ward(products: Floats, n_clusters: int) -> Ints:
 def _exchange(products: Floats, index: Ints, order: Sequence[int]) -> None:
     """Move single filters to the cluster where they add least, in place, until no move helps (Hartigan, 1975).
 
-    Unlike Lloyd's iteration it counts that both means move, without which a cluster of two never loses one.
+    Unlike Lloyd's iteration it considers that both means move. Otherwise a cluster of two would never lose a filter.
     """
     count, clusters = len(products), int(index.max()) + 1
     norms, sizes = products.diagonal(), np.bincount(index).astype(float)
@@ -154,15 +155,15 @@ def cluster_channels(
     plan: WidthPlan | None = None,
     among_ranks: bool = False,
 ) -> dict[str, Tensor]:
-    """Cluster every group of channels on the kernels of all its layers, laid side by side, each block on its own.
+    """Cluster every group of channels on the concatenated kernels of all its layers, each block separately.
 
     Args:
         model: the traced network.
         graph: its channel graph.
-        keep_fraction: share of the channels to keep, or a dict of layer pattern -> share. Where a forward body itself
-            fixes widths, the nearest it can express is taken.
+        keep_fraction: share of the channels to keep, or a dict of layer pattern -> share. If a forward body fixes
+            widths, the nearest one that it allows is used.
         method: see :func:`cluster_filters`.
-        seed: of k-means.
+        seed: seed of k-means.
         groups: names of the groups to cluster; ``None`` for all.
         plan: result of :func:`~lightning_filterdiv.narrowing.plan_widths`, instead of ``keep_fraction``.
         among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
@@ -196,10 +197,10 @@ def cluster_channels(
 
 
 def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
-    """Raise where a kernel that is to be clustered holds NaN or inf.
+    """Raise an error if a kernel to be clustered holds NaN or inf.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: it names the layer.
     """
     tensors = named_tensors(model)
     for group in groups:
@@ -213,20 +214,21 @@ def check_finite(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
 
 
 def kernels_of(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """``(size, d)`` float64 on the CPU: the kernels of all layers of a group, side by side; what is clustered."""
+    """Return the concatenated kernels of all layers of a group, ``(size, d)`` float64 on the CPU, as they are
+    clustered."""
     tensors = named_tensors(model)
     return torch.cat([layer_kernels(model, tensors, group, layer) for layer in group.layers], dim=1)
 
 
 def layer_kernels(model: nn.Module, tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str) -> Tensor:
-    """``(size, d)`` float64 on the CPU: the kernels that ``layer`` has for the channels of ``group``.
+    """Return the kernels of ``layer`` for the channels of ``group``, ``(size, d)`` float64 on the CPU.
 
     Those of a parametrized layer (``weight_norm``) are what its parametrization computes.
 
     Args:
         model: the traced network.
         tensors: its named tensors.
-        group: of its channel graph.
+        group: a group of its channel graph.
         layer: name of a layer with rows in the group.
     """
     rows, values = _kernel_rows(model, tensors, group, layer)
@@ -236,7 +238,7 @@ def layer_kernels(model: nn.Module, tensors: Mapping[str, Tensor], group: Channe
 def _kernel_rows(
     model: nn.Module, tensors: Mapping[str, Tensor], group: ChannelGroup, layer: str
 ) -> tuple[TensorRows, Tensor]:
-    """The rows of the channels in the weight of ``layer``, and that weight."""
+    """Return the rows of the channels in the weight of ``layer``, and that weight."""
     parts = [part for part in group.parts if part.kind != "consumer" and layer_of(part.tensor) == layer]
     part = max(parts, key=lambda p: (p.tensor == f"{layer}.weight", tensors[p.tensor].numel()))
     values = tensors[part.tensor]
@@ -247,7 +249,7 @@ def _kernel_rows(
 
 
 class ClusteredTensor(NamedTuple):
-    """A parameter whose rows along ``dim`` are clustered: ``clusters[i]`` of row ``i``, alone if in no group.
+    """Parameter whose rows along ``dim`` are clustered: row ``i`` is in ``clusters[i]``, alone if it is in no group.
 
     With ``groups`` above 1 rows count through the blocks of a grouped transposed convolution, see
     :class:`~lightning_filterdiv.channel_graph.TensorRows`.
@@ -261,13 +263,13 @@ class ClusteredTensor(NamedTuple):
 
     @property
     def is_vector(self) -> bool:
-        """Whether a row is a single number: a bias, or the scale or shift of a norm."""
+        """True if a row is a single number: a bias, or the scale or shift of a norm."""
         return self.parameter.numel() == len(self.clusters)
 
     def rows_first(self, values: Tensor, start: int = 0) -> Tensor:
-        """View of ``values``, shaped like the parameter behind ``start`` dimensions, with its rows in front.
+        """Return a view of ``values``, shaped like the parameter after ``start`` dimensions, with its rows in front.
 
-        They are one dimension, with ``groups`` above 1 two: the blocks, and the rows of a block.
+        Rows are one dimension. With ``groups`` above 1 they are two: blocks, and rows of a block.
         """
         if self.groups == 1:
             return values.movedim(self.dim + start, start)
@@ -276,9 +278,9 @@ class ClusteredTensor(NamedTuple):
 
 
 def clustered_tensors(model: nn.Module, graph: ChannelGraph, clusters: Mapping[str, Tensor]) -> list[ClusteredTensor]:
-    """Every parameter that holds filters or per-channel entries of clustered channels.
+    """Return every parameter that holds filters or per-channel entries of clustered channels.
 
-    Running statistics are not among them: they become equal when the activations do.
+    Running statistics are not among them, because they become equal when the activations do.
 
     Args:
         model: the traced network.

@@ -1,4 +1,4 @@
-"""The constant part of what removed channels contributed, moved into the next bias."""
+"""Move the constant part of the contribution of removed channels into the next bias."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CONSTANT = 1e-4
 
 @dataclass(frozen=True)
 class Compensation:
-    """Where the constant part of removed channels went.
+    """Destination of the constant part of removed channels.
 
     Attributes:
         exact: layers to which they contributed a constant.
-        mean: layers to which they contributed something else, whose measured mean was used.
-        nowhere: layer -> why it lost their constant part.
+        mean: layers whose contribution was not constant, and whose measured mean was used.
+        nowhere: layer -> reason why the constant part was lost.
     """
 
     exact: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Compensation:
 
 @dataclass
 class _Reader:
-    """A layer that reads removed channels, and what they contribute to its outputs."""
+    """A layer that reads removed channels, and their contribution to its outputs."""
 
     layer: nn.Module
     removed: Tensor  # (inputs,) whether each input channel goes
@@ -62,7 +62,7 @@ class _Reader:
 
     @property
     def axis(self) -> int:
-        """Dimension of channels of inputs and outputs, from the end."""
+        """Return the dimension of channels of inputs and outputs, from the end."""
         return -(self.layer.weight.ndim - 1) if isinstance(self.layer, CONVOLUTIONS) else -1
 
     def _by_channel(self, value: Tensor) -> Tensor:
@@ -82,13 +82,13 @@ class _Reader:
             self.removed = self.removed & ((self.high - self.low) <= 1e-6 * size).cpu()
 
     def add(self, x: Tensor) -> None:
-        """Add up what removed channels contribute to the outputs for input ``x``."""
+        """Add the contribution of removed channels to the outputs for input ``x``."""
         shape = [1] * x.ndim
         shape[self.axis] = len(self.removed)
         alone = x * self.removed.to(x.device, x.dtype).reshape(shape)
         bias = getattr(self.layer, "bias", None)
         changed = {} if bias is None else {"bias": torch.zeros_like(bias)}
-        self.busy = True  # the call below passes the hook that made this one
+        self.busy = True  # the call below does not run the hook that made it
         part = self._by_channel(functional_call(self.layer, changed, (alone,))).double()
         self.busy = False
         least, most = part.amin(1), part.amax(1)
@@ -99,13 +99,13 @@ class _Reader:
 
     @property
     def shift(self) -> Tensor:
-        """(outputs,) mean contribution."""
+        """Return the ``(outputs,)`` mean contribution."""
         assert self.total is not None
         return self.total / self.count
 
     @property
     def is_constant(self) -> bool:
-        """Whether the contribution was the same at all positions of all inputs."""
+        """True if the contribution was the same at all positions of all inputs."""
         assert self.least is not None
         assert self.most is not None
         size = torch.maximum(self.least.abs(), self.most.abs()).max()
@@ -137,17 +137,17 @@ def constant_contributions(
     *,
     constant_only: bool,
 ) -> dict[str, tuple[Tensor, bool]]:
-    """What removed channels contribute to the layers that read them, on average.
+    """Measure the mean contribution of removed channels to the layers that read them.
 
     Args:
         model: the network with all its channels, in eval mode.
         graph: its channel graph.
         keep: group name -> channels that stay.
-        run: calls the network on every input; it may be called twice.
+        run: function that calls the network on every input; it may be called twice.
         constant_only: count only channels that are constant over all of these inputs.
 
     Returns:
-        Layer -> (outputs,) float64 mean over inputs and positions, and whether it is the same everywhere.
+        Layer -> ``(outputs,)`` float64 mean over inputs and positions, and true if it is the same everywhere.
     """
     readers = _readers(model, graph, keep)
 
@@ -184,7 +184,7 @@ def compensate(model: nn.Module, graph: ChannelGraph, contributions: Mapping[str
     Args:
         model: a copy of the traced network, whose consumers ignore the removed channels.
         graph: its channel graph.
-        contributions: of :func:`constant_contributions`.
+        contributions: result of :func:`constant_contributions`.
     """
     tensors = named_tensors(model)
     exact: list[str] = []
@@ -204,7 +204,7 @@ def compensate(model: nn.Module, graph: ChannelGraph, contributions: Mapping[str
 
 
 def _place(graph: ChannelGraph, layer: str, tensors: Mapping[str, Any]) -> tuple[str, int] | None:
-    """Tensor that takes a constant shift of the outputs of ``layer``, and the sign."""
+    """Return the tensor that can take a constant shift of the outputs of ``layer``, and the sign."""
     if f"{layer}.bias" in tensors:
         return f"{layer}.bias", 1
     made = [operation.name for operation in graph.operations if operation.weight == f"{layer}.weight"]

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulate operations as exact functions of how many channels each group keeps."""
+"""Parameters and multiply-accumulate operations as exact functions of the channels that each group keeps."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Counts = npt.NDArray[np.float64]
 
 
 class Cost:
-    """A sum of products: every tensor has as many entries as the product of the lengths of its dimensions.
+    """Cost as a sum of products, because the entries of a tensor are the product of the lengths of its dimensions.
 
     The work of a convolution or a matrix product grows with the entries of its weight, that of a product of activations
     with the channels along one of its dimensions. The length of a dimension is linear in the channels that the groups
     keep. No narrower network is made to count.
 
     Args:
-        weights: (T,) what one entry of each tensor costs.
-        constant: what does not depend on any group.
-        lengths: (A,) full length of each dimension that some group shortens; tensor after tensor.
+        weights: ``(T,)`` cost of one entry of each tensor.
+        constant: cost that does not depend on any group.
+        lengths: ``(A,)`` full length of each dimension that a group shortens, tensor after tensor.
         shares: (A, G) entries of that dimension per channel of each group.
         owners: (A,) the tensor of each dimension, ascending.
         sizes: (G,) channels of each group.
@@ -51,11 +51,11 @@ class Cost:
         self.full = self.of(self._sizes)
 
     def of(self, counts: Sequence[int] | Counts) -> float:
-        """Cost with ``counts`` channels left, (G,) in the order of the groups."""
+        """Return the cost with ``counts`` channels left, ``(G,)`` in the order of the groups."""
         return float(self._totals(self._remaining(np.asarray(counts, dtype=np.float64))))
 
     def with_changes(self, counts: Sequence[int], changes: Sequence[int]) -> Counts:
-        """(G,) cost after each group alone changes by its entry of ``changes``."""
+        """Return the ``(G,)`` costs if each group alone changes by its entry of ``changes``."""
         remaining = self._remaining(np.asarray(counts, dtype=np.float64))
         shifted = remaining[:, None] + self._shares * np.asarray(changes, dtype=np.float64)[None, :]
         return self._totals(shifted)
@@ -71,7 +71,7 @@ class Cost:
 
 
 def network_cost(graph: ChannelGraph, measure: Measure) -> Cost:
-    """Cost of a traced network.
+    """Return the cost of a traced network.
 
     Args:
         graph: its channel graph.
@@ -129,7 +129,7 @@ def _macs(graph: ChannelGraph) -> dict[str, float]:
 
 
 def _parameters(tensors: Mapping[str, object]) -> dict[str, float]:
-    """Name of each parameter -> 1; a shared one counts under its first name, which is that of the graph."""
+    """Return name of each parameter -> 1. A shared parameter counts under its first name, as in the graph."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):

@@ -1,4 +1,4 @@
-"""From the channels to keep to the network that has only those."""
+"""Make the network that has only the channels to keep."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["check_narrowable", "check_same", "narrow", "removed_mask", "silence"
 def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *, form: Form = "auto") -> nn.Module:
     """Return a copy of ``model`` that has only the channels in ``keep``.
 
-    The filters and norm entries of all other channels go, and the columns that read them.
+    The filters and norm entries of all other channels are removed, and so are the columns that read them.
 
-    The result is compared with ``model`` whose consumers ignore those channels, on random inputs in float64.
+    The result is compared with ``model``, with consumers that ignore those channels, on random inputs in float64.
 
     Args:
         model: the traced network, or another with the same tensors. It is left as it was.
@@ -38,7 +38,7 @@ def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *,
     Raises:
         NarrowingError: an unknown or pinned group (with the reason), widths that forward cannot express, or a result
             that does not compute the same.
-        ValueError: indices that are out of range, repeated or none; gates that are still in the network.
+        ValueError: indices are out of range, repeated or empty, or the network still has gates.
     """
     check_narrowable(model)
     groups = {group.name: group for group in graph.groups}
@@ -46,13 +46,13 @@ def narrow(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor], *,
     silent = silence(copy_network(model), graph, keep)
     narrowing = Narrowing(graph, keep, form=form)
     result = narrowing(model)
-    # Not made of the silent network: there, norms over channels do not count the channels that go.
+    # Not made of the silent network, because there norms over channels do not count removed channels.
     check_same(prove(silent, lambda whole: narrowing(as_type(model, dtype_of(whole))), graph))
     return result
 
 
 def check_narrowable(model: nn.Module) -> None:
-    """Raise ValueError where a module says that the network must not be narrowed as it is, or weights are NaN."""
+    """Raise ValueError if a module forbids narrowing the network, or weights are NaN."""
     check_finite(model)
     for name, module in model.named_modules():
         if obstacle := getattr(module, "narrowing_obstacle", None):
@@ -60,7 +60,7 @@ def check_narrowable(model: nn.Module) -> None:
 
 
 def check_same(proof: Proof) -> None:
-    """Raise NarrowingError where the narrow network is not the one that ignores the channels."""
+    """Raise NarrowingError if the narrow network differs from the one that ignores the channels."""
     if not proof.exact:
         raise NarrowingError(
             f"the pruned network is not one that ignores the channels: {proof}; nothing was pruned. Please report the "
@@ -69,7 +69,7 @@ def check_same(proof: Proof) -> None:
 
 
 def _checked(name: str, group: ChannelGroup | None, kept: Tensor) -> Tensor:
-    """The channels to keep, as integers."""
+    """Return the channels to keep as integers."""
     if group is None:
         return kept  # narrow names the groups that there are, and why a layer is pinned
     try:
@@ -86,7 +86,7 @@ def _checked(name: str, group: ChannelGroup | None, kept: Tensor) -> Tensor:
 
 
 def removed_mask(group: ChannelGroup, kept: Tensor) -> Tensor:
-    """(size,) whether each channel goes."""
+    """Return a ``(size,)`` mask of the removed channels."""
     mask = torch.ones(group.size, dtype=torch.bool)
     mask[kept.cpu()] = False
     return mask
@@ -94,10 +94,10 @@ def removed_mask(group: ChannelGroup, kept: Tensor) -> Tensor:
 
 @torch.no_grad()
 def silence(model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> nn.Module:
-    """Set the columns that read removed channels to zero, in place; norms and means over channels do not count them.
+    """Set the columns that read removed channels to zero, in place. Norms and means over channels do not count them.
 
     Returns:
-        ``model``, or what takes its place where its own forward takes graph form.
+        ``model``, or its replacement if its own forward takes graph form.
     """
     groups = {group.name: group for group in graph.groups}
     tensors = named_tensors(model)

@@ -40,8 +40,8 @@ class Latency(NamedTuple):
     Attributes:
         runtime: ``"torch"`` or ``"onnxruntime"``.
         batch: images per call.
-        before: of the original.
-        after: of the narrow network.
+        before: time of the original.
+        after: time of the narrow network.
     """
 
     runtime: str

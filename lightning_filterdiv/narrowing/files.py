@@ -29,7 +29,7 @@ __all__ = ["MergedFileError", "load_merged", "save_merged"]
 
 _FORMAT = "lightning_filterdiv merged network"
 _VERSION = 2
-#: Entry -> whether its value is one that :func:`save_merged` writes.
+#: Entry -> check that its value is one that :func:`save_merged` writes.
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "version": lambda value: isinstance(value, int),
     "class": lambda value: isinstance(value, str),
@@ -68,7 +68,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _is_step(value: Any) -> bool:
-    """Whether ``value`` is what a narrowing notes about itself."""
+    """True if ``value`` is the record of a narrowing."""
     if not isinstance(value, dict) or value.keys() != {"network", "inputs", "form", "keep", "sums"}:
         return False
     tables = [(value["keep"], 1), (value["sums"], 2)]
@@ -91,7 +91,7 @@ def _is_step(value: Any) -> bool:
 
 
 class MergedFileError(ValueError):
-    """The file is no merged network, or one of another class. The message says what does not fit."""
+    """The file is no merged network, or one of another class. The message names the difference."""
 
 
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -106,7 +106,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: it cannot be written. Nothing is left behind then, and an older file stays as it was.
-        ValueError: ``model`` is a part of a merged network in graph form, and does not know how it was made.
+        ValueError: ``model`` is a part of a merged network in graph form, without the record of its narrowing.
     """
     if reason := why_unwritable(path):
         raise OSError(f"{os.fspath(path)} cannot be written: {reason}")
@@ -124,7 +124,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in named_modules(model).items()
         if isinstance(module, CountedNorm) and not isinstance(module, CountedReduction)
     }
-    content = io.BytesIO()  # on disk, torch would report a full one as an internal error
+    content = io.BytesIO()  # torch would report a full disk as an internal error
     torch.save(
         {
             "format": _FORMAT,
@@ -143,7 +143,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors but those that a graph is written with."""
+    """Return all tensors except the constants of graphs."""
     bodies = [name for name, module in named_modules(model).items() if isinstance(module, GraphBody)]
     constants = tuple(f"{name}.{CONSTANT}" if name else CONSTANT for name in bodies)
     return {name: tensor for name, tensor in named_tensors(model).items() if not name.startswith(constants)}
@@ -162,10 +162,10 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
     Args:
         fresh_original: a network constructed like the one that was merged (its weights do not matter); also one that
             is merged already. Device and ``requires_grad`` stay as they are, dtypes become those of the file.
-        path: what :func:`save_merged` wrote. It is read with ``weights_only=True``.
+        path: file of :func:`save_merged`. It is read with ``weights_only=True``.
 
     Returns:
-        ``fresh_original``; a ``GraphModule`` in its place where its own forward takes graph form.
+        ``fresh_original``, or a ``GraphModule`` instead if its own forward takes graph form.
 
     Raises:
         FileNotFoundError, PermissionError: there is no such file, or it must not be read.
@@ -174,7 +174,9 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
     """
     shown = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{shown}: no such file; save_merged and filterdiv merge write them")
+        raise FileNotFoundError(
+            f"{shown}: no such file; save_merged and filterdiv merge write files of merged networks"
+        )
     foreign = f"{shown} is not a file that save_merged wrote, or only a part of one; merge the checkpoint again"
     try:
         with warnings.catch_warnings():
@@ -222,7 +224,7 @@ def load_merged(fresh_original: nn.Module, path: str | os.PathLike[str]) -> nn.M
 
 
 def _rebuild(model: nn.Module, content: dict[str, Any]) -> nn.Module:
-    """A copy of ``model`` that is narrowed as the one in the file was, if its tensors then are those of the file."""
+    """Return a copy of ``model``, narrowed like the network of the file, if its tensors then fit those of the file."""
     fresh = f"a {type(model).__name__} constructed like this"
     result = copy_network(model)
     for path, steps in content["steps"].items():
@@ -260,7 +262,7 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> nn.Module:
 
 
 def _repeat(part: nn.Module, step: dict[str, Any]) -> nn.Module:
-    """Narrow as ``step`` says."""
+    """Repeat the narrowing ``step``."""
     args, kwargs = example_inputs_of(step["inputs"])
     inputs = without_targets(part, args, kwargs)
     graph = ChannelGraph.trace(part, inputs, network=step["network"] or None)
@@ -269,7 +271,7 @@ def _repeat(part: nn.Module, step: dict[str, Any]) -> nn.Module:
 
 
 def _alike(first: Any, second: Any) -> bool:
-    """Whether two notes are equal, tensors entry by entry."""
+    """True if two records are equal, tensors entry by entry."""
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
     if isinstance(first, dict) and isinstance(second, dict):
@@ -280,7 +282,7 @@ def _alike(first: Any, second: Any) -> bool:
 
 
 def _put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
-    """``model`` with ``part`` at ``path``."""
+    """Return ``model`` with ``part`` at ``path``."""
     if not path:
         return part
     parent, _, child = path.rpartition(".")
@@ -289,7 +291,7 @@ def _put(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
 
 
 def _take_forms(model: nn.Module, rebuilt: nn.Module) -> nn.Module:
-    """Give submodules of ``model`` the graphs, the new classes and the history that those of ``rebuilt`` have."""
+    """Copy graphs, new classes and history from submodules of ``rebuilt`` to those of ``model``."""
     result = model
     for path, new in sorted(named_modules(rebuilt).items(), key=lambda item: -len(item[0])):
         old = named_modules(result).get(path)
@@ -304,7 +306,7 @@ def _take_forms(model: nn.Module, rebuilt: nn.Module) -> nn.Module:
 
 
 def _check(model: nn.Module, content: dict[str, Any]) -> None:
-    """Raise unless the file's tensors are those of ``model`` at other widths; before anything is changed."""
+    """Raise an error, before any change, unless the file's tensors are those of ``model`` at other widths."""
     tensors: dict[str, Tensor] = content["tensors"]
     inside = [f"{name}." for name in content["maps"]]
     mapped = {f"{name}." for name, _ in _maps(model)}
@@ -337,7 +339,7 @@ def _check(model: nn.Module, content: dict[str, Any]) -> None:
 
 
 def _may_be_narrowed(own: Tensor, given: Tensor) -> bool:
-    """Whether ``given`` is ``own`` at another number of channels: the rest of a kernel does not change."""
+    """True if ``given`` is ``own`` with another number of channels. Other dimensions of a kernel must be equal."""
     kind = (own.dim(), own.shape[2:], own.layout, own.is_floating_point(), own.is_complex())
     return kind == (given.dim(), given.shape[2:], given.layout, given.is_floating_point(), given.is_complex())
 
@@ -367,7 +369,7 @@ def _install_norm(
 
 
 def _replace(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give every module tensors of the file's shape and values; shared ones stay shared."""
+    """Give every module tensors with the file's shapes and values. Shared ones stay shared."""
     made: dict[int, Tensor] = {}
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     # Collected first: a module or tensor with several names is met once, under the first of them.
@@ -393,4 +395,4 @@ def _replace(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         now = {key: t.shape for key, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
         if now != before:
             update_attributes(module)
-    del olds  # kept until here, so that no identity was given away twice
+    del olds  # kept until here, so that no id is reused

@@ -1,4 +1,4 @@
-"""How much each channel of a group matters, coupled layers together: the higher, the longer it is kept."""
+"""Importance of each channel of a group, for coupled layers together. Channels with high scores are kept."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Importance = Literal["l1", "l2", "bn_scale", "taylor", "gates", "redundancy", "r
 ScoreFunction = Callable[[nn.Module, ChannelGroup], Tensor]
 #: (network, batch) -> scalar loss.
 Loss = Callable[[nn.Module, Any], Tensor]
-#: Of the regression in "redundancy", relative to the squared length of a filter.
+#: Ridge of the regression in "redundancy", relative to the squared length of a filter.
 _RIDGE = 1e-2
 
 
 @runtime_checkable
 class GatedLayer(Protocol):
-    """A layer that holds a gate, as :func:`~lightning_filterdiv.channel_importance.insert_gates` makes them.
+    """A layer that holds a gate, as made by :func:`~lightning_filterdiv.channel_importance.insert_gates`.
 
     Attributes:
         gate: the gate.
-        gated_layer: name of the sibling whose channels the gate measures; empty: the layer itself.
+        gated_layer: name of the sibling whose channels the gate measures; empty for the layer itself.
     """
 
     gate: nn.Module
@@ -48,7 +48,7 @@ class GatedLayer(Protocol):
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
-    """Canonical name of each layer whose channels a gate measures -> the layer that holds the gate."""
+    """Return canonical name of each layer whose channels a gate measures -> layer that holds the gate."""
     hosts: dict[str, GatedLayer] = {}
     for name, module in named_modules(model).items():
         if isinstance(module, GatedLayer):
@@ -86,8 +86,8 @@ def channel_scores(
               :attr:`~lightning_filterdiv.ChannelImportance.importance`;
             - a function of ``(model, group)`` that returns (size,) scores.
         batches: for ``"taylor"``.
-        loss: of ``(model, batch)``; ``None``: cross-entropy of ``model(batch[0])`` and ``batch[1]``.
-        seed: of ``"random"``.
+        loss: function of ``(model, batch)``; ``None``: cross-entropy of ``model(batch[0])`` and ``batch[1]``.
+        seed: seed of ``"random"``.
 
     Returns:
         Group name -> (size,) float64 scores on the CPU, and layer -> why its channels have none.
@@ -142,7 +142,7 @@ def _checked(scores: object, group: ChannelGroup, what: str) -> Tensor:
 
 
 def _writers(group: ChannelGroup) -> list[str]:
-    """Layers that write the channels; not those that act on them depthwise."""
+    """Return the layers that write the channels, without those that act on them depthwise."""
     return list(dict.fromkeys(layer_of(part.tensor) for part in group.parts if part.kind == "filter"))
 
 
@@ -158,7 +158,7 @@ def _norms(model: nn.Module, tensors: Mapping[str, Tensor], group: ChannelGroup,
 def redundancy_scores(
     model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], *, among_ranks: bool = False
 ) -> dict[str, Tensor]:
-    """Share of each filter that the others of its layer cannot express, in the order in which they would go.
+    """Return the share of each filter that the others of its layer cannot express, in order of removal.
 
     With unit-length filters as rows of ``F``, the unexplained share of filter j in a ridge regression on the others is
     ``1 / A_jj - ridge`` with ``A = (F F^T + ridge)^-1``. Removing it leaves the Schur complement of ``A_jj``: the
@@ -167,8 +167,8 @@ def redundancy_scores(
     Args:
         model: the traced network.
         graph: its channel graph.
-        groups: what to score. Coupled layers count as one long filter, each scaled to the same total. Filters of a
-            grouped convolution that read different inputs do not express each other.
+        groups: groups to score. Filters of coupled layers count as one long filter, each layer scaled to the same
+            total. Filters of a grouped convolution that read different inputs do not express each other.
         among_ranks: divide the groups among the ranks of the default process group, all of which must call this.
 
     Returns:
@@ -228,7 +228,7 @@ def _norm_scales(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[dict
 
 
 def batch_inputs(batch: Any) -> Any:
-    """The inputs in a batch: a tensor, or the first entry of a tuple or list.
+    """Return the inputs of a batch: a tensor, or the first entry of a tuple or list.
 
     Raises:
         TypeError: anything else.
@@ -284,11 +284,11 @@ def _taylor(
 
 
 def gate_means(model: nn.Module, batches: Iterable[Any] | None) -> dict[str, Tensor]:
-    """Mean gate of every gated layer over images, in eval mode.
+    """Return the mean gate of every gated layer over images, in eval mode.
 
     Args:
-        model: with gates, trained; it is left as it was.
-        batches: of inputs, or of tuples that begin with them.
+        model: trained network with gates; it is not changed.
+        batches: batches of inputs, or of tuples that begin with them.
 
     Returns:
         Canonical layer name -> ``(C,)`` float64 on the CPU.
@@ -339,7 +339,7 @@ def gate_means(model: nn.Module, batches: Iterable[Any] | None) -> dict[str, Ten
 
 
 def known_gate_means(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean gate of every gated layer, out of what the caller measured.
+    """Return the mean gate of every gated layer from measured means.
 
     Args:
         model: with gates.
@@ -350,7 +350,7 @@ def known_gate_means(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
         Canonical layer name -> (C,).
 
     Raises:
-        ValueError: a gate without a mean, one of another width, or numbers that are no means of gates, by name.
+        ValueError: a gate has no mean or one of another width, or numbers are no means of gates, by name.
     """
     hosts, modules = gated_layers(model), named_modules(model)
     strip, add = (find_prefix(given, modules) if given else None) or ("", "")
@@ -372,7 +372,8 @@ def known_gate_means(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def without_gates(model: nn.Module, means: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``model`` in which every gate is the constant ``means``, multiplied into the layer that holds it."""
+    """Return a copy of ``model`` without gates, whose constant ``means`` are multiplied into the layers that held
+    them."""
     copied = copy_network(model)
     for name, layer in gated_layers(copied).items():
         layer.fold_gate(means[name])
@@ -407,5 +408,5 @@ def _given(
 
 
 def limited(batches: Iterable[Any] | None, most: int) -> list[Any] | None:
-    """The first ``most`` batches, read once; ``None`` for none."""
+    """Return the first ``most`` batches, read once; ``None`` for none."""
     return None if batches is None else list(itertools.islice(batches, most))

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulate operations, latency."""
+"""Cost of a network: parameters, multiply-accumulate operations, latency."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ __all__ = ["count_macs", "count_parameters", "latency_ratio", "macs_of_call"]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Entries of all parameters, a shared one once."""
+    """Return the number of entries of all parameters. Shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulate operations of one forward pass in eval mode: those of convolutions and matrix products.
+    """Return the multiply-accumulate operations of one forward pass in eval mode: those of convolutions and matrix
+    products.
 
     Args:
         model: the network; it is left in the mode it was in.
@@ -33,7 +34,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 
 def macs_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """As :func:`count_macs`, with the arguments of the call."""
+    """Return :func:`count_macs` for the arguments of a call."""
     modes = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -51,7 +52,7 @@ def macs_of_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 def latency_ratio(
     first: nn.Module, second: nn.Module, example_inputs: Any, pairs: int = 30
 ) -> tuple[float, float, float]:
-    """Time of a forward pass of ``second`` over that of ``first``, measured in turn.
+    """Return the time of a forward pass of ``second`` over that of ``first``, measured in turn.
 
     Args:
         first: the original, in the mode to measure.

@@ -1,4 +1,4 @@
-"""From a network with equal channels to a really narrower one, with the proof in numbers."""
+"""Merge equal channels into a narrower network, and verify it numerically."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NotTiedError(NarrowingError):
 
     Attributes:
         reason: a sentence with what differs.
-        way_out: what to do.
+        way_out: instruction to the user.
     """
 
     def __init__(self, reason: str, way_out: str) -> None:
@@ -35,7 +35,7 @@ class NotTiedError(NarrowingError):
         self.reason, self.way_out = reason, way_out
 
     def before_the_end(self, unfinished: str) -> NotTiedError:
-        """The error for weights from the middle of a fit, with ``unfinished``: a noun phrase that says where."""
+        """Return the error for weights from the middle of a fit. ``unfinished`` is a noun phrase for the moment."""
         return NotTiedError(
             f"{self.reason}. These weights are those of {unfinished}",
             "Merge the checkpoint of the end of the fit (trainer.save_checkpoint after trainer.fit), or pass "
@@ -52,11 +52,11 @@ class MergeReport(NamedTuple):
         deviation: largest ``|w - mean| / |w|`` of a clustered parameter before the merge.
         worst: the parameter that it belongs to.
         projection: relative change of the outputs when every parameter is set to its cluster's mean.
-        trim: relative change of the outputs when the tied network is narrowed; rounding only.
-        parameters_before: of the original.
-        parameters_after: of the narrow network.
+        trim: relative change of the outputs when the tied network is narrowed, which is rounding.
+        parameters_before: parameters of the original.
+        parameters_after: parameters of the narrow network.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
-        macs_after: of the narrow network.
+        macs_after: the same of the narrow network.
         forms: the form of every submodule whose forward decides by itself where merged channels go, and why.
         lag: ``deviation`` of running statistics, which follow tied weights some steps later.
         lagging: the statistic that it belongs to.
@@ -106,7 +106,7 @@ class MergeReport(NamedTuple):
 
 
 def _forms(forms: tuple[FormChoice, ...]) -> list[str]:
-    """One line per form and reason: how many submodules, and their names."""
+    """Return one line per form and reason, with the number and names of submodules."""
     together: dict[tuple[str, str], list[str]] = {}
     for choice in forms:
         together.setdefault((choice.form, choice.reason), []).append(choice.submodule or "the whole model")
@@ -148,11 +148,11 @@ def merge_channels(
     tolerance: float = 1e-3,
     form: Form = "auto",
 ) -> Merged:
-    """Make a really narrower network with one channel per cluster.
+    """Make a narrower network with one channel per cluster.
 
-    A copy is first projected (every member set to its cluster's mean) and then narrowed: the kept channel's column in
-    every consumer is the sum of its cluster's columns. The narrow network is compared with the projected one on random
-    inputs in float64.
+    A copy is first projected: every member is set to its cluster's mean. Then it is narrowed: the kept channel's column
+    in every consumer is the sum of its cluster's columns. The narrow network is compared with the projected one on
+    random inputs in float64.
 
     Args:
         model: the network; it is left as it was.
@@ -172,7 +172,7 @@ def merge_channels(
 
     Warns:
         UserWarning: averaging running statistics changes the outputs by more than ``tolerance``. In a checkpoint from
-            the middle of a fit they lag some steps behind the tied weights.
+            the middle of a fit they lag behind the tied weights.
 
     Raises:
         NotTiedError: setting parameters to their clusters' means changes the outputs by more than ``tolerance``.
@@ -193,7 +193,7 @@ def merge_channels(
     narrowing = Narrowing(graph, *merging(graph, clusters), form=form)
     merged = narrowing(projected)
     arguments = example_arguments(_traced(model, network), example_inputs)
-    # Running statistics apart: where only they differ, the weights are tied.
+    # Running statistics are compared separately. If only they differ, the weights are tied.
     steps = [{name: before[name] for name in names} for names in (parameters, before.keys() - parameters)]
     proof = prove(projected, narrowing, graph, arguments, earlier=steps if lag > 0 else steps[:1])
     projection, averaging = (*proof.changes, 0.0)[:2]
@@ -205,15 +205,16 @@ def merge_channels(
     if not projection <= tolerance:
         raise NotTiedError(
             f"the clusters are not tied: setting their members to the mean changes the outputs by {projection:.1e} "
-            f"(relative), more than tolerance={tolerance:g}; {worst} is {deviation:.1e} of its norm away",
-            "Train longer or with a larger strength (CentripetalSGD forecasts it), or pass tolerance=float('inf') to "
-            "merge anyway and fine-tune",
+            f"(relative), more than tolerance={tolerance:g}; {worst} differs from its mean by {deviation:.1e} of its "
+            f"norm",
+            "Train longer or with a larger strength (CentripetalSGD logs a forecast at the start), or pass "
+            "tolerance=float('inf') to merge anyway and fine-tune",
         )
     if averaging > tolerance:
         warnings.warn(
-            f"running statistics lag behind the tied weights ({lagging} is {lag:.1e} of its norm away). They were "
-            f"averaged over each cluster, which changes the outputs by {averaging:.1e} (relative); some batches "
-            f"through the merged network in train mode renew them",
+            f"running statistics lag behind the tied weights ({lagging} differs from its mean by {lag:.1e} of its "
+            f"norm). They were averaged over each cluster, which changes the outputs by {averaging:.1e} (relative). To "
+            f"renew them, run some batches through the merged network in train mode",
             stacklevel=2,
         )
     report = MergeReport(
@@ -248,7 +249,7 @@ def _largest_deviation(
     for name in names:
         tensor = before[name]
         if tensor.is_floating_point():
-            # The difference of numbers that are near is exact in their own type.
+            # The difference of close numbers is exact in their own type.
             off = float(torch.linalg.vector_norm(tensor - after[name], dtype=torch.float64))
             if off > 0:
                 worst = max(worst, (off / float(torch.linalg.vector_norm(tensor, dtype=torch.float64)), name))

@@ -1,4 +1,4 @@
-"""Pruning to a target: score, plan, remove, put the constant part into the next bias, and say what that did."""
+"""Prune to a target: score, plan, remove channels, move their constant part into the next bias, and report."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ class PruneReport:
     """Sizes before and after pruning, and the change of the outputs.
 
     Attributes:
-        plan: channels per group, with the cost that was foreseen.
+        plan: channels per group, with the predicted cost.
         importance: measure by which channels were ranked.
         keep: group name -> (n,) channels that are left.
-        channels_before: of all groups in the plan.
-        channels_after: likewise.
-        parameters_before: of the network.
-        parameters_after: of the pruned one.
+        channels_before: channels of all groups in the plan.
+        channels_after: channels that are left.
+        parameters_before: parameters of the network.
+        parameters_after: parameters of the pruned one.
         macs_before: multiply-accumulate operations of a forward pass on the example inputs.
-        macs_after: likewise.
+        macs_after: the same of the pruned network.
         change: largest change of an output, relative to the largest entry of that output.
-        difference: relative difference of the narrow network from the wide one whose consumers ignore the removed
-            channels; rounding only.
-        compensation: where the constant part of removed channels went; ``None``: it was not asked for.
+        difference: relative difference from the wide network whose consumers ignore the removed channels, which is
+            rounding.
+        compensation: destination of the constant part of removed channels; ``None`` if ``bias`` was off.
         accuracy_before: share of right predictions on ``loader``; ``None`` without one.
-        accuracy_after: likewise.
+        accuracy_after: the same after pruning.
     """
 
     plan: WidthPlan
@@ -154,14 +154,14 @@ def prune_channels(
         exclude: patterns of layers to leave out.
         network: trace only this submodule. MACs are counted in it alone.
         form: see :func:`~lightning_filterdiv.narrowing.merge_channels`.
-        batches: a few batches, tuples that begin with the inputs of ``model``, for ``"taylor"`` and ``"gates"`` and to
-            measure the means of what removed channels contribute.
-        max_batches: read at most so many.
+        batches: a few batches, tuples that begin with the inputs of ``model``. They serve ``"taylor"``, ``"gates"`` and
+            the mean contribution of removed channels.
+        max_batches: largest number of batches to read.
         loss: for ``"taylor"``, of ``(model, batch)``; ``None``: cross-entropy of ``model(batch[0])`` and ``batch[1]``.
         bias: add the mean contribution of removed channels, measured on ``batches``, to the next bias or running mean.
             Without batches this is done only for channels that are constant on the example inputs and on drawn ones.
         loader: batches of (inputs, labels) for the accuracy before and after.
-        seed: of ``"random"``.
+        seed: seed of ``"random"``.
         verbose: print the plan before anything is removed.
 
     Returns:
@@ -194,7 +194,7 @@ def prune_channels(
     groups, left_alone = [group for group in groups if group.name in scores], left_alone | unscored
     if not groups:
         layer, reason = next(iter(unscored.items()))
-        raise NoLayersError(f"no layer is left to prune: {layer}: {reason}; choose another importance")
+        raise NoLayersError(f"no layer is left to prune. For {layer!r}: {reason}; choose another importance")
     plan = plan_widths(graph, rule, groups=groups, scores=scores, left_alone=left_alone)
     if verbose:
         print(plan)
@@ -212,7 +212,7 @@ def prune_channels(
     silent = silence(copy_network(shifted), graph, keep)
     result = narrowing(shifted)
     arguments = example_arguments(_traced(model, network), example_inputs)
-    # Not made of the silent network: there, norms over channels do not count the channels that go.
+    # Not made of the silent network, because there norms over channels do not count removed channels.
     proof = prove(
         silent, lambda whole: narrowing(as_type(shifted, dtype_of(whole))), graph, arguments, earlier=[original]
     )
@@ -279,14 +279,14 @@ def _accuracies(before: nn.Module, after: nn.Module, loader: Iterable[Any] | Non
 
 @torch.no_grad()
 def classification_accuracy(model: nn.Module, loader: Iterable[Any]) -> float:
-    """Share of images whose largest output is that of their label, in eval mode.
+    """Return the share of images whose largest output is that of their label, in eval mode.
 
     Args:
         model: the classifier; it is left in the mode it was in.
         loader: batches of (inputs, labels).
 
     Raises:
-        ValueError: no batch, or one that is no pair.
+        ValueError: there is no batch, or a batch is no pair.
     """
     modes = {module: module.training for module in model.modules()}
     right = count = 0

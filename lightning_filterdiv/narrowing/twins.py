@@ -1,4 +1,4 @@
-"""Merging filters that happen to be nearly equal, in networks that never saw C-SGD."""
+"""Merge filters that happen to be nearly equal, in networks trained without C-SGD."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Norm = nn.modules.batchnorm._NormBase
 
 
 class NoTwinsError(ValueError):
-    """No two filters are as alike as asked. The message says how alike the nearest are."""
+    """No two filters reach the threshold. The message gives the largest similarity."""
 
 
 def merge_twins(
@@ -95,7 +95,7 @@ def _scale(tensor: Tensor, part: TensorRows, factors: Tensor) -> None:
 
 
 class _Rescaling:
-    """Ways to rescale the channels of a group; whether one is exact is for a forward pass to say."""
+    """Ways to rescale the channels of a group. A forward pass decides if one is exact."""
 
     def __init__(self, model: nn.Module, group: ChannelGroup) -> None:
         modules = named_modules(model)
@@ -111,7 +111,7 @@ class _Rescaling:
         self.readers = [p for p in group.parts if p.kind == "consumer"]
 
     def before_norm(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
-        """Scale filters; the norm behind takes it out again."""
+        """Scale filters. The norm behind them cancels the scale."""
         for part in self.filters:
             _scale(tensors[part.tensor], part, factors)
         for part in self.statistics:
@@ -125,14 +125,14 @@ class _Rescaling:
                 tensor.sub_(eps)
 
     def behind(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
-        """Scale what the norms, or without norms the filters, put out; what reads it takes it out again."""
+        """Scale the outputs of norms, or of filters without norms. The columns that read them cancel the scale."""
         for part in self.affine or self.filters:
             _scale(tensors[part.tensor], part, factors)
         for part in self.readers:
             _scale(tensors[part.tensor], part, 1 / factors)
 
     def sizes(self, tensors: Mapping[str, Tensor], parts: Sequence[TensorRows]) -> Tensor:
-        """(size,) length of the entries of each channel, 1 where that is nothing."""
+        """Return the ``(size,)`` length of the entries of each channel, 1 if there are none."""
         flat = [p.entries(tensors[p.tensor].detach()).flatten(1).double().cpu() for p in parts]
         length = torch.cat(flat, dim=1).norm(dim=1) if flat else torch.ones(self.group.size, dtype=torch.float64)
         return torch.where(length > 1e-6 * length.max().clamp_min(1e-300), length, 1.0)
@@ -140,7 +140,7 @@ class _Rescaling:
 
 @torch.no_grad()
 def rescale_channels(model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> nn.Module:
-    """A copy that computes the same, with filters and channels of unit size where that is exact.
+    """Return a copy with the same function, whose filters and channels have unit size where that is exact.
 
     Args:
         model: the traced network.
@@ -163,7 +163,7 @@ def rescale_channels(model: nn.Module, graph: ChannelGraph, groups: Sequence[Cha
         try:
             return list(find_tensors(traced(*args, **kwargs)))
         except (RuntimeError, ValueError, TypeError):
-            return None  # forward casts: nothing can be shown
+            return None  # forward casts, so that exactness cannot be shown
 
     expected = outputs()
 
@@ -192,7 +192,7 @@ def rescale_channels(model: nn.Module, graph: ChannelGraph, groups: Sequence[Cha
         way = ways[group.name]
         factors = 1 / way.sizes(tensors, way.filters)
         ratio = _smallest_variance(way, tensors)
-        # A variance far below eps has nothing left to give; such a channel stays as it is.
+        # A channel whose variance is far below eps cannot be rescaled, and stays as it is.
         factors = torch.where(factors.square() * (ratio + 1) > 1.0, factors, 1.0)
         way.before_norm(tensors, factors)
     for group in which(list(groups), lambda way: way.behind):
@@ -202,7 +202,7 @@ def rescale_channels(model: nn.Module, graph: ChannelGraph, groups: Sequence[Cha
 
 
 def _smallest_variance(way: _Rescaling, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(size,) smallest running variance of each channel, in units of eps."""
+    """Return the ``(size,)`` smallest running variance of each channel, in units of eps."""
     found = [
         part.entries(tensors[part.tensor]).flatten(1).double().cpu().amin(1) / way.norms[layer_of(part.tensor)].eps
         for part in way.statistics
@@ -216,15 +216,15 @@ def _smallest_variance(way: _Rescaling, tensors: Mapping[str, Tensor]) -> Tensor
 
 @torch.no_grad()
 def find_twins(model: nn.Module, groups: Sequence[ChannelGroup], threshold: float) -> tuple[dict[str, Tensor], float]:
-    """Clusters of channels of which every member is a twin of the first one.
+    """Find clusters of channels in which every member is a twin of the first one.
 
     Args:
-        model: of :func:`rescale_channels`.
+        model: result of :func:`rescale_channels`.
         groups: whose channels.
         threshold: see :func:`merge_twins`.
 
     Returns:
-        Group name -> (size,) cluster index, of groups with twins; and how alike the most alike channels are.
+        Group name -> ``(size,)`` cluster index, of groups with twins; and the largest similarity of two channels.
     """
     tensors = named_tensors(model)
     clusters: dict[str, Tensor] = {}
@@ -243,7 +243,8 @@ def find_twins(model: nn.Module, groups: Sequence[ChannelGroup], threshold: floa
 
 
 def _distances(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
-    """(size, size) largest squared distance over all tensors, relative to the longer kernel or the mean square."""
+    """Return ``(size, size)`` largest squared distances over all tensors, relative to the longer kernel or the mean
+    square."""
     worst = torch.zeros(group.size, group.size, dtype=torch.float64)
     for part in group.parts:
         if part.kind == "consumer" or not tensors[part.tensor].is_floating_point():
@@ -260,7 +261,7 @@ def _distances(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
 
 
 def _clustered(alike: Tensor, group: ChannelGroup) -> Tensor:
-    """(size,) cluster of each channel; equally many clusters in every block."""
+    """Return the ``(size,)`` cluster of each channel, with equally many clusters in every block."""
     index = torch.arange(group.size)
     leaders: list[list[int]] = [[] for _ in range(group.block_count)]
     for block, members in enumerate(group.members()):

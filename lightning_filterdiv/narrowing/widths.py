@@ -1,4 +1,4 @@
-"""How many channels each layer keeps: shares, or a target for the whole network."""
+"""Choose the number of channels that each layer keeps, by shares or by a target for the whole network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 KeepFraction = float | dict[str, float]
 Scope = Literal["layer", "global"]
-#: A target is met when the cost is so near to it, as a share of it.
+#: Tolerance of a target, as a share of it.
 _TOLERANCE = 0.01
 #: As messages write them.
 _MEASURES = {"channels": "channels", "macs": "MACs", "parameters": "parameters"}
@@ -33,7 +33,7 @@ _TARGETS = ("keep_fraction", "target_macs", "target_parameters")
 
 
 class TargetError(ValueError):
-    """No choice of widths meets the target. The message says what stands in the way, and what would be reached."""
+    """No choice of widths meets the target. The message gives the obstacle and the nearest value."""
 
 
 def check_keep_fraction(keep_fraction: object) -> KeepFraction:
@@ -55,12 +55,12 @@ def check_keep_fraction(keep_fraction: object) -> KeepFraction:
 
 
 def kept_count(size: int, fraction: float) -> int:
-    """Channels left of ``size``: ``ceil(fraction * size - 1e-9)``, at least one."""
+    """Return the number of channels left of ``size``: ``ceil(fraction * size - 1e-9)``, at least one."""
     return max(1, math.ceil(fraction * size - 1e-9))
 
 
 def kept_fractions(groups: Iterable[ChannelGroup], keep_fraction: KeepFraction) -> dict[str, float]:
-    """Group name -> share of its channels to keep; groups that no pattern of a dict matches are left out.
+    """Return group name -> share of its channels to keep, without groups that no pattern of a dict matches.
 
     Raises:
         NoLayersError: a pattern matches no layer of the groups.
@@ -91,7 +91,7 @@ def kept_fractions(groups: Iterable[ChannelGroup], keep_fraction: KeepFraction) 
 
 @dataclass(frozen=True)
 class WidthRule:
-    """Checked request for widths: the arguments that C-SGD and pruning have in common.
+    """Checked request for widths: the common arguments of C-SGD and pruning.
 
     Args:
         keep_fraction: share of every group's channels to keep, or a dict of layer pattern -> share (groups that no
@@ -103,7 +103,7 @@ class WidthRule:
         channels_multiple: a group that loses channels keeps a multiple of this.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name; none or several of the first three.
+        TypeError, ValueError: a bad argument, by name; not exactly one of the first three.
     """
 
     keep_fraction: KeepFraction | None = None
@@ -136,12 +136,12 @@ class WidthRule:
 
     @property
     def target(self) -> str:
-        """The argument that is given."""
+        """Argument that is given."""
         return next(n for n in _TARGETS if getattr(self, n) is not None)
 
     @property
     def asked(self) -> str:
-        """What is asked for, as it was written."""
+        """Request as the user wrote it."""
         parts = [f"{self.target}={getattr(self, self.target)!r}"]
         parts += ["scope='global'"] if self.scope == "global" else []
         parts += [f"max_layer_fraction={self.max_layer_fraction:g}"] if self.max_layer_fraction is not None else []
@@ -150,7 +150,7 @@ class WidthRule:
 
     @property
     def measure(self) -> Literal["channels", "macs", "parameters"]:
-        """What the target counts."""
+        """Quantity that the target counts."""
         named: dict[str, Literal["channels", "macs", "parameters"]] = {
             "target_macs": "macs", "target_parameters": "parameters",
         }  # fmt: skip
@@ -159,17 +159,17 @@ class WidthRule:
 
 @dataclass(frozen=True)
 class WidthPlan:
-    """Channels that each group keeps, and what the network then costs. ``str(plan)`` is a table.
+    """Channels that each group keeps, and the resulting cost. ``str(plan)`` is a table.
 
     Attributes:
         counts: group name -> channels to keep; groups that keep all are among them.
         sizes: group name -> channels now.
         layers: group name -> its layers.
         macs: multiply-accumulate operations on the example inputs of the trace, before and after.
-        parameters: of the network, before and after.
-        asked: the argument that asked for it, in words.
-        left_alone: layer -> why (some of) its channels are not in the plan.
-        note: why the target is met only nearly; empty where it is met.
+        parameters: parameters of the network, before and after.
+        asked: the argument behind the plan, in words.
+        left_alone: layer -> reason why (some of) its channels are not in the plan.
+        note: reason why the target is met only approximately; empty if it is met.
     """
 
     counts: dict[str, int]
@@ -183,7 +183,7 @@ class WidthPlan:
 
     @property
     def removed(self) -> int:
-        """Number of channels that go."""
+        """Number of removed channels."""
         return sum(self.sizes.values()) - sum(self.counts.values())
 
     def __str__(self) -> str:
@@ -208,15 +208,15 @@ class WidthPlan:
 def choose_groups(
     graph: ChannelGraph, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Groups all of whose layers are chosen.
+    """Return the groups all of whose layers are chosen.
 
     Args:
-        graph: of the network.
+        graph: channel graph of the network.
         include: patterns of layers, convolutions and linear ones; ``None``: all.
         exclude: patterns of layers to leave out.
 
     Returns:
-        The groups, and layer -> why (some of) its channels are left alone.
+        The groups, and layer -> reason why (some of) its channels are left alone.
 
     Raises:
         TypeError, ValueError: bad patterns, by name.
@@ -250,7 +250,8 @@ def choose_groups(
 
 
 def removal_order(scores: Tensor, blocks: Tensor | None = None) -> Tensor:
-    """(size,) channels in the order in which they go, the least important first; with blocks one of each in turn.
+    """Return the ``(size,)`` channels in order of removal, the least important first. With blocks, one of each block in
+    turn.
 
     Args:
         scores: (size,) importance.
@@ -268,7 +269,7 @@ def removal_order(scores: Tensor, blocks: Tensor | None = None) -> Tensor:
 
 
 class _Ladder:
-    """Counts that a group may keep, widest first: its size, then multiples of the step."""
+    """Numbers of channels that a group may keep, largest first: its size, then multiples of the step."""
 
     def __init__(self, group: ChannelGroup, rule: WidthRule) -> None:
         step = math.lcm(rule.channels_multiple, group.block_count)
@@ -279,7 +280,7 @@ class _Ladder:
         self.step = step
 
     def at_least(self, count: int) -> int:
-        """Position of the smallest allowed count that is no smaller than ``count``; of the lowest one if none is."""
+        """Return the position of the smallest allowed number that is at least ``count``, else of the lowest one."""
         return max(i for i, allowed in enumerate(self.counts) if allowed >= count or i == 0)
 
 
@@ -292,19 +293,19 @@ def plan_widths(
     fixed: Mapping[str, int] | None = None,
     left_alone: Mapping[str, str] | None = None,
 ) -> WidthPlan:
-    """Solve for the channels that each group keeps. Nothing is changed, and no trial network is made.
+    """Solve for the channels that each group keeps, without changing a network or making a trial one.
 
     A target is met within 1 %. If single channels cost more than that, it is met within half of the smallest possible
     step. If forward itself ties widths together, the nearest width that it can express is taken, and the other groups
     compensate.
 
     Args:
-        graph: of the network.
-        rule: what is asked for.
+        graph: channel graph of the network.
+        rule: the request.
         groups: those that may lose channels; ``None``: all.
         scores: group name -> (size,) importance of its channels, for ``scope="global"``.
-        fixed: group name -> channels, of groups whose width is decided.
-        left_alone: for the table.
+        fixed: group name -> channels, for groups with a fixed width.
+        left_alone: layers that are not in the plan, for the table.
 
     Raises:
         TargetError: the target is out of reach.
@@ -340,7 +341,7 @@ class _Solver:
             self.queue = self._queue(scores)
 
     def _queue(self, scores: Mapping[str, Tensor]) -> npt.NDArray[np.int64]:
-        """The group that takes a step down its ladder next, the least important step first; ties go evenly."""
+        """Return the groups in the order of steps down their ladders, least important step first. Ties alternate."""
         keys = [self._keys(group, scores[group.name]) for group in self.groups]
         places = [np.arange(len(part)) / max(1, len(part)) for part in keys]
         owners = [np.full(len(part), i) for i, part in enumerate(keys)]
@@ -348,7 +349,8 @@ class _Solver:
         return np.concatenate([*owners, [0][:0]]).astype(np.int64)[np.lexsort(tuple(together))]
 
     def _keys(self, group: ChannelGroup, scores: Tensor) -> list[float]:
-        """Importance of what each step down the ladder removes, relative to the group's mean; never falling."""
+        """Return the importance of the channels that each step removes, relative to the group's mean, as a
+        non-decreasing sequence."""
         order = removal_order(scores, group.blocks)
         values = scores.double()[order] / scores.double().abs().mean().clamp_min(1e-300)
         counts = self.ladders[group.name].counts
@@ -360,7 +362,7 @@ class _Solver:
     # -- asking for shares ---------------------------------------------------------------------------------------------
 
     def _at(self, share: float) -> dict[str, int]:
-        """Counts for a share of every group, or for the channels whose importance is below a quantile."""
+        """Return the numbers for a share of every group, or for channels whose importance is below a quantile."""
         if self.rule.scope == "layer":
             return {
                 g.name: (ladder := self.ladders[g.name]).counts[ladder.at_least(kept_count(g.size, share))]
@@ -370,7 +372,7 @@ class _Solver:
         return {g.name: self.ladders[g.name].counts[int(n)] for g, n in zip(self.groups, steps, strict=True)}
 
     def _shares(self) -> dict[str, int]:
-        """Counts for ``keep_fraction`` in every layer."""
+        """Return the numbers for ``keep_fraction`` in every layer."""
         assert self.rule.keep_fraction is not None
         fractions = kept_fractions(self.graph.groups, self.rule.keep_fraction)
         counts = {group.name: group.size for group in self.groups}
@@ -394,7 +396,7 @@ class _Solver:
         return [known.get(group.name, group.size) for group in self.all]
 
     def _meet(self, cost: Cost, goal: float, held: Mapping[str, int]) -> dict[str, int]:
-        """Counts whose cost comes nearest to ``goal``, with some groups held."""
+        """Return the numbers whose cost is nearest to ``goal``, with some groups fixed."""
 
         def at(share: float) -> dict[str, int]:
             return self._at(share) | dict(held)
@@ -410,7 +412,7 @@ class _Solver:
         return self._refine(cost, goal, best, set(held))
 
     def _refine(self, cost: Cost, goal: float, counts: dict[str, int], held: set[str]) -> dict[str, int]:
-        """Take single steps of groups while one brings the cost nearer; where that is not enough, two at once."""
+        """Take single steps of groups while one brings the cost nearer. If that does not suffice, take two at once."""
         movable = [g.name for g in self.groups if g.name not in held and g.name not in self.tied]
         counts = dict(counts)
         while True:
@@ -427,7 +429,7 @@ class _Solver:
             counts |= change
 
     def _steps(self, counts: Mapping[str, int], movable: Sequence[str], direction: int) -> dict[str, int]:
-        """Group -> its count one step down (-1) or up its ladder."""
+        """Return group -> its number one step down (-1) or up its ladder."""
         found = {}
         for name in movable:
             ladder = self.ladders[name].counts
@@ -439,7 +441,7 @@ class _Solver:
     def _nearest_step(
         self, cost: Cost, goal: float, counts: Mapping[str, int], movable: Sequence[str]
     ) -> tuple[float, dict[str, int]]:
-        """Distance from the goal after the best single step, and that step."""
+        """Return the distance from the goal after the best single step, and that step."""
         vector = self._vector(counts)
         best: tuple[float, dict[str, int]] = (math.inf, {})
         for direction in (-1, 1):
@@ -457,7 +459,7 @@ class _Solver:
         counts = self._meet(cost, goal, {})
         if not self.tied:
             return counts
-        # Forward ties widths together: take what it offers, and let the other groups make up for it.
+        # Forward ties widths together. Take the nearest widths that it allows, and let other groups compensate.
         best, aim = counts, goal
         nearest = math.inf
         for _ in range(6):

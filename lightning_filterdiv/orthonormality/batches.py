@@ -1,4 +1,4 @@
-"""Filters of many layers side by side in one buffer, viewed as one ``(B, n, d)`` batch per shape, and back."""
+"""Buffers with the filters of many layers, viewed as one ``(B, n, d)`` batch per shape."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["Batch", "Penalties"]
 
 
 class Batch:
-    """Blocks of one layout. Reading their filters and storing their gradients copies nothing where a filter is one
-    block of memory, which it is but for transposed convolutions and blocks of several parameters.
+    """Blocks of one layout. No copy is made to read filters or store gradients if a filter is one block of memory. It
+    is not for transposed convolutions and for blocks of several parameters.
 
     Args:
-        blocks: of one layout.
+        blocks: blocks of one layout.
         runs: their parameters in the buffers, segment by segment.
         values: buffer that holds the parameters.
-        gradients: buffer laid out alike, for the gradients.
-        form: of the penalty.
+        gradients: buffer of the same layout, for the gradients.
+        form: form of the penalty.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Batch:
         self._parts = [run.stacked(values) for run in runs]
         self._results = [run.stacked(gradients) for run in runs]
         self._rows: Tensor | None = None
-        #: Where the gradient of :meth:`rows` belongs, ``(B, n, d)``; ``None``: hand it to :meth:`store`.
+        #: ``(B, n, d)`` view that takes the gradient of :meth:`rows`; ``None``: pass it to :meth:`store`.
         self.out: Tensor | None = None
-        # SRIP starts from given vectors, for which the order inside a filter counts, as it does for shifts.
+        # The order inside a filter matters to the starting vectors of SRIP and to shifts.
         ordered = form in ("srip", "convolutional")
         if len(runs) == 1 and not first.transposed:
             self._rows, self.out = (runs[0].rows(buffer, n, ordered=ordered) for buffer in (values, gradients))
@@ -53,7 +53,7 @@ class Batch:
         taps = self._parts[0].shape[3:]
         if form == "convolutional" and any(self_padding(taps, first.stride)):
             self.spectrum = spectrum(taps, first.stride, dtype, device)
-        #: ``(B, n, n)`` of ones and zeros: the pairs that count. ``twice``: with its transpose added, for the gradient.
+        #: ``(B, n, n)`` of ones and zeros: the pairs that count. ``twice`` has its transpose added, for the gradient.
         self.mask: Tensor | None = None
         self.twice: Tensor | None = None
         if first.mask is not None:
@@ -77,11 +77,12 @@ class Batch:
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def rows(self) -> Tensor:
-        """``(B, n, d)``; inside a row in the order of memory, which no Gram matrix sees, unless ``ordered``."""
+        """Return the filters as ``(B, n, d)``. Entries of a row are in the order of memory unless ``ordered``; a Gram
+        matrix does not depend on it."""
         return self.kernels().flatten(2) if self._rows is None else self._rows
 
     def store(self, gradient: Tensor) -> None:
-        """Put a gradient shaped like :meth:`kernels`, or like a copied :meth:`rows`, into the buffer."""
+        """Store a gradient shaped like :meth:`kernels`, or like a copied :meth:`rows`, in the buffer."""
         first = self.blocks[0]
         if gradient.dim() == 3:
             gradient = gradient.view(*gradient.shape[:2], -1, *self._parts[0].shape[3:])
@@ -97,11 +98,11 @@ class Batch:
 
 
 class Penalties(Bank):
-    """Batches whose parameters are computed with in one dtype, in one buffer for values and one for gradients.
+    """Batches that are computed in one dtype, with a buffer for values and one for gradients.
 
     Args:
         batches: the blocks of each, of one layout.
-        form: of the penalty.
+        form: form of the penalty.
         dtype: float32 or wider.
     """
 
@@ -128,23 +129,24 @@ class Penalties(Bank):
             self.iteration = PowerIteration([batch.shape for batch in self.batches], dtype, self.values.flat.device)
 
     def load(self, finite: bool = False) -> None:
-        """Copy the parameters into the buffer, with zeros in place of what is not finite if so asked."""
+        """Copy the parameters into the buffer, on request with zeros in place of numbers that are not finite."""
         self.values.read(self.tensors)
         if finite:
             torch.nan_to_num_(self.values.flat, nan=0.0, posinf=0.0, neginf=0.0)
 
     @property
     def vector_entries(self) -> int:
-        """How many numbers one vector for every matrix of every batch has."""
+        """Return the total length of one vector for every matrix of every batch."""
         return len(self._filled)
 
     def padded(self, entries: Tensor) -> Tensor:
-        """``(sum of B, m)``: vectors for all matrices, one after the other in ``entries``, filled up with zeros."""
+        """Return ``(sum of B, m)``: the vectors of all matrices, which follow each other in ``entries``, padded with
+        zeros."""
         room = torch.zeros(sum(count for count, _ in self._vectors), self._widest, device="cpu")
         room.view(-1).index_copy_(0, self._filled, entries)
         return room
 
     def of_batches(self, padded: Tensor) -> list[Tensor]:
-        """``(B, n)`` of each batch, from :meth:`padded`."""
+        """Return the ``(B, n)`` vectors of each batch from :meth:`padded`."""
         parts = padded.split([count for count, _ in self._vectors])
         return [part[:, :n] for part, (_, n) in zip(parts, self._vectors, strict=True)]

@@ -37,15 +37,15 @@ class BasisOrthonormality(FilterCallback):
     """Push filters towards orthonormality by a penalty whose gradient is added in closed form.
 
     In a network with shared filter bases (:func:`~lightning_filterdiv.shared_basis.share_filter_bases`) it acts on the
-    bases, as DSFB does (Kang, Kim, NeurIPS 2021); elsewhere on every convolution that ``include`` and ``exclude``
-    leave, which then stay diverse (Bansal, Chen, Wang, NeurIPS 2018; Wang et al., CVPR 2020).
+    bases, as in DSFB (Kang, Kim, NeurIPS 2021). In other networks it acts on every convolution that ``include`` and
+    ``exclude`` leave (Bansal, Chen, Wang, NeurIPS 2018; Wang et al., CVPR 2020).
 
     Args:
         weight: factor of the penalty, > 0; ``None``: the default of the form, see
             :data:`~lightning_filterdiv.orthonormality.DEFAULT_WEIGHTS`.
-        every_n_steps: act at every so-manieth step of an optimizer, the first one included, with so many times the
-            weight. The cost falls by that factor; the weight per step stays the same on average.
-        milestones: epoch (from 0) -> factor: from that epoch on, the weight times the factor. The published decay of
+        every_n_steps: n: act at every n-th step of an optimizer, the first one included, with n times the weight. The
+            cost falls by that factor; the weight per step stays the same on average.
+        milestones: epoch (from 0) -> factor on the weight from that epoch on. The published decay of
             SRIP is ``{20: 1e-3, 50: 1e-4, 70: 1e-6, 120: 0}``.
         form: ``"basis"`` (a mean over entries), ``"soft"``, ``"double_soft"``, ``"mutual_coherence"``, ``"srip"`` or
             ``"convolutional"``. ``"auto"``: ``"basis"`` where shared bases are among the layers, else ``"soft"``.
@@ -60,13 +60,13 @@ class BasisOrthonormality(FilterCallback):
         include: patterns of layers; ``None``: the shared bases, or every ``Conv1d/2d/3d`` where there are none. The
             released OCNN recipes leave the stem out: ``exclude=["conv1"]``.
         exclude: patterns of layers to leave out.
-        seed: of the starting vectors of ``"srip"``, a function of the seed and the step.
+        seed: seed of the starting vectors of ``"srip"``, a function of the seed and the step.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
-        MisconfigurationException: the penalty of a layer is not finite at the start or after an epoch, because its
-            weights are not or are so large that its gradient overflows.
+        MisconfigurationException: the penalty of a layer is not finite at the start or after an epoch: its weights are
+            not finite, or so large that its gradient overflows.
     """
 
     gradient_stage = 10
@@ -110,23 +110,23 @@ class BasisOrthonormality(FilterCallback):
         self.seed = check_integer("seed", seed, low=0)
         self._penalties: dict[int, OrthonormalityPenalty] = {}
         self._looked = -1
-        self._taken: dict[int, int] = {}  # steps that each optimizer has really made
+        self._taken: dict[int, int] = {}  # completed steps of each optimizer
         self._on_bases = self.unique
 
     @property
     def resolved_form(self) -> Form:
-        """``form``; for ``"auto"`` the choice of the present or last fit, ``"soft"`` before the first."""
+        """Return ``form``; for ``"auto"`` the choice of the present or last fit, ``"soft"`` before the first fit."""
         if self.form != "auto":
             return self.form
         return "basis" if self._on_bases else "soft"
 
     @property
     def base_weight(self) -> float:
-        """``weight``, or the form's own."""
+        """Return ``weight``, or the default of the form."""
         return DEFAULT_WEIGHTS[self.resolved_form] if self.weight is None else self.weight
 
     def weight_at(self, epoch: int, step: int) -> float:
-        """Weight of the penalty at a step, before it is scaled by ``every_n_steps``; override it for a schedule.
+        """Return the weight of the penalty at a step, before the factor ``every_n_steps``. Override it for a schedule.
 
         Args:
             epoch: the current epoch, from 0.
@@ -139,7 +139,7 @@ class BasisOrthonormality(FilterCallback):
         return self.base_weight * ((self.milestones or {})[max(reached)] if reached else 1.0)
 
     def values(self) -> dict[str, float]:
-        """Layer or Gram name -> unweighted penalty minus its smallest possible value; ``"total"`` for all."""
+        """Return layer or Gram name -> unweighted penalty minus its smallest possible value; ``"total"`` for all."""
         penalties: dict[str, float] = {}
         total = 0.0
         for penalty in self._penalties.values():
@@ -155,7 +155,7 @@ class BasisOrthonormality(FilterCallback):
     # ------------------------------------------------------------------ start
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """The shared bases where there are any and ``include`` names nothing else."""
+        """Return the shared bases, if there are any and ``include`` names nothing else."""
         bases = [canonical_name(name) for name, _, _ in shared_bases(pl_module)]
         include = bases if bases and self.include is None else self.include
         if not self.linear:
@@ -194,7 +194,7 @@ class BasisOrthonormality(FilterCallback):
         self._announce()
 
     def _announce(self) -> None:
-        """Log what is used and why."""
+        """Log form, weight and coupling, with reasons."""
         why = " (auto: shared bases)" if self._on_bases else " (auto: no shared bases)"
         form = f"form {self.resolved_form!r}{why if self.form == 'auto' else ''}"
         source = "the form's own" if self.weight is None else "given"
@@ -230,7 +230,7 @@ class BasisOrthonormality(FilterCallback):
     # ------------------------------------------------------------------ steps
 
     def before_step(self, index: int) -> None:
-        """Add the penalty's gradient, unscaled and once per real step, after DDP has averaged the loss's."""
+        """Add the penalty's gradient, once per optimizer step, after DDP has averaged the gradient of the loss."""
         if (penalty := self._penalties.get(index)) is None:
             return
         trainer = self.trainer
@@ -239,19 +239,19 @@ class BasisOrthonormality(FilterCallback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector; 0: never
         if every and step % every == 0 and step != self._looked:
             self._log(weight)
-        due = self._taken.get(index, 0) % self.every_n_steps == 0  # again, where a scaler skipped the step
+        due = self._taken.get(index, 0) % self.every_n_steps == 0  # repeated if a scaler skipped the step
         weight = weight * self.every_n_steps if due else 0.0
         scale = None if penalty.decoupled else gradient_scale(trainer, penalty.optimizer)
         penalty.before_step(weight=weight, step=step, gradient_scale=scale)
 
     def after_step(self, index: int) -> None:
-        """Move the weights, where the penalty is decoupled from the gradient."""
+        """Move the weights if the penalty is decoupled from the gradient."""
         if (penalty := self._penalties.get(index)) is not None:
             penalty.after_step()
             self._taken[index] = self._taken.get(index, 0) + 1
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what the epoch reached; stop a fit that the penalty has made diverge."""
+        """Log the values after the epoch. Stop a fit that diverged because of the penalty."""
         if not self._penalties:
             return
         self._check_finite("after this epoch")
@@ -263,15 +263,16 @@ class BasisOrthonormality(FilterCallback):
             self.log_metrics({**self.values(), "weight": weight})
 
     def release(self) -> None:
-        """Nothing of the model was changed; the penalties are forgotten."""
+        """Forget the penalties. The model was not changed."""
         self._penalties = {}
 
     def reset(self) -> None:
-        """A new fit logs, and counts, from its first step."""
+        """Reset counts and logs for a new fit."""
         self._looked, self._taken = -1, {}
 
     def extra_state(self) -> dict[str, Any]:
-        """The step of the last log and the steps of each optimizer; all else follows from weights, epoch and step."""
+        """Return the step of the last log and the steps of each optimizer. All else follows from weights, epoch and
+        step."""
         return {"logged": [self._looked], "taken": [[index, count] for index, count in self._taken.items()]}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -279,7 +280,7 @@ class BasisOrthonormality(FilterCallback):
         logged = state["logged"]
         if not isinstance(logged, list) or len(logged) != 1 or not isinstance(logged[0], int):
             raise TypeError(f"logged must be a list of one step, got {logged!r}")
-        taken = state.get("taken", [])  # 0.1 had none
+        taken = state.get("taken", [])  # states of 0.1 lack it
         if not isinstance(taken, list) or not all(
             isinstance(one, list) and len(one) == 2 and all(isinstance(n, int) and n >= 0 for n in one) for one in taken
         ):
@@ -296,7 +297,7 @@ def _only_matches(pattern: str, layers: Mapping[str, nn.Module], model: nn.Modul
 
 
 def _is_adam(optimizer: Optimizer) -> bool:
-    """Whether the optimizer divides by second moments as Adam does, by the name of its class or a base."""
+    """True if the name of the optimizer's class, or of a base, says that it divides by second moments as Adam does."""
     return any("adam" in cls.__name__.lower() for cls in type(optimizer).__mro__)
 
 

@@ -32,24 +32,25 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def off_identity(rows: Tensor) -> Tensor:
-    """``rows rows^T - I``, ``(..., n, d)`` to ``(..., n, n)``."""
+    """Return ``rows rows^T - I``, ``(..., n, d)`` to ``(..., n, n)``."""
     gram = rows @ rows.mT
     return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def smaller_side(filters: Tensor) -> Tensor:
-    """``W`` or ``W^T``, whichever has fewer rows."""
+    """Return ``W`` or ``W^T``, whichever has fewer rows."""
     return filters if filters.shape[-2] <= filters.shape[-1] else filters.mT
 
 
 def basis_penalty(filters: Tensor | Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> Tensor:
     """``sum_g sum_(ij in mask_g) (B_g B_g^T - I)_ij^2 / sum_g |mask_g|``, the penalty of DSFB.
 
-    Kang, Kim, NeurIPS 2021, with weight 10: a *mean over entries*, pooled over the stages ``g``, not a Frobenius sum.
+    Kang, Kim, NeurIPS 2021, with weight 10. It is a *mean over entries*, pooled over the stages ``g``, not a Frobenius
+    sum.
 
     Args:
         filters: ``(n, d)``, or several such matrices, one per stage, of any shapes.
-        masks: per stage ``(n, n)`` bool, the pairs that count, or ``None`` for all; a pair counts once for each of
+        masks: ``(n, n)`` bool per stage, true for pairs that count; ``None`` for all. A pair counts once for each of
             ``ij`` and ``ji`` that is true.
 
     Returns:
@@ -171,10 +172,10 @@ def spectral_restricted_isometry(filters: Tensor, start: Tensor, *, squared: boo
 
 
 def tap_stride(stride: int, dilation: int) -> int:
-    """By how many taps neighbouring output positions are apart, where their windows share taps at all.
+    """Return the distance of neighbouring output positions in taps, for windows that share taps.
 
-    Windows start ``stride`` pixels apart and taps lie ``dilation`` pixels apart: both have a tap on the same pixel only
-    if the distance is a multiple of both.
+    Windows start ``stride`` pixels apart and taps lie ``dilation`` pixels apart. Two windows have taps on the same
+    pixel only if their distance is a multiple of both.
     """
     step = stride
     while step % dilation:
@@ -183,12 +184,13 @@ def tap_stride(stride: int, dilation: int) -> int:
 
 
 def self_padding(kernel: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """``floor((k - 1) / S) S`` per dimension: every shift at which two windows overlap."""
+    """Return ``floor((k - 1) / S) S`` per dimension, the padding that covers every shift at which two windows
+    overlap."""
     return [(k - 1) // s * s for k, s in zip(kernel, stride, strict=True)]
 
 
 def _around(centre: Sequence[int]) -> list[int]:
-    """Padding that puts one number into the middle, in the order of ``F.pad``: last dimension first."""
+    """Return the padding that centres one number, in the order of ``F.pad``: last dimension first."""
     return [side for shifts in reversed(centre) for side in (shifts, shifts)]
 
 

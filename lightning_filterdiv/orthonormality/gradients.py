@@ -1,7 +1,7 @@
-"""The gradients of the six penalties in closed form: a few batched products, no autograd graph, no synchronisation.
+"""Gradients of the six penalties in closed form: a few batched products without autograd graph or synchronisation.
 
-Shapes as in :mod:`~lightning_filterdiv.orthonormality.functional`, always batched: ``W`` is ``(B, J, d)`` in float32 or
-wider, every result has its shape. Call them under ``torch.no_grad`` with autocast off.
+Shapes are those of :mod:`~lightning_filterdiv.orthonormality.functional`, always batched: ``W`` is ``(B, J, d)`` in
+float32 or wider, and every result has its shape. Call the functions under ``torch.no_grad`` with autocast off.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ __all__ = [
 
 
 def _off_identity(rows: Tensor, identity: Tensor | None, factor: int = 1) -> Tensor:
-    """``factor (rows rows^T - I)``, ``(B, n, d)`` to ``(B, n, n)``, in one kernel."""
+    """Return ``factor (rows rows^T - I)``, ``(B, n, d)`` to ``(B, n, n)``, in one kernel."""
     if identity is None:
         identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     return torch.baddbmm(identity, rows, rows.mT, beta=-factor, alpha=factor)
 
 
 def soft_gradient(filters: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """``4 (W W^T - I) W = 4 W (W^T W - I)``, of ``|G - I|_F^2``, in two kernels.
+    """Return the gradient ``4 (W W^T - I) W = 4 W (W^T W - I)`` of ``|G - I|_F^2``, in two kernels.
 
     Args:
         filters: ``(B, J, d)``.
         identity: ``(n, n)``, made once; ``None``: made here.
-        out: where to put it; likewise below.
+        out: tensor for the result, here and below.
     """
     off = _off_identity(smaller_side(filters), identity, 4)
     left, right = (off, filters) if filters.shape[1] <= filters.shape[2] else (filters, off)
@@ -54,7 +54,7 @@ def soft_gradient(filters: Tensor, identity: Tensor | None = None, *, out: Tenso
 def masked_gradient(
     filters: Tensor, mask: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """``2 ((M + M^T) o (W W^T - I)) W``, of ``sum_ij M_ij (W W^T - I)_ij^2``.
+    """Return the gradient ``2 ((M + M^T) o (W W^T - I)) W`` of ``sum_ij M_ij (W W^T - I)_ij^2``.
 
     Args:
         filters: ``(B, J, d)``.
@@ -65,7 +65,7 @@ def masked_gradient(
 
 
 def mutual_coherence_gradient(filters: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """Of ``max_ij |W W^T - I|_ij``, shared evenly between pairs that are equally far off, as autograd does.
+    """Return the gradient of ``max_ij |W W^T - I|_ij``, divided evenly among equal maxima as in autograd.
 
     Args:
         filters: ``(B, J, d)``.
@@ -80,19 +80,20 @@ def mutual_coherence_gradient(filters: Tensor, identity: Tensor | None = None, *
 
 
 def spectral_gradient(filters: Tensor, start: Tensor, *, squared: bool = False, out: Tensor | None = None) -> Tensor:
-    """Of two-step power iteration, differentiated through both steps.
+    """Return the gradient of two-step power iteration, through both steps.
 
     Args:
         filters: ``(B, J, d)``.
         start: ``(B, min(J, d))``.
-        squared: of the square of the value.
+        squared: differentiate the square of the value.
     """
     iteration = PowerIteration([filters.shape], filters.dtype, filters.device)
     return iteration.gradients([filters], start, squared=squared, outs=[out])[0]
 
 
 class PowerIteration:
-    """:func:`spectral_gradient` of several batches, which share all operations on vectors; its room is made once.
+    """Compute :func:`spectral_gradient` of several batches, which share all operations on vectors. Memory is allocated
+    once.
 
     With ``a = A start``, ``v = a / |a|``, ``b = A v``, ``u = b / |b|`` the value is ``|b|`` and
     ``d value / d A = u v^T + g start^T``, ``g = (A u - |b| v) / |a|``. ``A`` is formed once: three products with it
@@ -100,8 +101,8 @@ class PowerIteration:
 
     Args:
         shapes: ``(B_i, J_i, d_i)`` of each batch.
-        dtype: of the filters.
-        device: of the filters.
+        dtype: dtype of the filters.
+        device: device of the filters.
     """
 
     def __init__(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> None:
@@ -132,13 +133,13 @@ class PowerIteration:
         squared: bool = False,
         outs: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor]:
-        """The gradient of each batch.
+        """Return the gradient of each batch.
 
         Args:
             filters: ``(B_i, J_i, d_i)`` each.
             starts: ``(sum of B_i, m)``, 0 behind ``n_i``.
-            squared: of the square of the value.
-            outs: where to put each.
+            squared: differentiate the square of the value.
+            outs: tensors for the results.
         """
         for one, gram, identity in zip(filters, self._grams, self._identities, strict=True):
             rows = smaller_side(one)
@@ -157,7 +158,8 @@ class PowerIteration:
         for step in third:
             torch.bmm(step[0], step[1], out=step[2])
         g.addcmul_(sigma, v, value=-1).div_(norm)
-        # (D + D^T) W with D = u v^T + g start^T, never formed: u meets v and g meets start when the order is reversed.
+        # (D + D^T) W with D = u v^T + g start^T. D is never formed: reversing the order pairs u with v and g with
+        # start.
         partners = self._vectors.flip(2)
         torch.mul(partners, 2 * sigma, out=self._partners) if squared else self._partners.copy_(partners)
         gradients: list[Tensor] = []
@@ -175,7 +177,7 @@ Floats = npt.NDArray[np.float64]
 class Spectrum(NamedTuple):
     """Fourier transform of kernels of one shape, as real matrices; from :func:`spectrum`.
 
-    ``F`` is the number of frequencies but for complex conjugates and 0, ``P`` that of the phases of the stride.
+    ``F`` is the number of frequencies without complex conjugates and 0. ``P`` is the number of phases of the stride.
 
     Attributes:
         forward: ``((3 F + 1) P, taps)``: real + imaginary part, real - imaginary part, imaginary part, frequency 0.
@@ -192,8 +194,8 @@ class Spectrum(NamedTuple):
 
 @lru_cache
 def _spectrum(kernel: tuple[int, ...], stride: tuple[int, ...]) -> tuple[Floats, Floats, int, int]:
-    # An odd number of frequencies per dimension, one for each shift: nothing wraps around. Not in tensors: what is made
-    # under a mode of torch must not be found again outside it.
+    # An odd number of frequencies per dimension, one for each shift, so that nothing wraps around. They are not
+    # tensors, because tensors made under a mode of torch must not be cached.
     sizes = [2 * (p // s) + 1 for p, s in zip(self_padding(kernel, stride), stride, strict=True)]
     taps = list(itertools.product(*map(range, kernel)))
     offsets = list(itertools.product(*(range(min(s, k)) for s, k in zip(stride, kernel, strict=True))))
@@ -213,7 +215,7 @@ def _spectrum(kernel: tuple[int, ...], stride: tuple[int, ...]) -> tuple[Floats,
 
 
 def spectrum(kernel: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Spectrum:
-    """What :func:`convolutional_gradient` needs to know of a kernel's shape. It copies to the device."""
+    """Return the constants of :func:`convolutional_gradient` for a kernel's shape. It copies to the device."""
     *matrices, frequencies, phases = _spectrum(tuple(kernel), tuple(stride))
     forward, backward = (torch.tensor(matrix, device="cpu").to(device, dtype) for matrix in matrices)
     return Spectrum(forward, backward, frequencies, phases)
@@ -222,7 +224,8 @@ def spectrum(kernel: Sequence[int], stride: Sequence[int], dtype: torch.dtype, d
 def convolutional_gradient(
     kernels: Tensor, stride: Sequence[int], transform: Spectrum | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """Of ``|conv(K, K) - I_r0|^2``, by frequencies: there the self-convolution is a Gram matrix.
+    """Return the gradient of ``|conv(K, K) - I_r0|^2``, computed by frequencies, where self-convolution is a Gram
+    matrix.
 
     By Parseval's equation the value is the mean over frequencies of ``|K K^H - I|^2``, ``K = A + iB`` the transform of
     the kernels at one of them. Real arithmetic with the fewest products: ``H = (A + B)(A - B)^T + 2 B B^T - I`` is the
@@ -232,11 +235,11 @@ def convolutional_gradient(
     Args:
         kernels: ``(B, J, C, *k)``.
         stride: per kernel dimension, in taps.
-        transform: of the kernels' shape, made once; ``None``: made here.
+        transform: transform of the kernels' shape, made once; ``None``: made here.
         out: ``(B, J, C * taps)``.
 
     Returns:
-        ``(B, J, C, *k)``. On the way it needs six to nine times the kernels' memory.
+        ``(B, J, C, *k)``. It temporarily needs six to nine times the kernels' memory.
     """
     if transform is None:
         transform = spectrum(kernels.shape[3:], stride, kernels.dtype, kernels.device)

@@ -21,8 +21,8 @@ from lightning_filterdiv.tensors.stacking import group_by
 __all__ = ["DEFAULT_WEIGHTS", "Form", "OrthonormalityPenalty", "check_form"]
 
 Form = Literal["basis", "soft", "double_soft", "mutual_coherence", "srip", "convolutional"]
-#: What ``weight=None`` means. Published: "basis" (DSFB) and "srip" (released code, for the squared value). The others
-#: have no published weight for these definitions; theirs are small ones that we tried.
+#: Weights for ``weight=None``. Published are those of "basis" (DSFB) and "srip" (released code, for the squared value).
+#: For the other definitions there is no published weight. We chose small weights by trial.
 DEFAULT_WEIGHTS: Mapping[str, float] = {
     "basis": 10.0,
     "soft": 1e-2,
@@ -34,7 +34,7 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
 
 
 def check_squared(form: str, squared: bool | None) -> None:
-    """Raise ValueError if ``squared`` says something about a form for which it means nothing."""
+    """Raise ValueError if ``squared`` is given for a form that has no such variant."""
     if squared is not None and form not in ("srip", "convolutional"):
         raise ValueError(
             f"squared={squared} belongs to form='srip' or 'convolutional', got form={form!r}; leave squared out, or "
@@ -61,7 +61,7 @@ def check_form(form: Form, blocks: Sequence[FilterBlock]) -> None:
 
 
 class _Move(NamedTuple):
-    """Places in a bank that one operation moves."""
+    """Parameters of a bank that one operation moves together."""
 
     share: float  # of the weight
     group: dict[str, Any]  # of the optimizer, which knows the learning rate
@@ -73,13 +73,13 @@ class _Move(NamedTuple):
         self.parts.append(part)
 
     def where(self, gradients: Sequence[Tensor | None]) -> _Move:
-        """The places that have a gradient."""
+        """Return the places that have a gradient."""
         pairs = [(i, p) for i, p in zip(self.places, self.parts, strict=True) if gradients[i] is not None]
         return _Move(self.share, self.group, [i for i, _ in pairs], [part for _, part in pairs])
 
 
 class OrthonormalityPenalty:
-    """Adds the gradient of a penalty to the gradients of one optimizer, in closed form::
+    """Add the gradient of a penalty to the gradients of one optimizer, in closed form::
 
         penalty = OrthonormalityPenalty(filter_blocks(model, select_filters(model)), optimizer, form="soft")
         for step, (x, y) in enumerate(batches):
@@ -90,21 +90,21 @@ class OrthonormalityPenalty:
             penalty.after_step()
 
     With ``decoupled=True`` gradients are left alone and the weights move by ``-lr * weight * gradient`` of the penalty
-    *after* the step, as AdamW's decay does: momentum and second moments never see it.
+    *after* the step, as AdamW's decay does: momentum and second moments do not contain it.
 
     A parameter without gradient is skipped and gets none. Frozen filters are compared with the others but do not move.
     If decoupled, weights that are not finite count as 0, so that a NaN of this step stays in its own filter.
 
     Args:
-        blocks: from :func:`~lightning_filterdiv.orthonormality.targets.filter_blocks`; those without a trainable
+        blocks: result of :func:`~lightning_filterdiv.orthonormality.targets.filter_blocks`. Blocks without a trainable
             parameter of ``optimizer`` are ignored.
         optimizer: the optimizer that makes the steps.
-        form: which penalty.
-        squared: of ``"srip"`` and ``"convolutional"``: the value with or without its square; ``None``: as the form is
-            defined here, without for ``"srip"``, with for ``"convolutional"``.
+        form: name of the penalty.
+        squared: for ``"srip"`` and ``"convolutional"``: the value with or without its square; ``None``: as the
+            form is defined here, without for ``"srip"``, with for ``"convolutional"``.
         decoupled: see above.
-        seed: of the starting vectors of ``"srip"``, a function of (seed, stream, step).
-        stream: tells objects with equal seeds apart.
+        seed: seed of the starting vectors of ``"srip"``, a function of (seed, stream, step).
+        stream: number that separates the draws of objects with equal seeds.
 
     Raises:
         ValueError: the form is unknown or not defined for a block, no block has a trainable parameter in the optimizer,
@@ -164,7 +164,7 @@ class OrthonormalityPenalty:
         self._banks = [
             Penalties(alike, form, wide(alike[0])) for alike in group_by(group_by(self.blocks, layout), wide)
         ]
-        # "basis" is a mean over the entries of all blocks of a pool, whatever optimizer owns them.
+        # "basis" is a mean over the entries of all blocks of a pool, also of blocks of other optimizers.
         self._entries: dict[str, int] = {}
         for block in blocks:
             self._entries[block.pool] = self._entries.get(block.pool, 0) + block.entries
@@ -173,9 +173,9 @@ class OrthonormalityPenalty:
         self._pending: tuple[float, int] | None = None
 
     def _alike(self, bank: Penalties) -> list[_Move]:
-        """What one operation moves.
+        """Return the parameters that one operation can move together.
 
-        A parameter that belongs to several blocks is moved once by each.
+        A parameter of several blocks is moved once by each.
         """
         moves: dict[Hashable, _Move] = {}
         seen: Counter[int] = Counter()
@@ -193,7 +193,7 @@ class OrthonormalityPenalty:
         """Add ``weight`` times the penalty's gradient to the gradients (decoupled: remember the weight).
 
         Args:
-            weight: of the penalty; 0 switches it off for this step.
+            weight: weight of the penalty; 0 switches it off for this step.
             step: the key of SRIP's starting vectors.
             gradient_scale: scalar on the device by which gradients are still multiplied (fused optimizers under AMP).
         """
@@ -203,7 +203,7 @@ class OrthonormalityPenalty:
             self._move(weight, step, gradient_scale)
 
     def after_step(self) -> None:
-        """Move the weights, where the penalty is decoupled; a skipped fused step is none."""
+        """Move the weights if the penalty is decoupled. A skipped fused step is ignored."""
         pending, self._pending = self._pending, None
         if pending is not None and pending[0]:
             skipped: Tensor | None = getattr(self.optimizer, "found_inf", None)
@@ -221,7 +221,7 @@ class OrthonormalityPenalty:
                 moves = [move for move in moves if move.places]
                 if not moves:
                     continue
-                bank.load(finite=self.decoupled)  # what this step broke must not reach the others through the Gram
+                bank.load(finite=self.decoupled)  # a NaN of this step must stay in its filter
                 self._differentiate(bank, starts[at] if starts else None)
                 targets: Sequence[Any] = bank.tensors if self.decoupled else gradients
                 for move in moves:
@@ -247,7 +247,7 @@ class OrthonormalityPenalty:
 
     @torch.no_grad()
     def broken(self) -> dict[str, str]:
-        """Block name -> why its penalty cannot be used now; empty where all are finite. Synchronises."""
+        """Return block name -> reason why its penalty cannot be used now; empty if all are finite. Synchronises."""
         reasons: dict[str, str] = {}
         starts = self._starts(0)
         for at, bank in enumerate(self._banks):
@@ -270,7 +270,7 @@ class OrthonormalityPenalty:
         return reasons
 
     def _differentiate(self, bank: Penalties, starts: Tensor | None) -> None:
-        """Put the gradient of what is loaded into the buffer."""
+        """Compute the gradient for the loaded values into the buffer."""
         if bank.iteration is not None and starts is not None:
             rows, outs = [batch.rows() for batch in bank.batches], [batch.out for batch in bank.batches]
             computed = bank.iteration.gradients(rows, starts, squared=self.squared, outs=outs)
@@ -281,7 +281,7 @@ class OrthonormalityPenalty:
                 batch.store(gradient)
 
     def _gradient(self, batch: Batch) -> Tensor:
-        """The gradient of what is loaded, in ``batch.out`` where there is one."""
+        """Return the gradient for the loaded values, in ``batch.out`` if that exists."""
         rows, out = batch.rows(), batch.out
         if batch.twice is not None:
             return gradients.masked_gradient(rows, batch.twice, batch.identity, out=out)
@@ -291,7 +291,7 @@ class OrthonormalityPenalty:
             gradient = gradients.convolutional_gradient(
                 batch.kernels(), batch.blocks[0].stride, batch.spectrum, out=out
             )
-        else:  # the side of the Gram matrix changes no gradient, so the basis form shares it
+        else:  # the side of the Gram matrix does not change the gradient, so the basis form uses this too
             gradient = gradients.soft_gradient(rows, batch.identity, out=out)
         if self.form == "convolutional" and not self.squared:
             per_matrix = (2 * _convolutional_norms(batch).clamp_min(functional.EPSILON)).repeat_interleave(
@@ -301,7 +301,8 @@ class OrthonormalityPenalty:
         return gradient
 
     def _starts(self, step: int) -> list[Tensor]:
-        """SRIP's starting vectors, ``(sum of B, m)`` per bank, one copy to the device; empty for other forms."""
+        """Return SRIP's starting vectors, ``(sum of B, m)`` per bank, in one copy to the device; empty for other
+        forms."""
         if self.form != "srip":
             return []
         drawn = torch.randn(sum(self._drawn), generator=keyed_generator(self.seed, self.stream, "srip", step))
@@ -314,7 +315,7 @@ class OrthonormalityPenalty:
 
     @torch.no_grad()
     def values(self, step: int = 0) -> dict[str, Tensor]:
-        """Block name -> unweighted penalty minus its smallest possible value, scalars on the device.
+        """Return block name -> unweighted penalty minus its smallest possible value, as scalars on the device.
 
         ``"basis"``: the mean over the block's entries. With more filters than weights per filter the smallest value is
         ``n - d`` ("basis", and the unshifted part of "convolutional") or ``|n - d|`` ("double_soft").
@@ -340,25 +341,28 @@ class OrthonormalityPenalty:
         return {block.name: penalties[block.name] for block in self.blocks}
 
     def total(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The penalty of the blocks in ``values``, from :meth:`values`: pooled means for ``"basis"``, else the sum."""
+        """Return the penalty of all blocks in ``values``, from :meth:`values`: pooled means for ``"basis"``, else the
+        sum."""
         shares = {b.name: b.entries / self._entries[b.pool] if self.form == "basis" else 1.0 for b in self.blocks}
         return torch.stack([value.double() * shares[name] for name, value in values.items()]).sum()
 
 
 def _unreachable(batch: Batch) -> int:
-    """Squared distance from orthonormal rows that more filters than numbers in a filter cannot fall below."""
+    """Return the smallest squared distance from orthonormal rows, which is above 0 for more filters than numbers in a
+    filter."""
     n, d = batch.blocks[0].shape
     return max(0, n - d)
 
 
 def _convolutional_norms(batch: Batch) -> Tensor:
-    """The norm without square of each block, over its groups together, ``(len(blocks),)``."""
+    """Return the norm (not squared) of each block, over its groups together, ``(len(blocks),)``."""
     squares = functional.convolutional_orthogonality(batch.kernels(), batch.blocks[0].stride)
     return squares.view(-1, batch.blocks[0].groups).sum(1).sqrt()
 
 
 def _values(batch: Batch, form: Form, start: Tensor | None, squared: bool) -> Tensor:
-    """What each matrix of a batch is above the reachable minimum, ``(B,)``; ``"basis"`` as a sum over entries."""
+    """Return by how much each matrix of a batch exceeds the reachable minimum, ``(B,)``; for ``"basis"`` as a sum over
+    entries."""
     rows = batch.rows()
     if form == "convolutional":
         return functional.convolutional_orthogonality(batch.kernels(), batch.blocks[0].stride) - _unreachable(batch)

@@ -1,4 +1,4 @@
-"""Which filters are to be orthonormal together: those of a convolution, or of the shared bases of a stage."""
+"""Sets of filters to be made orthonormal together: those of a convolution, or of the shared bases of a stage."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _TRANSPOSED = CONVOLUTIONS[3:]
 
 @dataclass(frozen=True)
 class FilterBlock:
-    """Rows of one matrix, held by one or several parameters.
+    """One matrix of filters, whose rows are in one or several parameters.
 
     Attributes:
-        name: of the layer, or of the Gram of shared bases.
+        name: name of the layer, or of the Gram of shared bases.
         segments: parameters whose filters are the rows, in order; those of a segment have one shape.
         mask: ``(n, n)`` bool, the pairs that count; ``None``: all.
         pool: see :class:`~lightning_filterdiv.shared_basis.FilterBasis`.
-        groups: of the convolution: filters of different groups see different channels and are never compared.
-        transposed: whether filters are dim 1 of the weight.
+        groups: groups of the convolution: filters of different groups see different channels and are never compared.
+        transposed: filters are dim 1 of the weight.
         stride: in taps, for the convolutional form.
     """
 
@@ -44,12 +44,12 @@ class FilterBlock:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All of them, in order."""
+        """Return all parameters in order."""
         return [parameter for segment in self.segments for parameter in segment]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(n, d)`` of each of the ``groups`` matrices."""
+        """Return ``(n, d)``, the shape of each of the ``groups`` matrices."""
         first = self.parameters[0]
         if self.transposed:
             return first.shape[1], first.numel() // first.shape[1] // self.groups
@@ -57,7 +57,7 @@ class FilterBlock:
 
     @property
     def entries(self) -> int:
-        """Pairs that count."""
+        """Return the number of pairs that count."""
         return self.groups * self.shape[0] ** 2 if self.mask is None else int(self.mask.sum())
 
 
@@ -77,20 +77,21 @@ def _ordinary(name: str, conv: Conv | nn.Linear) -> FilterBlock:
 def filter_blocks(
     model: nn.Module, layers: Mapping[str, Conv | nn.Linear], *, unique: bool = False
 ) -> list[FilterBlock]:
-    """One block per ordinary layer of ``layers`` and per Gram of its shared bases.
+    """Return one block per ordinary layer of ``layers``, and one per Gram matrix of its shared bases.
 
     Args:
         model: the network that ``layers`` belong to.
         layers: canonical name -> convolution or linear layer.
-        unique: compare the filters of a basis also with the unique filters of the layers that use it, and those of one
-            layer with each other (the paper's CIFAR-10 experiments); every such pair of different kinds counts once.
+        unique: also compare the filters of a basis with the unique filters of its layers, and unique filters of one
+            layer with each other (the paper's CIFAR-10 experiments). A pair of a shared and a unique filter counts
+            once.
 
     Returns:
         Blocks in the order of ``layers``. If one basis of a Gram is in ``layers``, the block holds all bases of that
         Gram, because frozen filters are still neighbours.
 
     Raises:
-        ValueError: ``unique`` without a layer that has unique filters.
+        ValueError: ``unique`` is set and no layer has unique filters.
     """
     bases = [(canonical_name(name), basis, own) for name, basis, own in shared_bases(model)]
     grams = group_by(bases, lambda entry: entry[1].gram or f"basis {entry[0]}")

@@ -46,7 +46,7 @@ from lightning_filterdiv.training.submodule import check_network, layers_inside
 
 __all__ = ["RePr"]
 
-# Below this share of the summed learning rate, filters regrown last were seen to stay untrained.
+# Below this share of the summed learning rate, the filters regrown last stayed untrained in our runs.
 _ENOUGH_RATE = 0.15
 # The paper's 20 and 10 of 100 epochs, three times.
 _DEFAULT_LENGTHS = (0.2, 0.1, 3)
@@ -61,8 +61,8 @@ class RePr(FilterCallback):
     """Drop the most redundant filters for a while, then bring them back orthogonal to everything else.
 
     Prakash, Storer, Florencio, Zhang: "RePr: Improved Training of Convolutional Filters", CVPR 2019, algorithm 1.
-    Filters are ranked in ``on_train_epoch_end`` and dropped or regrown at the first batch after it, so that every
-    checkpoint holds the network whose metric it names.
+    Filters are ranked in ``on_train_epoch_end`` and dropped or regrown at the first batch after it, so that a
+    checkpoint at the end of an epoch holds the network that was validated.
 
     Model and state stay consistent after an exception or Ctrl-C. A later fit continues from there, or
     :meth:`restore_now` brings the filters back.
@@ -80,18 +80,18 @@ class RePr(FilterCallback):
         gain: scale of regrown filters relative to the mean norm of the layer's survivors. Values well above 1 with a
             large ``prune_fraction`` destabilise training.
         next_layer: columns that read regrown filters: ``"keep"``, ``"zero"`` or ``"small_random"``.
-        hold_consumers: keep those columns still while the filters are out; ``False`` lets weight decay shrink them, as
+        hold_consumers: freeze those columns while the filters are dropped. ``False`` lets weight decay shrink them, as
             in the official code.
         network: trace only this submodule, for example ``"backbone"`` of a detector.
         include: patterns of layers to rank; ``None`` for every ungrouped convolution but the first trainable one
             and 1x1 shortcuts.
         exclude: patterns of layers to leave out.
-        seed: of random ranking and new directions.
+        seed: seed of random ranking and new directions.
         check_ranks_every_n_steps: see :class:`~lightning_filterdiv.training.callback.FilterCallback`.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name; a layer with NaN or inf when filters are ranked or regrown.
-        NoLayersError: nothing to rank, or a drop of no filter.
+        TypeError, ValueError: a bad argument, by name; NaN or inf in a layer when filters are ranked or regrown.
+        NoLayersError: there is no layer to rank, or a drop would take no filter.
     """
 
     gradient_stage = 30
@@ -140,7 +140,7 @@ class RePr(FilterCallback):
         self.seed = check_integer("seed", seed, low=0)
         self._progress = Progress()
         self._upcoming: list[RePrEvent] = []
-        self._epochs: int | None = None  # of the fit when it started: what fractions refer to
+        self._epochs: int | None = None  # length of the fit when it started, to which fractions refer
         # Epochs that are complete when the plan begins; None while all layers are frozen.
         self._plan_start: int | None = 0
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint, until the fit that loads it has started
@@ -153,12 +153,13 @@ class RePr(FilterCallback):
     # ------------------------------------------------------------------ decisions, to be overridden
 
     def schedule(self) -> list[RePrEvent]:
-        """Events of the fit in order; ``event.epoch`` epochs are complete when it happens. Override for another plan.
+        """Return the events of the fit in order. An event happens when ``event.epoch`` epochs are complete. Override it
+        for another plan.
 
-        Where all layers are frozen at first, lengths count from the epoch in which one is unfrozen.
+        If all layers are frozen at first, lengths count from the epoch in which one is unfrozen.
 
         Returns:
-            Drops and regrowths, alternating.
+            Alternating drops and regrowths.
 
         Raises:
             ValueError: a length is a fraction and the number of epochs is unknown.
@@ -169,7 +170,7 @@ class RePr(FilterCallback):
         """Return events as rows: cycle, kind, epoch.
 
         Args:
-            max_epochs: length of a fit to come; ``None`` for the plan of the present or last fit.
+            max_epochs: length of a future fit; ``None`` for the plan of the present or last fit.
 
         Raises:
             ValueError: a length is a fraction, there was no fit yet, and ``max_epochs`` is not given.
@@ -184,7 +185,7 @@ class RePr(FilterCallback):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Events carried out so far: kind, cycle, epoch, step, and which filters of which layer."""
+        """Return the events so far: kind, cycle, epoch, step, and the filters of each layer."""
         loaded = None if self._loaded is None else [CompletedEvent(*event) for event in self._loaded["history"]]
         return [event._asdict() for event in loaded or self._progress.history]
 
@@ -193,20 +194,22 @@ class RePr(FilterCallback):
         return self.history
 
     def filterdiv_dropped(self) -> dict[str, list[tuple[str, int, list[int]]]]:
-        """Return what is out at the moment, for the monitor: see :mod:`lightning_filterdiv.monitor.events`."""
+        """Return the filters that are dropped at the moment, for the monitor: see
+        :mod:`lightning_filterdiv.monitor.events`."""
         silent, unread = self._progress.dropped.regions() if self._progress.dropped is not None else ([], [])
         parts = {"silent": silent, "unread": [part for part in unread if part.block is None]}
         return {key: [(p.tensor, p.dim, p.rows.tolist()) for p in slices] for key, slices in parts.items()}
 
     @property
     def dropped(self) -> dict[str, Tensor]:
-        """Filters that are out at the moment: layer name -> ``(n,)`` indices."""
+        """Return the filters that are dropped at the moment: layer name -> ``(n,)`` indices."""
         return dict(self._progress.dropped.filters) if self._progress.dropped is not None else {}
 
     # ------------------------------------------------------------------ choosing layers
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """Ungrouped convolutions but the first trainable one and 1x1 shortcuts, or what ``include`` names."""
+        """Return ungrouped convolutions without the first trainable one and 1x1 shortcuts, or those that ``include``
+        names."""
         chosen = layers_inside(self.network, select_filters(pl_module, self.include, self.exclude))
         if self.include is not None:
             return chosen
@@ -224,7 +227,7 @@ class RePr(FilterCallback):
     # ------------------------------------------------------------------ start
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up what a checkpoint or an earlier fit left, check and print the plan."""
+        """Continue from a checkpoint or an earlier fit, then check and print the plan."""
         _check_optimizers(trainer.optimizers)
         for index in range(len(trainer.optimizers)):
             self.follow_steps(index)
@@ -238,7 +241,7 @@ class RePr(FilterCallback):
         self._ranked = None
 
     def wait(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the plan begin when a layer is unfrozen; refuse to wait in a sub-network phase."""
+        """Start the plan when a layer is unfrozen. Refuse to wait in a sub-network phase."""
         self._take_up(pl_module)
         if self._progress.dropped is not None:
             raise MisconfigurationException(
@@ -250,7 +253,7 @@ class RePr(FilterCallback):
             self._plan_start = None
 
     def _take_up(self, pl_module: pl.LightningModule) -> None:
-        """Model and state agree afterwards."""
+        """Make model and state agree."""
         loaded, self._loaded = self._loaded, None
         dropped = self._progress.dropped
         if loaded is not None:
@@ -266,7 +269,7 @@ class RePr(FilterCallback):
             self._progress = self._progress.leaving()
 
     def _plan_fit(self, trainer: pl.Trainer) -> None:
-        """Decide what is still to come in this fit, and print it; refuse a plan that the fit cuts off."""
+        """Choose the events that remain in this fit, and print them. Refuse a plan that is longer than the fit."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             self._upcoming = []
             rank_zero_info("RePr: fast_dev_run stops before the first event")
@@ -300,7 +303,7 @@ class RePr(FilterCallback):
         return not own and (isinstance(self.full_epochs, float) or isinstance(self.sub_epochs, float))
 
     def _check_schedule(self, events: Sequence[RePrEvent]) -> None:
-        """Refuse a schedule without events, or one that is out of order."""
+        """Refuse a schedule that has no events or is out of order."""
         start = self._plan_start or 0
         if not events and self._in_fractions and self._epochs is not None:
             full, sub = resolve_lengths(self.full_epochs, self.sub_epochs, self._epochs - start)
@@ -328,7 +331,7 @@ class RePr(FilterCallback):
             )
 
     def _fitted(self, upcoming: list[RePrEvent], epochs: int) -> list[RePrEvent]:
-        """Leave out cycles without room where lengths are fractions; refuse them elsewhere."""
+        """Leave out cycles that do not fit if lengths are fractions; else refuse them."""
         if not upcoming or upcoming[-1].epoch < epochs:
             return upcoming
         regrowth = self._progress.regrowth
@@ -351,7 +354,7 @@ class RePr(FilterCallback):
         )
 
     def _span(self, epochs: int) -> str:
-        """The epochs that a plan may use, for messages."""
+        """Return the epochs that a plan may use, for messages."""
         if not self._plan_start:
             return f"this fit of {epochs} epochs"
         return (
@@ -360,7 +363,7 @@ class RePr(FilterCallback):
         )
 
     def _announce(self, trainer: pl.Trainer, epochs: int | None) -> None:
-        """Print the plan, how it came about, and the learning rate that remains after its last event."""
+        """Print the plan, its reason, and the learning rate that remains after its last event."""
         lines = [plan_table(self._progress.history, self._upcoming)]
         events: list[RePrEvent | CompletedEvent] = [*self._progress.history, *self._upcoming]
         if self._in_fractions and self._epochs is not None:
@@ -405,22 +408,23 @@ class RePr(FilterCallback):
     # ------------------------------------------------------------------ events
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Rank, if the next event is a drop. Nothing changes here: the checkpoint that follows holds these weights."""
+        """Rank the filters if the next event is a drop. No weight changes, because a checkpoint of these weights may
+        follow."""
         # None while all layers are frozen.
         if (
             self._inputs is not None and self._inputs.known
-        ):  # else this run was joined before its first forward call: ranked at the next batch
+        ):  # else RePr joined this run before its first forward call: filters are ranked at the next batch
             self._rank_if_due(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Carry out what is due and not yet done: the first batch after an epoch, wherever a resume came in."""
+        """Carry out events that are due, at the first batch after an epoch or after a resume."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._inputs is None:
             return  # all layers are frozen
         if self._inputs.awaited(self.layers.values()):
-            return  # a run that RePr joins, or training_step skipped the batches so far
+            return  # RePr joined this run, or training_step skipped the batches so far
         while self._upcoming and self._upcoming[0].epoch <= trainer.current_epoch:
             event = self._upcoming[0]
             if event.kind == "drop" and any(after.epoch <= trainer.current_epoch for after in self._upcoming[1:2]):
@@ -432,7 +436,8 @@ class RePr(FilterCallback):
                 numbers = self._drop(trainer, pl_module, event)
             else:
                 numbers = self._regrow(trainer, event)
-            # The event counts by now: a logger may fail (full disk, network), and the next fit goes on after it.
+            # The event is recorded by now. A logger may fail (full disk, network), and the next fit continues after the
+            # event.
             self._upcoming = self._upcoming[1:]
             self._report(event, numbers)
 
@@ -485,8 +490,8 @@ class RePr(FilterCallback):
         numbers = {"score_before_drop": self._mean_score(trainer)}
         dropped = DroppedFilters.collect(pl_module, self._inputs.trace(), self._ranked[1])
         self._ranked = None
-        # From this assignment on the filters count as out: where an exception leaves some of them, on_exception or
-        # the next start silences the rest.
+        # From this assignment on the filters count as dropped. If an exception comes between, on_exception or the next
+        # start silences the rest.
         regrowth = self._upcoming[1] if len(self._upcoming) > 1 else None
         self._progress = self._progress.entering(self._completed(trainer, event, dropped), dropped, regrowth)
         dropped.silence()
@@ -501,7 +506,8 @@ class RePr(FilterCallback):
         )
         done = self._completed(trainer, event, dropped)
         self._holds = {}
-        # Until the second assignment the filters count as out: an exception silences them again, they are regrown anew.
+        # Until the second assignment the filters count as dropped. After an exception they are silenced and regrown
+        # anew.
         dropped.regrow(
             values, trainer.optimizers, next_layer=self.next_layer, key=(self.seed, "next_layer", event.cycle)
         )
@@ -510,7 +516,7 @@ class RePr(FilterCallback):
         return numbers | {"score_after_regrowth": self._mean_score(trainer)}
 
     def _mean_score(self, trainer: pl.Trainer) -> float:
-        """Mean over layers of their filters' mean overlap."""
+        """Return the mean over layers of the mean overlap of their filters."""
         matrices = {name: filter_matrix(conv) for name, conv in self.layers.items()}
         costs = {name: count * count * fan_in for name, (count, fan_in) in ((n, m.shape) for n, m in matrices.items())}
         scores = share(
@@ -540,19 +546,19 @@ class RePr(FilterCallback):
         self._holds = {index: dropped.hold(self.hold_consumers) for index in range(len(trainer.optimizers))}
 
     def before_step(self, index: int) -> None:
-        """Remember the rows that must not move in this step of a sub-network phase."""
+        """Remember the rows that must not move in this step, in a sub-network phase."""
         if self._holds:
             self._holds[index].before_step(self.trainer.optimizers[index])
 
     def after_step(self, index: int) -> None:
-        """Put those rows back."""
+        """Restore those rows."""
         if self._holds:
             self._holds[index].after_step(self.trainer.optimizers[index])
 
     # ------------------------------------------------------------------ end, state
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say it, if the fit ends with filters out."""
+        """Warn if the fit ends while filters are dropped."""
         super().on_train_end(trainer, pl_module)
         dropped = self._progress.dropped
         if dropped is None and self._inputs is not None and self._upcoming:
@@ -568,26 +574,26 @@ class RePr(FilterCallback):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave model and state in agreement, and say it, if filters are out."""
+        """Make model and state agree. Warn if filters are dropped."""
         started, self._loaded = self._inputs is not None, None
         super().on_exception(trainer, pl_module, exception)
         dropped = self._progress.dropped
         if dropped is None or not started:
             return
-        dropped.silence()  # it may come from half a drop, half a regrowth, or a step that was not concluded
+        dropped.silence()  # the exception may interrupt a drop, a regrowth, or a step
         rank_zero_warn(
             f"the fit broke off inside a sub-network phase of RePr: {dropped.count} filters stay dropped ({dropped}). "
             f"The same trainer, or a resume from a checkpoint, goes on with the phase. {_WAY_OUT}"
         )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take up the state of a checkpoint that left nothing to train."""
+        """Apply the state of a checkpoint if the fit had no step left."""
         if self._loaded is not None:
             self._take_up(pl_module)
         super().teardown(trainer, pl_module, stage)
 
     def release(self) -> None:
-        """Stop holding and capturing; the dropped filters stay in the state."""
+        """Stop holding rows and capturing inputs. The dropped filters stay in the state."""
         self._holds = {}
         if self._inputs is not None:
             self._saved_inputs = self._inputs.state() or self._saved_inputs
@@ -595,7 +601,7 @@ class RePr(FilterCallback):
             self._inputs = None
 
     def reset(self) -> None:
-        """Forget an earlier fit; filters that it left out of this model come back first."""
+        """Forget an earlier fit. Filters that it left dropped in this model come back first."""
         dropped = self._progress.dropped
         known = dropped is not None and self._trainer is not None and dropped.model is self._trainer.lightning_module
         if dropped is not None and known and dropped.silent:
@@ -614,28 +620,28 @@ class RePr(FilterCallback):
         self._unsilenceable, self._saved_inputs, self._plan_start = set(), None, 0
 
     def extra_state(self) -> dict[str, Any]:
-        """Events done, filters that are out with their old values, when they come back."""
+        """Return completed events, dropped filters with their old values, and the time of their regrowth."""
         if self._loaded is not None:
             return self._loaded
         inputs = (self._inputs.state() if self._inputs is not None else None) or self._saved_inputs
         return {**self._progress.state(), "inputs": inputs, "epochs": self._epochs, "plan_start": self._plan_start}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Keep :meth:`extra_state` for the start of the fit; a fit that fails before leaves this object as it was."""
+        """Keep the state until the fit starts. If the fit fails before, this object is unchanged."""
         check_state(state)
         check_inputs_state(state["inputs"])
         self._loaded = state
 
     def restore_now(self, model: nn.Module) -> int:
-        """Bring filters back that are out, with their values and norm statistics from before the drop.
+        """Restore dropped filters, with their values and norm statistics from before the drop.
 
-        It needs no file: this object remembers them. To go on with the phase instead, fit again.
+        This object remembers them, so no file is needed. To continue the phase instead, fit again.
 
         Args:
             model: the network that was trained, or one with its weights.
 
         Returns:
-            Number of filters brought back; 0 if none was out.
+            Number of restored filters; 0 if none was dropped.
 
         Raises:
             TypeError: ``model`` is no module.
@@ -654,16 +660,16 @@ class RePr(FilterCallback):
 
     @staticmethod
     def restore(model: nn.Module, checkpoint: Mapping[str, Any]) -> int:
-        """Bring filters back that were out when ``checkpoint`` was saved, with their values before the drop.
+        """Restore filters that were dropped when ``checkpoint`` was saved, with their values from before the drop.
 
-        Norm statistics of those channels come back too. States of subclasses count.
+        Norm statistics of those channels are restored too. States of subclasses are used as well.
 
         Args:
             model: the network, already holding the checkpoint's weights.
             checkpoint: a loaded Lightning checkpoint.
 
         Returns:
-            The number of filters brought back; 0 if none was out.
+            Number of restored filters; 0 if none was dropped.
 
         Raises:
             TypeError: ``model`` is no module, or ``checkpoint`` was not loaded.
@@ -694,7 +700,7 @@ class RePr(FilterCallback):
 
 @contextlib.contextmanager
 def _reading_a_state() -> Iterator[None]:
-    """Report a damaged state in a file, whatever reading it raises."""
+    """Turn any error while a state is read from a file into a report of damage."""
     try:
         yield
     except DAMAGED as error:
@@ -705,7 +711,7 @@ def _reading_a_state() -> Iterator[None]:
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers whose state cannot be told apart filter by filter."""
+    """Refuse optimizers whose state cannot be separated by filters."""
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS | Adafactor):
             raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""RePr as tensor functions: which filters overlap most, which of them are dropped, what replaces them.
+"""RePr as tensor functions: rank filters by overlap, choose those to drop, and draw their replacements.
 
 Prakash, Storer, Florencio, Zhang: "RePr: Improved Training of Convolutional Filters", CVPR 2019. Layers are
 ``(J, d)`` matrices of flattened filters, as ``filter_matrix(conv)`` returns them. Everything is computed in float64 on
@@ -32,16 +32,16 @@ __all__ = [
 
 Criterion = Literal["orthogonality", "norm", "random"]
 Scope = Literal["global", "layer"]
-# Far above the rounding of a sum of cosines, far below any difference that matters.
+# Far above the rounding of a sum of cosines, and far below any relevant difference.
 _TIE_DECIMALS = 12
-# Of a copy to float64, a norm and a quotient, in multiplications per entry.
+# Cost of a copy to float64, a norm and a quotient, in multiplications per entry.
 _PASSES = 50
-# Norm of a filter under torch's default initialisation, U(-1/sqrt(d), 1/sqrt(d)), whatever the fan-in.
+# Norm of a filter under torch's default initialisation, U(-1/sqrt(d), 1/sqrt(d)), for every fan-in.
 _DEFAULT_INIT_NORM = 3**-0.5
 
 
 def _on_host(filters: Tensor, name: str) -> Tensor:
-    """Finite float64 copy on the CPU of ``(..., J, d)``; the transfer happens in the narrow dtype."""
+    """Return a float64 copy on the CPU of a finite ``(..., J, d)``. The transfer happens in the narrow dtype."""
     host = filters.detach().to("cpu").to(torch.float64)
     if not host.isfinite().all():
         broken = int((~host.isfinite()).any(dim=-1).sum())
@@ -76,7 +76,7 @@ def rank_filters(
     generator_key: tuple[int | str, ...] = (),
     among_ranks: bool = False,
 ) -> dict[str, Tensor]:
-    """Score the filters of several layers; the larger the score, the sooner a filter is dropped (section 4).
+    """Score the filters of several layers. Filters with the largest scores are dropped first (section 4).
 
     Args:
         filters: layer name -> ``(J, d)``.
@@ -131,14 +131,14 @@ def select_dropped(
     scope: Scope = "global",
     max_layer_fraction: float | None = None,
 ) -> dict[str, Tensor]:
-    """Choose the filters to drop: those of largest score, ``int(n p + 1e-9)`` in number (Algorithm 1, F-hat).
+    """Choose the ``int(n p + 1e-9)`` filters of largest score, to be dropped (Algorithm 1, F-hat).
 
-    A layer loses at most ``min(J - 1, int(J max_layer_fraction + 1e-9))``. Under the global scope what that refuses
-    goes to the next worst filters elsewhere; the count falls short only when every layer is at its limit. Equal
-    scores are taken in the order of layers, then of filters.
+    A layer loses at most ``min(J - 1, int(J max_layer_fraction + 1e-9))``. Under the global scope the next worst
+    filters of other layers take the places of those that this limit keeps. The number is smaller only if every layer is
+    at its limit. Equal scores are taken in the order of layers, then of filters.
 
     Args:
-        scores: layer name -> ``(J,)``, larger = dropped first; +-inf allowed.
+        scores: layer name -> ``(J,)``; larger ones are dropped first; +-inf is allowed.
         prune_fraction: ``p`` in (0, 1).
         scope: ``"global"``: ``n`` counts the filters of all layers, ranked together; ``"layer"``: each layer alone.
         max_layer_fraction: in (0, 1], or ``None`` for ``J - 1``.
@@ -179,7 +179,7 @@ def select_dropped(
 
 
 def overdrawn_layers(dropped: Mapping[str, Tensor], scores: Mapping[str, Tensor], threshold: float = 0.5) -> list[str]:
-    """Names of the layers that lose more than ``threshold`` of their filters, in the order of ``dropped``."""
+    """Return the names of layers that lose more than ``threshold`` of their filters, in the order of ``dropped``."""
     return [name for name, rows in dropped.items() if rows.numel() > threshold * scores[name].numel()]
 
 
@@ -187,7 +187,7 @@ def overdrawn_layers(dropped: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 
 
 def _row_space(*matrices: Tensor) -> Tensor:
-    """Orthonormal basis ``(r, d)`` of the row space of the row-normalised stack, ``r`` its rank.
+    """Return an orthonormal basis ``(r, d)`` of the row space of the row-normalised stack, ``r`` its rank.
 
     The rows are right-singular directions, largest singular value first. All directions orthogonal to them are the null
     space. (Eigenvalues of ``A A^T`` would square the condition number and lose the rank.)
@@ -206,23 +206,23 @@ def _row_space(*matrices: Tensor) -> Tensor:
 
 
 def _random_null_directions(row_space: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count <= d - r`` orthonormal rows, uniformly distributed in the null space."""
+    """Draw ``count <= d - r`` orthonormal rows, uniformly distributed in the null space."""
     draw = torch.randn(row_space.shape[1], count, generator=generator, dtype=torch.float64, device="cpu")
-    # Twice: orthonormalising many draws of a small space amplifies what the first projection left over.
+    # Project twice: orthonormalising many draws of a small space amplifies the error of the first projection.
     for _ in range(2):
         draw = _orthonormal_columns(draw - row_space.mT @ (row_space @ draw))
     return draw.mT
 
 
 def _orthonormal_columns(columns: Tensor) -> Tensor:
-    """Gram-Schmidt by QR; LAPACK's arbitrary signs are undone, or Gaussian columns would not become uniform ones."""
+    """Orthonormalise by QR. LAPACK's arbitrary signs are undone, so that Gaussian columns become uniform directions."""
     q, r = torch.linalg.qr(columns)
     return torch.mul(q, torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype))
 
 
 @torch.no_grad()
 def null_space_dimension(*matrices: Tensor) -> int:
-    """``d - rank`` of the row-normalised stack of ``(n_i, d)`` matrices, such as old values and survivors.
+    """Return ``d - rank`` of the row-normalised stack of ``(n_i, d)`` matrices, such as old values and survivors.
 
     The rank counts singular values above ``max(n, d) eps`` of the largest, in float64; zero rows do not count.
     """
@@ -234,10 +234,11 @@ def null_space_dimension(*matrices: Tensor) -> int:
 def orthogonal_directions(old: Tensor, survivors: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, int]:
     """Draw directions orthogonal to the dropped filters' old values and to the survivors (section 4, Algorithm 1).
 
-    With ``A = [old; survivors]``, row-normalised, they are ``count`` random orthonormal vectors of its null space if
-    that is large enough. Otherwise they are a random basis of all of it, completed by the right-singular directions
-    of smallest singular value: ``sigma_i`` bounds ``|cos|`` of the i-th with every row of ``A``. When ``count > d``
-    the draw is repeated; each further round is rotated at random, because equal filters could stay equal for good.
+    Let ``A = [old; survivors]`` with rows of length 1. If its null space is large enough, the directions are ``count``
+    random orthonormal vectors of it. Otherwise they are a random basis of the null space, completed by the
+    right-singular directions of smallest singular value: ``sigma_i`` bounds ``|cos|`` of the i-th with every row of
+    ``A``. When ``count > d`` the draw is repeated. Each further round is rotated at random, because equal filters could
+    stay equal for good.
 
     Args:
         old: ``(m, d)``, the dropped filters before they were silenced.
@@ -247,7 +248,7 @@ def orthogonal_directions(old: Tensor, survivors: Tensor, count: int, generator:
 
     Returns:
         ``(count, d)`` float64 unit rows on the CPU, orthonormal in blocks of ``d``, and the dimension of the null
-        space. Where that is at least ``count``, ``|cos|`` with every row of ``A`` is at rounding level (1e-12).
+        space. If that is at least ``count``, ``|cos|`` with every row of ``A`` is at rounding level (1e-12).
 
     Raises:
         TypeError, ValueError: a bad count; shapes that do not fit, NaN or inf.
@@ -271,11 +272,11 @@ def orthogonal_directions(old: Tensor, survivors: Tensor, count: int, generator:
 
 @torch.no_grad()
 def regrow_filters(old: Tensor, survivors: Tensor, gain: float, generator: torch.Generator) -> tuple[Tensor, int]:
-    """New values for the dropped filters of one layer: :func:`orthogonal_directions` times one common norm.
+    """Draw new values for the dropped filters of one layer: :func:`orthogonal_directions` times one common norm.
 
-    The norm is ``gain`` (above 0) times the mean norm of the survivors. Zero rows do not count; where no survivor is
-    left the old values give the mean, and where those are zero too it is ``3^-0.5``, as torch initialises. Large
-    gains with a large pruned share destabilise training.
+    The norm is ``gain`` (above 0) times the mean norm of the survivors. Zero rows do not count. If no survivor is left,
+    the old values give the mean. If those are zero too, the norm is ``3^-0.5``, as torch initialises. Large gains with
+    a large pruned share destabilise training.
 
     Returns:
         ``(m, d)`` float64 on the CPU, and the dimension of the null space of ``[old; survivors]``.

@@ -1,5 +1,5 @@
-"""Drops in a network: choose layers that can lose filters, silence filters exactly, hold them still, bring them back.
-No Lightning here."""
+"""Drop filters of a network: choose layers, silence filters exactly, hold them still, and bring them back. No Lightning
+here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_filterdiv.tensors.sharing import share
 __all__ = ["DroppedFilters", "NextLayer", "Slice", "default_layers", "rankable"]
 
 NextLayer = Literal["keep", "zero", "small_random"]
-# Of the spread of the consumer's other columns.
+# Share of the spread of the consumer's other columns.
 _SMALL = 0.1
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|identity", re.IGNORECASE)
 
@@ -40,10 +40,10 @@ _SHORTCUT = re.compile(r"downsample|shortcut|skip|identity", re.IGNORECASE)
 
 
 def default_layers(layers: Mapping[str, Conv], all_layers: Mapping[str, Conv]) -> dict[str, Conv]:
-    """Ungrouped convolutions of ``layers`` but the network's first trainable one and 1x1 shortcuts.
+    """Return the ungrouped convolutions of ``layers`` without the network's first trainable one and 1x1 shortcuts.
 
     Args:
-        layers: what ``exclude`` leaves.
+        layers: convolutions that ``exclude`` leaves.
         all_layers: every convolution of the network in the order of its modules. A frozen network beside the one that
             is trained (a teacher, a loss network) may be registered first: the first *trainable* one counts.
     """
@@ -56,10 +56,10 @@ def default_layers(layers: Mapping[str, Conv], all_layers: Mapping[str, Conv]) -
 
 
 def rankable(graph: ChannelGraph, layers: Mapping[str, Conv]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Filter matrices of the layers whose filters can be silenced exactly, and why the others' cannot.
+    """Return the filter matrices of layers whose filters can be silenced exactly, and reasons for the others.
 
     Args:
-        graph: of the network that ``layers`` belong to.
+        graph: channel graph of the network that ``layers`` belong to.
         layers: canonical name -> convolution.
 
     Returns:
@@ -91,7 +91,7 @@ class Slice:
     block: tuple[int, int] | None = None
 
     def packed(self) -> list[Any]:
-        """Plain values for a checkpoint."""
+        """Return plain values for a checkpoint."""
         return [self.tensor, self.dim, self.rows.cpu(), list(self.block) if self.block else None]
 
     @classmethod
@@ -101,25 +101,25 @@ class Slice:
         return cls(tensor, dim, rows, (block[0], block[1]) if block else None)
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copy of the rows."""
+        """Return a copy of the rows."""
         tensor = tensors[self.tensor].detach()
         return tensor.index_select(self.dim, self.rows.to(tensor.device)).clone()
 
     def held(self, tensors: Mapping[str, Tensor]) -> HeldRows:
-        """For :class:`RowHold`."""
+        """Return the rows for :class:`RowHold`."""
         parameter = tensors[self.tensor]
         assert isinstance(parameter, nn.Parameter)
         return HeldRows(parameter, self.rows.to(parameter.device), self.dim, self.block)
 
 
 def _few(items: Sequence[Any], separator: str = ", ") -> str:
-    """The first six."""
+    """Return the first six names for a message."""
     more = [f"{len(items) - 6} more"] if len(items) > 6 else []
     return separator.join([*map(str, items[:6]), *more])
 
 
 def _norm_statistics(private: Mapping[str, list[Slice]], modules: Mapping[str, nn.Module]) -> list[Slice]:
-    """Running statistics of the norms among the private tensors, for the same channels."""
+    """Return the running statistics of the norms among the private tensors, for the same channels."""
     channels: dict[str, list[Tensor]] = {}  # by name of the norm
     for part in (part for parts in private.values() for part in parts):
         owner, _, leaf = part.tensor.rpartition(".")
@@ -131,11 +131,11 @@ def _norm_statistics(private: Mapping[str, list[Slice]], modules: Mapping[str, n
 
 
 class DroppedFilters:
-    """Filters that are out of the network, exactly, with what is needed to bring them back.
+    """Filters that are exactly removed from the function of the network, and the values to bring them back.
 
-    Their private region (weight rows, bias entries and every per-channel tensor up to the first join or dense
-    consumer, from :meth:`ChannelGraph.private`) is zero, so they contribute nothing in training and evaluation.
-    :meth:`hold` keeps them and, if asked, the consumers' columns still. Make it with :meth:`drop`, or
+    Their private region is zero, so they contribute nothing in training and evaluation. The region, from
+    :meth:`ChannelGraph.private`, has weight rows, bias entries, and every per-channel tensor up to the first join or
+    dense consumer. :meth:`hold` freezes it, and if asked the columns of consumers. Construct with :meth:`drop`, or with
     :meth:`from_state` after a resume. :meth:`collect` and :meth:`silence` are the two halves of a drop.
     """
 
@@ -163,11 +163,11 @@ class DroppedFilters:
     @classmethod
     @torch.no_grad()
     def collect(cls, model: nn.Module, graph: ChannelGraph, filters: Mapping[str, Tensor]) -> DroppedFilters:
-        """Copy what silencing ``filters`` would overwrite. Nothing is changed yet.
+        """Copy the values that silencing ``filters`` would overwrite. The model is not changed.
 
         Args:
             model: the network that ``graph`` was traced from.
-            graph: answers what belongs to each filter.
+            graph: channel graph, which knows the tensors of each filter.
             filters: layer name -> ``(n,)`` int64 filter indices.
 
         Raises:
@@ -188,20 +188,20 @@ class DroppedFilters:
                     consumers[layer].append(Slice(reader.tensor, reader.dim, columns, reader.block))
         tensors = named_tensors(model)
         old = {layer: [part.of(tensors) for part in parts] for layer, parts in private.items()}
-        # Not touched here, but silent channels will pull them to mean 0 and variance 0 in training.
+        # They are not changed here, but silent channels pull them to mean 0 and variance 0 in training.
         statistics = [(part, part.of(tensors)) for part in _norm_statistics(private, named_modules(model))]
         return cls(model, chosen, private, consumers, old, statistics)
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Set the private regions to zero in place; a second time it changes nothing."""
+        """Set the private regions to zero in place. Repeating it has no effect."""
         tensors = named_tensors(self.model)
         for part in (part for parts in self._private.values() for part in parts):
             tensors[part.tensor].detach().index_fill_(part.dim, part.rows.to(tensors[part.tensor].device), 0)
 
     @property
     def silent(self) -> bool:
-        """Whether the model as it is now has the private regions, and all their parameters are zero."""
+        """True if the present model has the private regions and all their parameters are zero."""
         tensors = named_tensors(self.model)
         parts = [part for parts in self._private.values() for part in parts]
         try:
@@ -213,11 +213,11 @@ class DroppedFilters:
 
     @property
     def count(self) -> int:
-        """Number of dropped filters."""
+        """Return the number of dropped filters."""
         return sum(rows.numel() for rows in self.filters.values())
 
     def regions(self) -> tuple[list[Slice], list[Slice]]:
-        """Rows of tensors that are silent while the filters are out, and columns that read nothing but zeros then."""
+        """Return the rows that are zero while the filters are dropped, and the columns that read only zeros then."""
         return [p for parts in self._private.values() for p in parts], [p for c in self._consumers.values() for p in c]
 
     def __str__(self) -> str:
@@ -225,7 +225,7 @@ class DroppedFilters:
         return _few(layers, "; ")
 
     def moved_to(self, model: nn.Module) -> DroppedFilters:
-        """The same filters of ``model``.
+        """Return the same filters of ``model``.
 
         Raises:
             ValueError: it is another network.
@@ -233,13 +233,14 @@ class DroppedFilters:
         return DroppedFilters.from_state(model, self.state())
 
     def old_filters(self, layer: str) -> Tensor:
-        """Weights of the dropped filters of ``layer`` before the drop, ``(n, d)`` in the order of ``filters``."""
+        """Return the weights of the dropped filters of ``layer`` before the drop, ``(n, d)`` in the order of
+        ``filters``."""
         parts = {part.tensor: (part, old) for part, old in zip(self._private[layer], self._old[layer], strict=True)}
         part, values = parts[f"{layer}.weight"]
         return values.movedim(part.dim, 0).flatten(1)
 
     def hold(self, consumers: bool) -> RowHold:
-        """Return a hold on dropped filters, with ``consumers`` also on the columns that read them."""
+        """Return a hold on the dropped filters, and with ``consumers`` also on the columns that read them."""
         tensors = named_tensors(self.model)
         parts = [part for layer in self.filters for part in self._private[layer]]
         if consumers:
@@ -250,11 +251,11 @@ class DroppedFilters:
     def new_filters(
         self, gain: float, key: tuple[int | str, ...], *, among_ranks: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Draw what replaces the dropped filters, orthogonal to their old values and to the present survivors.
+        """Draw replacements for the dropped filters, orthogonal to their old values and to the present survivors.
 
         Args:
             gain: length relative to the mean norm of the layer's survivors, see :func:`regrow_filters`.
-            key: names the random draws, together with the layer.
+            key: key of the random draws, together with the layer's name.
             among_ranks: divide the layers among the ranks of the default process group, all of which must call this.
 
         Returns:
@@ -262,7 +263,7 @@ class DroppedFilters:
             space that they were drawn from.
 
         Raises:
-            ValueError: a layer holds NaN or inf; it is named.
+            ValueError: NaN or inf in a layer, by name.
         """
         layers = {name: cast(Conv, named_modules(self.model)[name]) for name in self.filters}
 
@@ -304,21 +305,21 @@ class DroppedFilters:
     ) -> None:
         """Bring the filters back with new weights, as fresh as after construction.
 
-        Norms start at weight 1, bias 0, mean 0, variance 1; biases at 0; depthwise kernels and other per-channel values
-        that follow get their old values back, as do frozen ones; optimizer state of all these rows is reset.
+        Norms start at weight 1, bias 0, mean 0, variance 1. Biases start at 0. Depthwise kernels, other per-channel
+        values that follow, and frozen values get their old values back. The optimizer state of all these rows is reset.
 
         Args:
             values: layer -> ``(n, d)`` new filters, in the order of ``filters``; :meth:`new_filters` draws them.
             optimizers: all optimizers of the network.
-            next_layer: what becomes of the columns that read the filters: kept, set to zero, or small random numbers
-                (a tenth of the spread of the tensor); the last two reset their optimizer state. Regrown filters of the
-                reading layer are written as given in any case.
-            key: names the random draw of ``"small_random"``.
+            next_layer: change of the columns that read the filters: keep them, set them to zero, or draw small random
+                numbers (a tenth of the spread of the tensor). The last two reset their optimizer state. Regrown filters
+                of the reading layer are written as given in any case.
+            key: key of the random draw of ``"small_random"``.
         """
         optimizers = list(optimizers)
         self.restore()
         tensors, modules = named_tensors(self.model), named_modules(self.model)
-        # Consumers first: a reader may have regrown filters of its own, whose directions must stay as they were chosen.
+        # Consumers come first: a reader may have regrown filters itself, whose directions must stay as drawn.
         for part in (p for layer in self.filters for p in self._consumers[layer] if next_layer != "keep"):
             self._rewrite_consumer(part, tensors, next_layer, key)
             self._reset_state(part, tensors, optimizers)
@@ -371,7 +372,7 @@ class DroppedFilters:
                     held.fill(state, initial_state(optimizer, parameter, key))
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors, for a checkpoint."""
+        """Return plain values and tensors for a checkpoint."""
         return {
             "filters": dict(self.filters),
             "private": {layer: [part.packed() for part in parts] for layer, parts in self._private.items()},
@@ -382,10 +383,10 @@ class DroppedFilters:
 
     @classmethod
     def from_state(cls, model: nn.Module, state: Mapping[str, Any]) -> DroppedFilters:
-        """The object whose :meth:`state` this is, for a model whose weights were restored too.
+        """Return the object of a :meth:`state`, for a model whose weights were restored too.
 
         Raises:
-            ValueError: the model has no such tensor: it is not the network that was saved.
+            ValueError: the model lacks a tensor, so it is not the network that was saved.
             AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: the state is damaged.
         """
         private, consumers = (
@@ -405,7 +406,7 @@ class DroppedFilters:
         return dropped
 
     def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise an error of any kind unless everything fits the network."""
+        """Raise an error, of any kind, unless all tensors fit the network."""
         if not self.filters.keys() == self._private.keys() == self._consumers.keys() == self._old.keys():
             raise ValueError("its filters, old values and consumers are of different layers")
         for part, values in [*self._kept(), *self._statistics]:
@@ -420,5 +421,5 @@ class DroppedFilters:
                 raise ValueError(f"{layer!r} has other filters out than its old values are of")
 
     def _kept(self) -> list[tuple[Slice, Tensor]]:
-        """Parts of the private regions with their old values."""
+        """Return the parts of the private regions that get their old values back."""
         return [pair for layer in self.filters for pair in zip(self._private[layer], self._old[layer], strict=True)]

@@ -1,7 +1,7 @@
-"""The state of RePr in a fit: events that are done, filters that are out, when they come back. No Lightning here.
+"""State of RePr in a fit: completed events, dropped filters, and the time of their regrowth. No Lightning here.
 
-A :class:`Progress` never changes. The callback replaces it by another in one assignment, so that no exception, Ctrl-C
-included, leaves half of a change behind.
+A :class:`Progress` is immutable. The callback replaces it in one assignment, so that an exception or Ctrl-C never
+leaves a partial change.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["Progress", "check_state"]
 
 
 class Progress(NamedTuple):
-    """What has happened so far.
+    """Events so far, and the phase in progress.
 
     Attributes:
         history: events that were carried out, in order.
-        dropped: filters that are out; ``None`` outside a sub-network phase.
+        dropped: dropped filters; ``None`` outside a sub-network phase.
         regrowth: event that ends the phase; ``None`` outside one, or if the plan never ends it.
     """
 
@@ -31,31 +31,31 @@ class Progress(NamedTuple):
     regrowth: RePrEvent | None = None
 
     def entering(self, done: CompletedEvent, dropped: DroppedFilters, regrowth: RePrEvent | None) -> Progress:
-        """After a drop."""
+        """Return the progress after a drop."""
         return Progress((*self.history, done), dropped, regrowth)
 
     def leaving(self, *done: CompletedEvent) -> Progress:
-        """After a regrowth, or without one where the filters came back otherwise."""
+        """Return the progress after a regrowth, or after the filters were restored in another way."""
         return Progress((*self.history, *done))
 
     def remaining(self, events: Sequence[RePrEvent], epoch: int) -> tuple[Progress, list[RePrEvent]]:
-        """Meet the schedule of a fit that goes on in ``epoch``.
+        """Combine the progress with the schedule of a fit that continues in ``epoch``.
 
-        A phase that has begun ends when it was planned to, also where ``events`` say something else by now. Whole
-        cycles follow, from the first that lies neither in the past nor before the last event.
+        A phase in progress ends as it was planned, even if ``events`` differ by now. Whole cycles follow, from the
+        first that lies neither in the past nor before the last event.
 
         Args:
-            events: drops and regrowths, alternating.
+            events: alternating drops and regrowths.
             epoch: epochs completed.
 
         Returns:
-            This progress with its regrowth, and the events to come.
+            This progress with its regrowth, and the remaining events.
 
         Raises:
-            LookupError: filters are out, and nothing says when they come back.
+            LookupError: filters are dropped, and no regrowth is known.
         """
         if self.dropped is not None:
-            # States of release 0.1 do not say it: then it is the schedule's next regrowth.
+            # States of release 0.1 lack it. It is then the schedule's next regrowth.
             due = self.regrowth or next((e for e in events if e.kind == "regrow" and e.epoch >= epoch), None)
             if due is None and events[-1].kind == "regrow":
                 raise LookupError("no regrowth is due")
@@ -78,7 +78,7 @@ class Progress(NamedTuple):
 
     @classmethod
     def from_state(cls, model: nn.Module, state: dict[str, Any]) -> Progress:
-        """The progress whose :meth:`state` this is; filters that are out are silent in ``model`` afterwards.
+        """Return the progress of a :meth:`state`. Dropped filters are zero in ``model`` afterwards.
 
         Raises:
             ValueError: the model is not the network that was saved.

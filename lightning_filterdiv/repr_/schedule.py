@@ -1,4 +1,4 @@
-"""When filters are dropped and regrown: the events of algorithm 1, and how they meet a fit. No Lightning here."""
+"""Times at which filters are dropped and regrown: the events of algorithm 1 in a fit. No Lightning here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class RePrEvent(NamedTuple):
-    """Drop or regrowth that is due when ``epoch`` epochs have been completed; ``cycle`` counts from 1."""
+    """Drop or regrowth that is due after ``epoch`` epochs; ``cycle`` counts from 1."""
 
     cycle: int
     kind: Literal["drop", "regrow"]
@@ -30,12 +30,12 @@ class RePrEvent(NamedTuple):
 
 
 class CompletedEvent(NamedTuple):
-    """Event that was carried out, as checkpoints and the monitor keep it.
+    """Completed drop or regrowth, as checkpoints and the monitor store it.
 
     Attributes:
         kind: ``"drop"`` or ``"regrow"``.
         cycle: counts from 1.
-        epoch: epochs that had to be completed.
+        epoch: epochs completed before it.
         step: global step of the fit.
         filters: layer name -> filter indices.
     """
@@ -65,7 +65,7 @@ def check_length(name: str, value: object) -> int | float:
 
 
 def resolve_lengths(full_epochs: int | float, sub_epochs: int | float, epochs: int | None) -> tuple[int, int]:
-    """Return both lengths in epochs: a fraction of ``epochs`` is rounded and comes to at least 1.
+    """Return both lengths in epochs. A fraction of ``epochs`` is rounded, and is at least 1.
 
     Raises:
         TypeError, ValueError: a length is neither epochs nor a fraction; a fraction of an unknown number of epochs.
@@ -92,14 +92,15 @@ def plan_events(
     epochs: int | None = None,
     start: int = 0,
 ) -> list[RePrEvent]:
-    """Events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` without the dropped.
+    """Return the events of Algorithm 1 in order: ``S1 = full_epochs`` with all filters, ``S2 = sub_epochs`` with some
+    dropped.
 
     Args:
         full_epochs: epochs, or a fraction of ``epochs``.
         sub_epochs: epochs, or a fraction of ``epochs``.
         cycles: number of drops and regrowths.
-        epochs: length of the fit. If a length is a fraction, cycles are left out that do not end before.
-        start: epochs that are complete when the plan begins. Fractions are of those that are left.
+        epochs: length of the fit. If a length is a fraction, cycles that do not end in the fit are left out.
+        start: epochs that are complete when the plan begins. Fractions refer to the remaining epochs.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; a fraction of an unknown number of epochs.
@@ -117,7 +118,7 @@ def plan_events(
 
 
 def ways_to_fit(full_epochs: int | float, sub_epochs: int | float, cycles: int, epochs: int, start: int = 0) -> str:
-    """Arguments close to these whose last regrowth comes before ``epochs``, and a longer fit, as text.
+    """Return, as text, similar arguments whose last regrowth comes before ``epochs``, and a longer fit.
 
     The plan begins when ``start`` epochs are complete.
     """
@@ -139,24 +140,24 @@ def ways_to_fit(full_epochs: int | float, sub_epochs: int | float, cycles: int, 
 
 
 def plan_table(done: Sequence[CompletedEvent], upcoming: Sequence[RePrEvent]) -> str:
-    """Table of the events of a fit for people, one line each under a heading."""
+    """Return a text table of the events of a fit."""
     rows = [f"  {event.cycle:>5}  {event.kind:<6}  {event.epoch:>11}  done at step {event.step}" for event in done]
     rows += [f"  {event.cycle:>5}  {event.kind:<6}  {event.epoch:>11}" for event in upcoming]
     return "\n".join(["RePr plan", "  cycle  event   after epoch", *rows])
 
 
 def events_missed(events: Sequence[RePrEvent], epoch: int) -> int:
-    """Number of ``events`` to skip when training without a saved state goes on at ``epoch``.
+    """Return the number of ``events`` to skip when training without a saved state continues at ``epoch``.
 
-    The rest begins with the first drop that is not past: half a cycle is never begun.
+    The rest begins with the first drop that is not past, so no cycle begins in its middle.
     """
     return next((i for i, e in enumerate(events) if e.kind == "drop" and e.epoch >= epoch), len(events))
 
 
 def remaining_rate_share(rates: Sequence[float], epoch: int) -> float:
-    """Share of the summed learning rate that is left after ``epoch`` epochs: what a filter regrown then can learn by.
+    """Return the share of the summed learning rate that remains after ``epoch`` epochs for filters regrown then.
 
-    ``rates`` holds the rate of every epoch of the fit; from its end on the share is 0.
+    ``rates`` holds the rate of every epoch of the fit. After the end of the fit the share is 0.
 
     Raises:
         TypeError, ValueError: a negative epoch; rates that are negative or not finite, or that sum to 0.

@@ -1,4 +1,4 @@
-"""One kernel for all layers, or for all layers of a stage (DACNN): the convolution itself is shared, norms are not.
+"""One kernel for all layers, or for all layers of a stage (DACNN). The convolution is shared, norms are not.
 
 "Deep anchored convolutional neural networks", CVPR Workshops 2019 (arXiv 1904.09764).
 """
@@ -28,7 +28,7 @@ Anchoring = Literal["plain", "mix"]
 
 
 def _sharing(stage: Stage) -> dict[str, nn.Module]:
-    """The layers of a stage that keep width and resolution; the others are its transition."""
+    """Return the layers of a stage that keep width and resolution."""
     found: dict[str, nn.Module] = {}
     for name, block in stage.blocks.items():
         for key in ("conv1", "conv2"):
@@ -47,8 +47,8 @@ def share_anchored_filters(
 
     Args:
         model: the network (a ``LightningModule`` works too).
-        mode: ``"mix"``: one kernel per stage; ``"plain"``: one for all stages, which must have one width. A layer that
-            changes width or resolution (the first of a stage) is its transition and keeps its kernel.
+        mode: ``"mix"``: one kernel per stage; ``"plain"``: one for all stages, which must have one width. The first
+            layer of a stage, if it changes width or resolution, keeps a kernel of its own.
         regulator: put an unshared 1x1 convolution behind the second norm of every block, before the addition. It
             starts as the identity.
         stages: only these; ``None``: all that can share.

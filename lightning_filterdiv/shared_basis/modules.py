@@ -1,4 +1,4 @@
-"""Convolutions that share their filters: a basis, used by several layers, and what each layer makes of it.
+"""Convolutions that share their filters: a basis, and layers that each use it in their own way.
 
 Kang, Kim: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", NeurIPS 2021.
 """
@@ -18,13 +18,14 @@ class FilterBasis(nn.Conv2d):
     """A convolution without bias whose filters several layers use.
 
     Args:
-        in_channels: of every layer that uses it.
-        filters: how many, ``S``.
+        in_channels: in channels of every layer that uses it.
+        filters: number of filters, ``S``.
         kernel_size, padding, dilation, padding_mode: of every layer that uses it; the stride is 1.
-        gram: which bases are to be orthonormal *together*: all with one name. By default each for itself.
-        pool: Grams with one name here are averaged over all their entries (see
+        gram: name of the Gram matrix. Bases with one name are made orthonormal *together*. By default each basis has
+            its own.
+        pool: name of a mean. Grams of one pool are averaged over all their entries (see
             :func:`~lightning_filterdiv.orthonormality.basis_penalty`); the means of several pools are added.
-        groups: of the convolution.
+        groups: number of groups of the convolution.
 
     Raises:
         ValueError: ``filters`` is below 1.
@@ -93,11 +94,11 @@ class BasisUser(nn.Module):
 
     @property
     def owns_basis(self) -> bool:
-        """Whether the basis' parameters are found in this layer."""
+        """True if this layer is the one that registers the basis."""
         return "_basis" not in self.__dict__
 
     def extra_repr(self) -> str:
-        """Says where the filters come from."""
+        """Return where the filters come from."""
         return "" if self.owns_basis else f"shared=({self.basis}) of another layer"
 
 
@@ -124,7 +125,7 @@ class SharedGroupedConv2d(BasisUser):
     Args:
         basis: ``S`` shared filters, grouped.
         unique: ``U`` filters of the layer's own.
-        unique_groups: of those.
+        unique_groups: number of groups of those filters.
     """
 
     def __init__(self, basis: FilterBasis, unique: int, unique_groups: int) -> None:
@@ -161,9 +162,9 @@ class SharedBasisConv2d(BasisUser):
 
     Args:
         basis: ``S`` shared filters.
-        out_channels: of the layer.
+        out_channels: output channels of the layer.
         unique: ``U >= 0`` filters of the layer's own.
-        bias: whether the coefficients have one; the paper's layers have none.
+        bias: give the coefficients a bias. The paper's layers have none.
 
     Raises:
         ValueError: ``unique`` is negative.
@@ -176,7 +177,7 @@ class SharedBasisConv2d(BasisUser):
         at: dict[str, Any] = {"device": basis.weight.device, "dtype": basis.weight.dtype}
         self.unique: nn.Conv2d | None = None
         if unique:
-            # It holds weights only: they are convolved together with the basis, padded and dilated as it is.
+            # This layer only holds weights. They run in one convolution with the basis, with its padding and dilation.
             kernel = (basis.kernel_size[0], basis.kernel_size[1])
             self.unique = nn.Conv2d(basis.in_channels, unique, kernel, bias=False, **at)
         self.norm = nn.BatchNorm2d(unique + basis.out_channels, **at)

@@ -1,4 +1,4 @@
-"""Stages of a network and their blocks, found by their layers, whatever their names."""
+"""Find the stages of a network and their blocks by the kinds of their layers, not by names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Kind = Literal["basic", "bottleneck", "grouped", "dense", "inverted"]
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one resolution: the first keeps its layers, the others share; of a dense block all share.
+    """Blocks of one resolution. The first keeps its layers and the others share. In a dense block all share.
 
     Attributes:
-        name: of the container, or ``stage3`` where the network has none.
-        kind: of its blocks.
+        name: name of the container, or ``stage3`` where the network has none.
+        kind: kind of its blocks.
         blocks: name -> block, in order.
     """
 
@@ -32,7 +32,7 @@ class Stage:
 
     @property
     def can_share(self) -> bool:
-        """Whether at least two layers would use a basis."""
+        """True if at least two layers would use a basis."""
         return len(self.blocks) > (1 if self.kind in ("basic", "dense") else 2)
 
     def sharing(self) -> list[dict[str, nn.Module]]:
@@ -56,12 +56,12 @@ def _positions(kind: Kind, block: nn.Module) -> list[str]:
     return ["conv.0.0", "conv.2"]
 
 
-# What the layers of a position are called where the basis is a whole convolution.
+# Names of the positions at which the basis is a whole convolution.
 ROLES: dict[Kind, list[str]] = {"bottleneck": ["conv2", "conv3"], "inverted": ["expansion", "projection"]}
 
 
 def _kind(block: nn.Module) -> Kind | None:
-    """What a block is, by its layers; ``None`` for anything else."""
+    """Return the kind of a block by its layers; ``None`` for anything else."""
     layers = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
     convs = [isinstance(layer, nn.Conv2d | BasisUser) for layer in layers]
     first, second = layers[:2]

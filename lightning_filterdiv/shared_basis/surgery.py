@@ -58,7 +58,7 @@ def check_layers(layers: Mapping[str, nn.Module], *, grouped: bool = False) -> d
 
     Args:
         layers: by name.
-        grouped: grouped convolutions can, too.
+        grouped: allow grouped convolutions too.
 
     Raises:
         SharingError: one cannot, by name.
@@ -119,7 +119,7 @@ def _orthonormal(bases: Sequence[FilterBasis]) -> None:
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """One Gram: bases that are orthonormal together, and who uses which."""
+    """Bases that share a Gram matrix, and the layers that use each of them."""
 
     name: str
     users: list[dict[str, nn.Conv2d]]  # one dict per basis
@@ -159,12 +159,12 @@ class SharingPlan:
 
 @dataclass(frozen=True)
 class GroupedSharingPlan(SharingPlan):
-    """The same of the grouped convolutions of a ResNeXt stage, whose norms and 1x1 convolutions follow in width.
+    """The same for the grouped convolutions of a ResNeXt stage. Norms and 1x1 convolutions behind them change in width.
 
     Attributes:
         blocks: name of the convolution -> its block.
-        groups: of the basis.
-        unique_groups: of the filters of a layer's own.
+        groups: number of groups of the basis.
+        unique_groups: number of groups of a layer's own filters.
     """
 
     blocks: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -239,7 +239,7 @@ def share_filter_bases(
     (MobileNetV2)
     =========================  ======================================================================================
 
-    Stages are found by their blocks, whatever their names: containers of blocks with ``conv1`` and ``conv2`` (and
+    Stages are found by their blocks, not by their names: containers of blocks with ``conv1`` and ``conv2`` (and
     ``conv3``), or runs of torchvision's inverted residuals of one width, called ``stage1``, ``stage2``, ... as in the
     paper. A stage with too few blocks for two layers to share is left as it is. In the released DenseNet-121 the fourth
     dense block uses the basis of the third, and its own basis is unused. Here it uses its own. The number of parameters
@@ -293,13 +293,13 @@ def share_filter_bases(
 
 
 def _groups(model: nn.Module, layers: object) -> Iterator[tuple[str, dict[str, nn.Module]]]:
-    """Yield name of the basis and its layers, in the order in which the user names them."""
+    """Yield the name of each basis and its layers, in the user's order."""
     modules = named_modules(model)
     first_names = set({module: name for name, module in reversed(modules.items())}.values())
     convolutions = [n for n, m in modules.items() if isinstance(m, nn.Conv2d | BasisUser) and n in first_names]
     for basis, given in (layers if isinstance(layers, Mapping) else {None: layers}).items():
         patterns = check_patterns("layers" if basis is None else f"layers[{basis!r}]", given) or []
-        # A layer that is named in full is meant, whatever it is; check_layers says why it cannot share.
+        # A full name selects any layer; check_layers says why it cannot share.
         names = [*convolutions, *(name for name in patterns if name in modules and name not in convolutions)]
         chosen = [
             name
@@ -317,10 +317,10 @@ def _groups(model: nn.Module, layers: object) -> Iterator[tuple[str, dict[str, n
 
 
 def choose_stages(names: Sequence[str], patterns: object) -> list[str]:
-    """Return the stages of these names that ``patterns`` mean, all of them for ``None``.
+    """Return the stages that ``patterns`` select by name, all for ``None``.
 
     Raises:
-        TypeError, ValueError: no patterns.
+        TypeError, ValueError: ``patterns`` is no list of strings.
         SharingError: a pattern matches none.
     """
     wanted = check_patterns("stages", patterns)
@@ -332,7 +332,7 @@ def choose_stages(names: Sequence[str], patterns: object) -> list[str]:
     return [n for p in wanted for n in match_pattern(p, names, argument="stages", noun=noun, error=SharingError)]
 
 
-#: Kinds of blocks of which ``shared`` and ``unique`` count filters, and those of which there may be two bases.
+#: Kinds of blocks in which ``shared`` and ``unique`` count filters, and kinds that may have two bases.
 _COUNTED = {"basic", "grouped", "dense"}
 _DOUBLE = {"basic", "bottleneck", "inverted"}
 

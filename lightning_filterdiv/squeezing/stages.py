@@ -1,4 +1,4 @@
-"""Squeezing step by step: a little, train, a little more."""
+"""Squeeze a network in several stages, with training in each."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class StageRow:
     """One stage.
 
     Attributes:
-        stage: the share of the original that it was to reach.
-        channels: of all groups, after it.
-        parameters: likewise.
-        macs: multiply-accumulate operations on the example inputs, likewise.
-        change: relative change of the outputs by narrowing: by the projection for C-SGD, by pruning before its fit.
+        stage: wanted share of the original.
+        channels: channels of all groups after the stage.
+        parameters: parameters after the stage.
+        macs: multiply-accumulate operations on the example inputs after the stage.
+        change: relative change of the outputs by narrowing: by the projection for C-SGD, or by pruning before its fit.
         accuracy: share of right predictions on ``loader`` at the end of the stage; ``None`` without one.
     """
 
@@ -91,14 +91,14 @@ def squeeze_in_stages(
     tolerance: float = 1e-3,
     **arguments: Any,
 ) -> Squeezed:
-    """Narrow and train, once per stage; the parameters are replaced between fits, never inside one.
+    """Narrow and train once per stage. Parameters are replaced between fits, never inside one.
 
     Every stage is a fit of its own, with a new optimizer and learning rate. With ``folder`` an interrupted run
     continues when it is started again with the same arguments: finished stages are read from the folder, and the
     unfinished fit gets its checkpoint. Under DDP every rank runs this; rank 0 writes.
 
     Args:
-        model: the network or LightningModule to squeeze, as it is before the first stage, also when a run goes on.
+        model: network or LightningModule to squeeze, in its state before the first stage, also when a run continues.
             The first stage of C-SGD trains it in place.
         fit: ``fit(model, callbacks, checkpoint)``: train ``model`` in a new Trainer with these callbacks, and hand
             ``checkpoint`` (a path or ``None``) to ``trainer.fit(..., ckpt_path=checkpoint)``. The callbacks are
@@ -108,14 +108,14 @@ def squeeze_in_stages(
             :func:`~lightning_filterdiv.narrowing.prune_channels`, then train.
         stages: shares of the *original* network, from wide to narrow.
         target: quantity that ``stages`` are shares of: widths, multiply-accumulate operations or parameters.
-        folder: keeps what an interrupted run needs to continue; made if it is missing.
+        folder: folder for the files that an interrupted run needs to continue. It is made if it is missing.
         loader: batches of (inputs, labels) for the accuracy after each stage.
         tolerance: see :func:`~lightning_filterdiv.narrowing.merge.merge_channels`.
         **arguments: further arguments of CentripetalSGD or prune_channels.
 
     Raises:
         ValueError: stages do not shrink, or are outside (0, 1]; the folder belongs to another run.
-        NotTiedError: a stage of C-SGD did not bring its clusters together.
+        NotTiedError: the clusters of a stage of C-SGD did not become equal.
         TargetError: a stage is out of reach.
     """
     checked = [check_number(f"stages[{i}]", stage, above=0.0, high=1.0) for i, stage in enumerate(stages)]
@@ -144,7 +144,7 @@ def squeeze_in_stages(
             pruned = prune_channels(model, example_inputs, **rule, verbose=_is_first_rank(), **arguments)
             model, change = pruned.network, pruned.report.change
             if (start := notes.path(number, "start")) is not None and start.exists():
-                model = load_merged(model, start)  # to the bit, whatever was measured on other batches
+                model = load_merged(model, start)  # bit for bit, independent of measurements on other batches
             notes.save(number, "start", model)
             fit(model.train(), callbacks, checkpoint)
         rows.append(original.row(ChannelGraph.trace(model, example_inputs, network=network), stage, change))
@@ -162,7 +162,7 @@ def _is_first_rank() -> bool:
 
 
 class _Original:
-    """What the shares of all stages refer to."""
+    """Size of the original, to which the shares of all stages refer."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.sizes = {group.name: group.size for group in graph.groups}
@@ -170,24 +170,24 @@ class _Original:
         self.costs["target_parameters"] = network_cost(graph, "parameters").full
 
     def share(self, graph: ChannelGraph, target: Target, stage: float) -> Any:
-        """The share of the network as it is now that is ``stage`` of the original."""
+        """Return the share of the present network that is ``stage`` of the original."""
         if target != "keep_fraction":
             now = network_cost(graph, "macs" if target == "target_macs" else "parameters").full
             return min(1.0, stage * self.costs[target] / now)
         fractions: dict[str, float] = {}
         for group in graph.groups:
             wanted = kept_count(self.sizes.get(group.name, group.size), stage)
-            # By layer name; where a layer is split into several groups, the widest share counts.
+            # By layer name. If a layer is split into several groups, the widest share counts.
             share = min(1.0, wanted / group.size)
             for layer in group.layers:
                 fractions[layer] = max(share, fractions.get(layer, 0.0))
-            # Layers that share channels must be given one share.
+            # Layers that share channels need equal shares.
             widest = max(fractions[layer] for layer in group.layers)
             fractions |= dict.fromkeys(group.layers, widest)
         return fractions
 
     def row(self, graph: ChannelGraph, stage: float, change: float) -> StageRow:
-        """What the network of ``graph`` has."""
+        """Return the row of the network of ``graph``."""
         return StageRow(
             stage=stage,
             channels=sum(group.size for group in graph.groups),
@@ -198,7 +198,7 @@ class _Original:
 
 
 class _Notes:
-    """Files that a broken-off run goes on from; without a folder, none."""
+    """Files from which an interrupted run continues; none without a folder."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, asked: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -215,11 +215,11 @@ class _Notes:
                 self.rows = [StageRow(**row) for row in found["rows"]]
 
     def path(self, number: int, when: str) -> Path | None:
-        """File of the network at the start or the end of a stage."""
+        """Return the file of the network at the start or the end of a stage."""
         return None if self.folder is None else self.folder / f"stage{number}-{when}.pt"
 
     def callbacks(self, number: int) -> tuple[list[Callback], str | None]:
-        """A callback that keeps the last checkpoint of a stage, and the one that is there."""
+        """Return a callback that keeps the last checkpoint of a stage, and the present checkpoint."""
         if self.folder is None:
             return [], None
         place = self.folder / f"stage{number}"
@@ -234,7 +234,7 @@ class _Notes:
             save_merged(model, path)
 
     def finish(self, number: int, row: StageRow) -> None:
-        """Note a stage as done, when its network is on disk; all ranks wait for that."""
+        """Mark a stage as done once its network is on disk. All ranks wait for that."""
         if self.folder is not None:
             self.rows.append(row)
             if _is_first_rank():

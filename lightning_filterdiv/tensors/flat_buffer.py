@@ -1,9 +1,9 @@
-"""Many tensors of any shapes side by side, so that one operation reads or edits all of them.
+"""Buffers that hold many tensors of any shapes, so that one operation reads or edits all of them.
 
 The cost of a per-step edit should follow the number of *distinct shapes* in a network, not its depth.
-:class:`FlatBuffer` keeps room and views from step to step. It holds copies, or, after :meth:`FlatBuffer.adopt`, the
-tensors themselves: then nothing is copied at all. :class:`Bank` orders tensors by layout, so that those of one layout
-are one ``(L, n, d)`` batch.
+:class:`FlatBuffer` keeps its memory and views from step to step. It holds copies of tensors. After
+:meth:`FlatBuffer.adopt` it holds the tensors themselves, and nothing is copied. :class:`Bank` orders tensors by layout,
+so that those of one layout are one ``(L, n, d)`` batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_filterdiv.tensors.stacking import is_dense
 
 __all__ = ["Bank", "FlatBuffer", "ParameterBuffer", "Run", "owns_storage"]
 
-# Vectorised loads want it at the start of a tensor. An adopted tensor starts where an allocation of its own would:
+# Alignment of tensors, for vectorised loads. An adopted tensor starts where an allocation of its own would, because
 # cuDNN chooses its kernels by alignment.
 _ALIGNMENT_BYTES, _ALLOCATION_BYTES = 64, 512
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -28,17 +28,18 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 class FlatBuffer:
     """A one-dimensional buffer with a view for each of several tensors, shaped and strided like it.
 
-    Neighbours of one layout lie at equal distances, so that :meth:`stack` can show them as one tensor; unless the
-    buffer is for adoption there is no gap between them.
+    Neighbours of one layout lie at equal distances, so that :meth:`stack` can view them as one tensor. Only a buffer
+    for adoption has gaps between them.
 
     Args:
-        like: at least one tensor; only their layouts count. What has gaps or repeated entries gets a contiguous view.
-        dtype: of the buffer; ``None``: that of the first tensor. Copies convert.
-        device: of the buffer; ``None``: that of the first tensor.
+        like: at least one tensor; only the layouts matter. A tensor with gaps or repeated entries gets a contiguous
+            view.
+        dtype: dtype of the buffer; ``None``: that of the first tensor. Copies convert.
+        device: device of the buffer; ``None``: that of the first tensor.
         adoptable: align every tensor as an allocation of its own would be.
     """
 
-    #: On a CPU, where ``_foreach_copy_`` is a loop of copies. Off to count there what a GPU would do.
+    #: Avoid ``_foreach_copy_`` on a CPU, where it is a loop of copies. Off when kernels are counted as on a GPU.
     stacks_on_cpu: ClassVar[bool] = True
 
     def __init__(
@@ -68,7 +69,7 @@ class FlatBuffer:
             size += layout[0].numel()
         if adoptable:
             size = -(-size // unit) * unit
-        #: ``(N,)``, zeros at first. What lies between tensors is written by no copy.
+        #: ``(N,)``, zeros at first. No copy writes into the gaps between tensors.
         self.flat = torch.zeros(size, dtype=dtype, device=like[0].device if device is None else device)
         #: One view per tensor.
         self.views = [
@@ -84,17 +85,17 @@ class FlatBuffer:
         self._addresses: list[object] = []
 
     def start(self, i: int) -> int:
-        """Where tensor ``i`` begins in :attr:`flat`; its end for ``i`` = number of tensors."""
+        """Return where tensor ``i`` begins in :attr:`flat`; the end of all for ``i`` = number of tensors."""
         return self._starts[i] if i < len(self._starts) else self.flat.numel()
 
     def stack(self, first: int, count: int) -> Tensor:
-        """Tensors ``first`` to ``first + count - 1``, neighbours of one layout, as a ``(count, *shape)`` view."""
+        """Return tensors ``first`` to ``first + count - 1``, which have one layout, as a ``(count, *shape)`` view."""
         view = self.views[first]
         pitch = self._starts[first + 1] - self._starts[first] if count > 1 else view.numel()
         return self.flat.as_strided((count, *view.shape), (pitch, *view.stride()), self._starts[first])
 
     def read(self, tensors: list[Tensor], members: Sequence[int] | None = None) -> None:
-        """Copy ``tensors``, at least one, to the places ``members``; ``None``: one tensor for every place."""
+        """Copy ``tensors`` (at least one) to the places ``members``; ``None``: one tensor for every place."""
         with torch.no_grad():
             if self.stacks_on_cpu and self.flat.is_cpu and len(tensors) == len(self.views):
                 for first, end, stacked in self._runs:
@@ -103,7 +104,7 @@ class FlatBuffer:
                 torch._foreach_copy_(self._places(members), tensors)
 
     def write(self, tensors: list[Tensor], members: Sequence[int] | None = None) -> None:
-        """Copy what lies at the places ``members`` into ``tensors``, at least one, in place."""
+        """Copy the values at the places ``members`` into ``tensors`` (at least one), in place."""
         with torch.no_grad():
             torch._foreach_copy_(tensors, self._places(members))
 
@@ -133,12 +134,12 @@ class FlatBuffer:
 
     @property
     def shared(self) -> bool:
-        """Whether adopted tensors still live here, all of them: ``tensor.data = ...`` moves one elsewhere."""
+        """True if all adopted tensors are still in the buffer. ``tensor.data = ...`` moves one out."""
         return bool(self._adopted) and self._addresses == [self._address(tensor) for tensor in self._adopted]
 
     @torch.no_grad()
     def release(self) -> None:
-        """Give every adopted tensor a storage of its own again; one whose data was moved meanwhile has it already."""
+        """Give every adopted tensor a storage of its own again, unless its data were moved meanwhile."""
         for tensor in self._adopted:
             if _place(tensor)[0] == _place(self.flat)[0]:
                 tensor.data = tensor.data.clone()
@@ -146,10 +147,10 @@ class FlatBuffer:
 
 
 class ParameterBuffer:
-    """Parameters of one dtype and device side by side: themselves where that is safe, else copies of them.
+    """Parameters of one dtype and device in one buffer: the parameters themselves if that is safe, else copies.
 
-    Results are the same. It is not safe where one is a view of somebody else's storage, and no longer where the data of
-    one was moved after the buffer was built.
+    Results do not depend on it. Holding a parameter itself is unsafe if it is a view of another storage, or if its data
+    were moved after the buffer was built.
 
     Args:
         parameters: at least one.
@@ -168,13 +169,13 @@ class ParameterBuffer:
             self.buffer.adopt(parameters)
 
     def read(self) -> None:
-        """Let the buffer hold the current values; nothing to do where it holds the parameters themselves."""
+        """Copy the current values into the buffer. No copy is needed where it holds the parameters themselves."""
         if not self.buffer.shared:
-            self.buffer.release()  # some may still be here, and not in their own place
+            self.buffer.release()  # some may still be in the buffer, at another place than their own
             self.buffer.read(self.parameters)
 
     def write(self) -> None:
-        """Let the parameters have the values of the buffer."""
+        """Copy the values of the buffer into the parameters."""
         if not self.buffer.shared:
             self.buffer.write(self.parameters)
 
@@ -191,21 +192,22 @@ class Run:
 
     @property
     def members(self) -> range:
-        """Their places in the buffers."""
+        """Places of the tensors in the buffers."""
         return range(self.first, self.first + self.count)
 
     def stacked(self, buffer: FlatBuffer) -> Tensor:
-        """``(L, *shape)``, a view."""
+        """Return the tensors as a ``(L, *shape)`` view."""
         return buffer.stack(self.first, self.count)
 
     def rows(self, buffer: FlatBuffer, count: int, dim: int = 0, *, ordered: bool = False) -> Tensor | None:
-        """``(L * parts, count, d)``, a view of the same memory; ``None`` if a row along ``dim`` is not one block of it.
+        """Return the rows as a ``(L * parts, count, d)`` view; ``None`` if a row along ``dim`` is not one block of
+        memory.
 
         Args:
-            buffer: of the bank.
+            buffer: a buffer of the bank.
             count: rows of a matrix; a divisor of the size along ``dim``, where a tensor holds several matrices.
             dim: whose slices are the rows.
-            ordered: whether the entries of a row must be in the order of the dims.
+            ordered: require the entries of a row in the order of the dims.
         """
         stacked = self.stacked(buffer).movedim(dim + 1, 1)
         block = math.prod(stacked.shape[2:])
@@ -216,11 +218,11 @@ class Run:
 
 
 class Bank:
-    """Tensors ordered by layout, and buffers for them that are laid out alike.
+    """Tensors ordered by layout, and buffers with the same layout.
 
     Args:
         runs: tensors of one shape, stride and device each.
-        dtype: of the buffers.
+        dtype: dtype of the buffers.
     """
 
     def __init__(self, runs: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
@@ -232,11 +234,12 @@ class Bank:
         self.dtype = dtype
 
     def buffer(self) -> FlatBuffer:
-        """A new one, of zeros."""
+        """Return a new buffer of zeros."""
         return FlatBuffer(self.tensors, self.dtype)
 
     def gradients(self) -> tuple[list[Tensor], Sequence[int] | None]:
-        """The gradients there are and their places, ``None`` if there is one for every tensor."""
+        """Return the gradients and the places of their tensors; ``None`` for the places if every tensor has a
+        gradient."""
         found = [gradient for tensor in self.tensors if (gradient := tensor.grad) is not None]
         if len(found) == len(self.tensors):
             return found, None
@@ -244,12 +247,12 @@ class Bank:
 
 
 def owns_storage(tensor: Tensor) -> bool:
-    """Whether the tensor fills its storage alone, without gaps."""
+    """True if the tensor is alone in its storage and fills it."""
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and is_dense(tensor)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """Which storage a tensor lives in, and where: an identity that fake tensors have too."""
+    """Return storage and offset of a tensor. Unlike an address, fake tensors have them too."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 

@@ -1,8 +1,9 @@
-"""Private, seeded randomness: the same on every rank, nothing to save, the global generators untouched.
+"""Private, seeded randomness: equal on every rank, without state, and independent of the global generators.
 
 A draw is a function of its key, ``(seed, stream, step)`` or ``(seed, event, layer)``. One ``torch.manual_seed(rank)``
 in user code therefore cannot make replicas disagree, and a resumed run draws what the uninterrupted run drew.
-Generators live on the CPU, so that the draws do not depend on the device type either; :func:`stage` takes them there.
+Generators live on the CPU, so that the draws do not depend on the device type. :func:`stage` copies the draws to the
+device.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ __all__ = ["keyed_generator", "stage"]
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """CPU generator seeded by a hash of ``key``, for example ``(seed, stream, step)``.
+    """Return a CPU generator seeded by a hash of ``key``, for example ``(seed, stream, step)``.
 
     Args:
         key: integers and strings; equal keys give equal draws, neighbouring keys unrelated ones.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    # torch seeds its Mersenne twister with the low 32 bits only; a hash spreads every key over all of them.
+    # torch seeds its Mersenne twister with the low 32 bits only. A hash spreads every key over all of them.
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

@@ -1,4 +1,4 @@
-"""Do all ranks hold the same bits? A debugging aid: DDP synchronises parameters once, at construction."""
+"""Check that all ranks hold the same bits. For debugging: DDP synchronises parameters once, at construction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["RankDivergenceError", "bit_checksums", "check_ranks_agree"]
 
-# Entries wider than 32 bits are read in halves: a high bit times a position would be carried out of the 64-bit sum.
+# Entries wider than 32 bits are read in halves. A high bit times a position would overflow the 64-bit sum.
 _INTEGERS = {1: torch.int8, 2: torch.int16}
 
 
@@ -19,7 +19,7 @@ class RankDivergenceError(RuntimeError):
 
 
 def bit_checksums(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Two checksums of the bits of each tensor: their sum, and their sum weighted by position.
+    """Return two checksums of the bits of each tensor: their sum, and their sum weighted by position.
 
     Args:
         tensors: ``T`` tensors of any shape and dtype, on one device.
@@ -40,7 +40,8 @@ def bit_checksums(tensors: Mapping[str, Tensor]) -> Tensor:
 def check_ranks_agree(tensors: Mapping[str, Tensor], context: str) -> None:
     """Raise on every rank if ``tensors`` are not bit-identical across the default process group.
 
-    One collective of ``16 * T`` bytes per rank; it synchronises with the device. Nothing to do without a process group.
+    It takes one collective of ``16 * T`` bytes per rank and synchronises with the device. Without a process group it
+    does nothing.
 
     Args:
         tensors: name -> tensor, the same names in the same order on all ranks.

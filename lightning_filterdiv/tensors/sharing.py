@@ -1,7 +1,6 @@
-"""Work on layers divided among ranks: each does a part of it, and all get every result.
+"""Divide work on layers among ranks. Each rank computes a part, and all ranks get every result.
 
-A result must depend on its own layer alone, not on what else is computed with it: then its bits do not depend on the
-number of ranks.
+A result must depend on its own layer alone. Its bits then do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ T = TypeVar("T")
 def divide(costs: Mapping[K, float], shares: int) -> list[list[K]]:
     """Divide items into shares that cost about the same.
 
-    The dearest item goes first, each to the share that has least so far (Graham 1969: the dearest share costs at most
-    4/3 of what the best division has). Ties go to the first item and the first share.
+    Items are taken from the most to the least expensive; each goes to the share with the lowest cost so far (Graham
+    1969: the largest share costs at most 4/3 of the optimum). Ties go to the first item and the first share.
 
     Args:
         costs: item -> estimated cost, in any unit.
@@ -46,11 +45,11 @@ def divide(costs: Mapping[K, float], shares: int) -> list[list[K]]:
 
 
 def share(costs: Mapping[K, float], compute: Callable[[K], T], *, among_ranks: bool) -> dict[K, T]:
-    """Compute something for every item, with ``among_ranks`` each item on one rank only.
+    """Compute a result for every item; with ``among_ranks`` each item on one rank only.
 
     Args:
         costs: item -> estimated cost, the same on all ranks.
-        compute: item -> result, which can be pickled; a tensor in it is on the CPU. It depends on the item alone.
+        compute: item -> result, which can be pickled. It must depend on the item alone. Tensors in it are on the CPU.
         among_ranks: divide the items among the ranks of the default process group, all of which must call this. It
             sends the results once to every rank. Otherwise everything is computed here.
 
@@ -69,7 +68,7 @@ def share(costs: Mapping[K, float], compute: Callable[[K], T], *, among_ranks: b
     for item in divide(costs, dist.get_world_size())[dist.get_rank()]:
         try:
             results[item] = compute(item)
-        except Exception as error:  # the other ranks wait for this one: they must hear of it
+        except Exception as error:  # the other ranks wait for this one and must learn of the error
             failure = (list(costs).index(item), error)
             break
     everything: dict[K, T] = {}
@@ -91,12 +90,12 @@ def share(costs: Mapping[K, float], compute: Callable[[K], T], *, among_ranks: b
 
 
 def _packed(answer: tuple[int, dict[Any, Any], tuple[int, Exception] | None]) -> bytes:
-    """``answer`` as bytes that another process can read; what cannot be packed is answered with an error."""
+    """Return ``answer`` as bytes for another process. If it cannot be pickled, the bytes hold an error instead."""
     asked, _, failure = answer
     try:
         packed = pickle.dumps(answer)
         if failure is not None:
-            pickle.loads(packed)  # an exception may only fail when it is made again
+            pickle.loads(packed)  # some exceptions fail only when they are unpickled
         return packed
     except Exception as error:
         position, reason = failure or (0, error)
@@ -104,10 +103,10 @@ def _packed(answer: tuple[int, dict[Any, Any], tuple[int, Exception] | None]) ->
 
 
 def _exchange(mine: bytes) -> list[bytes]:
-    """The bytes of every rank, on every rank.
+    """Send the bytes of every rank to all ranks.
 
-    They are added up in one buffer in which every rank fills its own place: unlike the padded parts of
-    ``all_gather_object`` it is as large as all results together, whatever the number of ranks.
+    Every rank fills its own part of one buffer, and the buffers are added. The buffer is as large as all results
+    together; ``all_gather_object`` would pad every part to the largest.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     on_cpu = "cpu:" in dist.get_backend_config()

@@ -1,8 +1,8 @@
-"""Same-shaped tensors as one ``(L, *shape)`` tensor, so that one kernel reads or writes all of them.
+"""Stack same-shaped tensors into one ``(L, *shape)`` tensor, so that one kernel reads or writes all of them.
 
 Reading many tensors at once is one ``torch.stack``. Writing them back is one ``torch._foreach_copy_``, which launches
-one kernel per chunk on a GPU but one per tensor on a CPU. What keeps its room from step to step is in
-:mod:`~lightning_filterdiv.tensors.flat_buffer`.
+one kernel per chunk on a GPU but one per tensor on a CPU. :mod:`~lightning_filterdiv.tensors.flat_buffer` has buffers
+that are reused from step to step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 
 def storage_order(tensor: Tensor) -> list[int]:
-    """Dims from the slowest to the fastest in memory: the permutation that makes a dense tensor contiguous."""
+    """Return the dims from the slowest to the fastest in memory: the permutation that makes a dense tensor
+    contiguous."""
     strides = tensor.stride()
     return sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
 
@@ -35,8 +36,8 @@ def storage_order(tensor: Tensor) -> list[int]:
 def gather(tensors: Sequence[Tensor]) -> Tensor:
     """Copy ``L`` tensors of one shape and dtype into a new ``(L, *shape)`` tensor, keeping their memory format.
 
-    The inverse, :func:`scatter`, then copies between tensors of equal strides, which is what ``_foreach`` needs to use
-    one kernel for all of them.
+    The inverse, :func:`scatter`, then copies between tensors of equal strides. ``_foreach`` needs that to use one
+    kernel for all of them.
     """
     order = storage_order(tensors[0])
     stacked = torch.stack([tensor.detach().permute(order) for tensor in tensors])

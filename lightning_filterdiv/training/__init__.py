@@ -1,4 +1,4 @@
-"""What callbacks share that knows Lightning: guard rails, the step protocol, example inputs, learning rates."""
+"""Shared code of callbacks that needs Lightning: guard rails, step protocol, example inputs, learning rates."""
 
 import lazy_loader
 

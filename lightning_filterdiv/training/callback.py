@@ -1,8 +1,9 @@
 """``FilterCallback``: the guard rails that every callback of this package shares.
 
 A subclass says which layers it wants, prepares itself in :meth:`FilterCallback.prepare`, and acts in Lightning's hooks.
-Everything else is here: choosing layers when the network is final, refusing what cannot be right, a stable state key,
-state that a ``weights_only`` load accepts, optimizer hooks that are always removed, and a check that ranks agree.
+The base class does the rest. It chooses layers once the network is final and refuses what cannot be exact. It has a
+stable state key and a state that a ``weights_only`` load accepts. It removes optimizer hooks in every case, and can
+check that ranks agree.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from lightning_filterdiv.training.versions import warn_once_about_versions
 __all__ = ["FilterCallback"]
 
 _STATE_VERSION = 1
-#: What reading a damaged state may raise.
+#: Exceptions that reading a damaged state may raise.
 DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def describe_damage(error: Exception) -> str:
-    """What one of :data:`DAMAGED` says about a state, on one line."""
+    """Return the message of an error in :data:`DAMAGED` on one line."""
     said = " ".join(str(error).split())
     return f"missing entry {said}" if isinstance(error, KeyError) else said
 
@@ -56,8 +57,8 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 class FilterCallback(Callback):
     """Base of all callbacks of this package.
 
-    Every constructor argument is keyword-only, a plain value, and stored under its own name: ``repr`` and the saved
-    state rely on it.
+    Every constructor argument is keyword-only, a plain value, and stored under its own name. ``repr`` and the saved
+    state rely on this.
 
     Args:
         include: patterns of layers to act on; ``None`` for the method's default.
@@ -67,7 +68,7 @@ class FilterCallback(Callback):
     """
 
     #: Exact strategy classes in which every rank holds whole parameters and whole gradients, in both of Lightning's
-    #: namespaces (DeepSpeed's class derives from DDP's: subclasses do not count). To use another one, check that this
+    #: namespaces (DeepSpeed's class derives from DDP's, so subclasses do not count). To add a strategy, check that this
     #: is true of it and add its qualified name.
     trusted_strategies: ClassVar[set[str]] = {
         f"{package}.strategies.{strategy}"
@@ -76,26 +77,26 @@ class FilterCallback(Callback):
     }
     #: Position among callbacks that edit gradients: penalties (10) before averages (20) before masks (30).
     gradient_stage: ClassVar[int | None] = None
-    #: Where the numbers of the callback stand in loggers: ``filterdiv/<log_prefix>/...``.
+    #: Name of the callback in the tags of loggers: ``filterdiv/<log_prefix>/...``.
     log_prefix: ClassVar[str] = ""
     #: What :meth:`attempt` writes -> the argument that turns it off.
     silenced_by: ClassVar[Mapping[str, str]] = {}
-    #: Whether frozen layers are left alone (a monitor looks at them too).
+    #: Leave frozen layers alone. A monitor measures them too.
     trainable_only: ClassVar[bool] = True
-    #: Whether two instances of the class may share a layer.
+    #: Two instances of the class may share a layer.
     shares_layers: ClassVar[bool] = False
-    #: Whether a fit may begin while every chosen layer is frozen: :meth:`prepare` is then called when one is unfrozen,
-    #: and all other hooks must bear that it was not called yet.
+    #: A fit may begin while every chosen layer is frozen. :meth:`prepare` is then called when one is unfrozen. All
+    #: other hooks must work before that call.
     waits_for_layers: ClassVar[bool] = False
-    #: What a fit in child processes loses: launchers that spawn or fork (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
-    #: copy only weights back. Empty: nothing, and such launchers are allowed.
+    #: What a fit in child processes loses. Launchers that spawn or fork (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
+    #: copy only weights back. They are allowed if this is empty.
     lost_in_child_processes: ClassVar[str] = ""
-    #: Classes of callbacks that it cannot work beside, by name, and why.
+    #: Classes of callbacks, by name, beside which this callback cannot work -> reason.
     refused_beside: ClassVar[Mapping[str, str]] = {}
-    #: Arguments that a resume takes from the checkpoint, and why: their new values are not used. See
-    #: :meth:`kept_on_resume`. Every other argument is used with its new value from the first step on.
+    #: Arguments whose value a resume takes from the checkpoint -> reason. Their new values are not used. See
+    #: :meth:`kept_on_resume`. New values of all other arguments are used from the first step on.
     fixed_on_resume: ClassVar[Mapping[str, str]] = {}
-    #: Arguments that say *which* layers are meant; they alone make up the state key.
+    #: Arguments that select layers. They alone make up the state key.
     identity_arguments: ClassVar[tuple[str, ...]] = ("include", "exclude", "network")
 
     def __init__(
@@ -116,7 +117,7 @@ class FilterCallback(Callback):
         self._restored: Literal["trainer", "hand"] | None = None
         self._loading_for: str | None = None
         self._kept_arguments: dict[str, Any] = {}  # as the checkpoint has them
-        # Whose fit the state belongs to. The state of another fit is never used, whatever ended that fit.
+        # Model of the fit that the state belongs to. The state of another fit is never used, whatever ended that fit.
         self._fit_of: weakref.ref[pl.Trainer] | None = None
         self._trainable: tuple[tuple[int, bool], ...] = ()
         self._waiting = False
@@ -125,22 +126,22 @@ class FilterCallback(Callback):
     # ------------------------------------------------------------------ for subclasses
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Get ready for training with ``self.layers``: the network, the optimizers and restored state are final."""
+        """Prepare for training with ``self.layers``. Network, optimizers and restored state are final by now."""
 
     def wait(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called instead of :meth:`prepare` while every chosen layer is frozen, if :attr:`waits_for_layers`.
+        """Wait while every chosen layer is frozen. Called instead of :meth:`prepare`, if :attr:`waits_for_layers`.
 
-        Raise where restored state cannot bear that.
+        Override it to raise an error if restored state does not allow waiting.
         """
 
     def release(self) -> None:
-        """Undo what :meth:`prepare` did to the model; called on every way out of training, exceptions included."""
+        """Undo what :meth:`prepare` did to the model. Called whenever training ends, also by an exception."""
 
     def reset(self) -> None:
-        """Forget what a previous fit left behind, so that the object is as new; called whenever another fit starts."""
+        """Forget the previous fit, so that the object is as new. Called whenever another fit starts."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What must survive a resume: tensors, numbers, strings, lists and dicts only."""
+        """Return what a resume needs, as tensors, numbers, strings, lists and dicts only."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -152,31 +153,32 @@ class FilterCallback(Callback):
         """
 
     def kept_on_resume(self) -> Mapping[str, str]:
-        """Arguments that the state just loaded decides, and why; by default :attr:`fixed_on_resume`."""
+        """Return arguments whose values come from the loaded state, and why; by default :attr:`fixed_on_resume`."""
         return self.fixed_on_resume
 
     def arguments_changed(self, saved: Mapping[str, Any]) -> None:
-        """Drop what was loaded and depends on arguments that have other values now; ``saved`` has the old ones."""
+        """Drop loaded state that depends on changed arguments. ``saved`` has their old values."""
 
     def touched_tensors(self) -> dict[str, Tensor]:
-        """Tensors that must stay identical on all ranks; by default weights and biases of the chosen layers."""
+        """Return the tensors that must stay identical on all ranks; by default weights and biases of the chosen
+        layers."""
         return {f"{name}.{key}": p for name, conv in self.layers.items() for key, p in conv.named_parameters()}
 
     def before_step(self, index: int) -> None:
-        """Edit the gradients of ``self.trainer.optimizers[index]``, which are final, or remember what must not move.
+        """Edit the final gradients of ``self.trainer.optimizers[index]``, or remember what must not move.
 
-        Called for optimizers that :meth:`follow_steps` named. The step may still be skipped by a gradient scaler: then
-        the next call discards what this one remembered.
+        Called for optimizers that :meth:`follow_steps` named. A gradient scaler may still skip the step. The next call
+        then discards what this one remembered.
         """
 
     def after_step(self, index: int) -> None:
-        """Act on weights that a step of ``self.trainer.optimizers[index]`` has really moved."""
+        """Act on weights after a step of ``self.trainer.optimizers[index]`` that was really taken."""
 
     def repeated_step(self, index: int) -> None:
-        """Called instead of :meth:`before_step` when an optimizer (SAM) evaluates one step more than once.
+        """Handle a further evaluation of the same step (SAM). Called instead of :meth:`before_step`.
 
-        Every evaluation has gradients of its own, so editing each of them is right for a rule on gradients. A rule that
-        remembers weights overrides this, because the optimizer has moved them by now.
+        Every evaluation has its own gradients, so a rule on gradients edits each of them. A rule that remembers weights
+        must override this, because the optimizer has already moved them.
         """
         self.before_step(index)
 
@@ -186,7 +188,7 @@ class FilterCallback(Callback):
         self._steps[index] = StepProtocol(optimizer, partial(self.after_step, index), type(self).__name__)
 
     def layers_of(self, index: int) -> dict[str, Conv]:
-        """The chosen layers whose weight ``self.trainer.optimizers[index]`` owns."""
+        """Return the chosen layers whose weight ``self.trainer.optimizers[index]`` owns."""
         groups = self.trainer.optimizers[index].param_groups
         owned = {id(p) for group in groups for p in group["params"]}
         return {name: conv for name, conv in self.layers.items() if id(conv.weight) in owned}
@@ -203,9 +205,9 @@ class FilterCallback(Callback):
         return self._trainer
 
     def log_metrics(self, numbers: Mapping[str, float]) -> None:
-        """Hand numbers to all loggers as ``filterdiv/<log_prefix>/<name>``, on rank 0, at the current step.
+        """Log numbers to all loggers as ``filterdiv/<log_prefix>/<name>``, on rank 0, at the current step.
 
-        A logger that fails (full disk, network) does not end the fit, and the others get the numbers.
+        If a logger fails (full disk, network), the others still get the numbers and the fit continues.
         """
         if not self.trainer.is_global_zero:
             return
@@ -215,12 +217,12 @@ class FilterCallback(Callback):
             self.attempt("numbers", partial(logger.log_metrics, named, step=self.trainer.global_step))
 
     def attempt(self, what: str, write: Callable[[], object], verb: str = "write") -> None:
-        """Call ``write``, and turn its failure into a warning: training is worth more than what is written about it.
+        """Call ``write`` and turn its failure into a warning. A failed write must not end training.
 
         Args:
-            what: plural noun of what is written. Each is warned of once in a fit.
-            write: may raise anything. An interrupt passes.
-            verb: of what failed.
+            what: plural noun for what is written. There is one warning for each in a fit.
+            write: function that may raise any exception. An interrupt is passed on.
+            verb: verb for the action that failed.
         """
         try:
             write()
@@ -238,13 +240,13 @@ class FilterCallback(Callback):
             )
 
     def choose(self, pl_module: pl.LightningModule) -> dict[str, Conv]:
-        """The layers meant by ``include`` and ``exclude``; a method with a default of its own overrides it."""
+        """Return the layers that ``include`` and ``exclude`` select. Override it for another default."""
         return select_filters(pl_module, self.include, self.exclude)
 
     # ------------------------------------------------------------------ identity, repr, state
 
     def arguments(self) -> dict[str, Any]:
-        """Constructor arguments by name; those that a subclass passes on as ``**kwargs`` are its parent's."""
+        """Return constructor arguments by name, with those of the parent if a subclass passes ``**kwargs`` on."""
         values: dict[str, Any] = {}
         for cls in type(self).__mro__:
             parameters = inspect.signature(cls).parameters.values()
@@ -260,7 +262,7 @@ class FilterCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Class and the layers meant, nothing else: a resume with one number changed must find its state."""
+        """Key of class and layer patterns alone, so that a resume with another number still finds its state."""
         identity = {name: value for name, value in self.arguments().items() if name in self.identity_arguments}
         return self._generate_state_key(**identity)
 
@@ -282,7 +284,7 @@ class FilterCallback(Callback):
         name = type(self).__name__
         loading_for, self._loading_for = self._loading_for, None
         if loading_for not in (None, "fit"):
-            return  # trainer.validate(ckpt_path=...) between two fits must not turn the clock of training back
+            return  # trainer.validate(ckpt_path=...) between two fits must not restore an earlier state
         with self.reading_state():
             if not isinstance(state_dict, dict):
                 raise TypeError(f"it is of type {type(state_dict).__name__}, not a dict")
@@ -311,7 +313,7 @@ class FilterCallback(Callback):
 
     @contextlib.contextmanager
     def reading_state(self) -> Iterator[None]:
-        """Report a damaged state, whatever reading it raises, with the callback's name and the way out."""
+        """Turn any error while a state is read into a report of damage, with the callback's name and the fix."""
         try:
             yield
         except DAMAGED as error:
@@ -325,7 +327,7 @@ class FilterCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse to resume when the file holds our state under another key: it would be ignored silently."""
+        """Refuse to resume if the file holds our state under another key. Lightning would silently ignore it."""
         saved = checkpoint.get("callbacks") or {}
         self._loading_for = trainer.state.fn if self.state_key in saved else None
         if trainer.state.fn != "fit":
@@ -344,14 +346,14 @@ class FilterCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave the state of an earlier fit out of a checkpoint of a fit that failed before our ``setup``."""
+        """Remove the state of an earlier fit from a checkpoint if this fit failed before our ``setup``."""
         if trainer.state.fn == "fit" and not self._belongs_to(trainer):
             checkpoint.get("callbacks", {}).pop(self.state_key, None)
 
     # ------------------------------------------------------------------ hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that shard parameters and orders of callbacks that undo a mask; forget other fits."""
+        """Refuse strategies that shard parameters, and orders of callbacks that undo a mask. Forget other fits."""
         strategy = type(trainer.strategy)
         qualified = f"{strategy.__module__}.{strategy.__qualname__}"
         if qualified not in self.trusted_strategies:
@@ -372,7 +374,7 @@ class FilterCallback(Callback):
         if trainer.is_global_zero:
             warn_once_about_versions()
         if stage == "fit":
-            # An earlier fit may have ended without our on_exception, if that of another callback failed before.
+            # An earlier fit may have ended without our on_exception, if another callback's failed first.
             self._clean_up()
             goes_on = self._belongs_to(trainer) and trainer.global_step > 0
             if not goes_on and self._restored != "hand":
@@ -384,11 +386,11 @@ class FilterCallback(Callback):
             self._fit_of = weakref.ref(trainer)
 
     def check_built(self, pl_module: pl.LightningModule, *, values: bool) -> None:
-        """For callbacks that change the network in ``setup``: refuse one that does not exist by then.
+        """Refuse a network that does not exist yet in ``setup``, for callbacks that change it there.
 
         Args:
             pl_module: the module.
-            values: whether values of parameters are read.
+            values: parameters must have values.
 
         Raises:
             MisconfigurationException: there is no layer yet, or parameters have no values. (For parameters on meta
@@ -411,13 +413,13 @@ class FilterCallback(Callback):
         return self._fit_of is not None and self._fit_of() is trainer
 
     def _forget_fit(self) -> None:
-        """Be as a new object."""
+        """Return to the state of a new object."""
         self.reset()
         self._kept_arguments = {}
         self.layers, self._restored, self._restored_layers, self._loading_for = {}, None, None, None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but whose fit it was: a weak reference cannot be pickled."""
+        """Return everything but the reference to the fit's model: a weak reference cannot be pickled."""
         return {**self.__dict__, "_fit_of": None}
 
     def _check_launcher(self, launcher: object) -> None:
@@ -454,7 +456,7 @@ class FilterCallback(Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the layers, now that wrappers, devices, restored weights and optimizers are final."""
+        """Choose the layers. Wrappers, devices, restored weights and optimizers are final by now."""
         self._clean_up()
         self._trainer, self._failed = trainer, set()
         if not self._restored and trainer.global_step == 0:
@@ -519,7 +521,7 @@ class FilterCallback(Callback):
 
     @classmethod
     def _method(cls) -> type:
-        """The class that a user's subclasses make a variant of."""
+        """Return the class of this package that a user's class derives from."""
         lineage = [base for base in cls.__mro__ if issubclass(base, FilterCallback)]
         return lineage[max(0, len(lineage) - 2)]
 
@@ -531,7 +533,7 @@ class FilterCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Notice, once per epoch, layers that were unfrozen or handed to an optimizer since (backbone finetuning)."""
+        """Find, once per epoch, layers that were unfrozen or added to an optimizer (backbone finetuning)."""
         for steps in self._steps.values():
             steps.forget_broken_off()
         if batch_idx == 0 and self.trainable_only and self._trainable_signature(trainer) != self._trainable:
@@ -574,9 +576,10 @@ class FilterCallback(Callback):
         self._trainer, self._waiting = None, False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning calls no ``teardown`` after an exception; the state stays complete, a checkpoint may follow.
+        """Clean up, because Lightning calls no ``teardown`` after an exception. The state stays complete for a
+        checkpoint.
 
-        The next fit of the same object forgets it in :meth:`setup`.
+        The next fit of the same object forgets that state in :meth:`setup`.
         """
         self._clean_up()
         self._loading_for = None

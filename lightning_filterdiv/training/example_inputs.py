@@ -1,4 +1,4 @@
-"""Where the channel graph's example inputs come from: the module's own, else the first real forward call."""
+"""Example inputs of the channel graph: the module's own, else those of the first real forward call."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def check_inputs_state(state: object) -> dict[str, Any] | None:
 
 
 class ExampleInputs:
-    """Waits for the inputs of the network in training, and traces it when asked.
+    """Capture the inputs of the network in training, and trace it on request.
 
-    In this order: the submodule ``network`` and its first call; the module and its ``example_input_array``; the module
-    and its first call; the only child with convolutions and its first call (a ``training_step`` may never call
-    ``forward``).
+    Sources in this order: the submodule ``network`` and its first call; the module and its ``example_input_array``; the
+    module and its first call; the only child with convolutions and its first call. The last one serves modules whose
+    ``training_step`` never calls ``forward``.
 
     Args:
         pl_module: the module that is trained.
         network: canonical name of the submodule to trace.
-        state: what :meth:`state` returned before a resume, whose first event may come before any forward call.
+        state: result of :meth:`state` before a resume. The first event of a resume may come before any forward call.
 
     Raises:
         NoLayersError: there is no such submodule.
@@ -93,19 +93,19 @@ class ExampleInputs:
 
     @property
     def known(self) -> bool:
-        """Whether :meth:`trace` has inputs."""
+        """True if :meth:`trace` has inputs."""
         return self._graph is not None or not self._captured or self._called() is not None
 
     def awaited(self, layers: Iterable[nn.Module]) -> bool:
-        """Whether the first forward call is yet to come: a ``training_step`` may skip batches.
+        """True if the first forward call is still to come. A ``training_step`` may skip batches.
 
         Args:
-            layers: of the network. Where one of them has a gradient, there was a forward call, and none to wait for.
+            layers: layers of the network. If one of them has a gradient, a forward call has happened.
         """
         return not self.known and all(p.grad is None for layer in layers for p in layer.parameters())
 
     def trace(self) -> ChannelGraph:
-        """The channel graph; traced once, and again where the structure of the model changed since.
+        """Return the channel graph. It is traced once, and again if the structure of the model has changed.
 
         Raises:
             ExampleInputsError: no example inputs are known; the message says how to give them.
@@ -134,7 +134,8 @@ class ExampleInputs:
         return self._graph
 
     def state(self) -> dict[str, Any] | None:
-        """Shapes of the captured call for a checkpoint, as zeros that take no room; ``None``: nothing to keep."""
+        """Return the shapes of the captured call for a checkpoint, as zeros without memory; ``None`` if there are
+        none."""
         called = self._called()
         if called is None or called[1].arguments is None:
             return None
@@ -144,7 +145,7 @@ class ExampleInputs:
         def shape(leaf: Any) -> Any:
             return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-        # Boxes of zeros would be refused, and a trace leaves a detector's targets out.
+        # Detectors refuse boxes of zeros. A trace leaves out their targets anyway.
         traced = bare_module(find_submodule(self._module, called[0]))
         args, kwargs = tree_map(shape, without_targets(traced, *called[1].arguments))
         return {"network": called[0], "args": list(args), "kwargs": dict(kwargs)}
@@ -156,8 +157,8 @@ class ExampleInputs:
 
 
 class _ForwardInputs(CapturedInputs):
-    """Under DDP Lightning sends ``training_step`` through the module's call, with ``forward`` replaced for the moment:
-    that call has the step's arguments, not the network's."""
+    """Capture the inputs of ``forward`` only. Under DDP Lightning calls the module to run ``training_step``, with
+    ``forward`` replaced for the moment. That call has the step's arguments, not the network's."""
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if "forward" not in vars(module):

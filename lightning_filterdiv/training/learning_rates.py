@@ -1,4 +1,4 @@
-"""What the learning-rate schedule of a fit is going to do, without touching it."""
+"""Forecast the learning rates of a fit without changing its schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["StepSettings", "fit_epochs", "forecast_learning_rates", "forecast_se
 
 
 class StepSettings(NamedTuple):
-    """What a parameter group has at one optimizer step: rates as numbers, options as the optimizer names them."""
+    """Settings of a parameter group at one optimizer step, named as in the optimizer."""
 
     lr: float
     weight_decay: float
@@ -29,7 +29,7 @@ class StepSettings(NamedTuple):
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> StepSettings:
-        """Settings of an optimizer's parameter group; what it does not have counts as zero."""
+        """Return the settings of an optimizer's parameter group. Missing options count as zero."""
         return cls(
             float(group["lr"]),
             float(group.get("weight_decay", 0.0)),
@@ -47,7 +47,7 @@ def steps_per_epoch(trainer: pl.Trainer) -> int | None:
 
 
 def fit_epochs(trainer: pl.Trainer) -> int | None:
-    """Number of epochs that the fit will have begun when it ends; ``None`` if unknown."""
+    """Return the number of epochs that the fit will have begun when it ends; ``None`` if unknown."""
     limits: list[int] = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         limits.append(trainer.max_epochs)
@@ -70,7 +70,7 @@ def forecast_learning_rates(trainer: pl.Trainer, epochs: int) -> list[float] | s
     simulation = _Simulation.of(trainer, 0) if trainer.optimizers else "there is no optimizer"
     if isinstance(simulation, str):
         return simulation
-    # Without a schedule that moves inside an epoch, its number of steps is not needed.
+    # The number of steps is needed only if the schedule changes inside an epoch.
     per_epoch = (steps_per_epoch(trainer) if simulation.interval == "step" else 1) or 1
     steps = simulation.steps(0, 0, per_epoch)
     return [fmean(next(steps)[0].lr for _ in range(per_epoch)) for _ in range(epochs)]
@@ -109,8 +109,8 @@ def forecast_settings(trainer: pl.Trainer, index: int = 0) -> list[list[StepSett
 
 
 def _steps_done_in_epoch(trainer: pl.Trainer) -> int:
-    """Optimizer steps of the present epoch that are done. ``global_step`` does not say it: a resume may have batches of
-    another size."""
+    """Return the number of optimizer steps done in the present epoch. It does not follow from ``global_step``, because
+    a resume may have batches of another size."""
     loop: Any = trainer.fit_loop
     batch, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
     # Before the first batch of a resume the counts may be those of an epoch that is complete.
@@ -131,7 +131,7 @@ class _Simulation:
 
     @classmethod
     def of(cls, trainer: pl.Trainer, index: int) -> _Simulation | str:
-        """The simulation, or why there can be none."""
+        """Return the simulation, or the reason why there is none."""
         module = trainer.lightning_module
         if not module.automatic_optimization:
             return "manual optimization steps its schedulers itself"
@@ -154,12 +154,13 @@ class _Simulation:
         memo |= {id(child): child for child in (module, trainer)}
         try:
             scheduler = copy.deepcopy(config.scheduler, memo)
-        except Exception as error:  # whatever a user's scheduler holds on to
+        except Exception as error:  # objects that a user's scheduler keeps
             return f"the scheduler cannot be copied ({type(error).__name__})"
         return cls(trainer, scheduler.optimizer, scheduler, config)
 
     def steps(self, epoch: int, step: int, per_epoch: int) -> Iterator[list[StepSettings]]:
-        """Settings of all groups at step ``step`` of ``epoch``, which is where the schedule is now, and on for ever."""
+        """Yield the settings of all groups, step after step without end, from step ``step`` of ``epoch``, the present
+        position of the schedule."""
         batches, accumulate = self._trainer.num_training_batches, self._trainer.accumulate_grad_batches
         if step >= per_epoch:  # the last batch of an epoch has stepped its schedule
             epoch, step = epoch + 1, 0

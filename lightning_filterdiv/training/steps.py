@@ -1,8 +1,8 @@
-"""The protocol around an optimizer step: announced by Lightning, begun, evaluated, taken or not.
+"""Follow an optimizer step: announced by Lightning, begun, evaluated, then taken or skipped.
 
-Lightning calls ``on_before_optimizer_step`` when the gradients of a step are final. Only the optimizer knows whether
-the step is then taken: a gradient scaler skips it after an overflow, an optimizer such as SAM evaluates its closure
-several times within it, user code may break it off. :class:`StepProtocol` tells these apart for one optimizer.
+Lightning calls ``on_before_optimizer_step`` when the gradients of a step are final. Only the optimizer knows if the
+step is then taken. A gradient scaler skips it after an overflow. An optimizer such as SAM evaluates its closure several
+times in one step. User code may break a step off. :class:`StepProtocol` distinguishes these cases for one optimizer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ __all__ = ["StepProtocol", "gradient_scale", "optimizer_index"]
 
 
 def optimizer_index(trainer: pl.Trainer, optimizer: Any) -> int:
-    """Position in ``trainer.optimizers`` of an optimizer, given itself or Lightning's wrapper around it.
+    """Return the position in ``trainer.optimizers`` of an optimizer or of Lightning's wrapper around it.
 
     Raises:
-        RuntimeError: none of them. (Never a ``StopIteration``: Lightning would take it for the end of the data.)
+        RuntimeError: it is none of them. (A ``StopIteration`` would look like the end of the data to Lightning.)
     """
-    # The optimizer itself first: one that wraps another (Lookahead) has an attribute of the same name as Lightning's.
+    # Compare the optimizer itself first. One that wraps another (Lookahead) has an attribute of the same name as
+    # Lightning's.
     for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
         for index, known in enumerate(trainer.optimizers):
             if known is candidate:
@@ -37,7 +38,8 @@ def optimizer_index(trainer: pl.Trainer, optimizer: Any) -> int:
 
 
 def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
-    """Factor by which gradients are still multiplied: fused optimizers divide by the loss scale inside their step.
+    """Return the factor by which gradients are still multiplied. Fused optimizers divide by the loss scale inside their
+    step.
 
     Returns:
         A scalar on the device of the optimizer's parameters, ``None`` where gradients are unscaled already.
@@ -76,15 +78,15 @@ class StepProtocol:
         """Note that Lightning announced a step.
 
         Returns:
-            Whether the optimizer evaluates this step for a second time.
+            True if the optimizer evaluates this step a second time.
         """
-        # In fp32 the closure runs inside the step, with a scaler before it: only the former can run twice.
+        # In fp32 the closure runs inside the step and may run twice. With a scaler it runs before the step.
         again = self._depth > 0 and self._announced_at == self._begun
         self._announced_at = self._begun
         return again
 
     def forget_broken_off(self) -> None:
-        """Forget a step that user code broke off and caught; called between batches, when none can be under way."""
+        """Forget a step that user code broke off and caught. Called between batches, when no step is in progress."""
         self._depth = 0
 
     def release(self) -> None:

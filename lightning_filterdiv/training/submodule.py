@@ -1,4 +1,4 @@
-"""The ``network`` argument of callbacks that trace: which submodule, and which of the chosen layers are inside it."""
+"""The ``network`` argument of callbacks that trace: the submodule, and the chosen layers inside it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def check_network(network: object) -> str | None:
 
 
 def layers_inside(network: str | None, layers: Mapping[str, Conv]) -> dict[str, Conv]:
-    """Those of ``layers`` that belong to the submodule ``network``; all of them for ``None``.
+    """Return those of ``layers`` that belong to the submodule ``network``; all of them for ``None``.
 
     Args:
         network: canonical name of a submodule.
-        layers: canonical name -> convolution, what ``include`` and ``exclude`` leave.
+        layers: canonical name -> convolution, as ``include`` and ``exclude`` select them.
 
     Raises:
-        NoLayersError: none does.
+        NoLayersError: no layer belongs to it.
     """
     if network is None:
         return dict(layers)

@@ -19,7 +19,7 @@ TESTED: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
 
 @functools.cache
 def warn_once_about_versions() -> None:
-    """Warn about installed versions outside the tested ones; every call after the first does nothing.
+    """Warn about installed versions outside the tested ones. Only the first call does something.
 
     Warns:
         UserWarning: see :func:`check_versions`.
@@ -40,7 +40,7 @@ def check_versions(found: Mapping[str, str]) -> None:
         release = re.match(r"(\d+)\.(\d+)", text)
         low, high = TESTED[package]
         if release is None or low <= (int(release[1]), int(release[2])) <= high:
-            continue  # a build from source may call itself anything
+            continue  # a build from source may have any version string
         older = (int(release[1]), int(release[2])) < low
         advice = f"install {package}>={low[0]}.{low[1]}" if older else "if a callback misbehaves, try one of these"
         window = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"

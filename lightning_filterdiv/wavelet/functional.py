@@ -17,10 +17,10 @@ _DETAILS = ("horizontal", "vertical", "diagonal")  # the order of ptwt and PyWav
 
 
 def libraries() -> tuple[ModuleType, ModuleType]:
-    """``ptwt`` and ``pywt``.
+    """Import and return ``ptwt`` and ``pywt``.
 
     Raises:
-        ImportError: they are not installed; the message says how to get them.
+        ImportError: they are not installed. The message says how to install them.
     """
     try:
         import ptwt
@@ -33,7 +33,7 @@ def libraries() -> tuple[ModuleType, ModuleType]:
 
 
 def filters_of(wavelet: str) -> tuple[Tensor, Tensor]:
-    """Decomposition low-pass and high-pass filter, ``(L,)`` each, in float64.
+    """Return the low-pass and high-pass filters of the decomposition, ``(L,)`` each, in float64.
 
     Raises:
         ValueError: PyWavelets knows no discrete wavelet of this name.
@@ -47,16 +47,16 @@ def filters_of(wavelet: str) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct(x: Tensor, wavelet: str, level: int, keep: Collection[str]) -> Tensor:
-    """Decompose, set the other sub-bands to zero, and put together again (symmetric borders).
+    """Decompose, set the sub-bands that are not kept to zero, and reconstruct (symmetric borders).
 
     Args:
         x: ``(B, C, H, W)``.
         wavelet: name of a discrete wavelet.
-        level: of the decomposition; details of all levels are kept or dropped alike.
-        keep: of ``approximation`` (the coarsest), ``horizontal``, ``vertical``, ``diagonal``.
+        level: level of the decomposition; details of all levels are kept or dropped alike.
+        keep: some of ``approximation`` (the coarsest), ``horizontal``, ``vertical``, ``diagonal``.
 
     Returns:
-        ``(B, C, H, W)``; with all four it is ``x`` up to rounding.
+        ``(B, C, H, W)``. With all four sub-bands it is ``x`` up to rounding.
     """
     ptwt, _ = libraries()
     approximation, *details = ptwt.wavedec2(x, wavelet, mode="symmetric", level=level)
@@ -83,7 +83,7 @@ def _filtered(x: Tensor, taps: Tensor, dilation: int, dim: int) -> Tensor:
 
 
 def dilated_details(x: Tensor, low: Tensor, high: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """Undecimated details (a trous) at scale ``2^level``: change along x and along y.
+    """Return undecimated details (a trous) at scale ``2^level``, along x and along y.
 
     Args:
         x: ``(B, C, H, W)``.
@@ -102,10 +102,10 @@ def dilated_details(x: Tensor, low: Tensor, high: Tensor, level: int) -> tuple[T
 
 
 def local_maxima(along_x: Tensor, along_y: Tensor) -> Tensor:
-    """The modulus of the gradient where it is largest along the gradient's direction, zero elsewhere.
+    """Return the modulus of the gradient where it is largest along the gradient's direction, and zero elsewhere.
 
-    Mallat, Zhong (1992), with directions in steps of 45 degrees: a pixel stays if it is not below the neighbour that
-    the gradient comes from and above the one that it points to.
+    Mallat, Zhong (1992), with directions in steps of 45 degrees. A pixel stays if its modulus is at least that of the
+    neighbour behind it along the gradient, and above that of the neighbour ahead.
 
     Args:
         along_x, along_y: ``(B, C, H, W)``.

@@ -16,7 +16,7 @@ Output = Literal["replace", "add", "append"]
 
 
 class _EdgeLayer(nn.Module):
-    """Checks inputs, and combines edges with the image."""
+    """Base that checks inputs and combines edges with the image."""
 
     def __init__(self, wavelet: str, level: int, output: Output) -> None:
         super().__init__()
@@ -28,15 +28,15 @@ class _EdgeLayer(nn.Module):
         self.output = check_choice("output", output, Output)
 
     def edges(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same, in float32 or wider."""
+        """Map ``(B, C, H, W)`` to edges of the same shape, in float32 or wider."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)``, or one ``(C, H, W)``, to the same, with ``2 C`` channels for ``append``.
+        """Map images ``(B, C, H, W)``, or one ``(C, H, W)``, to the same shape, with ``2 C`` channels for ``append``.
 
         Raises:
             TypeError: not a floating tensor.
-            ValueError: another number of dimensions, or images smaller than the filters of that level.
+            ValueError: wrong number of dimensions, or images smaller than the filters of the level.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -65,14 +65,14 @@ class _EdgeLayer(nn.Module):
 
 
 class WaveletReconstruction(_EdgeLayer):
-    """An image put together from chosen sub-bands of its wavelet decomposition only.
+    """Rebuild images from chosen sub-bands of their wavelet decomposition.
 
-    Without the approximation what is left are edges and texture; with all sub-bands it is the image.
+    Without the approximation, edges and texture remain. With all sub-bands the result is the image.
 
     Args:
-        keep: of ``approximation``, ``horizontal``, ``vertical``, ``diagonal``; ``None``: the three details.
+        keep: some of ``approximation``, ``horizontal``, ``vertical``, ``diagonal``; ``None``: the three details.
         wavelet: name of a discrete wavelet of PyWavelets.
-        level: of the decomposition.
+        level: level of the decomposition.
         output: ``replace`` the image, ``add`` to it, or ``append`` as further channels.
 
     Raises:
@@ -101,7 +101,7 @@ class WaveletReconstruction(_EdgeLayer):
 
 
 class WaveletModulusMaxima(_EdgeLayer):
-    """Thin edges: the modulus of the undecimated wavelet gradient where it is a local maximum across the edge.
+    """Extract thin edges: the modulus of the undecimated wavelet gradient where it is a local maximum across the edge.
 
     Args:
         wavelet: name of a discrete wavelet of PyWavelets.

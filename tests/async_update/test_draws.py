@@ -1,4 +1,4 @@
-"""Which filters are drawn: statistics over steps, sizes of subsets, seeds."""
+"""Choice of filters: statistics over steps, sizes of subsets, seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left alone, steps out of order, bad arguments, and where weights live meanwhile."""
+"""Layers that are left alone, steps out of order, bad arguments, and the storage of weights during a fit."""
 
 from __future__ import annotations
 

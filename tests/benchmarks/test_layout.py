@@ -1,4 +1,4 @@
-"""What the benchmarks import."""
+"""Imports of the benchmarks."""
 
 from __future__ import annotations
 

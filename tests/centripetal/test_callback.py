@@ -1,4 +1,4 @@
-"""Which channels are squeezed, what is refused, resume and checkpoints."""
+"""Choice of channels, refusals, resume and checkpoints of C-SGD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forecast of a fit is what happens in it, and what is said when the fit is too short."""
+"""The forecast of a fit agrees with the fit; warnings about fits that are too short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Networks that decide on values: what rounding may decide otherwise is no difference, what it rests on is compared."""
+"""Networks that decide on values. Decisions that rounding may change are taken over, and the numbers behind them are
+compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a record has to get right: constants, attributes, shared tensors, random numbers, buffers, reads."""
+"""Contents of a record: constants, attributes, shared tensors, random numbers, buffers, reads."""
 
 from __future__ import annotations
 

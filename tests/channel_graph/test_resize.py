@@ -1,4 +1,4 @@
-"""Which groups forward lets nobody narrow, found on shapes alone."""
+"""Groups that no forward allows to narrow, found on shapes alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files, disks, locales and pipes do to the commands: one line and exit status 2, or a report that is right."""
+"""Commands under faults of files, disks, locales and pipes: one line and exit status 2, or a correct report."""
 
 from __future__ import annotations
 

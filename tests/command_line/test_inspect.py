@@ -187,7 +187,7 @@ def test_data_show_what_weights_do_not(checkpoint: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("data", "more", "message"),
     [
-        ("{tmp}/batch.pt", [], "is read as it is stored: name its network with --model"),
+        ("{tmp}/batch.pt", [], "holds weights alone: name their network with --model"),
         ("{tmp}/batch.pt", ["--model", "lightning_filterdiv.demo:SmallConvNet"], "does not run on images (2, 5, 5)"),
         ("{tmp}/words.pt", ["--model", "lightning_filterdiv.demo:SmallConvNet"], "holds no batch of images"),
         ("nothing", ["--model", "lightning_filterdiv.demo:SmallConvNet"], "--data 'nothing' is none of"),

@@ -1,4 +1,4 @@
-"""What the command line accepts, and that it is what the modules behind it accept."""
+"""Options of the command line, which agree with the modules behind them."""
 
 from __future__ import annotations
 

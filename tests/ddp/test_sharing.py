@@ -29,7 +29,7 @@ __all__ = ["setup_module"]  # pytest calls it: the process group, and the rank
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two nested results are equal to the bit."""
+    """True if two nested results are equal to the bit."""
     if isinstance(one, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""What the callback measures, says, logs, keeps and refuses."""
+"""Measurements, messages, logs, state and refusals of the callback."""
 
 from __future__ import annotations
 

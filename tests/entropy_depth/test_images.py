@@ -1,4 +1,4 @@
-"""What is measured of each form of data, what is said about it, and what is refused."""
+"""Measurement, description and refusal of each form of data."""
 
 from __future__ import annotations
 

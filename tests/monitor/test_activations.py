@@ -1,4 +1,4 @@
-"""What filters compute: correlations between channels, against a plain computation in float64, and left undisturbed."""
+"""Correlations between channels, against a plain computation in float64. Measuring them changes nothing."""
 
 from __future__ import annotations
 

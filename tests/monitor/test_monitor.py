@@ -1,4 +1,4 @@
-"""When the monitor looks, what it leaves alone, and where scalars and figures go."""
+"""Times of snapshots, side effects (none), and destinations of scalars and figures."""
 
 from __future__ import annotations
 

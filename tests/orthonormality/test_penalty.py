@@ -1,4 +1,4 @@
-"""What is added to gradients: the gradient of the plain sum over layers, for every kind of layer and optimizer."""
+"""The gradient that is added equals that of the plain sum over layers, for every kind of layer and optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events of a fit: what happens when, and what a phase leaves behind."""
+"""Events of a fit: their times, and the state after a phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers and filters are chosen, by which inputs and options."""
+"""Choice of layers and filters, by inputs and options."""
 
 from __future__ import annotations
 

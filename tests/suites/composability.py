@@ -1,9 +1,9 @@
-"""Which callbacks work together, in which order: tried, one fit of three epochs each.
+"""Try which callbacks work together, and in which order, in one fit of three epochs each.
 
-    python -m tests.suites.composability   # writes benchmarks/results/composability.json, a table of the README
+    python -m tests.suites.composability   # writes benchmarks/results/composability.json, for tables of docs/support.md
 
-A pair works if the fit ends with finite weights that differ from those of each of the two alone, as far as a callback
-changes training at all, and if filters that one of them holds still through a step do not move in it, to the bit.
+A pair works if the fit ends with finite weights, if these differ from those of each callback alone (for callbacks that
+change training), and if filters that one of them holds still through a step stay bit-identical.
 """
 
 from __future__ import annotations

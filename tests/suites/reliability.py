@@ -29,8 +29,8 @@ def counted() -> list[list[str]]:
     changed = len(test_changed_arguments.ROWS) + sum(map(len, test_changed_arguments.REFUSED.values()))
     messages = sum(not line.startswith(" ") and bool(line) for line in MESSAGES.read_text().splitlines())
     rows: list[tuple[str, int, int | str]] = [
-        ("faults at a hook or in a logger's call that is interrupted", len(short), len(faults)),
-        ("errors of a logger that takes our numbers or images", len(errors), len(errors)),
+        ("errors raised at a hook, and interrupted calls of a logger", len(short), len(faults)),
+        ("errors that a logger raises when it gets numbers or images", len(errors), len(errors)),
         ("exceptions inside an event of RePr", len(test_interruptions.POINTS), len(test_interruptions.POINTS)),
         ("processes killed with SIGKILL and resumed, one process and two", 0, 2 * kills),
         ("files damaged at random", sum(files.values()), f"{sum(files.values())}, and more for 12 minutes"),

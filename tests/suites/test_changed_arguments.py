@@ -1,4 +1,4 @@
-"""A resume with another argument says whether the new value is used, and what it says is true."""
+"""A resume with another argument says truthfully if the new value is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever ends a fit, nothing of the callback stays behind, and its state is complete."""
+"""After any end of a fit, nothing of the callback stays in the model, and its state is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States of callbacks that are damaged, entry by entry: one line that names the callback and the way out, or none."""
+"""States of callbacks that are damaged, entry by entry: one line that names the callback and the fix, or none."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def damaged(state: dict[str, Any], path: Keys, value: Any) -> dict[str, Any]:
 
 
 def check_load(case: Case, state: dict[str, Any]) -> bool:
-    """Whether it can be loaded; AssertionError or another error unless that is said in one line."""
+    """True if it can be loaded; AssertionError or another error unless that is said in one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # arguments that have changed
         try:

@@ -1,4 +1,4 @@
-"""What only a real GPU can show: nothing waits for it, it trains as the CPU does, runs move to and from it."""
+"""Checks that need a real GPU: no synchronisation, training as on the CPU, runs that move between both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every callback must let ``FilterCallback`` do, or does in its stead: layers, optimizers, checkpoints, stages."""
+"""Guard rails of ``FilterCallback`` in every callback: layers, optimizers, checkpoints, stages."""
 
 from __future__ import annotations
 

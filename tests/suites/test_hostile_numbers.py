@@ -1,5 +1,5 @@
-"""NaN, infinity, zeros, extreme sizes and empty batches: every callback trains on with a finite state of its own, or
-says which layer is wrong and what to do."""
+"""NaN, infinity, zeros, extreme sizes and empty batches: every callback continues with a finite state, or names the
+layer and the fix."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def whole(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], Fuse]:
 
 @cache
 def resumes_exactly(point: Point, folder: Path) -> bool:
-    """Whether Lightning by itself resumes exactly from a checkpoint of this fault."""
+    """True if Lightning by itself resumes exactly from a checkpoint of this fault."""
     place = folder / "control" / str(point).replace(" ", "-")
     start = folder / "nobody" / "step=2.ckpt" if point.hook in LOADING else None
     expected, _ = whole("", folder)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, inside a step or a checkpoint's file: the resumed run ends as if nothing had been."""
+"""SIGKILL at random moments, inside a step or a checkpoint's file: the resumed run ends like an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers, optimizers and strategies that a callback cannot act on: it says so and how to go on, or it truly acts."""
+"""Layers, optimizers and strategies that a callback cannot act on: it refuses with a fix, or it truly acts."""
 
 from __future__ import annotations
 

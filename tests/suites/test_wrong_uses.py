@@ -1,6 +1,6 @@
-"""Wrong uses: the exception's type, the argument, layer or file that its message names, and the way out that it names.
+"""Wrong uses: the exception's type, the argument, layer or file that its message names, and the fix.
 
-``wrong_uses/messages.txt`` holds the whole wording, so that it can be read for what it is: text for a person.
+``wrong_uses/messages.txt`` holds the whole wording, so that people can read it as text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small real training run that every suite uses: deterministic, restartable, well under a second."""
+"""A small real training run for all suites: deterministic, restartable, well under a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this package relies on in Lightning. A failure here means that the framework changed, not that we did."""
+"""Behaviour of Lightning that this package relies on. A failure means that the framework changed, not this package."""
 
 from __future__ import annotations
 

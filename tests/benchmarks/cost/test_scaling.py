@@ -1,4 +1,4 @@
-"""What is counted, and what the model makes of it."""
+"""Counts for the cost model, and its predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a job is handed back to Slurm; on a real Slurm in ``test_cluster``."""
+"""Moments at which a job is requeued. ``test_cluster`` does it on a real Slurm."""
 
 from __future__ import annotations
 

@@ -369,7 +369,7 @@ FUNCTIONAL: list[Row] = [
         lambda: select_channels(graph(), {}),
         NoLayersError,
         "gate",
-        "name layers in include",
+        "name layers of a group in include",
     ),
     Row(
         "gates that are not there",

@@ -1,4 +1,4 @@
-"""What wrong uses are told, word for word, in ``messages.txt``: a change of wording shows as prose in its diff.
+"""Messages of wrong uses, word for word, in ``messages.txt``, so that a change of wording shows as prose in a diff.
 
 python -m tests.suites.wrong_uses.messages   # writes the file anew
 """

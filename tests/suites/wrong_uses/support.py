@@ -1,4 +1,4 @@
-"""What the table of wrong uses acts on: small networks, damaged files, and the command called in-process."""
+"""Objects of the table of wrong uses: small networks, damaged files, and the command called in-process."""
 
 from __future__ import annotations
 
