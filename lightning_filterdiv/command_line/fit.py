@@ -17,12 +17,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_filterdiv
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.model_source import PICKLED, search_here
 from lightning_filterdiv.command_line.options import TRAINING
 from lightning_filterdiv.command_line.yaml_errors import find_cause
+from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["run"]
 
@@ -103,6 +105,12 @@ class _FilterDivCLI(LightningCLI):
             raise CommandError(f"{reason} (in the configuration)") from reason
 
     def _before(self) -> None:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, FilterCallback):
+                try:
+                    callback.check_launcher(self.trainer)  # setup would do it after the processes have started
+                except MisconfigurationException as error:
+                    raise CommandError(str(error)) from error
         path = self.config[self.subcommand].get("ckpt_path")
         if path is not None and os.path.isfile(path) and not _lightning_restrains_loading():
             _refuse_pickles(path)

@@ -38,6 +38,13 @@ def test_wrong_yaml_names_the_argument(capsys: pytest.CaptureFixture[str]) -> No
     assert "'out'" in error
 
 
+def test_launchers_are_refused_before_processes_start(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("fit", "validate", "test"):
+        assert main([command, *configure("RePr"), "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"filterdiv {command}: RePr cannot be used with a launcher that trains in child proc")
+
+
 def test_fit_validate_test(tmp_path: Path) -> None:
     """The three commands of one YAML file; the callback is named by its short name."""
     path = tmp_path / "run.yaml"
