@@ -258,12 +258,16 @@ class RePr(FilterCallback):
                 self._progress = Progress.from_state(pl_module, loaded)
             self._saved_inputs, self._epochs = loaded["inputs"], loaded.get("epochs")
             self._plan_start = loaded.get("plan_start", 0)
-        elif dropped is not None and not (dropped.model is pl_module and dropped.silent):
-            rank_zero_warn(
-                f"RePr forgets the {dropped.count} filters that it dropped in an earlier fit ({dropped}): in this "
-                f"model they are not zero. It goes on with the next whole cycle"
-            )
-            self._progress = self._progress.leaving()
+        elif dropped is not None:
+            here = dropped.found_in(pl_module)
+            if here is None:
+                rank_zero_warn(
+                    f"RePr forgets the {dropped.count} filters that it dropped in an earlier fit ({dropped}): in this "
+                    f"model they are not zero. It goes on with the next whole cycle"
+                )
+                self._progress = self._progress.leaving()
+            elif here is not dropped:
+                self._progress = self._progress._replace(dropped=here)
 
     def _plan_fit(self, trainer: pl.Trainer) -> None:
         """Decide what is still to come in this fit, and print it; refuse a plan that the fit cuts off."""
@@ -555,7 +559,12 @@ class RePr(FilterCallback):
         """Say it, if the fit ends with filters out."""
         super().on_train_end(trainer, pl_module)
         dropped = self._progress.dropped
-        if dropped is None and self._inputs is not None and self._upcoming:
+        if dropped is None and self._inputs is not None and not self._inputs.known:
+            rank_zero_warn(
+                "RePr did nothing in this fit: no batch had a forward call of the network. Check training_step and "
+                "network, or set example_input_array"
+            )
+        elif dropped is None and self._inputs is not None and self._upcoming:
             event = self._upcoming[0]
             rank_zero_warn(
                 f"the fit ended before {len(self._upcoming)} events of RePr were due (first: {event.kind} of cycle "
@@ -597,14 +606,15 @@ class RePr(FilterCallback):
     def reset(self) -> None:
         """Forget an earlier fit; filters that it left out of this model come back first."""
         dropped = self._progress.dropped
-        known = dropped is not None and self._trainer is not None and dropped.model is self._trainer.lightning_module
-        if dropped is not None and known and dropped.silent:
-            dropped.restore()
+        model = None if self._trainer is None else self._trainer.lightning_module
+        here = None if dropped is None or model is None else dropped.found_in(model)
+        if here is not None:
+            here.restore()
             rank_zero_warn(
-                f"an earlier fit of this model ended inside a sub-network phase of RePr: its {dropped.count} filters "
-                f"({dropped}) start this fit with their values from before the drop"
+                f"an earlier fit of this model, or of one that it is a copy of, ended inside a sub-network phase of "
+                f"RePr: its {here.count} filters ({here}) start this fit with their values from before the drop"
             )
-        elif dropped is not None and not known and dropped.silent:
+        elif dropped is not None and dropped.model is not model and dropped.silent:
             rank_zero_warn(
                 f"RePr forgets the {dropped.count} filters ({dropped}) that an earlier fit left out of another model, "
                 f"where they stay zero. RePr.restore(model, checkpoint) brings them back from a file; "
