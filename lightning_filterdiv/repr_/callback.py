@@ -439,6 +439,13 @@ class RePr(FilterCallback):
             # The event counts by now: a logger may fail (full disk, network), and the next fit goes on after it.
             self._upcoming = self._upcoming[1:]
             self._report(event, numbers)
+        # Once an epoch: it waits for the device.
+        if batch_idx == 0 and (dropped := self._progress.dropped) is not None and not dropped.silent:
+            dropped.silence()
+            rank_zero_warn(
+                f"the weights of {dropped.count} filters that RePr dropped ({dropped}) were changed during the phase, "
+                f"perhaps by a state_dict that was loaded: they are zero again until the phase ends"
+            )
 
     def _rank_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, completed: int) -> None:
         event = self._upcoming[0] if self._upcoming else None

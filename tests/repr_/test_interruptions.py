@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -303,6 +303,28 @@ def test_a_copy_goes_on_with_the_phase() -> None:
         assert zeros(model.state_dict()) == 0
         runs.append(model.state_dict())
     assert not differing(runs[0], runs[1])
+
+
+def test_weights_that_are_loaded_in_a_phase(tmp_path: Path) -> None:
+    """The filters are out again at the next epoch, as in a resume from a checkpoint that was saved before it."""
+
+    class Loads(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 10:
+                pl_module.load_state_dict(Classifier(seed=4).state_dict())
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            out.append(zeros(pl_module.state_dict()))
+
+    out: list[int] = []
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1)
+    callback = RePr(**PHASE)
+    with pytest.warns(UserWarning, match=r"7 filters that RePr dropped .* were changed during the phase"):
+        run = fit([callback, Loads(), saving], max_epochs=5)
+    assert out == [0, 0, 7, 0, 0]
+    assert happened(callback) == PLANNED
+    resumed = fit([RePr(**PHASE)], model=Classifier(seed=1), max_epochs=5, ckpt_path=str(tmp_path / "step=12.ckpt"))
+    assert not differing(run.tensors(), resumed.tensors())
 
 
 class _Breaks(Callback):
