@@ -23,11 +23,11 @@ class WriteError(OSError):
 
 
 def why_unwritable(path: str | os.PathLike[str], *, folder: bool = False) -> str:
-    """Return the reason why ``path`` cannot be written, found by trying. An existing file does not change.
+    """Return the reason why ``path`` cannot be written, found by trying. Nothing changes, and nothing stays behind.
 
     Args:
         path: a file to be written, in a folder that exists.
-        folder: ``path`` is a folder for files instead; it is created with its parents.
+        folder: ``path`` is a folder for files instead; it need not exist, nor its parents.
 
     Returns:
         Half a sentence that names the obstacle; ``""`` if there is none.
@@ -40,16 +40,28 @@ def why_unwritable(path: str | os.PathLike[str], *, folder: bool = False) -> str
             return f"there is no folder {target.parent}; make it first"
     try:
         if folder:
-            target.mkdir(parents=True, exist_ok=True)
-        if target.is_file():
+            _try_folder(target)
+        elif target.is_file():
             target.open("ab").close()
         else:
-            _try(target if folder else target.parent)
+            _try(target.parent)
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
     except ValueError as error:  # a NUL
         return f"{error}"
     return ""
+
+
+def _try_folder(folder: Path) -> None:
+    """Make a folder, with a file in it, and remove what was made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _try(folder)
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it was not made, or somebody else uses it by now
+                path.rmdir()
 
 
 def _try(folder: Path) -> None:

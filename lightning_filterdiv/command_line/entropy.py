@@ -127,6 +127,8 @@ def build_data(source: str, root: Path | None) -> Any:
         CommandError: there is no such data, or it cannot be read.
     """
     kind, separator, name = source.partition(":")
+    if root is not None and source != "fashion_mnist" and kind != "torchvision":
+        raise CommandError(f"--root belongs to --data fashion_mnist and torchvision:NAME; leave it out for {source!r}")
     known: dict[str, Callable[[], Tensor]] = {
         "digits": _digits,
         "fashion_mnist": lambda: _fashion_mnist(root),

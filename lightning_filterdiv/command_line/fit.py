@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
@@ -9,20 +10,22 @@ import pickle
 import re
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_filterdiv
 from lightning_filterdiv.command_line.errors import CommandError
-from lightning_filterdiv.command_line.model_source import PICKLED, search_here
+from lightning_filterdiv.command_line.model_source import PICKLED, read_checkpoint, search_here
 from lightning_filterdiv.command_line.options import TRAINING
 from lightning_filterdiv.command_line.yaml_errors import find_cause
+from lightning_filterdiv.training.callback import FilterCallback
 
 __all__ = ["FilterDivCLI", "run"]
 
@@ -47,6 +50,7 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: status 0 after ``--help``.
     """
     search_here()
+    _check_configurations(arguments)
     try:
         descriptions = {
             name: {"description": f"{text[0].upper()}{text[1:]}.{_EXAMPLE}"} for name, text in TRAINING.items()
@@ -54,10 +58,30 @@ def run(arguments: Sequence[str]) -> None:
         FilterDivCLI(args=list(arguments), parser_kwargs={"prog": "filterdiv", **descriptions})
     except _ConfigurationError as error:
         raise CommandError(f"{error}\nThe options are listed by: filterdiv {arguments[0]} --help") from error
-    except pickle.UnpicklingError as error:
-        raise CommandError(
-            f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, add --weights_only false"
-        ) from error
+
+
+def _check_configurations(arguments: Sequence[str]) -> None:
+    """Refuse what jsonargparse does not report: no name of a file, and a file that is no text.
+
+    Raises:
+        CommandError: one of the two.
+    """
+    for option, value in _values(arguments, ("-c", "--config")):
+        if value == "":
+            raise CommandError(f"{option} is empty, as an unset variable of a shell leaves it; name a YAML file")
+        if os.path.isfile(value):
+            try:
+                Path(value).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CommandError(f"{option} {value} is not YAML in UTF-8 ({error}); name another file") from error
+
+
+def _values(arguments: Sequence[str], options: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the values of ``options``, given after them or after ``=``."""
+    for number, argument in enumerate(arguments):
+        option, given, value = argument.partition("=")
+        if option in options and (given or number + 1 < len(arguments)):
+            yield option, value if given else arguments[number + 1]
 
 
 class _ConfigurationError(CommandError):
@@ -75,6 +99,7 @@ class FilterDivCLI(LightningCLI):
     """
 
     refused: list[Exception]
+    saved_arguments: Mapping[str, Any]
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -97,6 +122,16 @@ class FilterDivCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise _ConfigurationError(_in_one_line(str(error))) from None
+        section = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
+        path, trusted = section.get("ckpt_path"), section.get("weights_only") is False
+        self.saved_arguments = {} if path is None else _read_arguments(path, trusted)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning's own takes class and arguments of the model from the file. It fails on one that a script saved,
+        # which names no class, and on one with pickled objects.
+        if "_class_path" in self.saved_arguments:
+            with contextlib.suppress(pickle.UnpicklingError):
+                super()._parse_ckpt_path()
 
     def setup_parser(self, *arguments: Any, **options: Any) -> None:
         """Add what keeps the first error of a constructor."""
@@ -136,17 +171,30 @@ class FilterDivCLI(LightningCLI):
             if not self.refused:
                 raise
             reason = self.refused[0]
-            *_, (frame, _) = traceback.walk_tb(reason.__traceback__)
-            if frame.f_globals["__name__"].partition(".")[0] not in ("lightning_filterdiv", "lightning"):
+            if not _raised_in(reason, "lightning_filterdiv", "lightning"):
                 raise reason from None  # an error in a user's class: the user needs the traceback
             raise CommandError(f"{reason} (in the configuration)") from reason
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (MisconfigurationException, ValueError) as error:
+            if not _raised_in(error, "lightning_filterdiv"):
+                raise
+            raise CommandError(str(error)) from error
+
     def _before(self) -> None:
-        path = self.config[self.subcommand].get("ckpt_path")
-        if path is not None and os.path.isfile(path) and not _lightning_restrains_loading():
-            _refuse_pickles(path)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, FilterCallback):
+                callback.check_launcher(self.trainer)  # setup would do it after the processes have started
 
     before_fit = before_validate = before_test = _before
+
+
+def _raised_in(error: Exception, *packages: str) -> bool:
+    """Whether code of one of ``packages`` raised ``error``; of other code the traceback is needed."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).partition(".")[0] in packages
 
 
 def _in_one_line(message: str) -> str:
@@ -184,15 +232,31 @@ def _lightning_restrains_loading() -> bool:
     return "weights_only" in signature(Trainer.fit).parameters
 
 
-def _refuse_pickles(path: str) -> None:
-    """Open the file before Lightning does, which would unpickle it.
+def _read_arguments(path: str, trusted: bool) -> Mapping[str, Any]:
+    """Open a checkpoint before Lightning does, which answers with a traceback, or (Lightning 2.5) unpickles it.
+
+    Returns:
+        The hyper-parameters of its model; none where Lightning has to find the file.
 
     Raises:
-        CommandError: it holds more than tensors and plain values.
+        CommandError: it is no checkpoint of Lightning's, is damaged, or holds more than tensors and plain values.
     """
-    try:
-        torch.load(path, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
+    if path == "":
         raise CommandError(
-            f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, load it in a script of your own"
-        ) from error
+            "--ckpt_path is empty, as an unset variable of a shell leaves it; name a file, or leave it out"
+        )
+    if not os.path.isfile(path):
+        return {}  # a keyword such as "last", a URL, the folder of a sharded checkpoint, or nothing: Lightning says so
+    try:
+        checkpoint = read_checkpoint(Path(path), trusted)
+    except CommandError as error:
+        if PICKLED not in str(error):
+            raise CommandError(f"--ckpt_path {error}") from error
+        fix = "add --weights_only false" if _lightning_restrains_loading() else "load it in a script of your own"
+        raise CommandError(f"the file of --ckpt_path {PICKLED}. If you trust where it comes from, {fix}") from error
+    if "pytorch-lightning_version" not in checkpoint:
+        raise CommandError(
+            f"--ckpt_path {path} holds weights and no state of a training; name a file that Trainer or ModelCheckpoint "
+            f"saved"
+        )
+    return checkpoint.get("hyper_parameters") or {}

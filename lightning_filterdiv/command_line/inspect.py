@@ -105,6 +105,8 @@ def check_options(options: argparse.Namespace) -> None:
         check_integer("--max-images", options.max_images, low=1)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
+    if options.root is not None and options.data is None:
+        raise CommandError("--root belongs to --data; name the data too, or leave --root out")
     pictures = sorted((options.out / "figures").glob("*.png")) if options.command == "inspect" else []
     check_replaced(options, "--out", [*(options.out / name for name in _REPORT), *pictures])
     if reason := why_unwritable(options.out, folder=True):

@@ -244,8 +244,10 @@ def _from_config(config: Path) -> nn.Module:
     import lightning.pytorch as pl
     from jsonargparse import ArgumentError, ArgumentParser
 
-    if not config.is_file():
-        raise CommandError(f"--config {config}: no such file")
+    if config.is_dir():
+        raise CommandError(f"--config {config} is a folder; name the YAML file in it")
+    if not config.exists():
+        raise CommandError(f"--config {config}: no such file; name a YAML file")
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
     except OSError:

@@ -82,7 +82,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(arguments[0], commands.choices, n=1)
         fix = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(commands.choices)}"
         parser.error(f"there is no command {arguments[0]!r}; {fix}")
+    if (empty := _find_empty(arguments)) is not None:
+        parser = commands.choices.get(arguments[0], parser)
+        parser.error(f"{empty} is empty, as an unset variable of a shell leaves it; give a value")
     return parser.parse_args(arguments)
+
+
+def _find_empty(arguments: Sequence[str]) -> str | None:
+    """Say which argument is an empty text; ``None`` if none is. As a path it would mean the current folder."""
+    for number, argument in enumerate(arguments):
+        if argument == "":
+            return f"the argument after {arguments[number - 1]!r}"
+        if argument.startswith("--") and argument.endswith("="):
+            return argument
+    return None
 
 
 # -- commands --------------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ class ExpandNet(FilterCallback):
         if stale := self._stale_layers():
             raise MisconfigurationException(
                 f"the checkpoint holds compact weights of {stale[0]!r} but no factors: it was saved without "
-                f"ExpandNet and cannot be resumed with it. Load its weights into the model (load_from_checkpoint) and "
-                f"start a new fit with initial='keep'"
+                f"ExpandNet, or with save_weights_only=True, and cannot be resumed with it. Load its weights into the "
+                f"model (load_from_checkpoint) and start a new fit with initial='keep'"
             )
 
     def on_train_batch_start(

@@ -264,6 +264,8 @@ def _rebuild(model: nn.Module, content: dict[str, Any]) -> nn.Module:
 def _repeat(part: nn.Module, step: dict[str, Any]) -> nn.Module:
     """Repeat the narrowing ``step``."""
     args, kwargs = example_inputs_of(step["inputs"])
+    if not (isinstance(args, list | tuple) and isinstance(kwargs, dict)):
+        raise ValueError("no example inputs")
     inputs = without_targets(part, args, kwargs)
     graph = ChannelGraph.trace(part, inputs, network=step["network"] or None)
     keep, sums = chosen_channels(graph, step["keep"], step["sums"])

@@ -261,12 +261,16 @@ class RePr(FilterCallback):
                 self._progress = Progress.from_state(pl_module, loaded)
             self._saved_inputs, self._epochs = loaded["inputs"], loaded.get("epochs")
             self._plan_start = loaded.get("plan_start", 0)
-        elif dropped is not None and not (dropped.model is pl_module and dropped.silent):
-            rank_zero_warn(
-                f"RePr forgets the {dropped.count} filters that it dropped in an earlier fit ({dropped}): in this "
-                f"model they are not zero. It goes on with the next whole cycle"
-            )
-            self._progress = self._progress.leaving()
+        elif dropped is not None:
+            here = dropped.found_in(pl_module)
+            if here is None:
+                rank_zero_warn(
+                    f"RePr forgets the {dropped.count} filters that it dropped in an earlier fit ({dropped}): in this "
+                    f"model they are not zero. It goes on with the next whole cycle"
+                )
+                self._progress = self._progress.leaving()
+            elif here is not dropped:
+                self._progress = self._progress._replace(dropped=here)
 
     def _plan_fit(self, trainer: pl.Trainer) -> None:
         """Choose the events that remain in this fit, and print them. Refuse a plan that is longer than the fit."""
@@ -440,6 +444,13 @@ class RePr(FilterCallback):
             # event.
             self._upcoming = self._upcoming[1:]
             self._report(event, numbers)
+        # Once an epoch: it waits for the device.
+        if batch_idx == 0 and (dropped := self._progress.dropped) is not None and not dropped.silent:
+            dropped.silence()
+            rank_zero_warn(
+                f"the weights of {dropped.count} filters that RePr dropped ({dropped}) were changed during the phase, "
+                f"perhaps by a state_dict that was loaded: they are zero again until the phase ends"
+            )
 
     def _rank_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, completed: int) -> None:
         event = self._upcoming[0] if self._upcoming else None
@@ -561,7 +572,12 @@ class RePr(FilterCallback):
         """Warn if the fit ends while filters are dropped."""
         super().on_train_end(trainer, pl_module)
         dropped = self._progress.dropped
-        if dropped is None and self._inputs is not None and self._upcoming:
+        if dropped is None and self._inputs is not None and not self._inputs.known:
+            rank_zero_warn(
+                "RePr did nothing in this fit: no batch had a forward call of the network. Check training_step and "
+                "network, or set example_input_array"
+            )
+        elif dropped is None and self._inputs is not None and self._upcoming:
             event = self._upcoming[0]
             rank_zero_warn(
                 f"the fit ended before {len(self._upcoming)} events of RePr were due (first: {event.kind} of cycle "
@@ -603,14 +619,15 @@ class RePr(FilterCallback):
     def reset(self) -> None:
         """Forget an earlier fit. Filters that it left dropped in this model come back first."""
         dropped = self._progress.dropped
-        known = dropped is not None and self._trainer is not None and dropped.model is self._trainer.lightning_module
-        if dropped is not None and known and dropped.silent:
-            dropped.restore()
+        model = None if self._trainer is None else self._trainer.lightning_module
+        here = None if dropped is None or model is None else dropped.found_in(model)
+        if here is not None:
+            here.restore()
             rank_zero_warn(
-                f"an earlier fit of this model ended inside a sub-network phase of RePr: its {dropped.count} filters "
-                f"({dropped}) start this fit with their values from before the drop"
+                f"an earlier fit of this model, or of one that it is a copy of, ended inside a sub-network phase of "
+                f"RePr: its {here.count} filters ({here}) start this fit with their values from before the drop"
             )
-        elif dropped is not None and not known and dropped.silent:
+        elif dropped is not None and dropped.model is not model and dropped.silent:
             rank_zero_warn(
                 f"RePr forgets the {dropped.count} filters ({dropped}) that an earlier fit left out of another model, "
                 f"where they stay zero. RePr.restore(model, checkpoint) brings them back from a file; "

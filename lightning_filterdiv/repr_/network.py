@@ -224,6 +224,14 @@ class DroppedFilters:
         layers = [f"{layer}: {_few(rows.tolist())}" for layer, rows in self.filters.items()]
         return _few(layers, "; ")
 
+    def found_in(self, model: nn.Module) -> DroppedFilters | None:
+        """The same filters of ``model``, perhaps a copy of the one they were dropped in; ``None``: not out there."""
+        try:
+            here = self if model is self.model else self.moved_to(model)
+        except ValueError:
+            return None
+        return here if here.silent else None
+
     def moved_to(self, model: nn.Module) -> DroppedFilters:
         """Return the same filters of ``model``.
 

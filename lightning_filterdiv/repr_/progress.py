@@ -107,7 +107,19 @@ def check_state(state: dict[str, Any]) -> None:
         isinstance(dropped, dict) and {"filters", "private", "old", "statistics"} <= dropped.keys()
     ):
         raise TypeError("dropped must be a dict of filters, their tensors and old values")
-    for event in history:
-        CompletedEvent(*event)
+    for values in history:
+        event = CompletedEvent(*values)
+        _check_event(event.kind, event.cycle, event.epoch, event.step)
+        if not isinstance(event.filters, dict):
+            raise TypeError(f"filters of an event must be a dict, got {event.filters!r}")
     if (regrowth := state.get("regrowth")) is not None:
-        RePrEvent(*regrowth)
+        due = RePrEvent(*regrowth)
+        _check_event(due.kind, due.cycle, due.epoch)
+    for entry in ("epochs", "plan_start"):
+        if not isinstance(state.get(entry), int | None):
+            raise TypeError(f"{entry} must be a number of epochs or None, got {state[entry]!r}")
+
+
+def _check_event(kind: object, *numbers: object) -> None:
+    if kind not in ("drop", "regrow") or not all(isinstance(number, int) for number in numbers):
+        raise TypeError(f"an event must be a drop or a regrowth with its cycle and epoch, got {(kind, *numbers)!r}")

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.multiprocessing import ProcessRaisedException
 from torch.optim import Optimizer
 
 from lightning_filterdiv.filters import (
@@ -362,7 +363,7 @@ class FilterCallback(Callback):
                 f"exact under {strategy.__name__}, which may shard them. Use strategy='ddp' or a single device; if "
                 f"every rank holds whole tensors under it, add {qualified!r} to FilterCallback.trusted_strategies"
             )
-        self._check_launcher(getattr(trainer.strategy, "launcher", None))
+        self.check_launcher(trainer)
         if stage == "fit" and (device := torch.get_default_device()).type != "cpu":
             raise MisconfigurationException(
                 f"{type(self).__name__} makes tensors on the CPU, and torch.set_default_device or 'with torch.device' "
@@ -422,7 +423,17 @@ class FilterCallback(Callback):
         """Return everything but the reference to the fit's model: a weak reference cannot be pickled."""
         return {**self.__dict__, "_fit_of": None}
 
-    def _check_launcher(self, launcher: object) -> None:
+    def check_launcher(self, trainer: pl.Trainer) -> None:
+        """Refuse a launcher whose child processes keep what the callback gives.
+
+        ``trainer.fit`` calls nothing of a callback before it starts those processes. Call this before it, to be refused
+        at once; otherwise :meth:`setup` does it in the children.
+
+        Raises:
+            MisconfigurationException: the strategy spawns or forks, and :attr:`lost_in_child_processes` says what would
+                be lost.
+        """
+        launcher = getattr(trainer.strategy, "launcher", None)
         # By name: each of Lightning's namespaces has a class of its own.
         starts_children = any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__)
         if starts_children and self.lost_in_child_processes:
@@ -582,9 +593,19 @@ class FilterCallback(Callback):
         The next fit of the same object forgets that state in :meth:`setup`.
         """
         self._clean_up()
+        self._name_refusal(trainer, exception)
         self._loading_for = None
         if self._restored == "hand" and trainer.state.fn == "fit":
             self._restored = "trainer"  # it was for this fit
+
+    def _name_refusal(self, trainer: pl.Trainer, exception: BaseException) -> None:
+        """Let the error of child processes say why they were refused; its text is a traceback of one of them."""
+        if isinstance(exception, ProcessRaisedException):
+            try:
+                self.check_launcher(trainer)
+            except MisconfigurationException as refused:
+                if str(refused) in str(exception):
+                    exception.args = (str(refused),)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave model and optimizers as they would be without the callback."""

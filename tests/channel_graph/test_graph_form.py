@@ -321,11 +321,12 @@ def test_a_lightning_module_around_a_body_stays_what_it_is() -> None:
         (lambda c: c["tensors"].update({FIRST: c["tensors"][FIRST][:, :1]}), "contradict"),
         (lambda c: c["steps"][""][0]["keep"].update({FIRST: torch.tensor([0])}), "contradict|cannot be"),
         (lambda c: c["steps"][""][0].update(inputs=3), "cannot be narrowed in the same way"),
+        (lambda c: c["steps"][""][0]["inputs"]["tuple"].__setitem__(1, "text"), "cannot be narrowed in the same way"),
         (lambda c: c["steps"][""][0].update(form="other"), "entry 'steps'"),
         (lambda c: c.update(graphs=[]), "contradict"),
         (lambda c: c["steps"].update({"nowhere": c["steps"][""]}), "another way"),
     ],
-    ids=["in channels", "kept filters", "inputs", "form", "graphs", "place"],
+    ids=["in channels", "kept filters", "inputs", "call", "form", "graphs", "place"],
 )  # fmt: skip
 def test_a_file_that_contradicts_itself_is_refused_before_anything_changes(
     edit: Callable[[dict[str, object]], None], words: str, tmp_path: Path

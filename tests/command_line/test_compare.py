@@ -130,3 +130,21 @@ def test_a_file_beside_a_name(two: list[str], tmp_path: Path, capsys: pytest.Cap
     text = capsys.readouterr().out
     assert f"A: Weights of a.ckpt in {network}." in text
     assert "B: Random weights" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["a.ckpt", "b.ckpt", "--weights", "DEFAULT"],
+            "--weights belongs to torchvision:NAME and timm:NAME; both netw",
+        ),
+        (["timm:a", "timm:b", "--model", "timm:a"], "--model and --config belong to a file; both networks here are na"),
+        (["timm:a", "timm:b", "--config", "run.yaml"], "--model and --config belong to a file"),
+        (["a.ckpt", "b.ckpt", "--root", "."], "--root belongs to --data; name the data too"),
+    ],
+)
+def test_an_option_without_use(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(Path().iterdir()), "nothing is left behind"

@@ -81,6 +81,7 @@ def test_digits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "torchvision:CIFAR10"], "needs --root"),
         (["--data", "torchvision:CIFAR10", "--root", "."], "nothing is downloaded"),
         (["--data", "fashion_mnist", "--root", "."], "dataset-fashion-mnist"),
+        (["--data", "digits", "--root", "."], "--root belongs to --data fashion_mnist and torchvision:NAME"),
         (["--data", "."], "--data .: the folder holds no image files (.bmp,"),
         (["--data", "digits", "--max-images", "0"], "--max-images must be at least 1"),
         (["--data", "digits", "--model", "torchvision:nope"], "torchvision has no model 'nope'"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_filterdiv
+from lightning_filterdiv import RePr
 from lightning_filterdiv.command_line import fit
 from lightning_filterdiv.command_line.errors import CommandError
 from lightning_filterdiv.command_line.main import main
@@ -37,6 +41,82 @@ def test_wrong_yaml_names_the_argument(capsys: pytest.CaptureFixture[str]) -> No
     error = capsys.readouterr().err
     for part in ("WeightAsynchronousUpdate", "axis", "sideways", "'out'"):
         assert part in error.splitlines()[0]
+
+
+def test_launchers_are_refused_before_processes_start(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("fit", "validate", "test"):
+        assert main([command, *configure("RePr"), "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"filterdiv {command}: RePr cannot be used with a launcher that trains in child proc")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a command ends in, beside what Lightning logs."""
+    capsys.readouterr()
+    Path("config.yaml").unlink(missing_ok=True)  # LightningCLI saves it at the start, and replaces none
+    assert main(list(arguments)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("filterdiv ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_files_that_are_no_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = SmallConvNet().state_dict()
+    torch.save(weights, "weights.pt")
+    torch.save([1, 2], "list.pt")
+    Path("half.ckpt").write_bytes(Path("weights.pt").read_bytes()[:2000])
+    Path("text.ckpt").write_text("hello")
+    Path("folder").mkdir()
+    said = {
+        "": "filterdiv fit: --ckpt_path is empty",
+        "folder": "folder: Is a directory",
+        "none.ckpt": "Checkpoint file not found: none.ckpt",
+        "weights.pt": "--ckpt_path weights.pt holds weights and no state of a training; name a file that Trainer",
+        "list.pt": "--ckpt_path list.pt holds neither a Lightning checkpoint nor a state dict",
+        "half.ckpt": "--ckpt_path half.ckpt is not a checkpoint",
+        "text.ckpt": "--ckpt_path text.ckpt is not a checkpoint",
+    }
+    for path, words in said.items():
+        assert words in refused(capsys, "fit", *configure(), "--ckpt_path", path)
+
+
+def test_files_that_are_no_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(SmallConvNet().state_dict(), "weights.pt")
+    Path("folder").mkdir()
+    assert refused(capsys, "fit", "--config", "").startswith("filterdiv fit: --config is empty")
+    assert refused(capsys, "fit", "--config=").startswith("filterdiv fit: --config is empty")
+    assert "--config weights.pt is not YAML in UTF-8" in refused(capsys, "fit", "--config", "weights.pt")
+    assert "Path is not a file" in refused(capsys, "fit", "--config", "folder")
+    assert "File does not exist" in refused(capsys, "fit", "-c", "none.yaml")
+
+
+def test_what_a_callback_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    long = {"class_path": "RePr", "init_args": {"full_epochs": 50}}
+    assert "RePr" in refused(capsys, "fit", *configure(long))
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, logger=False, callbacks=[RePr(full_epochs=0.2)])
+    with contextlib.suppress(MisconfigurationException):
+        trainer.fit(SmallConvNet(), datamodule=Digits())
+    trainer.save_checkpoint("run.ckpt")
+    checkpoint = torch.load("run.ckpt", weights_only=True)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("RePr"))
+    state["extra"].pop("history")
+    torch.save(checkpoint, "damaged.ckpt")
+    said = refused(capsys, "fit", *configure("RePr"), "--ckpt_path", "damaged.ckpt")
+    assert said.startswith("filterdiv fit: the checkpoint's state of RePr cannot be used: missing entry 'history'")
+
+
+@pytest.mark.skipif(not fit._lightning_restrains_loading(), reason="Lightning 2.5 has no --weights_only")
+def test_a_file_that_is_trusted(capsys: pytest.CaptureFixture[str]) -> None:
+    """The way out that the refusal names is one."""
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, logger=False, enable_checkpointing=False)
+    trainer.fit(SmallConvNet(), datamodule=Digits())
+    trainer.save_checkpoint("run.ckpt")
+    checkpoint = torch.load("run.ckpt", weights_only=True)
+    torch.save({**checkpoint, "note": Path("something")}, "pickled.ckpt")
+    command = ["validate", *configure(), "--ckpt_path", "pickled.ckpt"]
+    assert "add --weights_only false" in refused(capsys, *command)
+    Path("config.yaml").unlink(missing_ok=True)
+    assert main([*command, "--weights_only", "false"]) == 0
 
 
 def test_fit_validate_test(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def test_help_of_a_command_needs_no_torch(command: str) -> None:
         (["demo", "--epochs", "few"], "argument --epochs: invalid int value: 'few'"),
         (["inspect", "a.pt", "--model", "a:B", "--config", "c.yaml"], "not allowed with argument --model"),
         (["merge", "a.ckpt", "--out", "b.pt", "--input-shape", "1,0"], "integers such as 1,3,224,224, got '1,0'"),
+        (["merge", "a.ckpt", "--out", ""], "the argument after '--out' is empty, as an unset variable of a shell"),
+        (["inspect", "a.ckpt", "--out="], "--out= is empty, as an unset variable of a shell leaves it; give a value"),
+        (["inspect", "a.ckpt", "--exclude", "b", ""], "the argument after 'b' is empty"),
+        (["compare", "a.ckpt", ""], "the argument after 'a.ckpt' is empty"),
+        (["demo", "--out", ""], "the argument after '--out' is empty"),
+        ([""], "there is no command ''; the commands are demo"),
     ],
 )
 def test_wrong_commands_need_no_torch(arguments: list[str], message: str) -> None:

@@ -106,6 +106,11 @@ def test_wrong_configurations(text: str | None, message: str, tmp_path: Path) ->
         build_model(config=path)
 
 
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="is a folder; name the YAML file in it"):
+        build_model(config=tmp_path)
+
+
 # --------------------------------------------------------------------------- files
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -266,15 +266,80 @@ def test_the_next_fit_begins_with_all_filters_and_says_so() -> None:
     assert not [str(warning.message) for warning in caught if "another model" in str(warning.message)]
 
 
+def _copy(model: Classifier) -> Classifier:
+    other = Classifier(seed=3)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_a_copy_of_the_model_is_as_good_as_the_model() -> None:
+    """Filters are zero in the copy, too, and nobody else would bring them back."""
+    runs = []
+    for copied in (False, True):
+        model, callback = _stopped()
+        model = _copy(model) if copied else model
+        assert zeros(model.state_dict()) == 7
+        with pytest.warns(UserWarning, match=r"or of one that it is a copy of, .* its 7 filters .* start this fit"):
+            runs.append(fit([callback], model=model, max_epochs=5))
+        assert happened(callback) == PLANNED
+    assert not differing(runs[0].tensors(), runs[1].tensors())
+
+
+def test_a_copy_goes_on_with_the_phase() -> None:
+    """The same trainer, with the network that an exception left, or a copy."""
+    runs = []
+    for copied in (False, True):
+        model, callback = Classifier(), RePr(**PHASE)
+        breaks = _Breaks()
+        trainer = make_trainer([callback, breaks], max_epochs=9)
+        with pytest.warns(UserWarning, match="broke off inside"), pytest.raises(OSError, match="disk"):
+            trainer.fit(model, batches())
+        model, breaks.at = _copy(model) if copied else model, -1
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(model, batches())
+        assert not [warning for warning in caught if "RePr forgets" in str(warning.message)]
+        assert happened(callback) == PLANNED
+        assert zeros(model.state_dict()) == 0
+        runs.append(model.state_dict())
+    assert not differing(runs[0], runs[1])
+
+
+def test_weights_that_are_loaded_in_a_phase(tmp_path: Path) -> None:
+    """The filters are out again at the next epoch, as in a resume from a checkpoint that was saved before it."""
+
+    class Loads(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 10:
+                pl_module.load_state_dict(Classifier(seed=4).state_dict())
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            out.append(zeros(pl_module.state_dict()))
+
+    out: list[int] = []
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1)
+    callback = RePr(**PHASE)
+    with pytest.warns(UserWarning, match=r"7 filters that RePr dropped .* were changed during the phase"):
+        run = fit([callback, Loads(), saving], max_epochs=5)
+    assert out == [0, 0, 7, 0, 0]
+    assert happened(callback) == PLANNED
+    resumed = fit([RePr(**PHASE)], model=Classifier(seed=1), max_epochs=5, ckpt_path=str(tmp_path / "step=12.ckpt"))
+    assert not differing(run.tensors(), resumed.tensors())
+
+
+class _Breaks(Callback):
+    """Raises after a step, in a phase."""
+
+    at = 8
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            raise OSError("disk")
+
+
 def test_filters_that_moved_meanwhile_are_left_as_they_are() -> None:
     model, callback = Classifier(), RePr(**PHASE)
-
-    class Breaks(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 8:
-                raise OSError("disk")
-
-    trainer = make_trainer([callback, Breaks()], max_epochs=9)
+    trainer = make_trainer([callback, _Breaks()], max_epochs=9)
     with pytest.warns(UserWarning, match="broke off inside"), pytest.raises(OSError, match="disk"):
         trainer.fit(model, batches())
     model.load_state_dict(Classifier(seed=4).state_dict())

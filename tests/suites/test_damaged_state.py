@@ -123,6 +123,21 @@ def test_dropped_filters_that_cannot_be_read(value: Any, shared: Path, tmp_path:
         check_resume(case, checkpoint, damaged(state, path, value), tmp_path)
 
 
+def test_a_plan_that_cannot_be_read(shared: Path) -> None:
+    """What a resume computes with is checked when it is loaded."""
+    case = next(case for case in ONE_EACH if case.name == "repr")
+    state = state_of(case, saved(case.name, shared))
+    extra = state["extra"]
+    for name in ("history", "regrowth"):
+        first: tuple[Any, ...] = ("extra", name, 0) if name == "history" else ("extra", name)
+        event = extra[name][0] if name == "history" else extra[name]
+        for number in range(len(event)):
+            assert not check_load(case, damaged(state, (*first, number), torch.zeros(0))), (name, number)
+    for entry in ("epochs", "plan_start"):
+        assert not check_load(case, damaged(state, ("extra", entry), "text"))
+        assert check_load(case, damaged(state, ("extra", entry), MISSING)), "states of release 0.1 have none"
+
+
 @pytest.mark.soak
 @each
 def test_a_resume_from_damage_ends_in_one_line(case: Case, shared: Path, tmp_path: Path) -> None:

@@ -241,8 +241,17 @@ def test_a_network_that_is_never_called_is_said() -> None:
         fit([EntropyDepthBound()], model=Never(), max_epochs=1)
     with pytest.warns(UserWarning, match="ChannelImportance has nothing to report: no image passed a gate"):
         fit([ChannelImportance()], model=Never(), max_epochs=1)
-    with pytest.warns(UserWarning, match=r"before 2 events of RePr were due \(first: drop of cycle 1 after epoch 1\)"):
+    with pytest.warns(UserWarning, match="RePr did nothing in this fit: no batch had a forward call of the network"):
         fit([RePr(full_epochs=1, sub_epochs=1, cycles=1)], model=Never(), max_epochs=4)
+
+
+def test_a_fit_that_stops_before_an_event_is_said() -> None:
+    class Stops(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match=r"before 2 events of RePr were due \(first: drop of cycle 1 after epoch 1\)"):
+        fit([RePr(full_epochs=1, sub_epochs=1, cycles=1)], model=Stops(), max_epochs=4)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
