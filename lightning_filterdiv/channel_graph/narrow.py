@@ -496,8 +496,10 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         }
         # What no filter owns (columns that read the network input, or padding) stays in order.
         owned = {row for channel, rows in old_rows[tensor, dim].items() if channel in filters for row in rows}
-        rest = [row for row in range(lengths[graph][tensor][dim]) if row not in owned]
-        free = [row for row in range(lengths[narrower][tensor][dim]) if row not in places]
+        grouped = graph.recording.state.grouped.get(tensor)
+        groups = grouped.groups if dim == 1 and grouped is not None else 1
+        rest = [row for row in range(groups * lengths[graph][tensor][dim]) if row not in owned]
+        free = [row for row in range(groups * lengths[narrower][tensor][dim]) if row not in places]
         if len(rest) != len(free):
             raise NarrowingError(
                 f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns. Leave its layer out "
@@ -505,7 +507,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
             )
         places.update(zip(free, rest, strict=True))
         index = torch.tensor([places[i] for i in range(len(places))])
-        cuts.setdefault(tensor, {}).setdefault(dim, Cut()).index = index
+        cuts.setdefault(tensor, {}).setdefault(dim, Cut(groups=groups)).index = index
 
 
 def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
