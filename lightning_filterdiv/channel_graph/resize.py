@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,9 +36,9 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     _pin_uncountable(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
-    for group in find_unresizable(graph):
-        if (reason := _why_not_written(graph, group)) is not None:
-            graph.exclude({group.name: reason})
+    for groups in find_unresizable(graph):
+        if (reason := _why_not_written(graph, groups)) is not None:
+            graph.exclude({group.name: reason for group in groups})
     if graph.constrained:
         _write_what_fails_beside_graphs(graph)
 
@@ -116,18 +117,18 @@ def _reads(group: ChannelGroup, path: str) -> bool:
     return any(part.kind == "consumer" and part.tensor.startswith(f"{path}.") for part in group.parts)
 
 
-def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
-    """Find the bodies that hold a number for ``group``; None if their graph forms make the group narrowable."""
-    model, (selection,) = graph.model, leave_out([group])
+def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> str | None:
+    """Find the bodies that hold a number for ``groups``; None if their graph forms make these narrowable."""
+    model, selections = graph.model, leave_out(groups)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
-        cut_in_place(model, graph, [selection], torch.device("cpu"))
+        cut_in_place(model, graph, selections, torch.device("cpu"))
         traced = bare_module(find_submodule(model, graph.network))
         nodes = record_as_far_as_it_runs(traced, graph.inputs, tensor_names(model), graph.network)
-    masks = masks_of(graph, [selection])
+    masks = masks_of(graph, selections)
     fixing = find_deviation(graph.recording.record, masks, nodes)
     if fixing is None:
-        return _fixed_by(graph, group)
+        return _fixed_by(graph, groups[0])
     literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
     reason, tried = "", set[str]()
     while path not in tried:
@@ -139,7 +140,7 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
         tried.update(alike)
         literal |= {name: operator_name(fixing) for name in alike if refusal(graph, name) is None}
         try:
-            narrowing = Narrowing(graph, {group.name: selection.kept}, form="graph")
+            narrowing = Narrowing(graph, {s.group.name: s.kept for s in selections}, form="graph")
             with without_compilation(model), unchanged(model):
                 replace_tensors(model, meta_stand_ins(model))
                 narrow = narrowing(model)
@@ -184,8 +185,10 @@ def _fixed_by(graph: ChannelAnswers, group: ChannelGroup) -> str:
     return f"their number is fixed by {graph.moved_by(group)}"
 
 
-def find_unresizable(graph: ChannelAnswers) -> list[ChannelGroup]:
+def find_unresizable(graph: ChannelAnswers) -> list[list[ChannelGroup]]:
     """Groups without which every other group can be narrowed. Runs on shapes alone; no weight is copied.
+
+    Groups of the same layers and readers (blocks of a norm) are asked about together.
 
     Groups whose counts forward ties together are left out: they have been traced at other widths already. A forward
     that reads values does not run on shapes: the numerical check of a narrowing has the last word there.
@@ -198,15 +201,19 @@ def find_unresizable(graph: ChannelAnswers) -> list[ChannelGroup]:
     if shapes == graph.output_shapes or (shapes is None and _shapes(graph, ()) is None):
         return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
 
-    def culprits(part: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    alike: dict[tuple[tuple[str, str, int], ...], list[ChannelGroup]] = {}
+    for group in groups:
+        alike.setdefault(tuple((p.tensor, p.kind, p.dim) for p in group.parts), []).append(group)
+
+    def culprits(part: Sequence[list[ChannelGroup]]) -> list[list[ChannelGroup]]:
         # Two thirds remain: a count that rarely divides what the full one divides.
-        if not part or _shapes(graph, part) == graph.output_shapes:
+        if not part or _shapes(graph, list(itertools.chain(*part))) == graph.output_shapes:
             return []
         if len(part) == 1:
             return list(part)
         return culprits(part[: len(part) // 2]) + culprits(part[len(part) // 2 :])
 
-    return culprits(groups)
+    return culprits(list(alike.values()))
 
 
 def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:
