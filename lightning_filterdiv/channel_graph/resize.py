@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     _pin_uncountable(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
-    for groups in find_unresizable(graph):
+    settled: set[str] = set()
+    while groups := find_unresizable(graph, settled):
+        settled.update(group.name for group in groups)
         if (reason := _why_not_written(graph, groups)) is not None:
             graph.exclude({group.name: reason for group in groups})
     if graph.constrained:
@@ -185,45 +187,50 @@ def _fixed_by(graph: ChannelAnswers, group: ChannelGroup) -> str:
     return f"their number is fixed by {graph.moved_by(group)}"
 
 
-def find_unresizable(graph: ChannelAnswers) -> list[list[ChannelGroup]]:
-    """Groups without which every other group can be narrowed. Runs on shapes alone; no weight is copied.
+def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> list[ChannelGroup]:
+    """A group that forward lets nobody narrow, beside the graph forms that are known to be needed; empty if there is
+    none.
 
-    Groups of the same layers and readers (blocks of a norm) are asked about together.
+    Runs on shapes alone; no weight is copied. Groups of the same layers and readers (blocks of a norm) are asked about
+    together. Groups whose counts forward ties together are left out: they have been traced at other widths already. A
+    forward that reads values does not run on shapes: the numerical check of a narrowing has the last word there.
 
-    Groups whose counts forward ties together are left out: they have been traced at other widths already. A forward
-    that reads values does not run on shapes: the numerical check of a narrowing has the last word there.
+    Args:
+        graph: channel graph of the network.
+        settled: names of groups that are not asked about.
     """
     if graph.read_values:
         return []
     bound = frozenset().union(*graph.constrained)
-    groups = [g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound]
-    shapes = _shapes(graph, groups)
-    if shapes == graph.output_shapes or (shapes is None and _shapes(graph, ()) is None):
-        return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
-
     alike: dict[tuple[tuple[str, str, int], ...], list[ChannelGroup]] = {}
-    for group in groups:
-        alike.setdefault(tuple((p.tensor, p.kind, p.dim) for p in group.parts), []).append(group)
+    for group in graph.groups:
+        if group.size > 1 and int(group.channels[0]) not in bound and group.name not in settled:
+            alike.setdefault(tuple((p.tensor, p.kind, p.dim) for p in group.parts), []).append(group)
 
-    def culprits(part: Sequence[list[ChannelGroup]]) -> list[list[ChannelGroup]]:
+    def fits(part: Sequence[list[ChannelGroup]]) -> bool:
         # Two thirds remain: a count that rarely divides what the full one divides.
-        if not part or _shapes(graph, list(itertools.chain(*part))) == graph.output_shapes:
-            return []
-        if len(part) == 1:
-            return list(part)
-        return culprits(part[: len(part) // 2]) + culprits(part[len(part) // 2 :])
+        return not part or _shapes(graph, list(itertools.chain(*part))) == graph.output_shapes
 
-    return culprits(list(alike.values()))
+    part = list(alike.values())
+    if fits(part) or _shapes(graph, ()) is None:
+        return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
+    while len(part) > 1:
+        half = part[: len(part) // 2]
+        part = half if not fits(half) else part[len(part) // 2 :]
+    return [] if fits(part) else part[0]
 
 
 def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:
     """Shapes of the outputs with fewer channels in ``groups``; None if forward does not run."""
-    model = graph.model
+    model, selections = graph.model, leave_out(groups)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
-        cut_in_place(model, graph, leave_out(groups), torch.device("cpu"))
-        traced = bare_module(find_submodule(model, graph.network))
         try:
+            if graph.recording.literal and groups:
+                model = Narrowing(graph, {s.group.name: s.kept for s in selections})(model)
+            else:
+                cut_in_place(model, graph, selections, torch.device("cpu"))
+            traced = bare_module(find_submodule(model, graph.network))
             if graph.stacked:  # shapes do not tell whether branches are still what they were
                 narrow = trace_at(model, graph.inputs, graph.network, ChannelAnswers)
                 alike = {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}

@@ -64,8 +64,7 @@ def trace_before_trials(model: nn.Module) -> ChannelGraph:
 )
 def test_only_what_a_number_in_forward_fixes_is_unresizable(make: Callable[[], nn.Module]) -> None:
     graph = trace_before_trials(make())
-    found = [group.name for groups in find_unresizable(graph) for group in groups]
-    assert found == (["conv2"] if make is Fixed else [])
+    assert [group.name for group in find_unresizable(graph)] == (["conv2"] if make is Fixed else [])
 
 
 def test_tensors_made_in_forward_do_not_matter() -> None:
