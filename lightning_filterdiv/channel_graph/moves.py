@@ -395,7 +395,7 @@ def patches(state: Propagation, node: Node) -> Value:
     labels, shape = _value(state, node.args[0]).labels, node.value.shape
     small = state.collapse(labels, (-2, -1), node, silent=False).squeeze(-1)
     each = shape[-2] // small.shape[-2]
-    small = small.expand([*small.shape[:-1], each]).reshape([*small.shape[:-2], shape[-2], 1])
+    small = compress(small.expand([*small.shape[:-1], each]).reshape([*small.shape[:-2], shape[-2], 1]))
     result = _number_slots(state, core(small)) if each > 1 else small
     return moved(state, node, result.expand(shape))
 
@@ -406,8 +406,8 @@ def sum_of_patches(state: Propagation, node: Node) -> Value:
     small = labels.narrow(-1, 0, 1).squeeze(-1)
     if labels.stride(-1) != 0 and labels.shape[-1] > 1:
         small = state.collapse(labels, [-1], node).squeeze(-1)
-    small = small.unflatten(-1, (shape[-3], -1))
-    small = state.collapse(compress(small), [-1], node).unsqueeze(-1)
+    small = compress(small.unflatten(-1, (shape[-3], -1)))
+    small = state.collapse(small, [-1], node).unsqueeze(-1)
     return LabelTensor(state.table.derive(small.expand(shape), state.key(node)))
 
 
@@ -623,7 +623,11 @@ def refuse_product(state: Propagation, node: Node, first: Node, second: Node) ->
     varying = {n: _varying(v.labels) for n in summed if (v := state.labels_of(n)) is not None and state.is_owned(n)}
     for n, dims in varying.items():
         labels, reason = _labels(state, n), f"input of {where}, which mixes channels"
-        if summed[n] in dims:
+        other = second if n is first else first
+        if (known := state.labels_of(other)) is not None and known.is_parameter:
+            weight = ", ".join(state.tensors_behind(other))
+            reason = f"input of {where} by {weight}, which is the weight of no convolution or linear layer"
+        elif summed[n] in dims:
             reason = f"input of {where} over {_axis([summed[n]], labels)}, which mixes channels"
         elif len(varying) > 1 and all(other - {0, summed[o]} for o, other in varying.items()):
             reason = f"input of {where}, which multiplies every channel by every other"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -35,9 +36,11 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     _pin_uncountable(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
-    for group in find_unresizable(graph):
-        if (reason := _why_not_written(graph, group)) is not None:
-            graph.exclude({group.name: reason})
+    settled: set[str] = set()
+    while groups := find_unresizable(graph, settled):
+        settled.update(group.name for group in groups)
+        if (reason := _why_not_written(graph, groups)) is not None:
+            graph.exclude({group.name: reason for group in groups})
     if graph.constrained:
         _write_what_fails_beside_graphs(graph)
 
@@ -117,18 +120,18 @@ def _reads(group: ChannelGroup, path: str) -> bool:
     return any(part.kind == "consumer" and part.tensor.startswith(f"{path}.") for part in group.parts)
 
 
-def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
-    """Find the bodies that hold a number for ``group``; None if their graph forms make the group narrowable."""
-    model, (selection,) = graph.model, leave_out([group])
+def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> str | None:
+    """Find the bodies that hold a number for ``groups``; None if their graph forms make these narrowable."""
+    model, selections = graph.model, leave_out(groups)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
-        cut_in_place(model, graph, [selection], torch.device("cpu"))
+        cut_in_place(model, graph, selections, torch.device("cpu"))
         traced = bare_module(find_submodule(model, graph.network))
         nodes = record_as_far_as_it_runs(traced, graph.inputs, tensor_names(model), graph.network)
-    masks = masks_of(graph, [selection])
+    masks = masks_of(graph, selections)
     fixing = find_deviation(graph.recording.record, masks, nodes)
     if fixing is None:
-        return _fixed_by(graph, group)
+        return _fixed_by(graph, groups[0])
     literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
     reason, tried = "", set[str]()
     while path not in tried:
@@ -140,7 +143,7 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
         tried.update(alike)
         literal |= {name: operator_name(fixing) for name in alike if refusal(graph, name) is None}
         try:
-            narrowing = Narrowing(graph, {group.name: selection.kept}, form="graph")
+            narrowing = Narrowing(graph, {s.group.name: s.kept for s in selections}, form="graph")
             with without_compilation(model), unchanged(model):
                 replace_tensors(model, meta_stand_ins(model))
                 narrow = narrowing(model)
@@ -185,39 +188,50 @@ def _fixed_by(graph: ChannelAnswers, group: ChannelGroup) -> str:
     return f"their number is fixed by {graph.moved_by(group)}"
 
 
-def find_unresizable(graph: ChannelAnswers) -> list[ChannelGroup]:
-    """Groups without which every other group can be narrowed. Runs on shapes alone; no weight is copied.
+def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> list[ChannelGroup]:
+    """A group that forward lets nobody narrow, beside the graph forms that are known to be needed; empty if there is
+    none.
 
-    Groups whose counts forward ties together are left out: they have been traced at other widths already. A forward
-    that reads values does not run on shapes: the numerical check of a narrowing has the last word there.
+    Runs on shapes alone; no weight is copied. Groups of the same layers and readers (blocks of a norm) are asked about
+    together. Groups whose counts forward ties together are left out: they have been traced at other widths already. A
+    forward that reads values does not run on shapes: the numerical check of a narrowing has the last word there.
+
+    Args:
+        graph: channel graph of the network.
+        settled: names of groups that are not asked about.
     """
     if graph.read_values:
         return []
     bound = frozenset().union(*graph.constrained)
-    groups = [g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound]
-    shapes = _shapes(graph, groups)
-    if shapes == graph.output_shapes or (shapes is None and _shapes(graph, ()) is None):
-        return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
+    alike: dict[tuple[tuple[str, str, int], ...], list[ChannelGroup]] = {}
+    for group in graph.groups:
+        if group.size > 1 and int(group.channels[0]) not in bound and group.name not in settled:
+            alike.setdefault(tuple((p.tensor, p.kind, p.dim) for p in group.parts), []).append(group)
 
-    def culprits(part: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    def fits(part: Sequence[list[ChannelGroup]]) -> bool:
         # Two thirds remain: a count that rarely divides what the full one divides.
-        if not part or _shapes(graph, part) == graph.output_shapes:
-            return []
-        if len(part) == 1:
-            return list(part)
-        return culprits(part[: len(part) // 2]) + culprits(part[len(part) // 2 :])
+        return not part or _shapes(graph, list(itertools.chain(*part))) == graph.output_shapes
 
-    return culprits(groups)
+    part = list(alike.values())
+    if fits(part) or _shapes(graph, ()) is None:
+        return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
+    while len(part) > 1:
+        half = part[: len(part) // 2]
+        part = half if not fits(half) else part[len(part) // 2 :]
+    return [] if fits(part) else part[0]
 
 
 def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:
     """Shapes of the outputs with fewer channels in ``groups``; None if forward does not run."""
-    model = graph.model
+    model, selections = graph.model, leave_out(groups)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
-        cut_in_place(model, graph, leave_out(groups), torch.device("cpu"))
-        traced = bare_module(find_submodule(model, graph.network))
         try:
+            if graph.recording.literal and groups:
+                model = Narrowing(graph, {s.group.name: s.kept for s in selections})(model)
+            else:
+                cut_in_place(model, graph, selections, torch.device("cpu"))
+            traced = bare_module(find_submodule(model, graph.network))
             if graph.stacked:  # shapes do not tell whether branches are still what they were
                 narrow = trace_at(model, graph.inputs, graph.network, ChannelAnswers)
                 alike = {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}

@@ -32,11 +32,13 @@ FREE = (
     "linear",
     "channel mean",
     "split numbers",
+    "attention",
+    "patches",
 )
 # Free by themselves, but blocks of a few channels, or of unlike ones, may be too small to lose any.
 BLOCKS = ("grouped", "grouped up", "group norm", "split branches", "maxout")
 # Operations that may pin, or tie counts together.
-MIXED = (*FREE, *BLOCKS, "split", "slice", "channel pad", "shuffle", "shuffle module", "pad module", "sigmoid")
+MIXED = (*FREE, *BLOCKS, "split", "slice", "channel pad", "shuffle", "shuffle module", "pad module", "sigmoid", "spare")
 # Channels that meet other channels of their own layer.
 HOSTILE = (*MIXED, "flip sum")
 
@@ -57,6 +59,20 @@ class Split(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second = x.split(self.sizes, 1)
         return torch.cat([F.relu(first), second], 1)
+
+
+class Attention(nn.Module):
+    """Heads cut out of one convolution."""
+
+    def __init__(self, channels: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.shape = (3, heads, size)
+        self.qkv, self.proj = nn.Conv2d(channels, 3 * heads * size, 1), nn.Conv2d(heads * size, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, self.shape).transpose(-1, -2).unbind(1)
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.proj(y.transpose(-1, -2).reshape(x.shape[0], -1, *x.shape[2:]))
 
 
 class RandomNet(nn.Module):
@@ -88,8 +104,10 @@ class RandomNet(nn.Module):
             return conv(c, new), new
         if operation == "norm":
             return nn.BatchNorm2d(c), c
-        if operation == "residual":
+        if operation in ("residual", "spare"):
             return conv(c, c), c
+        if operation == "attention":
+            return Attention(c, 1 + number % 2, 2 + number), c
         if operation == "concatenate":
             return conv(c, new), c + new
         if operation == "repeat":
@@ -143,8 +161,13 @@ class RandomNet(nn.Module):
     def _step(operation: str, number: int, part: nn.Module, x: Tensor) -> Tensor:
         if operation in ("relu", "silu", "sigmoid"):
             return {"relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid}[operation](x)
-        if operation == "residual":
+        if operation in ("residual", "attention"):
             return x + part(x)
+        if operation == "spare":
+            F.relu(x + part(x))
+            return x
+        if operation == "patches":
+            return F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1)
         if operation == "concatenate":
             return torch.cat([x, part(x)], 1)
         if operation == "repeat":

@@ -312,17 +312,17 @@ def test_trained_with_centripetal_steps_and_merged_without_a_changed_prediction(
 
 
 def test_the_residual_stream_of_a_transformer() -> None:
-    """Heads stay as they are, with the reason; the stream they write into is narrowed."""
+    """Queries and keys, values, hidden layers and the stream that they write into are narrowed; every head alike."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = timm.models.vision_transformer.VisionTransformer(
             img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=4
         )
     graph, narrow = check_exact(model, image(size=16))
-    sizes = {g.name: g.size for g in graph.groups}
-    assert sizes == {"patch_embed.proj": 12, "blocks.0.mlp.fc1": 48, "blocks.1.mlp.fc1": 48}
-    assert {n for n, r in graph.pinned.items() if r != "network output"} == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
-    assert "mixes channels" in graph.pinned["blocks.0.attn.qkv"]
+    inner = {"attn.qkv[0]": 6, "attn.qkv[1]": 6, "mlp.fc1": 48}
+    blocks = {f"blocks.{i}.{name}": size for i in range(2) for name, size in inner.items()}
+    assert {g.name: g.size for g in graph.groups} == {"patch_embed.proj": 12, **blocks}
+    assert set(graph.pinned.values()) == {"network output"}
     assert narrow.cls_token.shape == (1, 1, 7)
     assert narrow.pos_embed.shape == (1, 5, 7)
 

@@ -30,7 +30,10 @@ REFUSED: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
         MIXING["softmax over channels"],
         r"input of softmax in between over channels, which mixes channels",
     ),
-    "channel attention": (MIXING["channel attention"], r"input of matmul in forward, which mixes channels"),
+    "channel attention": (
+        MIXING["channel attention"],
+        r"input of matmul in forward, which multiplies every channel by every other",
+    ),
     "variance over channels": (
         lambda: lambda x: x * x.var(1, keepdim=True),
         r"input of var in forward over channels, which mixes channels",
