@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from .modules import find_tensors, quiet, unchanged, without_compilation
 from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like
 from .shapes import is_dense, meta_results
 
-__all__ = ["record", "record_as_far_as_it_runs"]
+__all__ = ["MetaRun", "record", "run_on_meta"]
 
 _META = torch.device("meta")
 _FOLDED = 1 << 16  # entries of a constant that is computed along
@@ -445,17 +445,27 @@ def record(
     )
 
 
-def record_as_far_as_it_runs(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> list[Node]:
-    """Everything that forward calls on meta tensors before it fails, if it does."""
-    with without_compilation(model):
-        return _attempt(model, call, names, prefix, False, real=False)[0].nodes
+class MetaRun(NamedTuple):
+    """What came of one forward pass on meta tensors.
+
+    Attributes:
+        nodes: everything that forward called, up to where it failed.
+        shapes: of the outputs; None if it failed.
+        failed_in: path of the module whose forward failed; None if none did.
+    """
+
+    nodes: list[Node]
+    shapes: tuple[torch.Size, ...] | None
+    failed_in: str | None
 
 
-def failing_part(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> str | None:
-    """Path of the module whose forward fails on meta tensors; None if the network runs."""
+def run_on_meta(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> MetaRun:
+    """Run forward on meta tensors, as far as it does. Arguments as those of :func:`record`."""
     with without_compilation(model):
         recorder, error = _attempt(model, call, names, prefix, False, real=False)
-    return None if error is None else recorder.place
+    if error is not None:
+        return MetaRun(recorder.nodes, None, recorder.place)
+    return MetaRun(recorder.nodes, tuple(node.shape for node in recorder.outputs), None)
 
 
 def _attempt(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers, ChannelGroup
-from .errors import ChannelGraphError, ExampleInputsError, GraphFormError, TraceError
+from .errors import ChannelGraphError, GraphFormError
 from .forms import Masks, find_deviation, fixing_bodies, graph_bodies, refusal
 from .modules import (
     bare_module,
@@ -21,7 +22,7 @@ from .modules import (
 )
 from .narrow import Narrowing, cut_in_place, leave_out, masks_of
 from .record import operator_name
-from .recorder import failing_part, record, record_as_far_as_it_runs
+from .recorder import MetaRun, run_on_meta
 from .trace import trace_at
 from .widths import stuck_sets, unresizable_sets, why_stuck
 
@@ -35,8 +36,8 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     _pin_uncountable(graph)
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
-    for group in find_unresizable(graph):
-        if (reason := _why_not_written(graph, group)) is not None:
+    for group, run in _find_unresizable(graph):
+        if (reason := _why_not_written(graph, group, run)) is not None:
             graph.exclude({group.name: f"{_fixed_by(graph, group)}{reason}"})
     if graph.constrained:
         _write_what_fails_beside_graphs(graph)
@@ -58,7 +59,7 @@ def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
         except ChannelGraphError:
             return  # these counts do not fit, others may
         traced = bare_module(find_submodule(narrow, graph.network))
-        path = failing_part(traced, graph.inputs, tensor_names(narrow), graph.network)
+        path = run_on_meta(traced, graph.inputs, tensor_names(narrow), graph.network).failed_in
         modules = named_modules(model)
         if not path or path in tried or path not in modules:
             return
@@ -116,16 +117,17 @@ def _reads(group: ChannelGroup, path: str) -> bool:
     return any(part.kind == "consumer" and part.tensor.startswith(f"{path}.") for part in group.parts)
 
 
-def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
-    """Find the bodies that hold a number for ``group``; None if their graph forms make the group narrowable."""
+def _why_not_written(graph: ChannelAnswers, group: ChannelGroup, run: MetaRun) -> str | None:
+    """Find the bodies that hold a number for ``group``; None if their graph forms make the group narrowable.
+
+    Args:
+        graph: the channel graph.
+        group: one that does not fit.
+        run: of the network that is narrower in this group.
+    """
     model, (selection,) = graph.model, leave_out([group])
-    with without_compilation(model), unchanged(model):
-        replace_tensors(model, meta_stand_ins(model))
-        cut_in_place(model, graph, [selection], torch.device("cpu"))
-        traced = bare_module(find_submodule(model, graph.network))
-        nodes = record_as_far_as_it_runs(traced, graph.inputs, tensor_names(model), graph.network)
     masks = masks_of(graph, [selection])
-    fixing = find_deviation(graph.recording.record, masks, nodes)
+    fixing = find_deviation(graph.recording.record, masks, run.nodes)
     if fixing is None:
         return ""
     literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
@@ -147,16 +149,11 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
             reason = f", and {error}"
             break
         traced = bare_module(find_submodule(narrow, graph.network))
-        call = graph.inputs, tensor_names(narrow), graph.network
-        try:
-            outputs = record(traced, *call).outputs
-        except (ExampleInputsError, TraceError):  # there is another body
-            failing = failing_part(traced, *call)
-            if failing is None or failing not in modules:
-                break
-            path = failing
+        again = run_on_meta(traced, graph.inputs, tensor_names(narrow), graph.network)
+        if again.failed_in is not None and again.failed_in in modules:  # there is another body
+            path = again.failed_in
             continue
-        if tuple(node.shape for node in outputs) == graph.output_shapes:
+        if again.shapes == graph.output_shapes:
             return None
         break
     literal.clear()
@@ -190,38 +187,104 @@ def find_unresizable(graph: ChannelAnswers) -> list[ChannelGroup]:
     Groups whose counts forward ties together are left out: they have been traced at other widths already. A forward
     that reads values does not run on shapes: the numerical check of a narrowing has the last word there.
     """
+    return [group for group, _ in _find_unresizable(graph)]
+
+
+def _find_unresizable(graph: ChannelAnswers) -> list[tuple[ChannelGroup, MetaRun]]:
+    """:func:`find_unresizable`, and what came of forward where only that group is narrower.
+
+    The part that fails names the suspects: groups that it holds tensors of. What its class does to them it does in
+    every other place. Where none of them fails alone, halves are tried.
+    """
     if graph.read_values:
         return []
     bound = frozenset().union(*graph.constrained)
-    groups = [g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound]
-    shapes = _shapes(graph, groups)
-    if shapes == graph.output_shapes or (shapes is None and _shapes(graph, ()) is None):
+    left = [g for g in graph.groups if g.size > 1 and int(g.channels[0]) not in bound]
+    order = {group.name: i for i, group in enumerate(left)}
+    run = _run_narrower(graph, left)
+    if run.shapes == graph.output_shapes or (run.shapes is None and _run_narrower(graph, ()).shapes is None):
         return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
 
-    def culprits(part: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-        # Two thirds remain: a count that rarely divides what the full one divides.
-        if not part or _shapes(graph, part) == graph.output_shapes:
+    def alone(suspects: Sequence[ChannelGroup]) -> list[tuple[ChannelGroup, MetaRun]]:
+        runs = [(group, _run_narrower(graph, [group])) for group in suspects]
+        return [(group, run) for group, run in runs if run.shapes != graph.output_shapes]
+
+    def halves(part: Sequence[ChannelGroup]) -> list[tuple[ChannelGroup, MetaRun]]:
+        if len(part) < 2:
+            return alone(part)
+        if _run_narrower(graph, part).shapes == graph.output_shapes:
             return []
-        if len(part) == 1:
-            return list(part)
-        return culprits(part[: len(part) // 2]) + culprits(part[len(part) // 2 :])
+        return halves(part[: len(part) // 2]) + halves(part[len(part) // 2 :])
 
-    return culprits(groups)
+    found: list[tuple[ChannelGroup, MetaRun]] = []
+    tried: set[str] = set()
+    while left and run.shapes != graph.output_shapes:
+        suspects = [] if run.failed_in is None else _with_tensors_in(left, run.failed_in)
+        wrong = alone([group for group in suspects if group.name not in tried])
+        tried.update(group.name for group in suspects)
+        if wrong and run.failed_in is not None:
+            alike = _alike(graph, left, [group for group, _ in wrong], run.failed_in)
+            wrong += alone([group for group in alike if group.name not in tried])
+            tried.update(group.name for group in alike)
+        if not wrong:
+            found += halves(left)
+            break
+        found += wrong
+        names = {group.name for group, _ in wrong}
+        left = [group for group in left if group.name not in names]
+        run = _run_narrower(graph, left)
+    return sorted(found, key=lambda item: order[item[0].name])
 
 
-def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:
-    """Shapes of the outputs with fewer channels in ``groups``; None if forward does not run."""
+def _with_tensors_in(groups: Sequence[ChannelGroup], path: str) -> list[ChannelGroup]:
+    """Those of ``groups`` that have a part in the module at ``path``."""
+    return [group for group in groups if any(part.tensor.startswith(f"{path}.") for part in group.parts)]
+
+
+def _alike(
+    graph: ChannelAnswers, groups: Sequence[ChannelGroup], wrong: Sequence[ChannelGroup], path: str
+) -> list[ChannelGroup]:
+    """Those of ``groups`` that another module of one class has where the one at ``path`` has parts of ``wrong``."""
+    modules = named_modules(graph.model)
+    kind = type(modules[path]) if path in modules else None
+    inside = {
+        (part.tensor.removeprefix(f"{path}."), part.kind)
+        for group in wrong
+        for part in group.parts
+        if part.tensor.startswith(f"{path}.")
+    }
+    places = {
+        (f"{name}.{tensor}", part)
+        for name, module in modules.items()
+        if type(module) is kind and name != path
+        for tensor, part in inside
+    }
+    return [group for group in groups if any((part.tensor, part.kind) in places for part in group.parts)]
+
+
+def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> MetaRun:
+    """Run forward with fewer channels in ``groups``.
+
+    Two thirds remain: a count that rarely divides what the full one divides.
+    """
     model = graph.model
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
         cut_in_place(model, graph, leave_out(groups), torch.device("cpu"))
         traced = bare_module(find_submodule(model, graph.network))
-        try:
-            if graph.stacked:  # shapes do not tell whether branches are still what they were
-                narrow = trace_at(model, graph.inputs, graph.network, ChannelAnswers)
-                alike = {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}
-                return narrow.output_shapes if alike else None
-            outputs = record(traced, graph.inputs, tensor_names(model), graph.network).outputs
-        except ChannelGraphError:
-            return None
-        return tuple(node.shape for node in outputs)
+        run = run_on_meta(traced, graph.inputs, tensor_names(model), graph.network)
+        if graph.stacked and run.shapes is not None and not _keeps_kinds(graph, model):
+            return run._replace(shapes=None)
+        return run
+
+
+def _keeps_kinds(graph: ChannelAnswers, narrower: nn.Module) -> bool:
+    """Whether the channels of a narrower network are of the kinds that there are in that of ``graph``.
+
+    Shapes do not tell whether stacked branches are still what they were.
+    """
+    try:
+        narrow = trace_at(narrower, graph.inputs, graph.network, ChannelAnswers)
+    except ChannelGraphError:
+        return False
+    return {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}
