@@ -49,7 +49,8 @@ class ChannelGraph(ChannelAnswers):
         try:
             with without_collection(), one_trace():
                 graph = trace(model, example_inputs, network, cls)
-                pin_unresizable(graph)
+                with graph.unquestioned():
+                    pin_unresizable(graph)
         except StopIteration as error:  # a Trainer would take it for the end of the data
             raise TraceError(f"{type(model).__name__} cannot be traced: something in it ran out of items") from error
         return graph

@@ -91,7 +91,7 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
     sizes = [state.grouped[t].sizes[1] if d == 1 and t in state.grouped else 0 for t, d in keys]
     places = np.asarray([place_of[event.tensor, event.dim] for event in reading], dtype=np.int64)[number]
     size = np.asarray(sizes, dtype=np.int64)[places]
-    block = np.where(size > 0, rows // np.maximum(size, 1), 0)
+    block: Ints = np.where(size > 0, rows // np.maximum(size, 1), 0)
     blocks = 1 + int(block.max(initial=0))
     read = _by_layer_and_tensor(ids, places * blocks + block, filters, rows - block * size, len(order))
     exposed: list[dict[int, str]] = [{} for _ in order]

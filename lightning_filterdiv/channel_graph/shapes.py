@@ -31,9 +31,7 @@ def is_dense(tensor: Tensor) -> bool:
         return True
     if tensor.ndim not in (4, 5):
         return False
-    return tensor.is_contiguous(
-        memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d  # type: ignore[call-arg]
-    )
+    return tensor.is_contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
 
 
 class MetaResults:
@@ -116,7 +114,7 @@ def _elementwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if dtype is ...:
         result = func(*args, **kwargs)
         _dtypes[where] = result.dtype if isinstance(result, Tensor) else None
-        return result
+        return result  # type: ignore[no-any-return]
     if dtype is None:
         return None
     if strides:
