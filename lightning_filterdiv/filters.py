@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "Conv",
     "NoLayersError",
     "Obstacle",
+    "all_modules",
     "canonical_name",
     "check_patterns",
     "check_rows",
@@ -41,6 +43,8 @@ __all__ = [
     "named_tensors",
     "quantised_modules",
     "select_filters",
+    "walk_modules",
+    "walk_tensors",
     "write_filters",
 ]
 
@@ -64,6 +68,7 @@ FAKE_QUANTISED = (
 )
 
 
+@lru_cache(maxsize=1 << 16)
 def canonical_name(name: str) -> str:
     """Return ``name`` without the levels that wrappers add (``_orig_mod``, ``module``, ``_fsdp_wrapped_module``).
 
@@ -78,20 +83,50 @@ def _is_wrapped(name: str) -> bool:
     return name.rpartition(".")[2] in _WRAPPERS
 
 
+def walk_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``model.named_modules(remove_duplicate=False)``, whose nested generators take several times as long."""
+    found, waiting = [], [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        found.append((name, module))
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
+    return found
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """``model.modules()``: each module once."""
+    return list(dict.fromkeys(module for _, module in walk_modules(model)))
+
+
+def walk_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters, then all buffers, under every name they have."""
+    modules = walk_modules(model)
+    for name, module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{name}.{key}" if name else key), parameter
+    for name, module in modules:
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                yield (f"{name}.{key}" if name else key), buffer
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return canonical name -> module, under each of its names. A wrapper is replaced by the module that it wraps.
 
     Names that would collide when shortened (``conv`` beside ``module.conv``) stay long, so that no module is lost.
     """
-    named = list(model.named_modules(remove_duplicate=False))
+    named = walk_modules(model)
     taken = Counter(canonical_name(name) for name, _ in named if not _is_wrapped(name))
     return {(short if taken[short := canonical_name(name)] <= 1 else name): module for name, module in named}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return canonical name -> parameter or buffer, under each of its names."""
-    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {canonical_name(name): tensor for name, tensor in pairs}
+    return {canonical_name(name): tensor for name, tensor in walk_tensors(model)}
 
 
 def find_submodule(model: nn.Module, name: str | None, error: type[ValueError] = NoLayersError) -> nn.Module:
@@ -108,7 +143,9 @@ def find_submodule(model: nn.Module, name: str | None, error: type[ValueError] =
         ``error``: there is no such submodule; the message lists the children.
     """
     module: nn.Module
-    for full, module in model.named_modules(remove_duplicate=False):
+    if not name:
+        return model
+    for full, module in walk_modules(model):
         if canonical_name(full) == (name or "") and (not full or not _is_wrapped(full)):
             return module
     children = ", ".join(repr(canonical_name(child)) for child, _ in model.named_children())

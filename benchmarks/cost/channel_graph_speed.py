@@ -2,10 +2,11 @@
 
     python -m benchmarks.cost.channel_graph_speed --earlier PATH
 
-Each network runs in a process of its own, one thread. *Trace* is ``ChannelGraph.trace``; *torch-pruning*
-is ``build_dependency`` with ``get_all_groups``; *forward* is a plain forward pass. Each is called twice, and the faster
-call counts: the first one imports and compiles. Seconds are those of the process (CPU), which other work on the machine
-hardly changes. The earlier version runs once and is stopped at 60 s of CPU time, which then count as 60.
+Each network runs in a process of its own, forked from one that has imported everything, one thread. *Trace* is
+``ChannelGraph.trace``; *torch-pruning* is ``build_dependency`` with ``get_all_groups``; *forward* is a plain forward
+pass. Each is called twice, and the faster call counts: the first one compiles. Seconds are those of the process (CPU),
+which other work on the machine hardly changes. The earlier version runs once and is stopped at 60 s of CPU time, which
+then count as 60.
 
 Networks that read values in forward are traced on real tensors; torch-pruning has no answer there, and the bound is two
 forward passes and half a second.
@@ -120,11 +121,8 @@ def _fastest(call: Callable[[], object], times: int = 2) -> float:
     return min(seconds)
 
 
-def measure(what: str, library: str, name: str, size: int) -> dict[str, Any]:
+def measure(what: str, model: nn.Module, inputs: Any) -> dict[str, Any]:
     """CPU seconds of ``trace``, ``earlier`` (one call), ``peer`` or ``forward``; or the error."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    model, inputs = build(library, name, size)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     row: dict[str, Any] = {}
 
@@ -145,10 +143,6 @@ def measure(what: str, library: str, name: str, size: int) -> dict[str, Any]:
         row["channels"] = sum(group.size for group in graph.groups)
         row["reads values"] = getattr(graph, "read_values", "")
 
-    if what in ("trace", "earlier"):
-        from lightning_filterdiv.channel_graph import ChannelGraph
-
-        ChannelGraph.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), torch.zeros(1, 3, 8, 8))
     if what == "earlier":
         signal.setitimer(signal.ITIMER_PROF, LIMIT)  # nobody handles the signal: the process ends
     call = {"trace": trace, "earlier": trace, "peer": peer, "forward": forward}[what]
@@ -159,24 +153,54 @@ def measure(what: str, library: str, name: str, size: int) -> dict[str, Any]:
     return row
 
 
-def _run(what: str, network: tuple[str, str, int], source: Path | None) -> dict[str, Any]:
-    """:func:`measure` in a process of its own; ``source``: where another version of the package is."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--one", what, *map(str, network)]
-    where = source or ROOT
-    environment = os.environ | {"PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
+def _import(columns: list[str]) -> None:
+    """Import what the columns need, and compile what every trace does."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    import timm  # noqa: F401
+    import torchvision  # noqa: F401
 
-    def limit() -> None:
+    if "peer" in columns:
+        import torch_pruning  # noqa: F401
+    if {"trace", "earlier"} & set(columns):
+        from lightning_filterdiv.channel_graph import ChannelGraph
+
+        ChannelGraph.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), torch.zeros(1, 3, 8, 8))
+
+
+def _run(columns: list[str], network: tuple[str, str, int]) -> dict[str, dict[str, Any]]:
+    """:func:`measure` of several columns in a process of its own."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT + 30, LIMIT + 30))
+        with os.fdopen(writing, "w") as pipe:
+            model, inputs = build(*network)
+            for what in columns:
+                print(json.dumps([what, measure(what, model, inputs)]), file=pipe, flush=True)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        done: dict[str, dict[str, Any]] = dict(json.loads(line) for line in pipe)
+    os.waitpid(child, 0)
+    return {what: done.get(what, {"error": "stopped"}) for what in columns}
 
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, preexec_fn=limit)
+
+def _earlier(network: tuple[str, str, int], source: Path) -> dict[str, Any]:
+    """The column of another version of the package, which is at ``source``."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", *map(str, network)]
+    environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=source)
     if done.returncode:
-        return {"error": "stopped" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]}
+        return {"error": done.stderr.strip().splitlines()[-1][:200]}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The figures that are promised: medians, the worst network, errors."""
+    rows = {n: r for n, r in rows.items() if "trace" in r}
     answered = {n: r for n, r in rows.items() if "seconds" in r["trace"]}
     ratios = {n: r["trace"]["seconds"] / r["peer"]["seconds"] for n, r in answered.items() if "seconds" in r["peer"]}
     above = {
@@ -229,31 +253,36 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--one", nargs=4, metavar=("WHAT", "LIBRARY", "NAME", "SIZE"), help="measure this and print JSON"
-    )
+    parser.add_argument("--one", nargs=3, metavar=("LIBRARY", "NAME", "SIZE"), help="trace once and print JSON")
     parser.add_argument("--earlier", type=Path, help="checkout of an earlier version of the package")
     parser.add_argument("--only", default="", help="networks whose name contains this")
-    parser.add_argument("--what", nargs="+", default=["trace", "peer", "forward"], help="columns to measure anew")
+    parser.add_argument("--what", nargs="*", default=["trace", "peer", "forward"], help="columns to measure")
+    parser.add_argument("--missing", action="store_true", help="only what the results do not have yet")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     if options.one:
-        what, library, name, size = options.one
-        print(json.dumps(measure(what, library, name, int(size))))
+        library, name, size = options.one
+        _import(["earlier"])
+        print(json.dumps(_run(["earlier"], (library, name, int(size)))["earlier"]))
         return
+    _import(options.what)
     rows: dict[str, dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
-    for network in networks():
-        if options.only not in network[1]:
-            continue
+    wanted = [network for network in networks() if options.only in network[1]]
+    # Every fourth network first: a run that is stopped has seen some of every kind.
+    for network in [network for first in range(4) for network in wanted[first::4]]:
         row = rows.setdefault(f"{network[1]}@{network[2]}", {})
-        for what in options.what:
-            row[what] = _run(what, network, None)
-        if options.earlier is not None:
-            row["earlier"] = _run("earlier", network, options.earlier)
+        columns = [*options.what, *(["earlier"] if options.earlier is not None else [])]
+        columns = [what for what in columns if not (options.missing and what in row)]
+        if not columns:
+            continue
+        row.update(_run([what for what in columns if what != "earlier"], network))
+        if "earlier" in columns:
+            row["earlier"] = _earlier(network, options.earlier)
         print(network[1], row, flush=True)
         record = {"torch": version("torch"), "torch-pruning": version("torch-pruning"), "rows": rows}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(summary(rows), indent=1))
+    if any("seconds" in row.get("trace", {}) for row in rows.values()):
+        print(json.dumps(summary(rows), indent=1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -298,6 +299,7 @@ class ChannelAnswers:
     ) -> None:
         self._model = model
         self._structure = structure(model)
+        self._unquestioned = False
         self._groups, self._pinned, self._regions = groups, pinned, regions
         self._consumers, self._coupled, self._row_dims = consumers, coupled, row_dims
         self._operations, self.norms, self.recording = operations, norms, recording
@@ -348,8 +350,19 @@ class ChannelAnswers:
         """True if the traced network still has its structure."""
         return structure(self._model) == self._structure
 
+    @contextmanager
+    def unquestioned(self) -> Iterator[None]:
+        """Inside, nobody asks whether the model is still what was traced: a trace that goes on sees to it itself."""
+        self._unquestioned = True
+        try:
+            yield
+        finally:
+            self._unquestioned = False
+
     def _check(self) -> None:
         """Raise an error if the structure of the model has changed."""
+        if self._unquestioned:
+            return
         now = structure(self._model)
         if now != self._structure:
             names = [n for n in {**self._structure, **now} if self._structure.get(n) != now.get(n)]

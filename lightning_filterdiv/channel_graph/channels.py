@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .answers import KINDS, ChannelGroup, Table, TensorRows, layer_of
-from .labels import Ints, mix, stable_hash, unique
+from .labels import Ints, is_increasing, mix, stable_hash, unique
 from .propagate import FLAT, Event, Grouped, Propagation
 
 __all__ = [
@@ -28,6 +28,11 @@ def resolve_elements(state: Propagation) -> None:
     """Turn parameters met element-wise into members: slices along the one dimension that follows the channels."""
     table = state.table
     dims: dict[str, int] = {}
+    # The value of an entry is the one made when the parameter was first read.
+    first_values = np.zeros(table.owner_count, dtype=np.int64)
+    if state.elements:
+        owners, places = np.unique(table.owner[1:], return_index=True)
+        first_values[owners] = places + 1
     for name, shape in state.elements.items():
         owners = state.owners_of(name, 0).reshape(shape)
         roots = table.roots(owners)
@@ -40,10 +45,7 @@ def resolve_elements(state: Propagation) -> None:
         dim = max(candidates, key=lambda d: shape[d])
         dims[name] = state.element_dims[name] = dim
         first = owners[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))].reshape(-1)
-        # The value of an entry is the one made when the parameter was first read.
-        node_values = np.flatnonzero(np.isin(table.owner, first))
-        by_owner = {int(table.owner[v]): int(v) for v in node_values[::-1].tolist()}
-        values = np.fromiter((by_owner[int(o)] for o in first), dtype=np.int64, count=len(first))
+        values = first_values[first]
         state.record(Event("member", name, dim, np.arange(len(first), dtype=np.int64), values))
     for i, event in enumerate(state.events):
         if event.dim == FLAT:
@@ -65,14 +67,18 @@ def couple_shared_rows(state: Propagation) -> None:
         if event.kind != "private":
             met.setdefault((event.tensor, event.dim), []).append((event.rows, table.owner[event.values]))
     for (tensor, dim), pairs in met.items():
+        unowned = state.unowned_rows.get((tensor, dim))
+        if len(pairs) == 1 and is_increasing(pairs[0][0]) and not unowned:
+            continue  # every row is met once
         rows, owners = (np.concatenate(column) for column in zip(*pairs, strict=True))
         order = np.lexsort((owners, rows))
         rows, owners = rows[order], owners[order]
         again = np.flatnonzero((np.diff(rows) == 0) & (np.diff(owners) != 0))
         table.unite(owners[again], owners[again + 1])
-        foreign = np.isin(rows, np.asarray(sorted(state.unowned_rows.get((tensor, dim), ())), dtype=np.int64))
-        for owner in unique(owners[foreign]).tolist():
-            table.pins.setdefault(owner, f"{tensor} is also used on values that no channel owns")
+        if unowned:
+            foreign = np.isin(rows, np.asarray(sorted(unowned), dtype=np.int64))
+            for owner in unique(owners[foreign]).tolist():
+                table.pins.setdefault(owner, f"{tensor} is also used on values that no channel owns")
 
 
 def linked_ranks(state: Propagation) -> dict[str, Ints]:
@@ -107,29 +113,43 @@ def linked_ranks(state: Propagation) -> dict[str, Ints]:
 def channel_table(state: Propagation) -> Table:
     """Return all events by channel. Calls that share a tensor count once per row."""
     table = state.table
+    events = [event for event in state.events if event.kind != "private"]
     names: dict[str, int] = {}
-    blocks: list[list[Ints]] = []
-    for event in state.events:
-        if event.kind == "private":
-            continue
-        index = names.setdefault(event.tensor, len(names))
-        tag = stable_hash(f"{event.kind}|{event.tensor}|{event.dim}")
-        count = len(event.rows)
-        constants = (np.full(count, n, dtype=np.int64) for n in (KINDS.index(event.kind), index, event.dim))
-        key = mix(table.trail[event.values], table.slot[event.values], tag)
-        blocks.append([table.roots(table.owner[event.values]), *constants, event.rows, key])
-    if not blocks:  # no channel is owned: forward computes every kernel
+    if not events:  # no channel is owned: forward computes every kernel
         return Table((), *(np.zeros(0, dtype=np.int64) for _ in range(6)))
-    roots, kinds, tensors, dims, rows, keys = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    of_event = np.asarray(
+        [
+            (
+                len(event.rows),
+                KINDS.index(event.kind),
+                names.setdefault(event.tensor, len(names)),
+                event.dim,
+                stable_hash(f"{event.kind}|{event.tensor}|{event.dim}"),
+            )
+            for event in events
+        ],
+        dtype=np.int64,
+    )
+    kinds, tensors, dims, tags = np.repeat(of_event[:, 1:], of_event[:, 0], axis=0).T
+    rows, values = np.concatenate([e.rows for e in events]), np.concatenate([e.values for e in events])
+    keys = mix(table.trail[values], table.slot[values], tags)
+    roots = table.roots(table.owner[values])
     # A row that several calls meet (a shared layer) is one row, its keys added up.
     code = (kinds * len(names) + tensors) * (1 + int(dims.max())) + dims
-    identity = (roots * (1 + int(code.max())) + code) * (1 + int(rows.max())) + rows
+    places = roots * (1 + int(code.max())) + code
+    identity = places * (1 + int(rows.max())) + rows
     sorting = np.argsort(identity, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(identity[sorting]) != 0])
+    identity = identity[sorting]
+    starts = np.flatnonzero(np.r_[True, identity[1:] != identity[:-1]])
     first = sorting[starts]
     with np.errstate(over="ignore"):
         total = np.add.reduceat(keys[sorting], starts)
-    order = np.lexsort((rows[first], total, code[first], roots[first]))
+    # By channel, tensor and key: so far those of one tensor are in the order of rows.
+    places = places[first]
+    again = np.r_[False, places[1:] == places[:-1]]
+    several = np.flatnonzero(again | np.r_[again[1:], False])
+    order = np.arange(len(first))
+    order[several] = several[np.lexsort((rows[first[several]], total[several], places[several]))]
     chosen = first[order]
     return Table(tuple(names), roots[chosen], kinds[chosen], tensors[chosen], dims[chosen], rows[chosen], total[order])
 

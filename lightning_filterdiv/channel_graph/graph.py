@@ -12,6 +12,7 @@ from .describe import describe
 from .errors import TraceError
 from .modules import without_collection
 from .resize import pin_unresizable
+from .shapes import one_trace
 from .trace import trace
 from .verify import verify
 from .widths import nearest_counts
@@ -46,9 +47,10 @@ class ChannelGraph(ChannelAnswers):
             ChannelGraphError: the network has no convolution, or there is no such submodule.
         """
         try:
-            with without_collection():
+            with without_collection(), one_trace():
                 graph = trace(model, example_inputs, network, cls)
-                pin_unresizable(graph)
+                with graph.unquestioned():
+                    pin_unresizable(graph)
         except StopIteration as error:  # a Trainer would take it for the end of the data
             raise TraceError(f"{type(model).__name__} cannot be traced: something in it ran out of items") from error
         return graph

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .answers import layer_of
-from .labels import Ints, LabelTensor, core, mix, unique
+from .labels import Ints, LabelTensor, core, is_increasing, mix, unique
 from .moves import refuse_product
 from .propagate import Event, Grouped, Propagation, Rule, Value, unknown
 from .record import Node, arguments
@@ -153,11 +153,14 @@ def _members(
     old = vector[owned]
     rows = np.arange(len(vector), dtype=np.int64) if entries is None else entries
     # A value met by several entries (a repeated channel) becomes as many different values; met by one, it stays one.
-    pairs, inverse = np.unique(np.stack([old, rows[owned]], axis=1), axis=0, return_inverse=True)
-    starts = np.flatnonzero(np.r_[True, np.diff(pairs[:, 0]) != 0])[: len(pairs)]
-    rank = np.arange(len(pairs)) - np.repeat(starts, np.diff(np.r_[starts, len(pairs)]))
-    new = table.advance(pairs[:, 0], key, rank=rank)
-    result[owned] = new[inverse.reshape(-1)]
+    if is_increasing(old):
+        new = result[owned] = table.advance(old, key, rank=0)
+    else:
+        pairs, inverse = np.unique(np.stack([old, rows[owned]], axis=1), axis=0, return_inverse=True)
+        starts = np.flatnonzero(np.r_[True, np.diff(pairs[:, 0]) != 0])[: len(pairs)]
+        rank = np.arange(len(pairs)) - np.repeat(starts, np.diff(np.r_[starts, len(pairs)]))
+        new = table.advance(pairs[:, 0], key, rank=rank)
+        result[owned] = new[inverse.reshape(-1)]
     if silenced:
         table.leak[new] = 0
     for name, silence in tensors.items():

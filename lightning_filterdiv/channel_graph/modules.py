@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..filters import canonical_name
+from ..filters import all_modules, canonical_name, walk_modules, walk_tensors
 
 __all__ = [
     "bare_module",
@@ -46,22 +46,17 @@ def bare_module(model: nn.Module) -> nn.Module:
             return model
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
 def tensor_names(model: nn.Module) -> dict[int, str]:
     """``id(tensor)`` -> canonical name of each parameter and buffer; a shared tensor goes by its first name."""
     names: dict[int, str] = {}
-    for name, tensor in _tensors(model):
+    for name, tensor in walk_tensors(model):
         names.setdefault(id(tensor), canonical_name(name))
     return names
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter or buffer, the CPU if there is none."""
-    for _, tensor in _tensors(model):
+    for _, tensor in walk_tensors(model):
         return tensor.device
     return torch.device("cpu")
 
@@ -69,10 +64,10 @@ def device_of(model: nn.Module) -> torch.device:
 def structure(model: nn.Module) -> dict[str, object]:
     """Module types, tensor shapes: what must not change between a trace and its use. Wrappers do not count."""
     described: dict[str, object] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in walk_modules(model):
         if bare_module(module) is module:
             described[canonical_name(name)] = type(module)
-    for name, tensor in _tensors(model):
+    for name, tensor in walk_tensors(model):
         described[f"{canonical_name(name)} "] = tensor.shape
     return described
 
@@ -98,7 +93,7 @@ def without_compilation(model: nn.Module) -> Iterator[None]:
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     compiled: list[tuple[nn.Module, Any]] = []
     try:
-        for parent in list(model.modules()):
+        for parent in all_modules(model):
             for name, child in list(parent._modules.items()):
                 if child is not None and bare_module(child) is not child:
                     swapped.append((parent, name, child))
@@ -117,7 +112,7 @@ def without_compilation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Set the mode, and restore every attribute of every module and the random state afterwards."""
-    modules = list(model.modules())
+    modules = all_modules(model)
     attributes = [(m, dict(m.__dict__)) for m in modules]
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (table, dict(table)) for m in modules for table in (m._parameters, m._buffers, m._modules)
@@ -142,7 +137,7 @@ def unchanged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 def meta_stand_ins(model: nn.Module) -> dict[int, Tensor]:
     """``id`` of each parameter and floating buffer -> the same on meta: shape and no memory."""
     stand_ins: dict[int, Tensor] = {}
-    for _, tensor in _tensors(model):
+    for _, tensor in walk_tensors(model):
         new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
             stand_ins.setdefault(id(tensor), nn.Parameter(new, tensor.requires_grad))
@@ -159,7 +154,8 @@ def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> list[nn
     """
     touched: list[nn.Module] = []
     parameters: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    modules = all_modules(model)
+    for module in modules:
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) in replaced:
                 if id(old) not in parameters:
@@ -173,7 +169,7 @@ def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> list[nn
             if buffer is not None and id(buffer) in replaced:
                 module._buffers[name] = replaced[id(buffer)]
                 touched.append(module)
-    for module in model.modules():
+    for module in modules:
         if is_parametrized(module) and any(m in touched for m in cast(nn.Module, module.parametrizations).modules()):
             touched.append(module)
     return list(dict.fromkeys(touched))

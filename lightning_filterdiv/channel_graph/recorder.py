@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,30 +18,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..filters import CONVOLUTIONS, canonical_name
+from ..filters import CONVOLUTIONS, all_modules, canonical_name, walk_modules, walk_tensors
 from .channel_map import ChannelMap
 from .errors import ExampleInputsError, TraceError
 from .modules import find_tensors, quiet, unchanged, without_compilation
 from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like
+from .shapes import is_dense, meta_results
 
-__all__ = ["record", "record_as_far_as_it_runs"]
+__all__ = ["MetaRun", "record", "run_on_meta"]
 
 _META = torch.device("meta")
 _FOLDED = 1 << 16  # entries of a constant that is computed along
-# Keep dtype, shape and strides of their input: their kernels on meta, written in Python, need not run.
-_ELEMENTWISE = frozenset(
-    {
-        torch.ops.aten.relu.default,
-        torch.ops.aten.hardswish.default,
-        torch.ops.aten.hardsigmoid.default,
-        torch.ops.aten.silu.default,
-        torch.ops.aten.gelu.default,
-        torch.ops.aten.sigmoid.default,
-        torch.ops.aten.leaky_relu.default,
-        torch.ops.aten.elu.default,
-        torch.ops.aten.tanh.default,
-    }
-)
 _MUTE = frozenset({torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg})
 # Recorded as what they are made of, for which there are rules.
 _COMPOSED = get_decompositions([torch.ops.aten.glu.default, torch.ops.aten.unsafe_split.Tensor])
@@ -54,12 +41,32 @@ class _ReadsValuesError(RuntimeError):
     """Forward asks for a value that shapes do not tell."""
 
 
-# Functionalisation runs an in-place operator on meta once more, in Python for these; writing their result is the same.
-_IN_PLACE = {
-    torch._C._nn.hardswish_: torch._C._nn.hardswish,
-    torch._C._nn.hardsigmoid_: torch._C._nn.hardsigmoid,
-    torch._C._nn.silu_: torch._C._nn.silu,
+# Functionalisation runs an in-place operator once more on meta, in Python for these. Instead they compute what they
+# would write, and write it. -> position of the argument ``inplace``.
+_ACTIVATIONS = {
+    function: list(inspect.signature(function).parameters).index("inplace")
+    for function in (F.celu, F.elu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish, F.relu6, F.selu)
 }
+
+
+def _write_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Run an activation with ``inplace=True``; None if that is not what it is called with."""
+    position = _ACTIVATIONS[func]
+    target = args[0] if args else None
+    given = len(args) > position
+    if not (args[position] if given else kwargs.get("inplace")) or not isinstance(target, Tensor):
+        return None
+    if not torch._is_functional_tensor(target) or not target.is_floating_point():
+        return None
+    if given:
+        args = (*args[:position], False, *args[position + 1 :])
+    else:
+        kwargs = {**kwargs, "inplace": False}
+    result = torch._from_functional_tensor(func(*args, **kwargs))
+    torch._functionalize_replace(target, result)
+    torch._functionalize_commit_update(target)
+    torch._functionalize_sync(target)
+    return target
 
 
 class _PlainOperators(TorchFunctionMode):
@@ -74,8 +81,8 @@ class _PlainOperators(TorchFunctionMode):
     ) -> Any:
         if func is F.linear:
             return _linear(*args, **(kwargs or {}))
-        if func in _IN_PLACE and args[0].is_floating_point():
-            return args[0].copy_(_IN_PLACE[func](args[0]))
+        if func in _ACTIVATIONS and (written := _write_activation(func, args, kwargs or {})) is not None:
+            return written
         if func is torch.fused_moving_avg_obs_fake_quant:
             # It updates its observers behind the back of functionalisation; for channels, rounding is what counts.
             return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)
@@ -126,6 +133,7 @@ class _Recorder(TorchDispatchMode):
         self._by_id: dict[int, tuple[Tensor, Node, Tensor]] = {}  # tensors that came from outside
         self._where: tuple[str, int, bool] = ("", -1, False)
         self._handles: list[Any] = []
+        self._results = meta_results()
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
@@ -280,10 +288,8 @@ class _Recorder(TorchDispatchMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[Node, None]) -> Any:
         if self._real:
             return func(*args, **kwargs)
-        if func in _ELEMENTWISE and args[0].is_meta:
-            return torch.empty_like(args[0])
-        if func is _BATCH_NORM and not args[5] and args[0].is_meta:
-            return torch.empty_like(args[0]), *(torch.empty(0, dtype=args[0].dtype, device=_META) for _ in range(2))
+        if func is _BATCH_NORM and not args[5] and (given := args[0]).is_meta and is_dense(given):
+            return meta_like(given), *(torch.empty(0, dtype=given.dtype, device=_META) for _ in range(2))
         if reads_values(func, real=False) and not _by_numbers(func, args):
             sources = [source.constant for source in inputs]
             if any(source is None for source in sources):
@@ -300,7 +306,7 @@ class _Recorder(TorchDispatchMode):
         args = tuple([self._stand_in(item) for item in args])
         if kwargs:
             kwargs = {key: self._stand_in(item) for key, item in kwargs.items()}
-        return func(*args, **kwargs)
+        return self._results(func, args, kwargs) if inputs else func(*args, **kwargs)
 
     def _stand_in(self, item: Any) -> Any:
         if isinstance(item, Tensor):
@@ -420,7 +426,7 @@ def record(
         ExampleInputsError: forward fails on these inputs.
         TraceError: forward reads values where there are none, or does what cannot be recorded.
     """
-    has_values = not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    has_values = not any(tensor.is_meta for _, tensor in walk_tensors(model))
     with without_compilation(model):
         recorder, error = _attempt(model, call, names, prefix, training, real=False)
         if error is not None and has_values:
@@ -442,17 +448,27 @@ def record(
     )
 
 
-def record_as_far_as_it_runs(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> list[Node]:
-    """Record all calls of forward on meta tensors until it ends or fails."""
-    with without_compilation(model):
-        return _attempt(model, call, names, prefix, False, real=False)[0].nodes
+class MetaRun(NamedTuple):
+    """What came of one forward pass on meta tensors.
+
+    Attributes:
+        nodes: everything that forward called, up to where it failed.
+        shapes: of the outputs; None if it failed.
+        failed_in: path of the module whose forward failed; None if none did.
+    """
+
+    nodes: list[Node]
+    shapes: tuple[torch.Size, ...] | None
+    failed_in: str | None
 
 
-def failing_part(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> str | None:
-    """Path of the module whose forward fails on meta tensors; None if the network runs."""
+def run_on_meta(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> MetaRun:
+    """Run forward on meta tensors, as far as it does. Arguments as those of :func:`record`."""
     with without_compilation(model):
         recorder, error = _attempt(model, call, names, prefix, False, real=False)
-    return None if error is None else recorder.place
+    if error is not None:
+        return MetaRun(recorder.nodes, None, recorder.place)
+    return MetaRun(recorder.nodes, tuple(node.shape for node in recorder.outputs), None)
 
 
 def _attempt(
@@ -465,7 +481,7 @@ def _attempt(
     real: bool,
 ) -> tuple[_Recorder, Exception | None]:
     """Run forward once; returns what was recorded, and the exception that ended it."""
-    paths = {id(m): _join(prefix, canonical_name(n)) for n, m in reversed(list(model.named_modules()))}
+    paths = {id(m): _join(prefix, canonical_name(n)) for n, m in reversed(walk_modules(model))}
     recorder = _Recorder(paths, names, real)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model, training=training))
@@ -518,16 +534,14 @@ def _outer_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by the names that functional_call wants; a shared one is the same stand-in."""
     known: dict[int, Tensor] = {}
-    buffers = list(model.named_buffers(remove_duplicate=False))
-    for pairs, copied in ((model.named_parameters(remove_duplicate=False), False), (buffers, True)):
-        for name, tensor in pairs:
-            if id(tensor) not in known:
-                stand_in = known[id(tensor)] = _stand_in(tensor, real, copied=copied)
-                constant = value_of_buffer(tensor)
-                node = recorder.add("tensor", meta_like(tensor), constant=constant, fixed=constant is not None)
-                recorder.tensors[node] = names[id(tensor)]
-                recorder.attach(stand_in, node)
-            yield name, known[id(tensor)]
+    for name, tensor in walk_tensors(model):
+        if id(tensor) not in known:
+            stand_in = known[id(tensor)] = _stand_in(tensor, real, copied=not isinstance(tensor, nn.Parameter))
+            constant = value_of_buffer(tensor)
+            node = recorder.add("tensor", meta_like(tensor), constant=constant, fixed=constant is not None)
+            recorder.tensors[node] = names[id(tensor)]
+            recorder.attach(stand_in, node)
+        yield name, known[id(tensor)]
 
 
 def _attributes(
@@ -535,7 +549,7 @@ def _attributes(
 ) -> list[tuple[nn.Module, str, Tensor]]:
     """Tensors that modules keep as plain attributes: constants, unless they are parameters or a hook computes them."""
     attributes = []
-    for module in model.modules():
+    for module in all_modules(model):
         for key, tensor in list(vars(module).items()):
             if isinstance(tensor, Tensor) and key != "example_input_array":
                 stand_in = _stand_in(tensor, real, copied=True)

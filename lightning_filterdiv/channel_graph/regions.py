@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..filters import CONVOLUTIONS
 from .answers import ConsumerColumns, FilterRegion, Table, layer_of, ranges
-from .labels import Ints, unique
+from .labels import Ints, is_increasing, unique
 from .propagate import Event, Propagation
 
 __all__ = ["filter_regions", "layers_in_order", "neighbours", "pinned_layers"]
@@ -76,35 +77,27 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
             owners = table.owner[event.values]
             layer_number[owners] = order.index(layer_of(event.tensor))
             filter_of[owners] = event.rows
-    position = {tensor: i for i, tensor in enumerate(dict.fromkeys(e.tensor for e in state.events))}
-    silence: list[list[Ints]] = []  # columns: layer, tensor, filter, row
-    places: dict[tuple[str, int, int], int] = {}  # tensor, dim, block
-    reads: list[list[Ints]] = []  # columns: layer, place, filter, column
-    for event in state.events:
-        if not event.silence and event.kind != "consumer":
-            continue
-        origin = table.origin[event.values]
-        private = np.flatnonzero(origin >= 0)
-        if not len(private):
-            continue
-        ids, filters, rows = layer_number[origin[private]], filter_of[origin[private]], event.rows[private]
-        if event.silence:
-            silence.append([ids, np.full_like(ids, position[event.tensor]), filters, rows])
-            continue
-        block, size = np.zeros_like(rows), 0
-        if event.dim == 1 and event.tensor in state.grouped:
-            size = state.grouped[event.tensor].sizes[1]
-            block, rows = np.divmod(rows, size)
-        numbers = unique(block).tolist()
-        known = {b: places.setdefault((event.tensor, event.dim, b if size else -1), len(places)) for b in numbers}
-        reads.append([ids, np.asarray([known[b] for b in numbers])[np.searchsorted(numbers, block)], filters, rows])
-    names, keys = list(position), list(places)
+    names = list(dict.fromkeys(event.tensor for event in state.events))
+    position = {tensor: i for i, tensor in enumerate(names)}
+    silencing = [event for event in state.events if event.silence]
+    reading = [event for event in state.events if event.kind == "consumer" and not event.silence]
+    ids, filters, rows, number = _private(state, silencing, layer_number, filter_of)
+    tensors = np.asarray([position[event.tensor] for event in silencing], dtype=np.int64)[number]
+    silenced = _by_layer_and_tensor(ids, tensors, filters, rows, len(order))
+    keys = list(dict.fromkeys((event.tensor, event.dim) for event in reading))
+    place_of = {key: i for i, key in enumerate(keys)}
+    ids, filters, rows, number = _private(state, reading, layer_number, filter_of)
+    # Columns of a grouped kernel count through its blocks.
+    sizes = [state.grouped[t].sizes[1] if d == 1 and t in state.grouped else 0 for t, d in keys]
+    places = np.asarray([place_of[event.tensor, event.dim] for event in reading], dtype=np.int64)[number]
+    size = np.asarray(sizes, dtype=np.int64)[places]
+    block: Ints = np.where(size > 0, rows // np.maximum(size, 1), 0)
+    blocks = 1 + int(block.max(initial=0))
+    read = _by_layer_and_tensor(ids, places * blocks + block, filters, rows - block * size, len(order))
     exposed: list[dict[int, str]] = [{} for _ in order]
     for origin_owner, reason in table.exposed.items():
         if origin_owner >= 0 and layer_number[origin_owner] >= 0:
             exposed[layer_number[origin_owner]][int(filter_of[origin_owner])] = reason
-    silenced = _by_layer_and_tensor(silence, len(order))
-    read = _by_layer_and_tensor(reads, len(order))
     counts = np.zeros(len(order) + 1, dtype=np.int64)
     np.maximum.at(counts, layer_number, filter_of + 1)
     return {
@@ -113,10 +106,10 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
             tuple((names[tensor], rows, filters) for tensor, filters, rows in silenced[i]),
             tuple(
                 ConsumerColumns(
-                    *keys[place][:2],
+                    *keys[place // blocks],
                     torch.from_numpy(columns),
                     torch.from_numpy(filters),
-                    _block_rows(state, *keys[place]),
+                    _block_rows(state, keys[place // blocks][0], place % blocks) if sizes[place // blocks] else None,
                 )
                 for place, filters, columns in read[i]
             ),
@@ -126,28 +119,42 @@ def filter_regions(state: Propagation, order: list[str]) -> dict[str, FilterRegi
     }
 
 
-def _block_rows(state: Propagation, tensor: str, dim: int, block: int) -> tuple[int, int] | None:
+def _private(
+    state: Propagation, events: list[Event], layer_number: Ints, filter_of: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """(layer, filter, row, number of the event) of everything in ``events`` that a single filter feeds."""
+    if not events:
+        nothing = np.zeros(0, dtype=np.int64)
+        return nothing, nothing, nothing, nothing
+    origin = state.table.origin[np.concatenate([event.values for event in events])]
+    number = np.repeat(np.arange(len(events)), [len(event.rows) for event in events])
+    private = np.flatnonzero(origin >= 0)
+    origin, rows = origin[private], np.concatenate([event.rows for event in events])[private]
+    return layer_number[origin], filter_of[origin], rows, number[private]
+
+
+def _block_rows(state: Propagation, tensor: str, block: int) -> tuple[int, int]:
     """The rows of dimension 0 that a block of a grouped kernel owns."""
-    if block < 0:
-        return None
     size = state.grouped[tensor].sizes[0]
     return block * size, (block + 1) * size
 
 
-def _by_layer_and_tensor(blocks: list[list[Ints]], layers: int) -> list[list[tuple[int, Ints, Ints]]]:
+def _by_layer_and_tensor(
+    ids: Ints, tensors: Ints, filters: Ints, rows: Ints, layers: int
+) -> list[list[tuple[int, Ints, Ints]]]:
     """(tensor, filters, rows) for every layer, each pair of filter and row once."""
     split: list[list[tuple[int, Ints, Ints]]] = [[] for _ in range(layers)]
-    if not blocks:
+    known = ids >= 0
+    if not known.any():
         return split
-    columns = np.stack([np.concatenate(column) for column in zip(*blocks, strict=True)])
-    order = np.lexsort(columns[::-1])
-    columns = columns[:, order]
-    fresh = np.r_[True, (np.diff(columns, axis=1) != 0).any(axis=0)]
-    columns = columns[:, fresh]
-    bounds = np.flatnonzero((np.diff(columns[:2], axis=1) != 0).any(axis=0)) + 1
-    for part in np.split(columns, bounds, axis=1):
-        if part[0, 0] >= 0:
-            split[part[0, 0]].append((int(part[1, 0]), part[2].copy(), part[3].copy()))
+    columns = [column[known] for column in (ids, tensors, filters, rows)]
+    sizes = tuple(1 + int(column.max()) for column in columns)
+    code = unique(np.ravel_multi_index(tuple(columns), sizes))
+    ids, tensors, filters, rows = np.unravel_index(code, sizes)
+    bounds = np.flatnonzero((ids[1:] != ids[:-1]) | (tensors[1:] != tensors[:-1])) + 1
+    edges = [0, *bounds.tolist(), len(code)]
+    for start, stop in itertools.pairwise(edges):
+        split[ids[start]].append((int(tensors[start]), filters[start:stop].copy(), rows[start:stop].copy()))
     return split
 
 
@@ -161,12 +168,14 @@ def _expose_shared(state: Propagation) -> None:
     for tensor, events in users.items():
         if not any(e.silence for e in events):
             continue
-        rows = np.concatenate([e.rows for e in events if e.kind != "member" or e.silence])
-        origins = np.concatenate([table.origin[e.values] for e in events if e.kind != "member" or e.silence])
+        acting = [e for e in events if e.kind != "member" or e.silence]
+        if len(acting) == 1 and is_increasing(acting[0].rows):
+            continue  # each entry acts on one value
+        rows = np.concatenate([e.rows for e in acting])
+        origins = np.concatenate([table.origin[e.values] for e in acting])
         pairs = np.unique(np.stack([rows, origins], axis=1), axis=0)
-        met, counts = np.unique(pairs[:, 0], return_counts=True)
-        shared = np.isin(pairs[:, 0], met[counts > 1])
-        for origin in pairs[shared, 1].tolist():
+        again = pairs[1:, 0] == pairs[:-1, 0]
+        for origin in pairs[np.r_[False, again] | np.r_[again, False], 1].tolist():
             table.exposed.setdefault(origin, f"{tensor} is shared with other channels")
 
 

@@ -1,4 +1,4 @@
-"""Find groups that forward does not allow to narrow. ``x.view(-1, 400)`` looks like a flatten until it is narrower."""
+"""Which groups forward lets nobody narrow: ``x.view(-1, 400)`` looks like a flatten until it is narrower."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers, ChannelGroup
-from .errors import ChannelGraphError, ExampleInputsError, GraphFormError, TraceError
+from .counted import CountedNorm
+from .errors import ChannelGraphError, GraphFormError
 from .forms import Masks, find_deviation, fixing_bodies, graph_bodies, refusal
 from .modules import (
     bare_module,
@@ -22,7 +24,7 @@ from .modules import (
 )
 from .narrow import Narrowing, cut_in_place, leave_out, masks_of
 from .record import operator_name
-from .recorder import failing_part, record, record_as_far_as_it_runs
+from .recorder import MetaRun, run_on_meta
 from .trace import trace_at
 from .widths import stuck_sets, unresizable_sets, why_stuck
 
@@ -30,7 +32,7 @@ __all__ = ["find_unresizable", "pin_unresizable"]
 
 
 def pin_unresizable(graph: ChannelAnswers) -> None:
-    """Pin the groups for which no other width fits forward, in either form."""
+    """Pin the groups that no other width of theirs would fit into forward, in neither form."""
     if graph.constrained:
         _try_graphs(graph)
     _pin_uncountable(graph)
@@ -46,10 +48,9 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
 
 
 def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
-    """Find bodies that hold the width of their input as a number. This shows only once the bodies before them are
-    graphs.
+    """Find bodies that hold the width of their input as a number; it shows once those before them are graphs.
 
-    Cross-covariance attention reads ``C`` from its input and uses it to shape the outputs of its pinned layers.
+    Cross-covariance attention reads ``C`` off its input and shapes what its pinned layers put out by it.
     """
     model, tried = graph.model, set[str]()
     while not graph.read_values:
@@ -62,7 +63,7 @@ def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
         except ChannelGraphError:
             return  # these counts do not fit, others may
         traced = bare_module(find_submodule(narrow, graph.network))
-        path = failing_part(traced, graph.inputs, tensor_names(narrow), graph.network)
+        path = run_on_meta(traced, graph.inputs, tensor_names(narrow), graph.network).failed_in
         modules = named_modules(model)
         if not path or path in tried or path not in modules:
             return
@@ -99,7 +100,7 @@ def _pin_uncountable(graph: ChannelAnswers) -> None:
 
 
 def _counts_differ(graph: ChannelAnswers, path: str) -> bool:
-    """True if calls of the body at ``path`` reduce different channels, which one graph cannot count."""
+    """Whether calls of the body at ``path`` reduce different channels, which one graph cannot count."""
     state, aligned = graph.recording.state, graph.recording.aligned[path]
     counted = {
         name: state.table.roots(state.table.owner[event.values])
@@ -123,17 +124,16 @@ def _reads(group: ChannelGroup, path: str) -> bool:
 def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> str | None:
     """Find the bodies that hold a number for ``groups``; None if their graph forms make these narrowable."""
     model, selections = graph.model, leave_out(groups)
-    with without_compilation(model), unchanged(model):
-        replace_tensors(model, meta_stand_ins(model))
-        cut_in_place(model, graph, selections, torch.device("cpu"))
-        traced = bare_module(find_submodule(model, graph.network))
-        nodes = record_as_far_as_it_runs(traced, graph.inputs, tensor_names(model), graph.network)
+    run = _run_narrower(graph, groups, graphs=False)
     masks = masks_of(graph, selections)
-    fixing = find_deviation(graph.recording.record, masks, nodes)
+    fixing = find_deviation(graph.recording.record, masks, run.nodes)
     if fixing is None:
         return _fixed_by(graph, groups[0])
     literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
-    reason, tried = "", set[str]()
+    reason, tried, where = "", set[str](), graph.recording.state.where(fixing)
+    if run.failed_in and refusal(graph, path) is not None and _has_children(model, run.failed_in):
+        # An assertion about the width of what it is given.
+        path, where = run.failed_in, f"the forward of {run.failed_in}"
     while path not in tried:
         if (refused := refusal(graph, path)) is not None:
             reason = f", and {refused}"
@@ -151,21 +151,25 @@ def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> s
             reason = f", and {error}"
             break
         traced = bare_module(find_submodule(narrow, graph.network))
-        call = graph.inputs, tensor_names(narrow), graph.network
-        try:
-            outputs = record(traced, *call).outputs
-        except (ExampleInputsError, TraceError):  # there is another body
-            failing = failing_part(traced, *call)
-            if failing is None or failing not in modules:
-                break
-            path = failing
+        again = run_on_meta(traced, graph.inputs, tensor_names(narrow), graph.network)
+        if again.failed_in is not None and again.failed_in in modules:  # there is another body
+            path = again.failed_in
             continue
-        if tuple(node.shape for node in outputs) == graph.output_shapes:
+        if again.shapes == graph.output_shapes:
             return None
         break
     literal.clear()
     literal.update(before)
-    return f"their number is fixed by {graph.recording.state.where(fixing)}{reason}"
+    return f"their number is fixed by {where}{reason}"
+
+
+def _counted_norms(model: nn.Module) -> int:
+    return sum(isinstance(module, CountedNorm) for module in model.modules())
+
+
+def _has_children(model: nn.Module, path: str) -> bool:
+    module = named_modules(model).get(path)
+    return module is not None and next(module.children(), None) is not None
 
 
 def _try_graphs(graph: ChannelAnswers) -> None:
@@ -209,34 +213,62 @@ def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> lis
             alike.setdefault(tuple((p.tensor, p.kind, p.dim) for p in group.parts), []).append(group)
 
     def fits(part: Sequence[list[ChannelGroup]]) -> bool:
-        # Two thirds remain: a count that rarely divides what the full one divides.
-        return not part or _shapes(graph, list(itertools.chain(*part))) == graph.output_shapes
+        return not part or _run_narrower(graph, list(itertools.chain(*part))).shapes == graph.output_shapes
 
     part = list(alike.values())
-    if fits(part) or _shapes(graph, ()) is None:
-        return []  # all fit; or forward runs on no shapes at all, for example because it asks a device for autocast
+    run = _run_narrower(graph, list(itertools.chain(*part)))
+    if not part or run.shapes == graph.output_shapes:
+        return []
+    if run.shapes is None and _run_narrower(graph, ()).shapes is None:
+        return []  # forward runs on no shapes at all, for example because it asks a device for autocast
+    if run.failed_in is not None:  # mostly a layer in the module whose forward fails
+        for suspects in part:
+            if _has_tensors_in(suspects[0], run.failed_in) and not fits([suspects]):
+                return suspects
     while len(part) > 1:
         half = part[: len(part) // 2]
         part = half if not fits(half) else part[len(part) // 2 :]
     return [] if fits(part) else part[0]
 
 
-def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:
-    """Shapes of the outputs with fewer channels in ``groups``; None if forward does not run."""
+def _has_tensors_in(group: ChannelGroup, path: str) -> bool:
+    return any(part.tensor.startswith(f"{path}.") for part in group.parts)
+
+
+def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], graphs: bool = True) -> MetaRun:
+    """Run forward with fewer channels in ``groups``.
+
+    Two thirds remain: a count that rarely divides what the full one divides.
+
+    Args:
+        graph: the channel graph.
+        groups: groups to narrow.
+        graphs: whether the bodies that are known to hold numbers take graph form.
+    """
     model, selections = graph.model, leave_out(groups)
+    counting = _counted_norms(model)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
         try:
-            if graph.recording.literal and groups:
+            if graphs and graph.recording.literal and groups:
                 model = Narrowing(graph, {s.group.name: s.kept for s in selections})(model)
             else:
                 cut_in_place(model, graph, selections, torch.device("cpu"))
-            traced = bare_module(find_submodule(model, graph.network))
-            if graph.stacked:  # shapes do not tell whether branches are still what they were
-                narrow = trace_at(model, graph.inputs, graph.network, ChannelAnswers)
-                alike = {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}
-                return narrow.output_shapes if alike else None
-            outputs = record(traced, graph.inputs, tensor_names(model), graph.network).outputs
         except ChannelGraphError:
-            return None
-        return tuple(node.shape for node in outputs)
+            return MetaRun([], None, None)
+        traced = bare_module(find_submodule(model, graph.network))
+        run = run_on_meta(traced, graph.inputs, tensor_names(model), graph.network)
+        # Shapes do not tell whether branches are what they were; norms that count and graphs are other operators.
+        plain = model is graph.model and _counted_norms(model) == counting
+        if graphs and graph.stacked and plain and run.shapes is not None and not _keeps_kinds(graph, model):
+            return run._replace(shapes=None)
+        return run
+
+
+def _keeps_kinds(graph: ChannelAnswers, narrower: nn.Module) -> bool:
+    """True if the channels of a narrower network are of kinds that occur in the network of ``graph``."""
+    try:
+        narrow = trace_at(narrower, graph.inputs, graph.network, ChannelAnswers)
+    except ChannelGraphError:
+        return False
+    return {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}
