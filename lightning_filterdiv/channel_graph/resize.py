@@ -7,9 +7,11 @@ from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..filters import find_submodule, named_modules
 from .answers import ChannelAnswers, ChannelGroup
+from .counted import CountedNorm
 from .errors import ChannelGraphError, ExampleInputsError, GraphFormError, TraceError
 from .forms import Masks, find_deviation, fixing_bodies, graph_bodies, refusal
 from .modules import (
@@ -127,12 +129,15 @@ def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> s
         cut_in_place(model, graph, selections, torch.device("cpu"))
         traced = bare_module(find_submodule(model, graph.network))
         nodes = record_as_far_as_it_runs(traced, graph.inputs, tensor_names(model), graph.network)
+        failing = failing_part(traced, graph.inputs, tensor_names(model), graph.network)
     masks = masks_of(graph, selections)
     fixing = find_deviation(graph.recording.record, masks, nodes)
     if fixing is None:
         return _fixed_by(graph, groups[0])
     literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
-    reason, tried = "", set[str]()
+    reason, tried, where = "", set[str](), graph.recording.state.where(fixing)
+    if failing and refusal(graph, path) is not None and _has_children(model, failing):
+        path, where = failing, f"the forward of {failing}"  # an assertion about the width of what it is given
     while path not in tried:
         if (refused := refusal(graph, path)) is not None:
             reason = f", and {refused}"
@@ -164,7 +169,16 @@ def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> s
         break
     literal.clear()
     literal.update(before)
-    return f"their number is fixed by {graph.recording.state.where(fixing)}{reason}"
+    return f"their number is fixed by {where}{reason}"
+
+
+def _counted_norms(model: nn.Module) -> int:
+    return sum(isinstance(module, CountedNorm) for module in model.modules())
+
+
+def _has_children(model: nn.Module, path: str) -> bool:
+    module = named_modules(model).get(path)
+    return module is not None and next(module.children(), None) is not None
 
 
 def _try_graphs(graph: ChannelAnswers) -> None:
@@ -223,6 +237,7 @@ def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> lis
 def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:
     """Shapes of the outputs with fewer channels in ``groups``; None if forward does not run."""
     model, selections = graph.model, leave_out(groups)
+    counting = _counted_norms(model)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
         try:
@@ -231,7 +246,8 @@ def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torc
             else:
                 cut_in_place(model, graph, selections, torch.device("cpu"))
             traced = bare_module(find_submodule(model, graph.network))
-            if graph.stacked:  # shapes do not tell whether branches are still what they were
+            # Shapes do not tell whether branches are what they were; norms that count and graphs are other operators.
+            if graph.stacked and model is graph.model and _counted_norms(model) == counting:
                 narrow = trace_at(model, graph.inputs, graph.network, ChannelAnswers)
                 alike = {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}
                 return narrow.output_shapes if alike else None
