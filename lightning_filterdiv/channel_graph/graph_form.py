@@ -598,10 +598,10 @@ class Writer:
             raise refused
         picked = _selection(node, chain, sources, axis) if own in ([], [axis]) else None
         if picked is None:
-            made = self._split_selection(node, chain, sources[0], axis) if len(sources) == 1 else None
-            if made is None:
+            split = self._split_selection(node, chain, sources[0], axis) if len(sources) == 1 else None
+            if split is None:
                 raise refused
-            return made
+            return split
         place, offset = [], 0
         for source in sources:
             kept = self.kept(source)[axis]
@@ -650,7 +650,7 @@ class Writer:
             if d == axis:
                 dims |= {k: len(sizes) + i for i, k in enumerate(channel_dims)}
                 sizes += wanted.shape
-            elif (k := next((k for k, run in runs.items() if run[0] == d), None)) is not None:
+            for k in (k for k, run in runs.items() if run[0] == d):
                 dims[k] = len(sizes)
                 sizes.append(self._number(node.shape[k], self._aligned.sizes(node, k)[1:]))
         split = self.graph.call_function(aten.reshape.default, (selected, sizes))
@@ -683,8 +683,8 @@ class Writer:
                 if not alike:
                     return None
                 runs[alike[0]] = (d,)
-        for k, run in runs.items():
-            sizes = [math.prod(parts) for parts in zip(*(self._aligned.sizes(source, d) for d in run), strict=True)]
+        for k, through in runs.items():
+            sizes = [math.prod(parts) for parts in zip(*(self._aligned.sizes(source, d) for d in through), strict=True)]
             if tuple(sizes) != tuple(self._aligned.sizes(node, k)):
                 return None
         return (runs, channel_dims) if channel_dims else None
