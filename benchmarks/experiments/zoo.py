@@ -4,7 +4,7 @@
     python -m benchmarks.experiments.zoo --only resnet   # a part, added to what is there
 
 Weights are random, norm statistics and affines too. Each network runs in a process of its own, one thread, and is
-stopped at 300 s of CPU time.
+stopped at 300 s of CPU time (``--limit``).
 
 *This package* ties random clusters, half as many as channels in every group, and merges them with ``merge_channels``.
 *Share* is the number of removed convolution filters, divided by half of all convolution filters. *Deviation* is the
@@ -128,11 +128,11 @@ def theirs(library: str, name: str, size: int) -> dict[str, Any]:
     return {"verdict": "exact" if worst <= TOLERANCE else "wrong", "deviation": worst, "seconds": seconds}
 
 
-def _run(what: str, network: tuple[str, str, int]) -> dict[str, Any]:
+def _run(what: str, network: tuple[str, str, int], limit: int = LIMIT) -> dict[str, Any]:
     """``ours`` or ``theirs`` in a process of its own, forked from this one: the libraries are imported already."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sending, what, network))
+    process = context.Process(target=_answer, args=(sending, what, network, limit))
     process.start()
     sending.close()
     try:
@@ -141,13 +141,13 @@ def _run(what: str, network: tuple[str, str, int]) -> dict[str, Any]:
         row = {}
     process.join()
     if not row:
-        error = f"stopped at {LIMIT} s" if (process.exitcode or 0) < 0 else "it ended without an answer"
+        error = f"stopped at {limit} s" if (process.exitcode or 0) < 0 else "it ended without an answer"
         return {"error": error, "verdict": "no answer"}
     return row
 
 
-def _answer(sending: Connection, what: str, network: tuple[str, str, int]) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+def _answer(sending: Connection, what: str, network: tuple[str, str, int], limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     try:
         row = (ours if what == "ours" else theirs)(*network)
     except Exception as error:  # the network cannot be built
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--hard", action="store_true", help="the hard list only")
     parser.add_argument("--missing", action="store_true", help="only what the result file lacks")
     parser.add_argument("--what", nargs="+", choices=["ours", "theirs"], default=["ours", "theirs"])
+    parser.add_argument("--limit", type=int, default=LIMIT, help="CPU seconds until a network is stopped")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -240,7 +241,7 @@ def main() -> None:
         row = rows.setdefault(f"{network[1]}@{network[2]}", {})
         for what in options.what:
             if not options.missing or what not in row:
-                row[what] = _run(what, network)
+                row[what] = _run(what, network, options.limit)
         print(network[1], row, flush=True)
         libraries = {p: version(p) for p in ("torch", "torchvision", "timm", "torch-pruning")}
         options.out.write_text(json.dumps({"versions": libraries, "rows": rows}, indent=1) + "\n")

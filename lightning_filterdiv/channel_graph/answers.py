@@ -232,7 +232,8 @@ class Operation(NamedTuple):
     """One call of the traced network: enough to measure depth, resolution and cost without the network.
 
     ``inputs`` are names of operations, and of parameters and buffers. ``macs`` counts multiply-accumulate operations of
-    the call on the example inputs, which grow with the entries of the parameter ``weight`` (empty: with none).
+    the call on the example inputs, which grow with the entries of the parameter ``weight`` (empty: with none), or with
+    ``channels``: the channel at each position of the one dimension of a product of activations that holds them.
     """
 
     name: str
@@ -242,6 +243,7 @@ class Operation(NamedTuple):
     shape: tuple[int, ...] | None
     macs: int = 0
     weight: str = ""
+    channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

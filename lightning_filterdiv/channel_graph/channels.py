@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "couple_shared_rows",
     "groups_of",
     "linked_ranks",
+    "pin_idle",
     "pin_impossible",
     "resolve_elements",
 ]
@@ -159,6 +160,16 @@ def pin_impossible(state: Propagation, table: Table, obstacles: Mapping[str, str
         pins.setdefault(root, f"{table.tensors[index]} is the weight of layers that use it in different ways")
 
 
+def pin_idle(state: Propagation, table: Table, idle: Set[str]) -> None:
+    """Pin channels that only layers write whose results forward does not use."""
+    if not idle:
+        return
+    unused = np.isin(table.tensor, [i for i, name in enumerate(table.tensors) if name in idle])
+    filters = table.kind == KINDS.index("filter")
+    for root in np.setdiff1d(table.root[filters & unused], table.root[filters & ~unused]).tolist():
+        state.table.pins.setdefault(root, "forward does not use what it computes")
+
+
 def groups_of(
     table: Table,
     pinned: set[int],
@@ -197,7 +208,7 @@ def groups_of(
         if int(channels[0]) in constrained:
             together = torch.stack([_follow(p.rows[by_row]) for p in parts if p.kind == "filter"]).all(dim=0)
             runs = list(torch.tensor_split(by_row, (~together).nonzero().squeeze(1) + 1))
-        for run in runs:
+        for run in itertools.chain.from_iterable(_by_unequal_blocks(parts, run, grouped) for run in runs):
             chosen = tuple(TensorRows(p.tensor, p.kind, p.dim, p.rows[run], p.groups) for p in parts)
             blocks = _blocks_of(chosen, grouped)
             if isinstance(blocks, str):
@@ -230,6 +241,22 @@ def _follow(rows: Tensor) -> Tensor:
     return (steps == 1).all(dim=1) | (whole & (steps == each).all(dim=1))
 
 
+def _by_unequal_blocks(parts: Sequence[TensorRows], run: Tensor, grouped: Mapping[str, Grouped]) -> Sequence[Tensor]:
+    """``run`` in parts that lie in one block each of every norm whose blocks have unequal shares of it.
+
+    Such a norm counts its channels block by block: no block has to lose as many as another.
+    """
+    for part in parts:
+        if part.kind == "counted" and part.tensor in grouped:
+            place = grouped[part.tensor].blocks_of(part.rows[run], part.dim)
+            found, index = place.unique(dim=0, return_inverse=True)
+            counts = torch.bincount(place.reshape(-1), minlength=grouped[part.tensor].groups)
+            if len(found) > 1 < len(counts.unique()):
+                runs = (_by_unequal_blocks(parts, run[index == i], grouped) for i in range(len(found)))
+                return list(itertools.chain.from_iterable(runs))
+    return [run]
+
+
 def _blocks_of(parts: Sequence[TensorRows], grouped: Mapping[str, Grouped]) -> Tensor | str | None:
     """Return the block of each channel, None without blocks, or the reason why blocks cannot lose equally many."""
     several = next((p for p in parts if p.kind == "filter" and len(p.rows) == 1 < p.rows.numel()), None)
@@ -239,10 +266,12 @@ def _blocks_of(parts: Sequence[TensorRows], grouped: Mapping[str, Grouped]) -> T
     for part in parts:
         if part.tensor not in grouped:
             continue
-        groups, sizes = grouped[part.tensor]
-        place = part.rows // sizes[part.dim]
+        groups = grouped[part.tensor].groups
+        place = grouped[part.tensor].blocks_of(part.rows, part.dim)
         if place.shape[1] == groups and bool((place.sort(dim=1).values == torch.arange(groups)).all()):
             continue  # every channel has a row in each block
+        if part.kind == "counted" and len(place.unique(dim=0)) == 1:
+            continue  # of a norm with unequal blocks, see _by_unequal_blocks
         if len(torch.bincount(place.reshape(-1), minlength=groups).unique()) > 1:
             return f"the blocks of {layer_of(part.tensor)} (groups={groups}) have unequal shares of them"
         columns.append((part, groups, place))

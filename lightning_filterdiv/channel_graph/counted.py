@@ -117,10 +117,35 @@ class CountedRMSNorm(CountedNorm):
 
 
 class CountedGroupNorm(CountedNorm):
-    """Group norm over blocks of equally many channels, with each channel counted ``counts`` times.
+    """Group norm over blocks of channels, with each channel counted ``counts`` times.
 
     Shape: ``(N, C, *)``, unchanged.
+
+    Args:
+        counts: see :class:`CountedNorm`; likewise all that is not named here.
+        sizes: channels of each block where these are not equally many.
     """
+
+    def __init__(
+        self,
+        counts: Tensor,
+        weight: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(counts, weight, bias, **options)
+        self.sizes = None if sizes is None else tuple(sizes)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the constructor."""
+        return super().options | ({} if self.sizes is None else {"sizes": self.sizes})
+
+    def extra_repr(self) -> str:
+        """Channels, those that they stand for, and the sizes of unequal blocks."""
+        return super().extra_repr() + (f", sizes={self.sizes}" if self.sizes else "")
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise."""
@@ -131,8 +156,11 @@ class CountedGroupNorm(CountedNorm):
 
     def _mean(self, values: Tensor) -> Tensor:
         """(N, C, 1) mean of the block of each channel."""
-        weighed = (values.mean(2) * self.counts).unflatten(1, (self.groups, -1)).sum(2)
-        means = weighed / self.counts.unflatten(0, (self.groups, -1)).sum(1)
+        weighed = values.mean(2) * self.counts
+        if self.sizes is not None:
+            parts = zip(weighed.split(self.sizes, 1), self.counts.split(self.sizes), strict=True)
+            return torch.cat([(w.sum(1, keepdim=True) / c.sum()).expand_as(w) for w, c in parts], 1).unsqueeze(2)
+        means = weighed.unflatten(1, (self.groups, -1)).sum(2) / self.counts.unflatten(0, (self.groups, -1)).sum(1)
         wide: Tensor = means.repeat_interleave(values.shape[1] // self.groups, dim=1)
         return wide.unsqueeze(2)
 
@@ -156,7 +184,8 @@ class CountedReduction(CountedNorm):
 
     Args:
         counts: (C,) integers.
-        kind: ``"mean"``, ``"sum"``, ``"norm"`` (the Euclidean one), ``"amax"`` or ``"amin"``.
+        kind: ``"mean"``, ``"sum"``, ``"norm"`` (the Euclidean one), ``"amax"``, ``"amin"``, or ``"product"`` of a batch
+            of matrices, which adds up over the last dimension of the first one.
         dim: the dimension of channels.
         dims: all dimensions that are reduced, ``dim`` among them.
         keepdim: they keep their place, with size one.
@@ -182,8 +211,10 @@ class CountedReduction(CountedNorm):
             return bool((counts > 0).all())
         return bool((counts == (counts[0] if kind == "mean" else 1)).all())
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Reduce."""
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        """Reduce; ``other`` is the second factor of a product."""
+        if other is not None:
+            return torch.bmm(input * self.counts, other)
         values = self._reduced(_wide(input).movedim(self.dim, -1)).movedim(-1, self.dim)
         dims = [d for d in self.dims if d != self.dim]
         if dims:

@@ -94,7 +94,8 @@ def fixing_bodies(graph: ChannelAnswers, channels: Iterable[int]) -> dict[str, s
     state, wanted = graph.recording.state, np.fromiter(channels, dtype=np.int64)
     mapped = {mapping.module for mapping in graph.map_sites}
     found: dict[str, str] = {}
-    for site in (*state.moves, *(m for m in state.reshapes if m.module in graph.recording.literal)):
+    literal = (m for m in (*state.reshapes, *state.stacked) if m.module in graph.recording.literal)
+    for site in (*state.moves, *literal):
         known = site.module in mapped or site.module in found
         if not known and np.isin(state.table.roots(site.owners), wanted).any():
             found[site.module] = site.operator

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ _FOLLOWS = frozenset(
         *("_to_copy", "to", "contiguous", "lift_fresh", "lift_fresh_copy", "native_dropout", "mean", "sum"),
         *("amax", "amin", "max", "min", "var", "std", "var_mean", "softmax", "_softmax", "log_softmax", "mm", "addmm"),
         *("_log_softmax", "logsumexp", "cumsum", "linalg_vector_norm", "norm", "bmm", "native_batch_norm", "prelu"),
-        *("_prelu_kernel", "zeros_like", "ones_like", "full_like", "pad"),
+        *("_prelu_kernel", "zeros_like", "ones_like", "full_like", "pad", "unfold", "im2col", "col2im"),
     }
 )
 _SPATIAL = ("avg_pool", "max_pool", "adaptive_", "_adaptive_", "upsample_", "_upsample_", "reflection_", "replication_")
@@ -165,12 +166,12 @@ class Writer:
                 self._given(placeholder, bound[name], [other.get(name) for other in others], default, name)
 
     def _given(self, at: fx.Node, value: Any, others: Sequence[Any], default: Any, name: str) -> None:
-        """Name the tensors in an argument, or in the result of a submodule."""
+        """Name the tensors and integers in an argument, or in the result of a submodule."""
         if isinstance(value, Node):
             self._define(value, at)
         elif isinstance(value, (list, tuple, dict)):
             for key in value if isinstance(value, dict) else range(len(value)):
-                if any(True for _ in nodes_in(value[key])):
+                if any(isinstance(part, Node) or type(part) is int for part in _leaves(value[key])):
                     part = self.graph.call_function(operator.getitem, (at, key))
                     self._given(part, value[key], [other[key] for other in others], None, name)
         elif type(value) is int:
@@ -247,6 +248,11 @@ class Writer:
                 return self.graph.call_function(operator.mul, (make(), factor))
             if divisor > 1 and all(v == s // divisor for v, s in zip(wanted, sizes, strict=True)):
                 return self.graph.call_function(operator.floordiv, (make(), divisor))
+            if all(v == -s for v, s in zip(wanted, sizes, strict=True)):
+                return self.graph.call_function(operator.neg, (make(),))
+            for offset in (-1, 1):  # the last position, a border
+                if all(v == s + offset for v, s in zip(wanted, sizes, strict=True)):
+                    return self.graph.call_function(operator.add, (make(), offset))
         for i, (sizes, make) in enumerate(self._numbers):
             for more, other in self._numbers[i:]:
                 if all(v == a * b for v, a, b in zip(wanted, sizes, more, strict=True)):
@@ -309,7 +315,8 @@ class Writer:
             self._ragged.add(node)
             return
         if node in self._counted:
-            made = self.graph.call_module(self._named(self._counted[node]), (self._tensor(node.inputs[0]),))
+            factors = node.args[:2] if self._counted[node].kind == "product" else node.args[:1]
+            made = self.graph.call_module(self._named(self._counted[node]), tuple(map(self._tensor, factors)))
         elif node.op == "item":
             made = self._item(node, parent)
         elif any(source in self._ragged for source in node.inputs):
@@ -587,11 +594,14 @@ class Writer:
         dims = [[d for d, k in enumerate(self.kept(s)) if k is not None] for s in sources]
         own = [d for d, k in enumerate(self.kept(node)) if k is not None]
         axis = next((d[0] for d in dims if d), own[0] if own else 1)
-        if any(d not in ([], [axis]) for d in dims) or own not in ([], [axis]):
+        if any(d not in ([], [axis]) for d in dims):
             raise refused
-        picked = _selection(node, chain, sources, axis)
+        picked = _selection(node, chain, sources, axis) if own in ([], [axis]) else None
         if picked is None:
-            raise refused
+            made = self._split_selection(node, chain, sources[0], axis) if len(sources) == 1 else None
+            if made is None:
+                raise refused
+            return made
         place, offset = [], 0
         for source in sources:
             kept = self.kept(source)[axis]
@@ -607,6 +617,77 @@ class Writer:
         made = [self._tensor(source) for source in sources]
         whole = made[0] if len(made) == 1 else self.graph.call_function(aten.cat.default, (made, axis))
         return self._select(whole, axis, index, offset)
+
+    def _split_selection(self, node: Node, chain: list[Node], source: Node, axis: int) -> fx.Node | None:
+        """Positions of ``source`` along ``axis`` that a chain picks and lays out along several dimensions.
+
+        For example the values of ``(b, 3 * heads * size, h, w) -> (b, heads, h * w, size)``. None if the other
+        dimensions of ``source`` are taken apart.
+        """
+        kept, shape, remaining = self.kept(node), source.shape, self.kept(source)[axis]
+        place = _moved_positions(node, chain, source).numpy()
+        coordinates = np.unravel_index(place, tuple(shape))
+        layout = self._layout(node, source, axis, coordinates)
+        if layout is None:
+            return None
+        runs, channel_dims = layout
+        rows = [np.arange(place.shape[k]) if (own := kept[k]) is None else own for k in channel_dims]
+        at = [np.zeros(1, dtype=np.int64)] * place.ndim
+        for k, row in zip(channel_dims, rows, strict=True):
+            at[k] = row
+        wanted = coordinates[axis][np.ix_(*at)].reshape([len(row) for row in rows])
+        where = np.full(shape[axis], -1, dtype=np.int64)
+        rest = np.arange(shape[axis]) if remaining is None else remaining
+        where[rest] = np.arange(len(rest))
+        index = where[wanted.reshape(-1)]
+        if (index < 0).any():
+            return None
+        made = self._tensor(source)
+        selected = self._select(made, axis, index, len(rest))
+        sizes: list[Any] = []
+        dims: dict[int, int] = {}  # of the result -> of what is reshaped
+        for d in range(len(shape)):
+            if d == axis:
+                dims |= {k: len(sizes) + i for i, k in enumerate(channel_dims)}
+                sizes += wanted.shape
+            elif (k := next((k for k, run in runs.items() if run[0] == d), None)) is not None:
+                dims[k] = len(sizes)
+                sizes.append(self._number(node.shape[k], self._aligned.sizes(node, k)[1:]))
+        split = self.graph.call_function(aten.reshape.default, (selected, sizes))
+        turned = self.graph.call_function(aten.permute.default, (split, [dims[k] for k in sorted(dims)]))
+        return self.graph.call_function(aten.reshape.default, (turned, self._shape(node)))
+
+    def _layout(
+        self, node: Node, source: Node, axis: int, coordinates: Sequence[Ints]
+    ) -> tuple[dict[int, tuple[int, ...]], list[int]] | None:
+        """(dimension of ``node`` -> the ones of ``source`` that it runs through, dimensions that hold ``axis``)."""
+        ndim, shape = len(node.shape), source.shape
+        moving = [[d for d, c in enumerate(coordinates) if (np.diff(c, axis=k) != 0).any()] for k in range(ndim)]
+        channel_dims = [k for k in range(ndim) if axis in moving[k]]
+        runs: dict[int, tuple[int, ...]] = {}
+        for k, run in enumerate(moving):
+            if axis in run:
+                if run != [axis]:
+                    return None
+            elif run:
+                index = np.ravel_multi_index([coordinates[d] for d in run], [shape[d] for d in run])
+                view = [-1 if d == k else 1 for d in range(ndim)]
+                if run != list(range(run[0], run[-1] + 1)) or (index != np.arange(node.shape[k]).reshape(view)).any():
+                    return None
+                runs[k] = tuple(run)
+        taken = {axis, *(d for run in runs.values() for d in run)}
+        for d in range(len(shape)):
+            if d not in taken:  # of size one in this sample, as a batch may be
+                alike = [k for k in range(ndim) if not moving[k] and k not in runs]
+                alike = [k for k in alike if self._aligned.sizes(node, k) == self._aligned.sizes(source, d)]
+                if not alike:
+                    return None
+                runs[alike[0]] = (d,)
+        for k, run in runs.items():
+            sizes = [math.prod(parts) for parts in zip(*(self._aligned.sizes(source, d) for d in run), strict=True)]
+            if tuple(sizes) != tuple(self._aligned.sizes(node, k)):
+                return None
+        return (runs, channel_dims) if channel_dims else None
 
 
 def write_body(
@@ -709,6 +790,15 @@ def _picked(node: Node, source: Node, dim: int) -> tuple[Ints, int | None]:
         return result.reshape(-1)[:1].numpy(), None
     first = [slice(None) if d == dim else slice(0, 1) for d in range(result.ndim)]
     return result[tuple(first)].reshape(-1).numpy(), dim
+
+
+def _moved_positions(node: Node, chain: list[Node], source: Node) -> Tensor:
+    """Where each entry of ``node`` lies in the flattened ``source``."""
+    values: dict[Node, Any] = {source: torch.arange(source.shape.numel()).reshape(source.shape)}
+    for step in sorted(chain, key=lambda n: int(n.name[1:])):
+        values[step] = values[step.args[0]][step.args[1]] if step.op == "item" else move(step, values.__getitem__)
+    result: Tensor = values[node]
+    return result
 
 
 def _selection(node: Node, chain: list[Node], sources: Sequence[Node], axis: int) -> Ints | None:

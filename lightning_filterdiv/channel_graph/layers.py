@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .answers import layer_of
 from .labels import Ints, LabelTensor, core, mix, unique
+from .moves import refuse_product
 from .propagate import Event, Grouped, Propagation, Rule, Value, unknown
 from .record import Node, arguments
 
@@ -221,7 +222,7 @@ def matrix_product(state: Propagation, node: Node) -> Value:
     inputs, factor, bias_node = call.get("mat1", call["self"]), call["mat2"], call["self"] if "mat1" in call else None
     labels, weight, bias = _input(state, node, inputs), state.matrix(factor), None
     if weight is None and state.root_parameter(factor) is None and not _is_parameter(state, factor):
-        return unknown(state, node)
+        return refuse_product(state, node, inputs, factor)
     if bias_node is not None:
         known = state.vector(bias_node)
         bias = known[0] if known is not None and known[1].tolist() == list(range(node.value.shape[-1])) else None
@@ -257,6 +258,8 @@ def normalisation(state: Propagation, node: Node) -> Value:
     if _is_parameter(state, call["input"]):
         return _norm_of_parameters(state, node, call)
     vector = state.channels(labels, 1, node)
+    if not named:
+        state.bare_norms[node.module] = np.unique(state.table.owner[vector[vector > 0]])
     affine = "weight" in named
     zeroed = {"weight", "bias"} if affine else {"bias", "running_mean"}
     members = _members(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from .labels import Ints, LabelTensor, compress, core, distinct, mix, unique
 from .propagate import Grouped, Move, Propagation, Rule, Value, fixed_labels, moved, nullified, pattern, unknown
 from .record import Node, arguments, map_nodes, operator_name
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "refuse_product"]
 
 
 def identity(state: Propagation, node: Node) -> Value:
@@ -100,6 +101,8 @@ def along_dim(state: Propagation, node: Node) -> Value:
     labels = _labels(state, node.args[0]) if isinstance(node.args[0], Node) else None
     if labels is None:
         return _index_by_values(state, node)
+    if _value(state, node.args[0]).weighed:  # blocks of unequally many channels, counted already
+        return state.fixed(node)
     dims = call.get("dim", call.get("dims", 0))
     dims = [dims] if isinstance(dims, int) else (dims or range(labels.ndim))
     if operator_name(node, raw=True) == "slice" and tuple(node.value.shape) == tuple(labels.shape):
@@ -186,19 +189,33 @@ def reshape(state: Propagation, node: Node) -> Value:
         if small.numel() > _MOST_POSITIONS:
             state.pin(value, f"input of {state.where(node)}, which makes {small.numel():,} features of them")
             return state.fixed(node)
-        result = _number_slots(state, small).expand(shape)
-    return LabelTensor(result, is_parameter=value.is_parameter, weighed=value.weighed)
+        result = _number_slots(state, small, _tiles(labels, shape)).expand(shape)
+    return LabelTensor(_positions_apart(state, result), is_parameter=value.is_parameter, weighed=value.weighed)
 
 
-def _number_slots(state: Propagation, small: Tensor) -> Tensor:
-    """Make the entries of one channel separate values after a flatten, numbered in order."""
+def _tiles(labels: Tensor, shape: Sequence[int]) -> int:
+    """How often a reshape writes all channels one after another: the items of a batch, where it joins the two."""
+    small = core(labels)
+    for here, _ in _segments(labels.shape, shape):
+        lengths = small.shape[here]
+        if math.prod(lengths) > 1:
+            first = next(i for i, n in enumerate(lengths) if n > 1)
+            return math.prod(labels.shape[here.start : here.start + first])
+    return 1
+
+
+def _number_slots(state: Propagation, small: Tensor, tiles: int) -> Tensor:
+    """After a flatten the entries of one channel become values of their own, numbered in order; alike in each tile."""
     table, flat = state.table, small.reshape(-1).numpy()
     owned = np.flatnonzero(flat > 0)
     old = flat[owned]
     order = np.argsort(old, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(old[order])) + 1] if len(old) else np.zeros(0, np.int64)
     rank = np.empty(len(old), dtype=np.int64)
-    rank[order] = np.arange(len(old)) - np.repeat(starts, np.diff(np.r_[starts, len(old)]))
+    counts = np.diff(np.r_[starts, len(old)])
+    rank[order] = (np.arange(len(old)) - np.repeat(starts, counts)) % np.repeat(counts // tiles, counts)
+    if not rank.any():
+        return small
     result = flat.copy()
     result[owned] = table.add(
         owner=table.owner[old],
@@ -208,6 +225,41 @@ def _number_slots(state: Propagation, small: Tensor) -> Tensor:
         leak=table.leak[old],
     )
     return torch.from_numpy(result).reshape(small.shape)
+
+
+def _positions_apart(state: Propagation, labels: Tensor) -> Tensor:
+    """``labels`` without numbers of positions where these lie along dimensions of their own again.
+
+    There every channel has the same position at the same place (windows and patches that were cut out of an image), so
+    that equal channels are equal at each.
+    """
+    table, small = state.table, core(labels)
+    values = small.numpy()
+    owned = values > 0
+    index = np.where(owned, values, 0)
+    slots = np.where(owned, table.slot[index], 0)
+    if not slots.any():
+        return labels
+    owners = torch.from_numpy(np.where(owned, table.owner[index], values))
+    positions = [d for d in range(small.ndim) if compress(owners).stride(d) == 0 and small.shape[d] > 1]
+    channels = [d for d in range(small.ndim) if d not in positions]
+    first = tuple(slice(0, 1) if d in positions else slice(None) for d in range(small.ndim))
+    at_first = tuple(slice(0, 1) if d in channels else slice(None) for d in range(small.ndim))
+    alike = (column[index] for column in (table.trail, table.origin, table.leak, table.zero))
+    if (slots != slots[at_first]).any() or any((column != column[first])[owned].any() for column in alike):
+        return labels
+    known, inverse = distinct(values[first])
+    mine = known > 0
+    known = known.copy()
+    old = known[mine]
+    known[mine] = table.add(
+        owner=table.owner[old],
+        trail=table.trail[old],
+        origin=table.origin[old],
+        leak=table.leak[old],
+        zero=table.zero[old],
+    )
+    return torch.from_numpy(known[inverse].reshape(values[first].shape)).expand(labels.shape)
 
 
 def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[slice, slice]]:
@@ -329,6 +381,36 @@ def over_space(state: Propagation, node: Node) -> Value:
     return [LabelTensor(small.expand(part.shape)) for part in value]
 
 
+def windows(state: Propagation, node: Node) -> Value:
+    """Tensor.unfold: windows along a dimension of space, each of which holds every channel alike."""
+    call = arguments(node)
+    value = _value(state, node.args[0])
+    if call["dimension"] % value.labels.ndim in _varying(value.labels):
+        return unknown(state, node)
+    return _movement(state, node)
+
+
+def patches(state: Propagation, node: Node) -> Value:
+    """F.unfold: the positions of each window become features of its channel, in the same order for every channel."""
+    labels, shape = _value(state, node.args[0]).labels, node.value.shape
+    small = state.collapse(labels, (-2, -1), node, silent=False).squeeze(-1)
+    each = shape[-2] // small.shape[-2]
+    small = small.expand([*small.shape[:-1], each]).reshape([*small.shape[:-2], shape[-2], 1])
+    result = _number_slots(state, core(small)) if each > 1 else small
+    return moved(state, node, result.expand(shape))
+
+
+def sum_of_patches(state: Propagation, node: Node) -> Value:
+    """F.fold: adds up what the windows hold for each position of a channel."""
+    labels, shape = _value(state, node.args[0]).labels, node.value.shape
+    small = labels.narrow(-1, 0, 1).squeeze(-1)
+    if labels.stride(-1) != 0 and labels.shape[-1] > 1:
+        small = state.collapse(labels, [-1], node).squeeze(-1)
+    small = small.unflatten(-1, (shape[-3], -1))
+    small = state.collapse(compress(small), [-1], node).unsqueeze(-1)
+    return LabelTensor(state.table.derive(small.expand(shape), state.key(node)))
+
+
 def sampled(state: Propagation, node: Node) -> Value:
     """Values at positions that another operand gives, alike for every channel."""
     positions = state.labels_of(node.args[1])
@@ -415,10 +497,13 @@ def _lines(labels: Tensor, dims: Sequence[int]) -> Ints:
     return small.permute(*kept, *dims).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
 
 
-def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Tensor:
-    """Return labels of branches that meet along ``dims``, where values become one channel.
+def _joined(
+    state: Propagation, node: Node, labels: Tensor, dims: Sequence[int], keeps_shape: bool | None = None
+) -> Tensor:
+    """Labels of branches that meet along ``dims``: what lies there becomes one channel.
 
-    Operators that keep the shape (softmax) make as many values of it as there were, others one.
+    Operators that keep the shape (softmax; ``None``: see whether they do) make as many values of it as there were,
+    others one.
     """
     table, shape = state.table, labels.shape
     small, matrix = core(labels), _lines(labels, dims)
@@ -453,8 +538,10 @@ def _joined(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int])
         )
     joint = torch.from_numpy(values).reshape([*size, *[1] * len(dims)])
     joint = joint.permute(*np.argsort([*kept, *dims]).tolist())
-    first = node.value if isinstance(node.value, Tensor) else node.value[0]
-    if tuple(first.shape) != tuple(shape):
+    if keeps_shape is None:
+        first = node.value if isinstance(node.value, Tensor) else node.value[0]
+        keeps_shape = tuple(first.shape) == tuple(shape)
+    if not keeps_shape:
         return joint.expand(shape)
     return _pairwise(state, small, joint.expand(small.shape)).expand(shape)
 
@@ -479,23 +566,70 @@ def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
     return torch.from_numpy(result[inverse.reshape(-1)]).reshape(own.shape)
 
 
-_LINEAR = ("sum", "mean")
+_LINEAR = ("sum", "mean", "bmm")
 _AVERAGES = ("mean", "var", "var_mean", "std")
 
 
 def batched_product(state: Propagation, node: Node) -> Value:
-    """Product that sums over positions with equal weights for all channels, like a mean over positions."""
+    """A batch of products of matrices, as in attention.
+
+    It sums over positions, with weights that are alike for all channels: like a mean over them. Or it sums over
+    channels of both factors, which belong together pair by pair: their products can be counted. Matrices of a batch
+    (heads) hold one channel each at the same place.
+    """
     if any(state.labels_of(n) is None for n in node.args[:2]):
         return unknown(state, node)
     values = [_value(state, n) for n in node.args[:2]]
-    for dim, (own, weights) in ((1, values), (2, values[::-1])):
-        alike = not _varying(weights.labels) and not own.is_parameter and not weights.is_parameter
-        if alike and _varying(own.labels) == {dim}:
-            state.pin(weights, f"acts on all channels at once in {state.where(node)}")
-            small = own.labels
-            for d in {0, 1, 2} - {dim}:
-                small = small.narrow(d, 0, 1)
-            return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
+    if not any(value.is_parameter for value in values):
+        for dim, (own, weights) in ((1, values), (2, values[::-1])):
+            if _varying(weights.labels):
+                continue
+            labels = own.labels
+            if 3 - dim in _varying(labels) and state.stay_apart(_lines(labels, [3 - dim])):  # branches, weighed
+                labels = _joined(state, node, labels, [3 - dim], keeps_shape=False)
+            if dim in _varying(labels) <= {0, dim}:
+                rows = _heads(state, node, [(labels, dim)])
+                if rows is not None:
+                    state.pin(weights, f"acts on all channels at once in {state.where(node)}")
+                    small = rows.unsqueeze(0).unsqueeze(3 - dim)
+                    return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
+        if all(dim in _varying(value.labels) <= {0, dim} for dim, value in zip((2, 1), values, strict=True)):
+            rows = _heads(state, node, [(values[0].labels, 2), (values[1].labels, 1)])
+            if rows is not None and values[0].weighed:
+                state.count(node, rows.numpy())
+            elif rows is not None:
+                state.reduce(node, "product", 2, rows.numpy())
+            if rows is not None:
+                return state.fixed(node)
+    return refuse_product(state, node, node.args[0], node.args[1])
+
+
+def _heads(state: Propagation, node: Node, operands: Sequence[tuple[Tensor, int]]) -> Tensor | None:
+    """(channels,) labels along the given dimension of each operand, all that lies at one place made one channel.
+
+    None if no or several channels would be left to choose from, or something else lies among them.
+    """
+    parts = [core(labels).narrow(3 - dim, 0, 1).movedim(dim, 2).flatten(0, 1) for labels, dim in operands]
+    together = torch.cat([part.expand(-1, operands[0][0].shape[operands[0][1]]) for part in parts])
+    lines = together.T.numpy()
+    if len(together) > 1 and ((lines <= 0).any() or state.table.zero[lines].any() or not state.stay_apart(lines)):
+        return None
+    return state.collapse(together, [0], node).squeeze(0)
+
+
+def refuse_product(state: Propagation, node: Node, first: Node, second: Node) -> Value:
+    """A product of matrices that no rule follows: what it reads is pinned, with what it does to channels."""
+    where, summed = state.where(node), {first: len(first.shape) - 1, second: len(second.shape) - 2}
+    varying = {n: _varying(v.labels) for n in summed if (v := state.labels_of(n)) is not None and state.is_owned(n)}
+    for n, dims in varying.items():
+        labels, reason = _labels(state, n), f"input of {where}, which mixes channels"
+        if summed[n] in dims:
+            reason = f"input of {where} over {_axis([summed[n]], labels)}, which mixes channels"
+        elif len(varying) > 1 and all(other - {0, summed[o]} for o, other in varying.items()):
+            reason = f"input of {where}, which multiplies every channel by every other"
+        elif 0 in dims and labels.ndim > 2:
+            reason = f"input of {where}, which multiplies the channels at each place of dimension 0 by another matrix"
+        state.pin(n, reason)
     return unknown(state, node)
 
 
@@ -533,6 +667,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("as_strided", "as_strided_"), restride),
     **dict.fromkeys(("cat", "stack"), concatenate),
     "bmm": batched_product,
+    "unfold": windows,
+    "im2col": patches,
+    "col2im": sum_of_patches,
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape", "flatten", "unflatten"), reshape),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
     **dict.fromkeys((f"{mode}_pad{rank}d" for mode in ("reflection", "replication") for rank in (1, 2, 3)), pad),

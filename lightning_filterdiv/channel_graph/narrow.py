@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from ..filters import named_modules, named_tensors
 from ..tensors.arguments import check_choice
 from .answers import ChannelAnswers, ChannelGroup, rows_back, rows_first
 from .channel_map import ChannelMap
-from .counted import CountedNorm, CountedReduction, counted
+from .counted import CountedGroupNorm, CountedNorm, CountedReduction, counted
 from .errors import NarrowingError
 from .forms import Form, FormChoice, Masks, fixing_bodies, graph_bodies, refusal, take_graph_form
 from .graph_form import BodyGraph
@@ -364,6 +365,7 @@ class Narrowing:
             rest = [s for s in selections if s.group.name not in tied]
             if rest:
                 cut_in_place(result, self._layout.graph, self._remaining(self._layout.graph, rest))
+        _set_bare_widths(result, graph, selections)
         result = take_graph_form(result, self._bodies)
         return remember(result, self.step(), of=model)
 
@@ -481,6 +483,7 @@ def _narrow_tied(model: nn.Module, graph: ChannelAnswers, tied: list[_Selection]
 def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapping[int, int], cuts: Cuts) -> None:
     """Order kept channels as the network's forward expects them."""
     filters = {channel for row in graph.table.filters().values() for channel in row}
+    grouped = graph.recording.state.grouped
     old_rows, new_rows = graph.table.rows_by_channel(), narrower.table.rows_by_channel()
     lengths = {
         g: {name: tuple(t.shape) for name, t in named_tensors(g.model).items()}
@@ -488,6 +491,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         for g in (graph, narrower)
     }
     for (tensor, dim), by_channel in new_rows.items():
+        parts = grouped[tensor].groups if dim == 1 and tensor in grouped else 1
         places = {
             row: old
             for new, rows in by_channel.items()
@@ -496,8 +500,8 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
         }
         # What no filter owns (columns that read the network input, or padding) stays in order.
         owned = {row for channel, rows in old_rows[tensor, dim].items() if channel in filters for row in rows}
-        rest = [row for row in range(lengths[graph][tensor][dim]) if row not in owned]
-        free = [row for row in range(lengths[narrower][tensor][dim]) if row not in places]
+        rest = [row for row in range(lengths[graph][tensor][dim] * parts) if row not in owned]
+        free = [row for row in range(lengths[narrower][tensor][dim] * parts) if row not in places]
         if len(rest) != len(free):
             raise NarrowingError(
                 f"{tensor} cannot be narrowed: forward adds or drops entries that no channel owns. Leave its layer out "
@@ -505,7 +509,7 @@ def _follow_layout(graph: ChannelAnswers, narrower: ChannelAnswers, source: Mapp
             )
         places.update(zip(free, rest, strict=True))
         index = torch.tensor([places[i] for i in range(len(places))])
-        cuts.setdefault(tensor, {}).setdefault(dim, Cut()).index = index
+        cuts.setdefault(tensor, {}).setdefault(dim, Cut(groups=parts)).index = index
 
 
 def _copy_and_cut(model: nn.Module, cuts: Cuts) -> nn.Module:
@@ -562,8 +566,29 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
 
 
 def _install_counts(model: nn.Module, graph: ChannelAnswers, cuts: Cuts) -> None:
-    """Have norms over channels weigh those that stand for unequally many."""
-    weigh(model, graph, {name: numbers for name, numbers in _counts(graph, cuts).items() if name in graph.norms})
+    """Have norms over channels weigh those that stand for unequally many, and know blocks of unequally many."""
+    counts = {name: numbers for name, numbers in _counts(graph, cuts).items() if name in graph.norms}
+    weigh(model, graph, counts, {name: _block_sizes(graph, name, cuts) for name in counts})
+
+
+def _block_sizes(graph: ChannelAnswers, name: str, cuts: Cuts) -> list[int]:
+    """Channels that are left in each block of a norm."""
+    site = graph.norms[name]
+    groups, sizes = site.form[1].get("groups", 1), site.form[1].get("sizes")
+    blocks = torch.arange(groups).repeat_interleave(torch.tensor(sizes or [site.size // groups] * groups))
+    left = {dim: dataclasses.replace(cut, added=[]) for dim, cut in cuts[f"{name}.counts"].items()}
+    return _cut_tensor(blocks, left).bincount().tolist()
+
+
+def _set_bare_widths(model: nn.Module, graph: ChannelAnswers, selections: Sequence[_Selection]) -> None:
+    """Tell norms without tensors how many channels they see: an instance norm warns where the number is another."""
+    modules, state = named_modules(model), graph.recording.state
+    removed = [s.group.channels[s.removed].numpy() for s in selections]
+    for path, owners in state.bare_norms.items():
+        gone = int(np.isin(state.table.roots(owners), np.concatenate([*removed, [0][:0]])).sum())
+        module = modules.get(path)
+        if gone and isinstance(module, nn.modules.batchnorm._NormBase):
+            module.num_features -= gone
 
 
 def _counts(graph: ChannelAnswers, cuts: Cuts) -> dict[str, Tensor]:
@@ -586,7 +611,7 @@ def counted_reductions(graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> d
     for name, site in graph.recording.state.reductions.items():
         if name in counts and not CountedReduction.plain(site.kind, counts[name]):
             call, rank = arguments(site.node), len(site.node.inputs[0].shape)
-            dims = call.get("dim")
+            dims = site.dim if site.kind == "product" else call.get("dim")
             dims = [dims] if isinstance(dims, int) else dims or range(rank)
             found[site.node] = CountedReduction(
                 counts[name],
@@ -616,23 +641,34 @@ def count_in_bodies(model: nn.Module, graph: ChannelAnswers, counts: Mapping[str
     return take_graph_form(model, graph_bodies(graph, _bodies_of(counted), masks_of(graph, []), counted))
 
 
-def weigh(model: nn.Module, graph: ChannelAnswers, counts: Mapping[str, Tensor]) -> None:
-    """Give norms over channels their counts, in place. Norms whose counts are all equal stay plain.
+def weigh(
+    model: nn.Module,
+    graph: ChannelAnswers,
+    counts: Mapping[str, Tensor],
+    sizes: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Give norms over channels their counts, in place. Norms whose counts and blocks are all equal stay plain.
 
     Args:
         model: a network like that of ``graph``, at any widths.
         graph: its channel graph.
         counts: norm -> (C,) how often it counts each channel. Norms that have counts already keep theirs.
+        sizes: norm -> channels of each of its blocks, by default equally many.
     """
     modules = named_modules(model)
     for name, numbers in counts.items():
-        module = modules[name]
+        module, blocks = modules[name], (sizes or {}).get(name, ())
+        uneven = len(set(blocks)) > 1
         if isinstance(module, CountedNorm):
+            if isinstance(module, CountedGroupNorm) and (uneven or module.sizes is not None):
+                module.sizes = tuple(blocks) or module.sizes
             continue
-        if bool((numbers == numbers[0]).all()):
+        if bool((numbers == numbers[0]).all()) and not uneven:
             set_norm_width(module, len(numbers))
         else:
-            _replace_module(model, module, counted(module, graph.norms[name].form, numbers.to(device_of(model))))
+            kind, options = graph.norms[name].form
+            form = kind, options | ({"sizes": tuple(blocks)} if uneven else {})
+            _replace_module(model, module, counted(module, form, numbers.to(device_of(model))))
 
 
 def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

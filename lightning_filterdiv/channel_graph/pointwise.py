@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .labels import Ints, LabelTensor, core, distinct, mix, unique
-from .propagate import FLAT, Event, Propagation, Value, nullified
+from .propagate import FLAT, Event, Grouped, Propagation, Value, nullified
 from .record import Node, map_nodes, operator_name
 
 __all__ = ["EXTRA", "pointwise"]
@@ -40,6 +40,9 @@ def pointwise(state: Propagation, node: Node) -> Value:
         weighed = [value for n, value in operands if (known := state.vector(n)) is None or known[0] not in state.counts]
         if len(weighed) < len(node.inputs) == 2:
             labels = weighed[0].labels.expand(out)
+            if sizes := getattr(state.norms.get(node.module), "sizes", None):  # it takes means of parts, see along_dim
+                state.count(node, state.channels(labels, 1, node))
+                state.grouped[f"{node.module}.counts"] = Grouped(len(sizes), (), tuple(sizes))
             return LabelTensor(state.table.derive(labels, state.key(node)), weighed=True)
     if all(value.uniform for _, value in operands):
         fixed = state.fixed(node)

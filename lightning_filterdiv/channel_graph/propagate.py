@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash, unique
 from .record import Node, Record, is_shape_only, operator_name
@@ -44,6 +44,13 @@ class Grouped(NamedTuple):
 
     groups: int
     sizes: tuple[int, ...]  # rows of one block along each dimension
+    unequal: tuple[int, ...] = ()  # rows of each block, where these are not equally many
+
+    def blocks_of(self, rows: Tensor, dim: int) -> Tensor:
+        """The block of each of ``rows`` along ``dim``."""
+        if self.unequal:
+            return torch.repeat_interleave(torch.arange(self.groups), torch.tensor(self.unequal))[rows]
+        return rows // self.sizes[dim]
 
 
 class Reduction(NamedTuple):
@@ -97,7 +104,7 @@ class Propagation:
     depthwise: set[str] = field(default_factory=set)  # of those, the kernels that act on one channel each
     computed_layers: dict[str, str] = field(default_factory=dict)  # layer whose kernel is computed -> why it is pinned
     row_owners: dict[str, Ints] = field(default_factory=dict)  # tensor labelled by slices -> owner of each
-    norms: Container[str] = ()  # modules that may turn out to be norms over channels
+    norms: Mapping[str, nn.Module] = field(default_factory=dict)  # modules that may turn out to be norms over channels
     counts: Container[str] = ()  # buffers of norms that weigh channels
     counted: dict[str, dict[tuple[torch.Size, int], str]] = field(
         default_factory=dict
@@ -109,6 +116,7 @@ class Propagation:
     )  # as ``owners`` -> number of each among those of its channel
     element_dims: dict[str, int] = field(default_factory=dict)  # of ``elements`` -> the dimension that follows channels
     spread: dict[int, str] = field(default_factory=dict)  # owner -> the operator that moves its channel to positions
+    bare_norms: dict[str, Ints] = field(default_factory=dict)  # batch or instance norm without tensors -> its owners
     _tensors: dict[Node, str] = field(default_factory=dict)
     _keys: dict[Node, int | None] = field(default_factory=dict)
     _rules: Callable[[Node], Rule] | None = None
@@ -137,7 +145,7 @@ class Propagation:
                 self.values[node] = self._given(node, record)
             elif self._is_moved_parameter(node):
                 self.values[node] = None  # labelled when something asks, see ``labels_of``
-            elif node.fixed and not _creates(node) and not any(map(self._owned, node.inputs)):
+            elif node.fixed and not _creates(node) and not any(map(self.is_owned, node.inputs)):
                 self.values[node] = _constant(self, node, self._source(node))
             else:
                 self.values[node] = rules(node)(self, node)
@@ -168,7 +176,7 @@ class Propagation:
         source = node.inputs[0]
         return self.values.get(source) is None and (source in self._tensors or source.op == "call")
 
-    def _owned(self, node: Node) -> bool:
+    def is_owned(self, node: Node) -> bool:
         """True if some entry of a labelled node belongs to a channel."""
         value = self.values.get(node)
         return isinstance(value, LabelTensor) and bool((core(value.labels) > 0).any())
@@ -297,7 +305,7 @@ class Propagation:
             return False
         source = node
         while source.inputs and (source is node or source.module == node.module):
-            labelled = (n for n in source.inputs if self._owned(n) and n not in self._tensors)
+            labelled = (n for n in source.inputs if self.is_owned(n) and n not in self._tensors)
             if (above := next(labelled, None)) is None:
                 break
             source = above

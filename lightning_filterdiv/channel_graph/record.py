@@ -127,13 +127,15 @@ class Record:
     """One forward pass.
 
     Attributes:
-        nodes: those that the outputs, written buffers or read values depend on, in order of execution.
+        nodes: those that the outputs, written buffers or read values depend on, in order of execution; also layers
+            that forward calls for nothing, and what it does with their results: they must fit, too.
         outputs: nodes of the network's outputs.
         written: (node, name) of buffers and attributes that forward wrote.
         tensors: node of a parameter, buffer or attribute -> its name in the traced submodule.
         words: node of an argument -> what it is (``network input 'x'``).
         reads: nodes whose values forward read (``.item()``, ``nonzero``), where they depend on more than constants.
         visits: the module calls, by their number.
+        idle: those of ``nodes`` that no output depends on.
     """
 
     nodes: tuple[Node, ...]
@@ -143,6 +145,7 @@ class Record:
     words: dict[Node, str]
     reads: frozenset[Node]
     visits: tuple[Visit, ...]
+    idle: frozenset[Node] = frozenset()
 
     @property
     def calls(self) -> Iterator[Node]:
@@ -218,13 +221,32 @@ def is_shape_only(func: Any) -> bool:
     return bool(name.endswith("_like") or name.startswith("new_"))
 
 
-def live_nodes(nodes: Sequence[Node], roots: Sequence[Node]) -> list[Node]:
-    """The nodes that ``roots`` depend on, in order."""
+def live_nodes(nodes: Sequence[Node], roots: Sequence[Node]) -> tuple[list[Node], frozenset[Node]]:
+    """The nodes that ``roots`` depend on or that layers without a use are called with, in order; and the latter."""
     alive = set(roots)
     for node in reversed(nodes):
         if node in alive:
             alive.update(node.inputs)
-    return [node for node in nodes if node in alive]
+    idle: set[Node] = set()
+    for node in nodes:
+        if node not in alive and (_is_layer(node) or not idle.isdisjoint(node.inputs)):
+            idle.add(node)
+    if idle:
+        for node in reversed(nodes):
+            if node in idle:
+                idle.update(node.inputs)
+        idle -= alive
+    return [node for node in nodes if node in alive or node in idle], frozenset(idle)
+
+
+def _is_layer(node: Node) -> bool:
+    if node.op != "call":
+        return False
+    name = operator_name(node, raw=True)
+    return name in _LAYERS or "batch_norm" in name
+
+
+_LAYERS = ("convolution", "mm", "addmm", "native_layer_norm", "native_group_norm", "_prelu_kernel")
 
 
 def meta_like(tensor: Tensor) -> Tensor:

@@ -429,14 +429,16 @@ def record(
         if error is not None:
             raise _explain(model, recorder, error, prefix, has_values) from error
     roots = [*recorder.outputs, *(node for node, _ in recorder.written), *recorder.reads]
+    nodes, idle = live_nodes(recorder.nodes, roots)
     return Record(
-        tuple(live_nodes(recorder.nodes, roots)),
+        tuple(nodes),
         tuple(recorder.outputs),
         tuple(recorder.written),
         recorder.tensors,
         recorder.words,
         frozenset(recorder.reads),
         tuple(recorder.visits),
+        idle,
     )
 
 

@@ -37,7 +37,7 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
     for group in find_unresizable(graph):
         if (reason := _why_not_written(graph, group)) is not None:
-            graph.exclude({group.name: f"{_fixed_by(graph, group)}{reason}"})
+            graph.exclude({group.name: reason})
     if graph.constrained:
         _write_what_fails_beside_graphs(graph)
 
@@ -128,7 +128,7 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
     masks = masks_of(graph, [selection])
     fixing = find_deviation(graph.recording.record, masks, nodes)
     if fixing is None:
-        return ""
+        return _fixed_by(graph, group)
     literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
     reason, tried = "", set[str]()
     while path not in tried:
@@ -162,7 +162,7 @@ def _why_not_written(graph: ChannelAnswers, group: ChannelGroup) -> str | None:
         break
     literal.clear()
     literal.update(before)
-    return reason
+    return f"their number is fixed by {graph.recording.state.where(fixing)}{reason}"
 
 
 def _try_graphs(graph: ChannelAnswers) -> None:

@@ -28,6 +28,7 @@ from .channels import (
     couple_shared_rows,
     groups_of,
     linked_ranks,
+    pin_idle,
     pin_impossible,
     resolve_elements,
 )
@@ -35,7 +36,7 @@ from .counted import CountedNorm, counted_form
 from .errors import ChannelGraphError, TraceError
 from .forms import Recording
 from .inputs import example_arguments
-from .labels import Ints, unique
+from .labels import Ints, core, unique
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
@@ -198,6 +199,14 @@ def _obstacles(model: nn.Module, state: Propagation, table: Table, network: str)
     return found
 
 
+def _idle_tensors(records: Sequence[Record]) -> set[str]:
+    """Weights of layers that forward calls for nothing."""
+    idle = {one.tensors[node] for one in records for node in one.idle if node in one.tensors}
+    if not idle:
+        return idle
+    return idle - {one.tensors[node] for one in records for node in one.nodes if node in one.tensors.keys() - one.idle}
+
+
 def _names_outside(model: nn.Module, network: str) -> dict[str, str]:
     """Tensors of the traced submodule that also belong to other parts of the model -> their name there."""
     names = tensor_names(model)
@@ -213,6 +222,7 @@ def _collect(
     table = channel_table(state)
     norms, unknown_norms = _norm_sites(model, state)
     pin_impossible(state, table, _obstacles(model, state, table, network) | unknown_norms)
+    pin_idle(state, table, _idle_tensors(records))
     pins: dict[int, str] = {}
     roots = state.table.roots(np.fromiter(state.table.pins, dtype=np.int64, count=len(state.table.pins)))
     for root, reason in zip(roots.tolist(), state.table.pins.values(), strict=True):
@@ -239,7 +249,7 @@ def _collect(
         "consumers": consumers,
         "coupled": coupled,
         "row_dims": row_dims,
-        "operations": tuple(_operations(records[0])),
+        "operations": tuple(_operations(records[0], state)),
         "norms": norms,
         "counted_sizes": {name: site.size for name, site in (norms | state.reductions).items()},
         "map_sites": tuple(s for s in sites if not fixed & {*s.reads, *s.writes}),
@@ -259,7 +269,7 @@ def _collect(
     }
 
 
-def _operations(record: Record) -> Iterable[Operation]:
+def _operations(record: Record, state: Propagation) -> Iterable[Operation]:
     behind = _weights_behind(record)
     for node in record.nodes:
         if node.op in ("call", "item"):
@@ -269,7 +279,27 @@ def _operations(record: Record) -> Iterable[Operation]:
             inputs = tuple(record.tensors.get(n, n.name) for n in node.inputs)
             macs = _macs(node)
             weight = next((behind[n] for n in node.inputs[1:] if behind.get(n)), "") if macs else ""
-            yield Operation(node.name, operator, node.module, inputs, shape, macs, weight)
+            channels = _channels_of(node, state) if macs and not weight else ()
+            yield Operation(node.name, operator, node.module, inputs, shape, macs, weight, channels)
+
+
+def _channels_of(node: Node, state: Propagation) -> tuple[int, ...]:
+    """The channels that a product of activations holds, or sums over: its work is linear in their number."""
+    if "scaled_dot_product" in operator_name(node, raw=True):  # two products: queries by keys, and that by values
+        both = [_held(node.inputs[0], state), _held(node.inputs[2], state)]
+        return tuple(np.concatenate(both).tolist()) if all(len(part) for part in both) else ()
+    held = [part for n in (node, *node.inputs[:1]) if len(part := _held(n, state)) > 1]
+    return tuple(held[0].tolist()) if held else ()
+
+
+def _held(node: Node, state: Propagation) -> Ints:
+    """The channel of each value that differs, -1 for none; empty where channels lie along rows and columns."""
+    value = state.labels_of(node)
+    small = torch.zeros(0, dtype=torch.int64) if value is None else core(value.labels)
+    if value is None or (small.ndim > 1 and min(small.shape[-2:]) > 1):
+        return np.zeros(0, dtype=np.int64)
+    values = small.reshape(-1).numpy()
+    return np.where(values > 0, state.table.roots(state.table.owner[values]), -1)
 
 
 def _macs(node: Node) -> int:

@@ -19,9 +19,8 @@ from lightning_filterdiv.monitor.figures import BLUE, RED, new_figure, shorten, 
 __all__ = ["Snapshot", "depth_colour", "deviation_curves", "dropped_filters", "network_summary"]
 
 _CARD = (4.9, 2.7)  # inches
-_LABELLED_ROWS = 21
-_LARGE_ROWS = 12
-_LEAST = -3  # limit of log2 of |cos| over chance, because a layer of orthogonal filters has no finite value
+_LABELLED_ROWS = 12
+_LEAST = -3  # log2 of |cos| over chance: a layer of orthogonal filters would stretch the scale without end
 _LEGEND = 12  # names
 _FLOOR = 1e-9  # a deviation of exactly 0 on a log axis
 
@@ -86,14 +85,14 @@ def network_summary(
     bar.ax.set_yticklabels([f"{2.0**tick:g} x" for tick in _ratio_ticks(norm)])
     bar.ax.tick_params(labelsize=7)
     stride = -(-len(layers) // _LABELLED_ROWS)
-    axes.set_yticks(np.arange(0, len(layers), stride) + 0.5, [shorten(layer) for layer in layers[::stride]])
+    names = [shorten(name) for name in _own_parts(layers)]
+    axes.set_yticks(np.arange(0, len(layers), stride) + 0.5, names[::stride])
     axes.invert_yaxis()
     axes.set_xlim(edges[0], edges[-1])
     if deviations:
         _draw_largest(panels["deviation"], deviations, looks)
     for panel in panels.values():
         panel.tick_params(labelsize=7)
-    axes.tick_params(axis="y", labelsize=7 if len(layers) <= _LARGE_ROWS else 5.5)
     for panel in list(panels.values())[1:]:
         panel.spines[["top", "right"]].set_visible(False)
     marked = _mark(axes, total, events)
@@ -107,6 +106,15 @@ def network_summary(
     figure.supxlabel("epochs completed (0: before training)", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True) if len(looks) > 1 else FixedLocator(epochs.tolist()))
     return figure
+
+
+def _own_parts(layers: Sequence[str]) -> list[str]:
+    """Names without the modules that all layers stand in: ``net.stem``, ``net.head`` -> ``stem``, ``head``."""
+    paths = [layer.split(".") for layer in layers]
+    shared = 0
+    while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    return [".".join(path[shared:]) for path in paths]
 
 
 def _ratio_scale(values: npt.NDArray[np.float64]) -> TwoSlopeNorm:

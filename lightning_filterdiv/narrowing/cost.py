@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from lightning_filterdiv.channel_graph import ChannelGraph
+from lightning_filterdiv.channel_graph import ChannelGraph, ChannelGroup
 from lightning_filterdiv.filters import named_tensors
 
 __all__ = ["Cost", "Measure", "network_cost"]
@@ -22,8 +22,9 @@ Counts = npt.NDArray[np.float64]
 class Cost:
     """Cost as a sum of products, because the entries of a tensor are the product of the lengths of its dimensions.
 
-    The work of a convolution or a matrix product is proportional to the entries of its weight. The length of a
-    dimension is linear in the channels that the groups keep. No narrower network is made to count.
+    The work of a convolution or a matrix product grows with the entries of its weight, that of a product of activations
+    with the channels along one of its dimensions. The length of a dimension is linear in the channels that the groups
+    keep. No narrower network is made to count.
 
     Args:
         weights: ``(T,)`` cost of one entry of each tensor.
@@ -101,15 +102,26 @@ def network_cost(graph: ChannelGraph, measure: Measure) -> Cost:
             lengths.append(float(shape[dim]))
             shares.append(row)
             owners.append(len(weights) - 1)
+    for operation in graph.operations if measure == "macs" else ():
+        if operation.channels and operation.macs:
+            weights.append(operation.macs / len(operation.channels))
+            lengths.append(float(len(operation.channels)))
+            shares.append(_per_channel(operation.channels, groups))
+            owners.append(len(weights) - 1)
     return Cost(weights, constant, lengths, np.reshape(shares, (len(shares), len(groups))), owners, sizes)
 
 
+def _per_channel(channels: Sequence[int], groups: Sequence[ChannelGroup]) -> npt.NDArray[np.float64]:
+    """(G,) positions that each channel of a group holds among ``channels``."""
+    return np.array([np.isin(channels, group.channels.numpy()).sum() / group.size for group in groups])
+
+
 def _macs(graph: ChannelGraph) -> dict[str, float]:
-    """Return weight -> operations per entry. Operations without a weight have an empty name."""
+    """Weight -> operations per entry; under no name those that grow with no weight and no channels."""
     tensors = named_tensors(graph.model)
     price: dict[str, float] = {}
     for operation in graph.operations:
-        if operation.macs:
+        if operation.macs and not operation.channels:
             entries = tensors[operation.weight].numel() if operation.weight in tensors else 1
             name = operation.weight if operation.weight in tensors else ""
             price[name] = price.get(name, 0.0) + operation.macs / entries

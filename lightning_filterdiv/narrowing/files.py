@@ -48,7 +48,8 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
             and len(form) == 2
             and form[0] in COUNTED
             and isinstance(form[1], dict)
-            and set(form[1]) == {"eps", "dim", "groups"}
+            and set(form[1]) - {"sizes"} == {"eps", "dim", "groups"}
+            and _are_sizes(form[1].get("sizes", ()))
             for name, form in value.items()
         )
     ),
@@ -60,6 +61,10 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     ),
 }
 _ADDED = {"norms": dict[str, Any], "graphs": list[Any], "steps": dict[str, Any]}  # since version 1
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, int) and size > 0 for size in value)
 
 
 def _is_step(value: Any) -> bool:

@@ -531,7 +531,9 @@ class _Solver:
         if abs(reached - goal) <= _TOLERANCE * goal:
             return ""
         steps = [g.name for g in self.groups if g.name not in self.tied and len(self.ladders[g.name].counts) > 1]
-        why = f"a step of {self.rule.channels_multiple} channels changes it by more" if steps else ""
+        step = self.rule.channels_multiple
+        step_words = "one channel more or less" if step == 1 else f"a step of {step} channels"
+        why = f"{step_words} changes it by more" if steps else ""
         if self.tied:
             why = f"forward ties the widths of {quote_names(sorted(self.tied), 3)}" + (f", and {why}" if why else "")
         return f"the nearest is {reached / cost.full:.4f}: {why or 'no group can change'}"

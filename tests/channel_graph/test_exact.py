@@ -372,9 +372,90 @@ class _Volume(nn.Module):
         return self.out(F.interpolate(self.net(x), scale_factor=2, mode="trilinear"))
 
 
+class _Patches(nn.Module):
+    """Patches become items of the batch, and an image again, as in MobileViT: channels keep their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        b, c, h, w = x.shape
+        x = x.reshape(b * c * (h // 2), 2, w // 2, 2).transpose(1, 2).reshape(b, c, h * w // 4, 4).transpose(1, 3)
+        x = x + self.inner(x)
+        x = x.transpose(1, 3).reshape(b * c * (h // 2), w // 2, 2, 2).transpose(1, 2)
+        return self.last(x.reshape(b, c, h, w))
+
+
+class _Unfold(nn.Module):
+    """Windows as features of a linear layer, and added up again: overlapping, and as a sub-pixel layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.reader = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 4, 5)
+        self.parts, self.last = nn.Conv2d(6, 3 * 4, 2, 2), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(x)
+        x = F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1)
+        read = self.reader(F.unfold(x, 2, stride=2).transpose(1, 2))
+        whole = F.fold(self.parts(F.relu(x)).flatten(2), x.shape[2:], 2, stride=2)
+        return read, self.last(whole)
+
+
+class _Windows(nn.Module):
+    """Tensor.unfold, as in halo attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).unfold(2, 4, 2).unfold(3, 4, 2)
+        return self.last(F.relu(x).flatten(2, 3).flatten(3).amax(3).transpose(1, 2))
+
+
+class _Idle(nn.Module):
+    """WaveNet: the last block writes into a stream that nobody reads any more, and it must still fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Conv1d(2, 6, 3), nn.ModuleList(nn.Conv1d(6, 8, 2) for _ in range(2))
+        self.back, self.skips = (nn.ModuleList(nn.Conv1d(4, n, 1) for _ in range(2)) for n in (6, 5))
+        self.spare, self.last = nn.Conv1d(5, 7, 1), nn.Conv1d(5, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skip = self.first(x), torch.zeros(())
+        for block, back, read in zip(self.blocks, self.back, self.skips, strict=True):
+            y, gate = block(x).chunk(2, 1)
+            y = y.tanh() * gate.sigmoid()
+            skip = (skip[..., -y.shape[-1] :] if skip.ndim else skip) + read(y)
+            x = x[..., -y.shape[-1] :] + back(y)
+        self.spare(skip)
+        return self.last(skip)
+
+
+class _Reshaped(nn.Module):
+    """A generator: features become images by numbers in the forward of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(5, 6 * 4), nn.BatchNorm2d(6)
+        self.second, self.last = nn.ConvTranspose2d(6, 4, 4, 2), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.second(self.norm(self.first(x).view(-1, 6, 2, 2)))))
+
+
 @pytest.mark.parametrize(
     ("make", "inputs", "count"),
     [
+        (_Patches, IMAGE, 6),
+        (_Unfold, IMAGE, 6 + 3),
+        (_Windows, IMAGE, 6),
+        (_Idle, torch.rand(2, 2, 12), 6 + 2 * 4 + 5),
+        (_Reshaped, torch.rand(2, 5), 6 + 4),
         (_Twice, IMAGE, 6),
         (_Frozen, IMAGE, 6),
         (_Shared, IMAGE, 6),
@@ -383,11 +464,31 @@ class _Volume(nn.Module):
         (_Multiplier, IMAGE, 5),
         (_Volume, torch.rand(1, 1, 4, 4, 4), 4 + 5),
     ],
-    ids=["twice", "frozen norm and scales", "shared", "spatial attention", "1-D", "depthwise multiplier", "3-D"],
+    ids=[
+        "patches",
+        "unfold and fold",
+        "windows",
+        "idle layers",
+        "features to images",
+        "twice",
+        "frozen norm and scales",
+        "shared",
+        "spatial attention",
+        "1-D",
+        "depthwise multiplier",
+        "3-D",
+    ],
 )
 def test_more_structures(make: Callable[[], nn.Module], inputs: Tensor, count: int) -> None:
     graph, _ = check_exact(make(), inputs)
     assert mergeable(graph) == count
+
+
+def test_a_layer_without_a_use_says_so() -> None:
+    assert ChannelGraph.trace(_Idle(), torch.rand(2, 2, 12)).pinned == {
+        "spare": "forward does not use what it computes",
+        "last": "network output",
+    }
 
 
 def test_members_are_named() -> None:

@@ -32,10 +32,10 @@ from lightning_filterdiv.channel_graph.counted import (
 )
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import compare, randomise
-from lightning_filterdiv.narrowing import load_merged, merge_channels, save_merged
+from lightning_filterdiv.narrowing import load_merged, merge_channels, prune_channels, save_merged
 from lightning_filterdiv.narrowing import narrow as prune
 
-from .checks import check_exact, merge
+from .checks import check_exact, merge, mergeable
 
 IMAGE = image()
 UNEQUAL = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3])
@@ -325,3 +325,79 @@ def test_the_residual_stream_of_a_transformer() -> None:
     assert "mixes channels" in graph.pinned["blocks.0.attn.qkv"]
     assert narrow.cls_token.shape == (1, 1, 7)
     assert narrow.pos_embed.shape == (1, 5, 7)
+
+
+class Translator(nn.Module):
+    """Instance norms without tensors, with and without an affine part, behind an addition and a modulation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.plain, self.affine, self.style = nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.Linear(3, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)
+        x = torch.relu(self.plain(self.first(x)))
+        x = x + self.affine(self.second(x))
+        return self.third(self.plain(x) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_an_instance_norm_keeps_the_channels_of_a_batch_together(images: int) -> None:
+    """It sees a batch of B images with C channels as one image with B * C."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where num_features is another number
+        graph, narrowed = check_exact(Translator(), torch.randn(images, 3, 8, 8))
+        assert set(graph.pinned) == {"third"}
+        assert mergeable(graph) == 8
+        width = narrowed.first.out_channels
+        assert width < 8
+        assert (narrowed.plain.num_features, narrowed.affine.num_features) == (width, width)
+
+
+class Skip(nn.Module):
+    """A U-Net's skip connection: the blocks of a group norm hold unequal shares of the layers that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
+        self.inner, self.norm = nn.GroupNorm(4, 16), nn.GroupNorm(8, 40)
+        self.third, self.last = nn.Conv2d(40, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.second(F.silu(self.inner(x)))
+        return self.last(self.third(F.silu(self.norm(torch.cat([x, y], 1)))) + x)
+
+
+def test_blocks_with_unequal_shares_are_counted_each_by_itself(tmp_path: Path) -> None:
+    graph, narrow = check_exact(Skip(), IMAGE)
+    assert graph.pinned == {"last": "network output"}
+    # Blocks of five channels meet blocks of four: the first 16 channels lie in seven of both.
+    sizes = {"first": [4, 1, 3, 2, 2, 3, 1], "second": [4, 5, 5, 5, 5]}
+    assert {k: [g.size for g in graph.groups if k in g.layers] for k in sizes} == sizes
+    assert all(g.blocks is None for g in graph.groups)
+    check_exact(narrow, IMAGE, seed=1)
+
+    model = Skip().eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    clusters = {g.name: torch.arange(g.size) // 2 for g in graph.groups if g.layers == ("second",)}
+    tie(model, graph, clusters)
+    merged, report = merge_channels(model, clusters, IMAGE)
+    assert report.trim <= 1e-12
+    assert isinstance(merged.norm, CountedGroupNorm)
+    assert merged.norm.sizes == (5, 5, 5, 3, 3, 3, 3, 3)
+    assert merged.norm.counts.tolist() == [1] * 16 + [2, 2] + [2, 2, 1] * 4
+    save_merged(merged, tmp_path / "narrow.pt")
+    loaded = load_merged(Skip().eval(), tmp_path / "narrow.pt")
+    assert torch.equal(loaded(IMAGE), merged(IMAGE))
+
+
+def test_a_pruned_norm_stays_plain_where_its_blocks_stay_equal() -> None:
+    model = Skip().eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    even = {g.name: torch.arange(g.size - 1) for g in graph.groups if g.layers == ("second",) and g.size == 5}
+    uneven = prune(model, graph, even)
+    assert isinstance(uneven.norm, CountedGroupNorm)
+    assert uneven.norm.sizes == (5, 5, 5, 5, 4, 4, 4, 4)
+    assert prune_channels(Skip(), IMAGE, keep_fraction=0.5).report.difference <= 1e-9

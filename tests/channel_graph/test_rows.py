@@ -50,6 +50,9 @@ class Kernels(nn.Module):
             gates = self.select(F.relu(self.squeeze(stack.sum(1).mean((2, 3), keepdim=True))))
             stack = stack * gates.view(len(x), 2, -1, 1, 1).softmax(1)
             return self.head(stack.sum(1))
+        if self.reduce == "product":  # weights of an image for all channels of a branch
+            weights = x.mean((2, 3))[:, :2].softmax(-1)
+            return self.head(F.relu(torch.einsum("bk,bkchw->bchw", weights, stack)))
         if self.reduce == "unbind":
             first, second = stack.unbind(1)
             return self.head(first - second.tanh())
@@ -78,6 +81,7 @@ def _multiplier(conv: type[nn.Module]) -> nn.Module:
 LINKED: dict[str, tuple[Callable[[], nn.Module], str, list[list[int]], int]] = {
     "ghost": (Ghost, "other", [[j, j + 6] for j in range(6)], 6),
     "weighed branches": (lambda: Kernels("select"), "select", [[j, j + 8] for j in range(8)], 8 + 5),
+    "branches in a product": (lambda: Kernels("product"), "large", [[j] for j in range(8)], 8),
     "summed branches": (lambda: Kernels("sum"), "large", [[j] for j in range(8)], 8),
     "branches unbound again": (lambda: Kernels("unbind"), "large", [[j] for j in range(8)], 8),
     "branches split again": (lambda: Kernels("split"), "large", [[j] for j in range(8)], 8),
@@ -92,6 +96,14 @@ LINKED: dict[str, tuple[Callable[[], nn.Module], str, list[list[int]], int]] = {
         "2",
         [[4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3] for j in range(16)],
         8 + 16,
+    ),
+    "pixel shuffle of a grouped layer": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3, groups=4), nn.PixelShuffle(2), nn.Conv2d(16, 3, 3)
+        ),
+        "2",
+        [[4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3] for j in range(16)],
+        16 + 16,
     ),
     "added to itself flipped": (
         lambda: Between(lambda x: x + 2 * x.flip(1)),

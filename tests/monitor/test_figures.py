@@ -247,6 +247,15 @@ def test_summary_fills_a_card_of_time_series(layers: int) -> None:
     assert width / height == pytest.approx(1.8, abs=0.05)
 
 
+def test_summary_names_at_most_a_dozen_layers_without_the_modules_they_share() -> None:
+    few = network_summary([Snapshot(0, 0, {"net.stem": 1.0, "net.block.0.conv": 1.1})])
+    assert [label.get_text() for label in few.axes[0].get_yticklabels()] == ["stem", "block.0.conv"]
+    many = network_summary([Snapshot(0, 0, {f"net.blocks.{k}.conv": 1.0 for k in range(30)})])
+    assert [label.get_text() for label in many.axes[0].get_yticklabels()] == [f"{k}.conv" for k in range(0, 30, 3)]
+    nested = network_summary([Snapshot(0, 0, {"net.a": 1.0, "net.a.inner": 1.0})])
+    assert [label.get_text() for label in nested.axes[0].get_yticklabels()] == ["a", "a.inner"]
+
+
 def test_summary_shows_the_deviation() -> None:
     figure = network_summary(LOOKS, (), DEVIATIONS)
     lower = figure.axes[2]

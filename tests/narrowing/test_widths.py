@@ -35,10 +35,41 @@ def transposed() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, 2), nn.ReLU(), nn.Conv2d(12, 4, 1))
 
 
+class NonLocal(nn.Module):
+    """A product of activations whose cost grows with the channels of its values, and one that no channel changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.values, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 1)
+        self.queries, self.keys = nn.Conv2d(12, 6, 1), nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        queries, keys, values = (layer(x).flatten(2) for layer in (self.queries, self.keys, self.values))
+        weights = torch.softmax(queries.transpose(1, 2) @ keys, dim=-1)
+        return self.last((values @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
+
+
+class Heads(nn.Module):
+    """Attention with heads, by torch's own operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.all, self.last = nn.Conv2d(3, 12, 3), nn.Linear(12, 3 * 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x)).flatten(2).transpose(1, 2)
+        parts = self.all(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*parts.unbind(0))
+        return self.last(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
 NETWORKS = {
     "plain": (plain, IMAGES),
     "flatten": (flatten_linear, torch.zeros(1, 3, 8, 8)),
     "transposed": (transposed, IMAGES),
+    "products of activations": (NonLocal, torch.zeros(2, 3, 8, 8)),
+    "heads": (Heads, torch.zeros(2, 3, 8, 8)),
     "resnet18": (lambda: models.resnet18(num_classes=10), IMAGES),
     "mobilenet": (lambda: models.mobilenet_v2(num_classes=10), IMAGES),
     "regnet": (regnet, IMAGES),
