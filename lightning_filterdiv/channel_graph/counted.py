@@ -117,7 +117,7 @@ class CountedRMSNorm(CountedNorm):
 
 
 class CountedGroupNorm(CountedNorm):
-    """Group norm over blocks of channels, each counted as often as ``counts`` says.
+    """Group norm over blocks of channels, with each channel counted ``counts`` times.
 
     Shape: ``(N, C, *)``, unchanged.
 

@@ -177,7 +177,7 @@ class Propagation:
         return self.values.get(source) is None and (source in self._tensors or source.op == "call")
 
     def is_owned(self, node: Node) -> bool:
-        """Whether some entry of a labelled node belongs to a channel."""
+        """True if some entry of a labelled node belongs to a channel."""
         value = self.values.get(node)
         return isinstance(value, LabelTensor) and bool((core(value.labels) > 0).any())
 
