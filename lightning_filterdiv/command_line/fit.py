@@ -184,7 +184,7 @@ class FilterDivCLI(LightningCLI):
             raise CommandError(str(error)) from error
 
     def _before(self) -> None:
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if isinstance(callback, FilterCallback):
                 callback.check_launcher(self.trainer)  # setup would do it after the processes have started
 

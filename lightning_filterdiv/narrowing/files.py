@@ -266,7 +266,7 @@ def _repeat(part: nn.Module, step: dict[str, Any]) -> nn.Module:
     args, kwargs = example_inputs_of(step["inputs"])
     if not (isinstance(args, list | tuple) and isinstance(kwargs, dict)):
         raise ValueError("no example inputs")
-    inputs = without_targets(part, args, kwargs)
+    inputs = without_targets(part, tuple(args), kwargs)
     graph = ChannelGraph.trace(part, inputs, network=step["network"] or None)
     keep, sums = chosen_channels(graph, step["keep"], step["sums"])
     return Narrowing(graph, keep, sums, form=step["form"])(part)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import random
 import resource
+import shutil
 import time
 import warnings
 from collections import Counter
@@ -16,8 +17,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
-from lightning_filterdiv import CentripetalSGD
+from lightning_filterdiv import CentripetalSGD, ChannelImportance
 from lightning_filterdiv.command_line import model_source
 from lightning_filterdiv.command_line.main import main
 from lightning_filterdiv.demo import SmallConvNet
@@ -71,6 +73,12 @@ def _load_merged(path: str) -> int:
     return 0
 
 
+def _entropy(path: str) -> int:
+    Path("pictures").mkdir(exist_ok=True)
+    shutil.copy(path, "pictures/picture.png")
+    return _command("entropy", "--data", "pictures")
+
+
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     """Valid files, and their readers."""
@@ -82,12 +90,21 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
         torch.save(SmallConvNet().state_dict(), "weights.pt")
         weights = Path("weights.pt").read_bytes()
         narrow = Path(merged()).read_bytes()
+        gating = ModelCheckpoint(dirpath=".", filename="gates")
+        fit([ChannelImportance(), gating], model=SmallConvNet(width=4), max_epochs=1, limit_train_batches=1)
+        gates = Path("gates.ckpt").read_bytes()
+        Image.effect_noise((8, 8), 64).save("picture.png")
+        picture = Path("picture.png").read_bytes()
     quiet = ("--max-figures", "0", "--out", "report", "--overwrite")
     merge = ("--out", "narrow.pt", "--tolerance", "inf", "--pairs", "0")
+    prune = ("--out", "narrow.pt", "--importance", "gates", "--keep-fraction", "0.5", "--pairs", "0", "--overwrite")
+    shape = ("--input-shape", "1,1,8,8")
     return {
         "checkpoint": Kind(checkpoint, lambda path: _command("inspect", path, *quiet)),
         "checkpoint with a network": Kind(checkpoint, lambda path: _command("inspect", path, *MODEL, *quiet)),
         "clusters": Kind(checkpoint, lambda path: _command("merge", path, *MODEL, *merge)),
+        "gates": Kind(gates, lambda path: _command("prune", path, *MODEL, *prune, *shape)),
+        "picture": Kind(picture, _entropy),
         "state dict": Kind(weights, lambda path: _command("inspect", path, *MODEL, *quiet)),
         "merged network": Kind(narrow, _load_merged),
         "YAML": Kind(_YAML.encode(), lambda path: _command("inspect", "weights.pt", "--config", path, *quiet)),
@@ -125,9 +142,11 @@ def _damage(kind: Kind, seed: int, more: Callable[[int], bool]) -> Counter[int]:
 
 
 #: Of the kinds.
-NAMES = ("checkpoint", "checkpoint with a network", "clusters", "state dict", "merged network", "YAML")
+NAMES = (
+    "checkpoint", "checkpoint with a network", "clusters", "gates", "picture", "state dict", "merged network", "YAML",
+)  # fmt: skip
 #: Number of damaged files in the default tests.
-FILES = dict.fromkeys(NAMES, 60) | {"clusters": 30}
+FILES = dict.fromkeys(NAMES, 60) | {"clusters": 30, "gates": 30}
 
 
 @pytest.mark.usefixtures("_limited_memory")

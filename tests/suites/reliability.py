@@ -22,6 +22,7 @@ def counted() -> list[list[str]]:
     short = [row for row in faults if not row.marks]
     errors = test_injection.logger_errors()
     files = test_fuzz.FILES
+    damaged = sum(files.values())
     kills = test_kill_and_resume.MOMENTS * len(test_kill_and_resume.NAMES)
     tables = json.loads(composability.RESULT.read_text())
     cells = [outcome for part in tables.values() for row in part.values() for outcome in row.values()]
@@ -33,7 +34,7 @@ def counted() -> list[list[str]]:
         ("errors that a logger raises when it gets numbers or images", len(errors), len(errors)),
         ("exceptions inside an event of RePr", len(test_interruptions.POINTS), len(test_interruptions.POINTS)),
         ("processes killed with SIGKILL and resumed, one process and two", 0, 2 * kills),
-        ("files damaged at random", sum(files.values()), f"{sum(files.values())}, and more for 12 minutes"),
+        ("files damaged at random", damaged, f"{damaged}, and more for {2 * len(files)} minutes"),
         ("arguments changed on resume", changed, changed),
         ("wrong uses, each with its message", messages, messages),
         ("combinations with another callback or option", 0, f"{len(cells)}: {works} work, the others are refused"),

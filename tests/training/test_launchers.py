@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher as TheirLauncher
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from tests.registry import ONE_EACH, Case
 from tests.support.training import Classifier, batches, make_trainer
