@@ -237,7 +237,7 @@ def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> lis
 def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torch.Size, ...] | None:
     """Shapes of the outputs with fewer channels in ``groups``; None if forward does not run."""
     model, selections = graph.model, leave_out(groups)
-    counting = _counted_norms(model)
+    original, counting = model, _counted_norms(model)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
         try:
@@ -247,7 +247,7 @@ def _shapes(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> tuple[torc
                 cut_in_place(model, graph, selections, torch.device("cpu"))
             traced = bare_module(find_submodule(model, graph.network))
             # Shapes do not tell whether branches are what they were; norms that count and graphs are other operators.
-            if graph.stacked and model is graph.model and _counted_norms(model) == counting:
+            if graph.stacked and model is original and _counted_norms(model) == counting:
                 narrow = trace_at(model, graph.inputs, graph.network, ChannelAnswers)
                 alike = {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}
                 return narrow.output_shapes if alike else None
