@@ -204,7 +204,7 @@ def _tiles(labels: Tensor, shape: Sequence[int]) -> int:
     return 1
 
 
-def _number_slots(state: Propagation, small: Tensor, tiles: int) -> Tensor:
+def _number_slots(state: Propagation, small: Tensor, tiles: int = 1) -> Tensor:
     """After a flatten the entries of one channel become values of their own, numbered in order; alike in each tile."""
     table, flat = state.table, small.reshape(-1).numpy()
     owned = np.flatnonzero(flat > 0)

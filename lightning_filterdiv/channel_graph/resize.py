@@ -246,7 +246,7 @@ def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], graphs:
         graphs: whether the bodies that are known to hold numbers take graph form.
     """
     model, selections = graph.model, leave_out(groups)
-    counting = _counted_norms(model)
+    original, counting = model, _counted_norms(model)
     with without_compilation(model), unchanged(model):
         replace_tensors(model, meta_stand_ins(model))
         try:
@@ -259,7 +259,7 @@ def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], graphs:
         traced = bare_module(find_submodule(model, graph.network))
         run = run_on_meta(traced, graph.inputs, tensor_names(model), graph.network)
         # Shapes do not tell whether branches are what they were; norms that count and graphs are other operators.
-        plain = model is graph.model and _counted_norms(model) == counting
+        plain = model is original and _counted_norms(model) == counting
         if graphs and graph.stacked and plain and run.shapes is not None and not _keeps_kinds(graph, model):
             return run._replace(shapes=None)
         return run

@@ -150,18 +150,6 @@ def test_a_weight_that_mixes_its_filters_is_pinned_by_name() -> None:
 
 
 REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
-    "linear, view, transposed convolution": (
-        lambda: nn.Sequential(
-            nn.Linear(8, 128),
-            nn.ReLU(),
-            nn.Unflatten(1, (32, 2, 2)),
-            nn.ConvTranspose2d(32, 16, 4, 2),
-            nn.Conv2d(16, 3, 1),
-        ),
-        torch.zeros(1, 8),
-        "0",
-        "their number is fixed by view in 2",
-    ),
     "softmax over a stack of branches": (
         lambda: Between(
             lambda x: (
