@@ -619,7 +619,7 @@ class RePr(FilterCallback):
     def reset(self) -> None:
         """Forget an earlier fit. Filters that it left dropped in this model come back first."""
         dropped = self._progress.dropped
-        model = None if self._trainer is None else self._trainer.lightning_module
+        model = getattr(self._trainer, "lightning_module", None)
         here = None if dropped is None or model is None else dropped.found_in(model)
         if here is not None:
             here.restore()

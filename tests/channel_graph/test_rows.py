@@ -183,12 +183,13 @@ class Heads(nn.Module):
         return self.head(self.first(x).unflatten(1, self.shape).softmax(2).flatten(1, 2))
 
 
-def test_a_number_that_narrow_branches_would_contradict_pins() -> None:
+def test_a_number_that_narrow_branches_would_contradict_is_rewritten() -> None:
     free = ChannelGraph.trace(Heads((-1, 3)), IMAGE)
     assert free.groups[0].rows("first").sort(dim=1).values.tolist() == [[3 * j, 3 * j + 1, 3 * j + 2] for j in range(4)]
     assert free.verify() <= 1e-12
-    fixed = ChannelGraph.trace(Heads((4, -1)), IMAGE)
-    assert fixed.pinned["first"].startswith("their number is fixed by")
+    fixed, narrow = check_exact(Heads((4, -1)), IMAGE)
+    assert fixed.pinned == {"head": "network output"}
+    assert isinstance(narrow, torch.fx.GraphModule)
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------

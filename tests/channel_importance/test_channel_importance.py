@@ -247,7 +247,7 @@ def test_selection() -> None:
     assert chosen("uniform", include=["conv[12]"], keep_fraction=0.75) == {"conv1": [0, 1, 3], "conv2": [0, 2, 3]}
     with pytest.raises(ValueError, match="has 4: it was measured on another network"):
         select_channels(graph, {"conv1": torch.ones(5)})
-    with pytest.raises(NoLayersError, match="name layers in include"):
+    with pytest.raises(NoLayersError, match="name layers of a group in include"):
         select_channels(graph, {"other": torch.ones(4)})
     with pytest.raises(ValueError, match="rule must be one of"):
         select_channels(graph, gates, "best")  # type: ignore[arg-type]
