@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ _WHOLE = _meta(2, 8, 5, 6, dtype=torch.int64)
         (aten.native_layer_norm.default, (_IMAGE, [6], None, None, 1e-5), {}),
     ],
 )
-def test_results_are_those_of_the_kernels(func, args, kwargs):
+def test_results_are_those_of_the_kernels(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     wanted = func(*args, **kwargs)
     results = MetaResults()
     for _ in range(3):  # made, then looked up
@@ -66,7 +68,7 @@ class _WritesASlice(nn.Module):
         return x
 
 
-def test_an_activation_in_place_writes_what_it_is_called_on():
+def test_an_activation_in_place_writes_what_it_is_called_on() -> None:
     model = _WritesASlice()
     made = record(model, ((torch.rand(1, 3, 8, 8),), {}), tensor_names(model))
     names = [operator_name(node, raw=True) for node in made.calls]
