@@ -29,7 +29,7 @@ _WORKED = (
     ("far fewer parameters", "share_anchored_filters", "shared_basis", "layers of a stage use the same kernel"),
     ("see how alike filters are", "FilterSimilarityMonitor", "monitor", "scalars, figures and reports"),
 )
-#: Methods whose published gain in accuracy our runs did not show.
+#: Methods whose published gain our runs did not show, or showed for a random choice as well.
 _NOT_SEEN = (
     ("diverse filters by dropping some", "RePr", "repr_", "drops the most alike filters for a while and regrows them"),
     ("diverse filters by partial updates", "WeightAsynchronousUpdate", "async_update", "moves a random half each step"),
@@ -128,14 +128,14 @@ def _squeezed() -> str:
     full, narrow = (next(iter(_runs("squeeze", arm).values())) for arm in ("full", "csgd"))
     changed = sum(run["predictions_that_differ"] for run in merged.values())
     return (
-        f"{100 * (narrow['macs'] / full['macs'] - 1):+.0f} % MACs; merging changed {changed} of "
+        f"{100 * narrow['macs'] / full['macs']:.0f} % of the MACs; merging changed {changed} of "
         f"{10_000 * len(merged):,} predictions; accuracy {_difference('squeeze', 'csgd', 'full')}"
     )
 
 
-def _fewer(folder: str, arm: str, base: str) -> str:
+def _fewer(network: str, folder: str, arm: str, base: str) -> str:
     shared, plain = (next(iter(_runs(folder, name).values()))["parameters"] for name in (arm, base))
-    return f"{100 * shared / plain:.0f} % of the parameters, accuracy {_difference(folder, arm, base)}"
+    return f"{100 * shared / plain:.0f} % of the parameters of {network}; accuracy {_difference(folder, arm, base)}"
 
 
 _COST: dict[str, Callable[[], str]] = {
@@ -154,11 +154,13 @@ _COST: dict[str, Callable[[], str]] = {
 _EVIDENCE: dict[str, Callable[[], str]] = {
     "BasisOrthonormality": lambda: _diverse("soft"),
     "CentripetalSGD": _squeezed,
-    "share_filter_bases": lambda: _fewer("shared_basis", "shared_penalty", "plain"),
+    "share_filter_bases": lambda: (
+        f"{_fewer('ResNet-32', 'shared_basis', 'shared_penalty', 'plain')}, with `BasisOrthonormality`"
+    ),
     "RePr": lambda: _diverse("repr"),
     "WeightAsynchronousUpdate": lambda: _diverse("wau"),
     "EntropyDepthBound": lambda: (
-        f"twice the bound's depth at equal parameters: accuracy {_difference('entropy_depth', 'depth6', 'depth3')}"
+        f"accuracy {_difference('entropy_depth', 'depth3', 'depth6')} against twice that depth at equal parameters"
     ),
     "ExpandNet": lambda: f"accuracy {_difference('fm5k-c3', 'expand_third', 'baseline')}",
     "ChannelImportance": lambda: (
@@ -166,7 +168,7 @@ _EVIDENCE: dict[str, Callable[[], str]] = {
         f"channels chosen at random: "
         f"{_difference('ucp', 'random_kept', 'narrow', 'fm5k-c3')}"
     ),
-    "share_anchored_filters": lambda: _fewer("fm5k-resnet20-14", "anchored", "baseline"),
+    "share_anchored_filters": lambda: _fewer("ResNet-20", "fm5k-resnet20-14", "anchored", "baseline"),
     "WaveletReconstruction": lambda: f"accuracy {_difference('fm5k-c3', 'wavelet', 'baseline')}",
     "FilterSimilarityMonitor": lambda: "training with it is bit-identical to training without it",
 }
@@ -187,7 +189,7 @@ def composability_beside() -> str:
     """Markdown: for each feature of Lightning or torch that was tried beside all callbacks, which refuse it."""
     beside: dict[str, dict[str, str]] = read_result("composability.json")["beside"]
     features = list(dict.fromkeys(feature for row in beside.values() for feature in row))
-    lines = ["| used beside every callback | refused by |", "|---|---|"]
+    lines = ["| tried beside each callback | refused by |", "|---|---|"]
     for feature in features:
         refused = [name for name, row in beside.items() if row.get(feature) != "works"]
         lines.append(f"| {feature} | {_listed(refused, beside)} |")
