@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -198,11 +198,17 @@ def _earlier(network: tuple[str, str, int], source: Path) -> dict[str, Any]:
     return row
 
 
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The figures that are promised: medians, the worst network, errors."""
     rows = {n: r for n, r in rows.items() if "trace" in r}
     answered = {n: r for n, r in rows.items() if "seconds" in r["trace"]}
-    ratios = {n: r["trace"]["seconds"] / r["peer"]["seconds"] for n, r in answered.items() if "seconds" in r["peer"]}
+    ratios = {
+        n: r["trace"]["seconds"] / r["peer"]["seconds"] for n, r in answered.items() if "seconds" in r.get("peer", {})
+    }
     above = {
         n: answered[n]["trace"]["seconds"] - 10 * answered[n]["peer"]["seconds"] - 0.5
         for n in ratios
@@ -211,7 +217,7 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     real = {
         n: r["trace"]["seconds"] - 2 * r["forward"]["seconds"] - 0.5
         for n, r in answered.items()
-        if r["trace"]["reads values"]
+        if r["trace"]["reads values"] and "forward" in r
     }
     gains = [
         min(LIMIT, r["earlier"].get("seconds", LIMIT)) / r["trace"]["seconds"]
@@ -221,11 +227,11 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "networks": len(rows),
         "errors": {n: r["trace"]["error"] for n, r in rows.items() if "error" in r["trace"]},
-        "median seconds": statistics.median(r["trace"]["seconds"] for r in answered.values()),
-        "median ratio to torch-pruning": statistics.median(ratios.values()),
+        "median seconds": _median([r["trace"]["seconds"] for r in answered.values()]),
+        "median ratio to torch-pruning": _median(list(ratios.values())),
         "above 10 x torch-pruning + 0.5 s": {n: s for n, s in above.items() if s > 0},
         "above 2 forward passes + 0.5 s, on real tensors": {n: s for n, s in real.items() if s > 0},
-        "median gain over the earlier version": statistics.median(gains) if gains else None,
+        "median gain over the earlier version": _median(gains),
     }
 
 
@@ -233,7 +239,7 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
     """The figures of :func:`summary` as Markdown. Rows without a trace do not count."""
     rows = {name: row for name, row in rows.items() if "forward" in row}
     s = summary(rows)
-    compared = sum("seconds" in row["trace"] and "seconds" in row["peer"] for row in rows.values())
+    compared = sum("seconds" in row["trace"] and "seconds" in row.get("peer", {}) for row in rows.values())
     before = sum("earlier" in row for row in rows.values())
     above = s["above 10 x torch-pruning + 0.5 s"] | s["above 2 forward passes + 0.5 s, on real tensors"]
     slow = ", ".join(sorted(name.partition("@")[0] for name in above)) or "none"
