@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -189,33 +188,19 @@ def reshape(state: Propagation, node: Node) -> Value:
         if small.numel() > _MOST_POSITIONS:
             state.pin(value, f"input of {state.where(node)}, which makes {small.numel():,} features of them")
             return state.fixed(node)
-        result = _number_slots(state, small, _tiles(labels, shape)).expand(shape)
+        result = _number_slots(state, small).expand(shape)
     return LabelTensor(_positions_apart(state, result), is_parameter=value.is_parameter, weighed=value.weighed)
 
 
-def _tiles(labels: Tensor, shape: Sequence[int]) -> int:
-    """How often a reshape writes all channels one after another: the items of a batch, where it joins the two."""
-    small = core(labels)
-    for here, _ in _segments(labels.shape, shape):
-        lengths = small.shape[here]
-        if math.prod(lengths) > 1:
-            first = next(i for i, n in enumerate(lengths) if n > 1)
-            return math.prod(labels.shape[here.start : here.start + first])
-    return 1
-
-
-def _number_slots(state: Propagation, small: Tensor, tiles: int = 1) -> Tensor:
-    """After a flatten the entries of one channel become values of their own, numbered in order; alike in each tile."""
+def _number_slots(state: Propagation, small: Tensor) -> Tensor:
+    """Make the entries of one channel separate values after a flatten, numbered in order."""
     table, flat = state.table, small.reshape(-1).numpy()
     owned = np.flatnonzero(flat > 0)
     old = flat[owned]
     order = np.argsort(old, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(old[order])) + 1] if len(old) else np.zeros(0, np.int64)
     rank = np.empty(len(old), dtype=np.int64)
-    counts = np.diff(np.r_[starts, len(old)])
-    rank[order] = (np.arange(len(old)) - np.repeat(starts, counts)) % np.repeat(counts // tiles, counts)
-    if not rank.any():
-        return small
+    rank[order] = np.arange(len(old)) - np.repeat(starts, np.diff(np.r_[starts, len(old)]))
     result = flat.copy()
     result[owned] = table.add(
         owner=table.owner[old],
