@@ -129,7 +129,7 @@ def _verdict(accuracy: dict[int, dict[int, float]], p_values: dict[int, float], 
         + (
             f"Differences with p < 0.05, uncorrected: depth {', '.join(clear)}."
             if (clear := [str(depth) for depth in sorted(p_values) if p_values[depth] < 0.05])
-            else "No difference has p < 0.05. With so few seeds the runs neither show nor exclude that it does."
+            else "No difference has p < 0.05. With so few seeds the runs cannot tell if accuracy levels off there."
         )
     )
 

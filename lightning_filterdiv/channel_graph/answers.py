@@ -268,7 +268,7 @@ class ChannelAnswers:
         constrained: sets of channels whose counts a forward body ties together.
         table: every row of every tensor that some channel owns.
         read_values: place at which forward read the values of tensors; empty if it did not.
-        output_shapes: output shapes of the traced outputs.
+        output_shapes: shapes of the traced outputs.
         stacked: some channels lie along stacked branches, in an order that numbers in forward decide.
         recording: the record and its labels, which graph forms are written from.
     """
@@ -352,7 +352,7 @@ class ChannelAnswers:
 
     @contextmanager
     def unquestioned(self) -> Iterator[None]:
-        """Inside, nobody asks whether the model is still what was traced: a trace that goes on sees to it itself."""
+        """Skip the check of the structure of the model, which a trace that is still running need not repeat."""
         self._unquestioned = True
         try:
             yield

@@ -262,7 +262,7 @@ def normalisation(state: Propagation, node: Node) -> Value:
         return _norm_of_parameters(state, node, call)
     vector = state.channels(labels, 1, node)
     if not named:
-        state.bare_norms[node.module] = np.unique(state.table.owner[vector[vector > 0]])
+        state.bare_norms[node.module] = unique(state.table.owner[vector[vector > 0]])
     affine = "weight" in named
     zeroed = {"weight", "bias"} if affine else {"bias", "running_mean"}
     members = _members(

@@ -73,7 +73,7 @@ def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
                 graph.recording.literal[name] = "a shape that forward computes"
             else:
                 why = f"the forward of {name} holds their number in a shape, and {reason}"
-                graph.exclude({group.name: why for group in graph.groups if _reads(group, name)})
+                graph.exclude({group.name: why for group in graph.groups if "consumer" in _kinds_in(group, name)})
         tried.update(alike)
 
 
@@ -117,8 +117,9 @@ def _counts_differ(graph: ChannelAnswers, path: str) -> bool:
     )
 
 
-def _reads(group: ChannelGroup, path: str) -> bool:
-    return any(part.kind == "consumer" and part.tensor.startswith(f"{path}.") for part in group.parts)
+def _kinds_in(group: ChannelGroup, path: str) -> set[str]:
+    """Return what the tensors of the module at ``path`` are to the channels of ``group``."""
+    return {part.kind for part in group.parts if part.tensor.startswith(f"{path}.")}
 
 
 def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> str | None:
@@ -223,16 +224,12 @@ def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> lis
         return []  # forward runs on no shapes at all, for example because it asks a device for autocast
     if run.failed_in is not None:  # mostly a layer in the module whose forward fails
         for suspects in part:
-            if _has_tensors_in(suspects[0], run.failed_in) and not fits([suspects]):
+            if _kinds_in(suspects[0], run.failed_in) and not fits([suspects]):
                 return suspects
     while len(part) > 1:
         half = part[: len(part) // 2]
         part = half if not fits(half) else part[len(part) // 2 :]
     return [] if fits(part) else part[0]
-
-
-def _has_tensors_in(group: ChannelGroup, path: str) -> bool:
-    return any(part.tensor.startswith(f"{path}.") for part in group.parts)
 
 
 def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], graphs: bool = True) -> MetaRun:
