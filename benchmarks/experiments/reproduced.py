@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +137,13 @@ def table(name: str, folder: Path = RESULTS) -> str:
         return "Not yet run."
     text = report.table(report.summary(read_runs(folder / name, GRIDS[name].methods)))
     if failures:
-        listed = "; ".join(f"{run.replace('-seed', ', seed ')}: {error}" for run, error in sorted(failures.items()))
-        text += f"\n\nRuns that ended with an error: {listed}"
+        seeds: dict[str, list[str]] = defaultdict(list)
+        for run in sorted(failures):
+            method, _, seed = run.partition("-seed")
+            seeds[method].append(seed)
+        text += "\n\nRuns that ended with an error, and that of the first seed:\n"
+        for method, failed in seeds.items():
+            text += f"\n- {method}, seed {', '.join(failed)}: {failures[f'{method}-seed{failed[0]}']}"
     return text
 
 
