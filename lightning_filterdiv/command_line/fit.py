@@ -8,6 +8,7 @@ import functools
 import os
 import pickle
 import re
+import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_filterdiv
@@ -50,7 +52,9 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: status 0 after ``--help``.
     """
     search_here()
-    _check_configurations(arguments)
+    for option, value in _values(arguments):
+        if option in ("-c", "--config") and value == "":
+            raise CommandError(f"{option} is empty, as an unset variable of a shell leaves it; name a YAML file")
     try:
         descriptions = {
             name: {"description": f"{text[0].upper()}{text[1:]}.{_EXAMPLE}"} for name, text in TRAINING.items()
@@ -60,32 +64,50 @@ def run(arguments: Sequence[str]) -> None:
         raise CommandError(f"{error}\nThe options are listed by: filterdiv {arguments[0]} --help") from error
 
 
-def _check_configurations(arguments: Sequence[str]) -> None:
-    """Refuse what jsonargparse does not report: no name of a file, and a file that is no text.
-
-    Raises:
-        CommandError: one of the two.
-    """
-    for option, value in _values(arguments, ("-c", "--config")):
-        if value == "":
-            raise CommandError(f"{option} is empty, as an unset variable of a shell leaves it; name a YAML file")
-        if os.path.isfile(value):
-            try:
-                Path(value).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise CommandError(f"{option} {value} is not YAML in UTF-8 ({error}); name another file") from error
-
-
-def _values(arguments: Sequence[str], options: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the values of ``options``, given after them or after ``=``."""
+def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield options with their values, given after them or after ``=``."""
     for number, argument in enumerate(arguments):
         option, given, value = argument.partition("=")
-        if option in options and (given or number + 1 < len(arguments)):
+        if given or number + 1 < len(arguments):
             yield option, value if given else arguments[number + 1]
 
 
 class _ConfigurationError(CommandError):
     """Option or value that the parser refuses."""
+
+
+class _SaveConfiguration(SaveConfigCallback):
+    """Lightning's, which fails where a file is; a fit that ends before its first batch leaves none behind."""
+
+    trained = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the configuration.
+
+        Raises:
+            CommandError: an earlier run has left one in the folder.
+        """
+        try:
+            super().setup(trainer, pl_module, stage)
+        except RuntimeError as error:
+            if "to NOT exist" not in str(error):
+                raise
+            raise CommandError(
+                f"{self._path(trainer)} is of an earlier run and would be lost; move it, or name another folder with "
+                f"--trainer.default_root_dir"
+            ) from error
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Note that from now on the file belongs to a training."""
+        self.trained = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the file if nothing was trained, so that the corrected command can be run again."""
+        if self.already_saved and self.save_to_log_dir and not self.trained and trainer.is_global_zero:
+            self._path(trainer).unlink(missing_ok=True)
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or ".", self.config_filename)
 
 
 class FilterDivCLI(LightningCLI):
@@ -100,6 +122,16 @@ class FilterDivCLI(LightningCLI):
 
     refused: list[Exception]
     saved_arguments: Mapping[str, Any]
+
+    def __init__(
+        self,
+        model_class: Any = None,
+        datamodule_class: Any = None,
+        save_config_callback: type[SaveConfigCallback] | None = _SaveConfiguration,
+        *more: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__(model_class, datamodule_class, save_config_callback, *more, **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -120,8 +152,13 @@ class FilterDivCLI(LightningCLI):
         # LightningCLI's own method warns if there are arguments and a command line. Here they are the same.
         try:
             self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise _ConfigurationError(_in_one_line(str(error))) from None
+        except (ArgumentError, UnicodeDecodeError) as error:
+            reason = str(error)
+            if "codec can't decode" not in reason:
+                raise _ConfigurationError(_in_one_line(reason)) from None
+            named = [f"{option} {value}" for option, value in _values(args or sys.argv[1:]) if _is_binary(value)]
+            file = named[0] if named else "a file that the configuration names"
+            raise CommandError(f"{file} is not YAML in UTF-8; name another file") from error
         section = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
         path, trusted = section.get("ckpt_path"), section.get("weights_only") is False
         self.saved_arguments = {} if path is None else _read_arguments(path, trusted)
@@ -178,10 +215,16 @@ class FilterDivCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (MisconfigurationException, ValueError) as error:
-            if not _raised_in(error, "lightning_filterdiv"):
-                raise
-            raise CommandError(str(error)) from error
+        except Exception as error:
+            if isinstance(error, (MisconfigurationException, ValueError)) and _raised_in(error, "lightning_filterdiv"):
+                raise CommandError(str(error)) from error
+            if _raised_in(error, "lightning", "torch", "packaging") and (part := _restored_part(error)):
+                cause = " ".join(f"{type(error).__name__}: {error}".split())
+                raise CommandError(
+                    f"--ckpt_path {self.config[subcommand].ckpt_path}: its {part} cannot be restored ({cause}). The "
+                    f"file is damaged, or of another network, optimizer or trainer; name another checkpoint"
+                ) from error
+            raise
 
     def _before(self) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
@@ -195,6 +238,25 @@ def _raised_in(error: Exception, *packages: str) -> bool:
     """Whether code of one of ``packages`` raised ``error``; of other code the traceback is needed."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals["__name__"]).partition(".")[0] in packages
+
+
+def _restored_part(error: Exception) -> str:
+    """Name the part of a checkpoint at which Trainer failed to restore it; empty if ``error`` has another origin."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [frame.f_code.co_name for frame in frames if frame.f_globals["__name__"] == checkpoint_connector.__name__]
+    if names[-1:] == ["resume_start"]:
+        return "version"
+    return names[-1].removeprefix("restore_").replace("_", " ") if names and "restore_" in names[-1] else ""
+
+
+def _is_binary(path: str) -> bool:
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _in_one_line(message: str) -> str:

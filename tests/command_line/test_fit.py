@@ -53,7 +53,6 @@ def test_launchers_are_refused_before_processes_start(capsys: pytest.CaptureFixt
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that a command ends in, beside what Lightning logs."""
     capsys.readouterr()
-    Path("config.yaml").unlink(missing_ok=True)  # LightningCLI saves it at the start, and replaces none
     assert main(list(arguments)) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("filterdiv ")]
     assert len(said) == 1
@@ -88,6 +87,8 @@ def test_files_that_are_no_configurations(capsys: pytest.CaptureFixture[str]) ->
     assert "--config weights.pt is not YAML in UTF-8" in refused(capsys, "fit", "--config", "weights.pt")
     assert "Path is not a file" in refused(capsys, "fit", "--config", "folder")
     assert "File does not exist" in refused(capsys, "fit", "-c", "none.yaml")
+    for option in ("--trainer", "--model"):
+        assert f"{option} weights.pt is not YAML in UTF-8" in refused(capsys, "fit", *configure(), option, "weights.pt")
 
 
 def test_what_a_callback_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +106,50 @@ def test_what_a_callback_refuses_is_one_line(capsys: pytest.CaptureFixture[str])
     assert said.startswith("filterdiv fit: the checkpoint's state of RePr cannot be used: missing entry 'history'")
 
 
+def test_a_part_of_a_checkpoint_that_cannot_be_restored(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, logger=False, enable_checkpointing=False)
+    trainer.fit(SmallConvNet(), datamodule=Digits())
+    trainer.save_checkpoint("run.ckpt")
+
+    def said(part: str, value: Any = None, *keys: Any) -> str:
+        checkpoint = torch.load("run.ckpt", weights_only=True)
+        entry = checkpoint
+        for key in (first := [part, *keys])[:-1]:
+            entry = entry[key]
+        if value is None:
+            del entry[first[-1]]
+        else:
+            entry[first[-1]] = value
+        torch.save(checkpoint, "damaged.ckpt")
+        return refused(capsys, "fit", *configure(), "--trainer.max_epochs", "2", "--ckpt_path", "damaged.ckpt")
+
+    start = "filterdiv fit: --ckpt_path damaged.ckpt: its"
+    weight = next(iter(SmallConvNet().state_dict()))
+    assert said("state_dict", None, weight).startswith(f"{start} model cannot be restored (RuntimeError: Error(s) in l")
+    assert said("optimizer_states", None, 0, "param_groups").startswith(
+        f"{start} optimizers cannot be restored (KeyError: 'param_groups')"
+    )
+    assert said("optimizer_states", 5, 0).startswith(f"{start} optimizers cannot be restored (")
+    progress = ("fit_loop", "epoch_loop.batch_progress", "total")
+    assert said("loops", None, *progress).startswith(f"{start} loops cannot be restored (KeyError: 'total')")
+    assert said("pytorch-lightning_version", 3).startswith(f"{start} version cannot be restored (InvalidVersion: ")
+    assert said("loops", 3).startswith(f"{start} loops cannot be restored (")
+    assert said("lr_schedulers").startswith(f"{start} optimizers and schedulers cannot be restored (KeyError")
+
+
+def test_a_configuration_of_an_earlier_run_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    """LightningCLI saves the configuration before training, and a refused fit must not stand in the way of the next."""
+    long = {"class_path": "RePr", "init_args": {"full_epochs": 50}}
+    refused(capsys, "fit", *configure(long))
+    assert not Path("config.yaml").exists()
+    assert main(["fit", *configure(), "--trainer.limit_train_batches", "1"]) == 0
+    saved = Path("config.yaml").read_text()
+    said = refused(capsys, "fit", *configure())
+    assert "config.yaml is of an earlier run and would be lost" in said
+    assert "--trainer.default_root_dir" in said
+    assert Path("config.yaml").read_text() == saved
+
+
 @pytest.mark.skipif(not fit._lightning_restrains_loading(), reason="Lightning 2.5 has no --weights_only")
 def test_a_file_that_is_trusted(capsys: pytest.CaptureFixture[str]) -> None:
     """The way out that the refusal names is one."""
@@ -115,7 +160,6 @@ def test_a_file_that_is_trusted(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({**checkpoint, "note": Path("something")}, "pickled.ckpt")
     command = ["validate", *configure(), "--ckpt_path", "pickled.ckpt"]
     assert "add --weights_only false" in refused(capsys, *command)
-    Path("config.yaml").unlink(missing_ok=True)
     assert main([*command, "--weights_only", "false"]) == 0
 
 
