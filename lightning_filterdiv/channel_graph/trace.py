@@ -40,7 +40,7 @@ from .labels import Ints, core, unique
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
-from .record import Node, Record, map_nodes, operator_name
+from .record import Node, Record, macs_of, map_nodes, operator_name
 from .recorder import record
 from .regions import filter_regions, layers_in_order, neighbours, pinned_layers
 from .sites import constrained_channels, find_sites
@@ -303,12 +303,11 @@ def _held(node: Node, state: Propagation) -> Ints:
 
 
 def _macs(node: Node) -> int:
-    """Multiply-accumulate operations of a call, as torch counts them; 0 for all but convolutions and products."""
-    formula = flop_registry.get(getattr(node.target, "_overloadpacket", None)) if node.op == "call" else None
-    if formula is None:
+    """:func:`macs_of` of a node."""
+    if node.op != "call" or getattr(node.target, "_overloadpacket", None) not in flop_registry:
         return 0
     args, kwargs = (map_nodes(part, lambda n: n.value) for part in (node.args, node.kwargs))
-    return int(formula(*args, **kwargs, out_val=node.value)) // 2
+    return macs_of(node.target, args, kwargs, node.value)
 
 
 def _weights_behind(record: Record) -> dict[Node, str]:
