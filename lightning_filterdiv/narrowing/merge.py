@@ -216,7 +216,7 @@ def merge_channels(
             f"running statistics lag behind the tied weights ({lagging} differs from its mean by {lag:.1e} of its "
             f"norm). They were averaged over each cluster, which changes the outputs by {averaging:.1e} (relative). To "
             f"renew them, run some batches through the merged network in train mode",
-            stacklevel=2,
+            stacklevel=3,  # the caller, beyond the decorator
         )
     macs = proof.macs or [macs_of_call(_traced(one, network), *arguments) for one in (model, merged)]
     report = MergeReport(
