@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .record import is_shape_only
+from .record import is_shape_only, macs_of
 
 __all__ = ["Decision", "FollowDecisions", "RecordDecisions", "relative_difference"]
 
@@ -32,11 +32,11 @@ def _numbers(args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _decides(result: Any) -> bool:
-    leaves = tree_leaves(result)
-    return any(
-        not leaf.is_floating_point() if isinstance(leaf, Tensor) else isinstance(leaf, (bool, int, float))
-        for leaf in leaves
-    )
+    if isinstance(result, Tensor):
+        return not result.is_floating_point()
+    if isinstance(result, (list, tuple)):
+        return any(map(_decides, result))
+    return isinstance(result, (bool, int, float))
 
 
 def relative_difference(expected: Tensor, obtained: Tensor) -> float:
@@ -54,19 +54,47 @@ def relative_difference(expected: Tensor, obtained: Tensor) -> float:
     return float(apart.nan_to_num(nan=float("inf")).max())
 
 
-class RecordDecisions(TorchDispatchMode):
-    """Records the decisions of a forward pass, and the narrowest floating type that it casts a wider one to."""
+# Torch's fused attention, whose products no mode sees.
+_FUSED = frozenset(
+    {torch.ops.aten._transformer_encoder_layer_fwd.default, torch.ops.aten._native_multi_head_attention.default}
+)
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the multiply-accumulate operations of a forward pass, as torch does.
+
+    Attributes:
+        macs: their number so far; None after a fused operator that hides its own.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: int | None = 0
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if func in _FUSED:
+            self.macs = None
+        elif self.macs is not None:
+            self.macs += macs_of(func, args, kwargs, result)
+        return result
+
+
+class RecordDecisions(_Watch):
+    """Records the decisions of a forward pass, and the narrowest floating type that it casts a wider one to."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.decisions: list[Decision] = []
         self.narrowest = torch.float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._call(func, args, kwargs or {})
         if is_shape_only(func):
             return result
         if isinstance(result, Tensor) and result.is_floating_point():
+            if result.dtype == self.narrowest:
+                return result
             precision = torch.finfo(result.dtype).eps
             if precision > torch.finfo(self.narrowest).eps and any(
                 torch.finfo(t.dtype).eps < precision for t in _numbers(args, kwargs)
@@ -77,7 +105,7 @@ class RecordDecisions(TorchDispatchMode):
         return result
 
 
-class FollowDecisions(TorchDispatchMode):
+class FollowDecisions(_Watch):
     """Reuse recorded decisions in order, as long as the same operators decide on tensors of the same shapes.
 
     Attributes:
@@ -86,14 +114,14 @@ class FollowDecisions(TorchDispatchMode):
     """
 
     def __init__(self, decisions: list[Decision]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.difference = 0.0
         self.taken: list[Decision] = []
         self._left = iter(decisions)
         self._follows = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._call(func, args, kwargs or {})
         if isinstance(result, Tensor) and result.is_floating_point():
             return result
         if is_shape_only(func) or not self._follows or not _decides(result) or not (read := _numbers(args, kwargs)):

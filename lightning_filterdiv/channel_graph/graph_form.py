@@ -61,23 +61,28 @@ class RaggedError(Exception):
     """The remaining positions of a tensor are not rectangular."""
 
 
-@dataclass(frozen=True)
+Written = tuple[fx.Graph, dict[str, Tensor | nn.Module]]
+
+
+@dataclass
 class BodyGraph:
     """A body in graph form.
 
     Attributes:
         path: path of the module that it replaces.
         write: makes the graph anew, and what it reads and calls besides its own, by name.
+        first: the graph that showed that it can be written, for the first network that takes it.
     """
 
     path: str
-    write: Callable[[], tuple[fx.Graph, dict[str, Tensor | nn.Module]]]
+    write: Callable[[], Written]
+    first: Written | None = None
 
     def install(self, model: nn.Module) -> nn.Module:
         """Put it into ``model``; returns ``model``, or what takes its place if the path is its own."""
         modules = named_modules(model)
         old = modules[self.path]
-        graph, constants = self.write()
+        (graph, constants), self.first = self.first or self.write(), None
         tensors = [*old.parameters(), *old.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
         new = GraphBody(old, graph, {name: copy.deepcopy(value).to(device) for name, value in constants.items()})
@@ -712,16 +717,15 @@ def write_body(
         GraphFormError: it cannot be written as one; the message says why.
     """
 
-    def write() -> tuple[fx.Graph, dict[str, Tensor | nn.Module]]:
+    def write() -> Written:
         with _disable_current_modes():
             return Writer(path, model, aligned, mask, counted).write(names)
 
     try:
-        write()
+        return BodyGraph(path, write, write())
     except (RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise GraphFormError(f"it cannot be written down ({first})") from error
-    return BodyGraph(path, write)
 
 
 def _name(node: Node) -> str:

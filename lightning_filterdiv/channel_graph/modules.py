@@ -7,6 +7,7 @@ import gc
 import io
 import logging
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
@@ -216,10 +217,12 @@ def copy_network(model: nn.Module, tensors: Mapping[int, object] | None = None) 
     """
     model = bare_module(model)
     memo: dict[int, Any] = dict(tensors or {})
-    for module in model.modules():
+    for module in all_modules(model):
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # a weight that a hook computes before each call
                 memo[id(value)] = value.detach().clone()
+            elif type(value) in (dict, OrderedDict) and not value:  # a dozen tables of hooks, which deepcopy rebuilds
+                memo[id(value)] = type(value)()
     trainer = getattr(model, "_trainer", None)
     if trainer is not None:
         memo[id(trainer)] = trainer

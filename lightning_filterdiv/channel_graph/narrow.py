@@ -133,21 +133,67 @@ def tie(model: nn.Module, graph: ChannelAnswers, clusters: Clusters) -> None:
     tensors = named_tensors(model)
     for name, group in _by_name(graph, clusters).items():
         first = representatives(group, clusters[name])
-        counts = torch.zeros(group.size).index_add_(0, first, torch.ones(group.size))
+        members = (first != torch.arange(group.size)).nonzero().squeeze(1)
+        if not len(members):
+            continue  # every channel is its own mean
+        heads = first[members].unique()
+        sums = _Sums.of(heads, members, first[members], group.size)
+        counts = torch.bincount(first, minlength=group.size)[sums.start]
+        tied = torch.isin(first, heads).nonzero().squeeze(1)
+        source = sums.back[torch.searchsorted(heads, first[tied])]
         for part in group.parts:
             if part.kind == "consumer":
                 continue
             tensor = tensors[part.tensor]
-            index = first.to(tensor.device)
+            wide = torch.float64 if tensor.device.type == "cpu" else torch.float32
             laid = rows_first(tensor, part.dim, part.groups)
-            for rows in part.rows.T.to(tensor.device):
-                values = laid.index_select(0, rows)
-                wide = values.double() if values.device.type == "cpu" else values.float()
-                total = torch.zeros_like(wide).index_add_(0, index, wide)
-                divisor = counts.to(tensor.device)[index].reshape(-1, *[1] * (wide.ndim - 1))
-                laid.index_copy_(0, rows, (total[index] / divisor).to(tensor.dtype))
+            for rows in part.rows.T:
+                total = sums.add(laid, 0, wide, rows)
+                mean = total / counts.to(total).reshape(-1, *[1] * (total.ndim - 1))
+                means = mean.to(tensor.dtype).index_select(0, source.to(tensor.device))
+                laid.index_copy_(0, rows[tied].to(tensor.device), means)
             if part.groups > 1:
                 tensor.copy_(rows_back(laid, part.dim, part.groups))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of rows by few additions of many rows each; ``index_add_`` adds row by row, and takes several times as long.
+
+    Attributes:
+        start: (n,) rows that others are added to, those with most additions first, then rows without any.
+        ranks: the first, second, ... row that is added to each of the first entries of ``start``.
+        back: where the rows of ``index`` are in ``start``.
+    """
+
+    start: Tensor
+    ranks: tuple[Tensor, ...]
+    back: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, rows: Tensor, into: Tensor, size: int) -> _Sums:
+        """Plan the sums of each of ``index`` with the ``rows`` that go ``into`` it, in order; ``size`` rows in all."""
+        order = into.argsort(stable=True)
+        rows, (targets, counts) = rows[order], into[order].unique_consecutive(return_counts=True)
+        begin, most_first = counts.cumsum(0) - counts, counts.argsort(descending=True, stable=True)
+        ranks = [
+            rows[begin[most_first[: int((counts > rank).sum())]] + rank]
+            for rank in range(int(counts.max()) if len(counts) else 0)
+        ]
+        start = torch.cat([targets[most_first], index[~torch.isin(index, targets)]])
+        place = torch.zeros(size, dtype=torch.int64).index_copy_(0, start, torch.arange(len(start)))
+        return cls(start, tuple(ranks), place[index])
+
+    def add(self, value: Tensor, dim: int, dtype: torch.dtype, numbers: Tensor | None = None) -> Tensor:
+        """Sums along ``dim`` in the order of ``start``; ``numbers``: the place in ``value`` of each row."""
+
+        def pick(rows: Tensor) -> Tensor:
+            return value.index_select(dim, (rows if numbers is None else numbers[rows]).to(value.device))
+
+        total = pick(self.start).to(dtype)
+        for rows in self.ranks:
+            total.narrow(dim, 0, len(rows)).add_(pick(rows))
+        return total
 
 
 @dataclass
@@ -165,6 +211,23 @@ class Cut:
     added: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     index: Tensor | None = None
     groups: int = 1
+    _sums: _Sums | None = None
+
+    def kept(self, size: int) -> Tensor:
+        """What is kept of ``size`` rows, in order."""
+        if self.index is None:
+            mask = torch.ones(size, dtype=torch.bool)
+            for rows in self.removed:
+                mask[rows] = False
+            self.index = mask.nonzero().squeeze(1)
+        return self.index
+
+    def sums(self, size: int) -> _Sums:
+        """The additions to what is kept of ``size`` rows."""
+        if self._sums is None:
+            columns, into = (torch.cat(part) for part in zip(*self.added, strict=True))
+            self._sums = _Sums.of(self.kept(size), columns, into, size)
+        return self._sums
 
 
 Cuts = dict[str, dict[int, Cut]]
@@ -297,11 +360,11 @@ class Narrowing:
         check_choice("form", form, Form)
         record_again(graph)
         self._graph = graph
-        selections = _selections(graph, keep, sums or {})
+        self._selections = selections = _selections(graph, keep, sums or {})
         self._kept = {name: torch.as_tensor(kept) for name, kept in keep.items()}
         self._sums, self._form = dict(sums or {}), form
-        channels = {int(c) for s in selections for c in s.group.channels}
-        self._fixing = fixing_bodies(graph, channels)
+        self._cuts = _cuts(selections)
+        self._fixing = fixing_bodies(graph, graph_channels(selections))
         bound = frozenset().union(*graph.constrained)
         tied = [s for s in selections if int(s.group.channels[0]) in bound]
         self._tied, self._layout, self._bodies = self._choose(selections, tied)
@@ -323,7 +386,7 @@ class Narrowing:
     ) -> tuple[list[_Selection], Layout | None, list[BodyGraph]]:
         """(selections in module form that forward ties together, the network at their widths, bodies in graph form)."""
         graph, fixing = self._graph, self._fixing
-        self._counting = _bodies_of(counted_reductions(graph, _counts(graph, _cuts(selections))))
+        self._counting = _bodies_of(counted_reductions(graph, _counts(graph, self._cuts)))
         if self._form != "graph" and not graph.recording.literal.keys() & fixing.keys() and not self._counting:
             layout = _layout_of(graph, tied) if tied else None
             if not tied or layout is not None:
@@ -353,10 +416,10 @@ class Narrowing:
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:
         """The narrow copy of ``model``."""
-        graph, tied = self._graph, {s.group.name for s in self._tied}
-        selections = _selections(graph, self._kept, self._sums)
+        graph, selections = self._graph, self._selections
+        tied = {s.group.name for s in self._tied}
         if self._layout is None:
-            cuts = _cuts(selections)
+            cuts = self._cuts
             result = _copy_and_cut(model, cuts)
             _install_counts(result, graph, cuts)
             _install_maps(result, graph, selections, device_of(result))
@@ -407,7 +470,7 @@ def _inexpressible(
 
 def graph_channels(selections: Sequence[_Selection]) -> set[int]:
     """Channels of the groups of ``selections``."""
-    return {int(c) for s in selections for c in s.group.channels}
+    return {channel for s in selections for channel in s.group.channels.tolist()}
 
 
 def cut_in_place(
@@ -540,23 +603,17 @@ def _cut_tensor(tensor: Tensor, dims: Mapping[int, Cut]) -> Tensor:
     value = tensor.detach()
     wide = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
     for dim, cut in sorted(dims.items()):
-        index, parts = cut.index, cut.groups
+        parts = cut.groups
         if parts > 1:  # the blocks of dimension 0 move beside those of dimension 1, and back
             value, dim = rows_first(value, dim, parts), 0
-        if index is None:
-            mask = torch.ones(value.shape[dim], dtype=torch.bool)
-            for rows in cut.removed:
-                mask[rows] = False
-            index = mask.nonzero().squeeze(1)
+        index = cut.kept(value.shape[dim])
         if value.is_meta:
             value = value.new_empty([len(index) if d == dim else n for d, n in enumerate(value.shape)])
-            value = rows_back(value, dim, parts) if parts > 1 else value
-            continue
-        if cut.added:
-            columns, into = (torch.cat(part).to(value.device) for part in zip(*cut.added, strict=True))
-            added = value.index_select(dim, columns).to(wide)
-            value = value.to(wide, copy=True).index_add_(dim, into, added).to(value.dtype)
-        value = value.index_select(dim, index.to(value.device))
+        elif cut.added:
+            sums = cut.sums(value.shape[dim])
+            value = sums.add(value, dim, wide).to(value.dtype).index_select(dim, sums.back.to(value.device))
+        else:
+            value = value.index_select(dim, index.to(value.device))
         if parts > 1:
             value = rows_back(value, dim, parts)
     for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "Node",
@@ -17,6 +19,7 @@ __all__ = [
     "arguments",
     "is_shape_only",
     "live_nodes",
+    "macs_of",
     "map_nodes",
     "meta_like",
     "operator_name",
@@ -215,10 +218,37 @@ def arguments(node: Node) -> dict[str, Any]:
     return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+@cache
 def is_shape_only(func: Any) -> bool:
     """``zeros_like`` and the like: their tensor argument gives no more than a shape and a type."""
     name = func._schema.name.rpartition("::")[2]
     return bool(name.endswith("_like") or name.startswith("new_"))
+
+
+def macs_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Multiply-accumulate operations of a call, as torch counts them; 0 for all but convolutions and products.
+
+    Args:
+        func: the operator.
+        args: its arguments.
+        kwargs: keyword arguments.
+        result: what it returned.
+    """
+    formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+    if formula is None:
+        return 0
+    # Torch wraps its formulas of shapes in one of tensors, which takes several times as long.
+    of_shapes = getattr(formula, "__wrapped__", None)
+    if of_shapes is None:
+        return int(formula(*args, **kwargs, out_val=result)) // 2
+    named = {key: _shapes(value) for key, value in kwargs.items()}
+    return int(of_shapes(*map(_shapes, args), **named, out_shape=_shapes(result))) // 2
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape
+    return type(value)(map(_shapes, value)) if type(value) in (list, tuple) else value
 
 
 def live_nodes(nodes: Sequence[Node], roots: Sequence[Node]) -> tuple[list[Node], frozenset[Node]]:

@@ -434,6 +434,10 @@ def record(
             recorder, error = _attempt(model, call, names, prefix, training, real=True)
         if error is not None:
             raise _explain(model, recorder, error, prefix, has_values) from error
+    return _record_of(recorder)
+
+
+def _record_of(recorder: _Recorder) -> Record:
     roots = [*recorder.outputs, *(node for node, _ in recorder.written), *recorder.reads]
     nodes, idle = live_nodes(recorder.nodes, roots)
     return Record(
@@ -455,11 +459,13 @@ class MetaRun(NamedTuple):
         nodes: everything that forward called, up to where it failed.
         shapes: of the outputs; None if it failed.
         failed_in: path of the module whose forward failed; None if none did.
+        record: the record of it; None if it failed.
     """
 
     nodes: list[Node]
     shapes: tuple[torch.Size, ...] | None
     failed_in: str | None
+    record: Record | None = None
 
 
 def run_on_meta(model: nn.Module, call: Any, names: Mapping[int, str], prefix: str) -> MetaRun:
@@ -468,7 +474,8 @@ def run_on_meta(model: nn.Module, call: Any, names: Mapping[int, str], prefix: s
         recorder, error = _attempt(model, call, names, prefix, False, real=False)
     if error is not None:
         return MetaRun(recorder.nodes, None, recorder.place)
-    return MetaRun(recorder.nodes, tuple(node.shape for node in recorder.outputs), None)
+    shapes = tuple(node.shape for node in recorder.outputs)
+    return MetaRun(recorder.nodes, shapes, None, _record_of(recorder))
 
 
 def _attempt(

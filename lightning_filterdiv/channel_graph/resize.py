@@ -23,12 +23,15 @@ from .modules import (
     without_compilation,
 )
 from .narrow import Narrowing, cut_in_place, leave_out, masks_of
-from .record import operator_name
+from .record import Record, operator_name
 from .recorder import MetaRun, run_on_meta
-from .trace import trace_at
+from .trace import kinds_of
 from .widths import stuck_sets, unresizable_sets, why_stuck
 
 __all__ = ["find_unresizable", "pin_unresizable"]
+
+
+Runs = dict[tuple[str, ...], MetaRun]  # names of narrowed groups -> the run, all bodies as they are
 
 
 def pin_unresizable(graph: ChannelAnswers) -> None:
@@ -39,9 +42,10 @@ def pin_unresizable(graph: ChannelAnswers) -> None:
     tied = unresizable_sets(graph) if graph.constrained else []
     graph.exclude({group.name: f"{_fixed_by(graph, group)}, and {reason}" for group, reason in tied})
     settled: set[str] = set()
-    while groups := find_unresizable(graph, settled):
+    runs: Runs = {}
+    while groups := find_unresizable(graph, settled, runs):
         settled.update(group.name for group in groups)
-        if (reason := _why_not_written(graph, groups)) is not None:
+        if (reason := _why_not_written(graph, groups, runs)) is not None:
             graph.exclude({group.name: reason for group in groups})
     if graph.constrained:
         _write_what_fails_beside_graphs(graph)
@@ -122,10 +126,10 @@ def _kinds_in(group: ChannelGroup, path: str) -> set[str]:
     return {part.kind for part in group.parts if part.tensor.startswith(f"{path}.")}
 
 
-def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> str | None:
+def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup], runs: Runs) -> str | None:
     """Find the bodies that hold a number for ``groups``; None if their graph forms make these narrowable."""
     model, selections = graph.model, leave_out(groups)
-    run = _run_narrower(graph, groups, graphs=False)
+    run = runs.get(_names(groups)) or _run_narrower(graph, groups, {}, graphs=False)
     masks = masks_of(graph, selections)
     fixing = find_deviation(graph.recording.record, masks, run.nodes)
     if fixing is None:
@@ -193,7 +197,13 @@ def _fixed_by(graph: ChannelAnswers, group: ChannelGroup) -> str:
     return f"their number is fixed by {graph.moved_by(group)}"
 
 
-def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> list[ChannelGroup]:
+def _names(groups: Sequence[ChannelGroup]) -> tuple[str, ...]:
+    return tuple(group.name for group in groups)
+
+
+def find_unresizable(
+    graph: ChannelAnswers, settled: Container[str] = (), runs: Runs | None = None
+) -> list[ChannelGroup]:
     """A group that forward lets nobody narrow, beside the graph forms that are known to be needed; empty if there is
     none.
 
@@ -204,9 +214,11 @@ def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> lis
     Args:
         graph: channel graph of the network.
         settled: names of groups that are not asked about.
+        runs: takes up the runs in which every body was as it is.
     """
     if graph.read_values:
         return []
+    runs = {} if runs is None else runs
     bound = frozenset().union(*graph.constrained)
     alike: dict[tuple[tuple[str, str, int], ...], list[ChannelGroup]] = {}
     for group in graph.groups:
@@ -214,13 +226,15 @@ def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> lis
             alike.setdefault(tuple((p.tensor, p.kind, p.dim) for p in group.parts), []).append(group)
 
     def fits(part: Sequence[list[ChannelGroup]]) -> bool:
-        return not part or _run_narrower(graph, list(itertools.chain(*part))).shapes == graph.output_shapes
+        return not part or _run_narrower(graph, list(itertools.chain(*part)), runs).shapes == graph.output_shapes
 
     part = list(alike.values())
-    run = _run_narrower(graph, list(itertools.chain(*part)))
-    if not part or run.shapes == graph.output_shapes:
+    if not part:
         return []
-    if run.shapes is None and _run_narrower(graph, ()).shapes is None:
+    run = _run_narrower(graph, list(itertools.chain(*part)), runs)
+    if run.shapes == graph.output_shapes:
+        return []
+    if run.shapes is None and _run_narrower(graph, (), {}).shapes is None:
         return []  # forward runs on no shapes at all, for example because it asks a device for autocast
     if run.failed_in is not None:  # mostly a layer in the module whose forward fails
         for suspects in part:
@@ -232,7 +246,7 @@ def find_unresizable(graph: ChannelAnswers, settled: Container[str] = ()) -> lis
     return [] if fits(part) else part[0]
 
 
-def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], graphs: bool = True) -> MetaRun:
+def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], runs: Runs, graphs: bool = True) -> MetaRun:
     """Run forward with fewer channels in ``groups``.
 
     Two thirds remain: a count that rarely divides what the full one divides.
@@ -240,6 +254,7 @@ def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], graphs:
     Args:
         graph: the channel graph.
         groups: groups to narrow.
+        runs: takes up the run if no body took graph form.
         graphs: whether the bodies that are known to hold numbers take graph form.
     """
     model, selections = graph.model, leave_out(groups)
@@ -255,17 +270,18 @@ def _run_narrower(graph: ChannelAnswers, groups: Sequence[ChannelGroup], graphs:
             return MetaRun([], None, None)
         traced = bare_module(find_submodule(model, graph.network))
         run = run_on_meta(traced, graph.inputs, tensor_names(model), graph.network)
+        if model is original:
+            runs[_names(groups)] = run
         # Shapes do not tell whether branches are what they were; norms that count and graphs are other operators.
         plain = model is original and _counted_norms(model) == counting
-        if graphs and graph.stacked and plain and run.shapes is not None and not _keeps_kinds(graph, model):
+        if graphs and graph.stacked and plain and run.record is not None and not _keeps_kinds(graph, model, run.record):
             return run._replace(shapes=None)
         return run
 
 
-def _keeps_kinds(graph: ChannelAnswers, narrower: nn.Module) -> bool:
+def _keeps_kinds(graph: ChannelAnswers, narrower: nn.Module, record: Record) -> bool:
     """True if the channels of a narrower network are of kinds that occur in the network of ``graph``."""
     try:
-        narrow = trace_at(narrower, graph.inputs, graph.network, ChannelAnswers)
+        return kinds_of(narrower, graph.inputs, graph.network, record) <= {*graph.table.kinds().values()}
     except ChannelGraphError:
         return False
-    return {*narrow.table.kinds().values()} <= {*graph.table.kinds().values()}

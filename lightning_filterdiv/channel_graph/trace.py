@@ -40,12 +40,12 @@ from .labels import Ints, core, unique
 from .modules import bare_module, tensor_names
 from .pointwise import EXTRA, pointwise
 from .propagate import Propagation, Rule, unknown
-from .record import Node, Record, map_nodes, operator_name
+from .record import Node, Record, macs_of, map_nodes, operator_name
 from .recorder import record
 from .regions import filter_regions, layers_in_order, neighbours, pinned_layers
 from .sites import constrained_channels, find_sites
 
-__all__ = ["trace", "trace_at"]
+__all__ = ["kinds_of", "trace", "trace_at"]
 
 Answers = TypeVar("Answers", bound=ChannelAnswers)
 
@@ -100,8 +100,30 @@ def trace_at(
     """Trace with (args, kwargs), without asking which widths forward can express."""
     traced = bare_module(find_submodule(model, network, ChannelGraphError))
     names = tensor_names(model)
-    records = [record(traced, call, names, network)]
-    if idle := _idle_parameters(traced, names, records[0]):
+    records, state = _labelled(model, traced, call, names, network, record(traced, call, names, network))
+    return answers(**_collect(model, state, records, call, network))
+
+
+def kinds_of(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], network: str, first: Record) -> set[int]:
+    """The kinds of channels in a trace of ``model``; see :meth:`Table.kinds`.
+
+    Args:
+        model: the network.
+        call: (args, kwargs).
+        network: the traced submodule.
+        first: its record in eval mode.
+    """
+    traced = bare_module(find_submodule(model, network, ChannelGraphError))
+    _, state = _labelled(model, traced, call, tensor_names(model), network, first)
+    return {*channel_table(state).kinds().values()}
+
+
+def _labelled(
+    model: nn.Module, traced: nn.Module, call: Any, names: Mapping[int, str], network: str, first: Record
+) -> tuple[list[Record], Propagation]:
+    """Complete the records of a network, and run them on labels."""
+    records = [first]
+    if idle := _idle_parameters(traced, names, first):
         # Auxiliary heads read channels in training only: their record is laid over the first one.
         try:
             records.append(record(traced, tree_map(_two_items, call), names, network, training=True))
@@ -113,7 +135,7 @@ def trace_at(
     state = propagate(records, row_dims, norms)
     if ranks := linked_ranks(state):
         state = propagate(records, row_dims, norms, ranks)
-    return answers(**_collect(model, state, records, call, network))
+    return records, state
 
 
 def propagate(
@@ -303,12 +325,11 @@ def _held(node: Node, state: Propagation) -> Ints:
 
 
 def _macs(node: Node) -> int:
-    """Multiply-accumulate operations of a call, as torch counts them; 0 for all but convolutions and products."""
-    formula = flop_registry.get(getattr(node.target, "_overloadpacket", None)) if node.op == "call" else None
-    if formula is None:
+    """:func:`macs_of` of a node."""
+    if node.op != "call" or getattr(node.target, "_overloadpacket", None) not in flop_registry:
         return 0
     args, kwargs = (map_nodes(part, lambda n: n.value) for part in (node.args, node.kwargs))
-    return int(formula(*args, **kwargs, out_val=node.value)) // 2
+    return macs_of(node.target, args, kwargs, node.value)
 
 
 def _weights_behind(record: Record) -> dict[Node, str]:

@@ -54,6 +54,8 @@ class Proof:
         cases: inputs that were compared: ``"example inputs"``, ``"drawn inputs"``.
         changes: relative change of the outputs from each earlier network to the next one, from the last to the
             reference.
+        macs: multiply-accumulate operations of a forward pass of the earliest network and of the narrow one, on the
+            example inputs where these were compared; None where a fused operator hides some.
     """
 
     difference: float
@@ -61,6 +63,7 @@ class Proof:
     dtype: torch.dtype
     cases: tuple[str, ...]
     changes: tuple[float, ...] = ()
+    macs: tuple[int, int] | None = None
 
     @property
     def exact(self) -> bool:
@@ -291,12 +294,14 @@ def _run(
     expected: dict[str, tuple[Call, list[Tensor], list[Decision]]] = {}
     whole = as_type(reference, dtype)
     device, narrowest = device_of(whole), dtype
+    macs: list[int | None] = [None, None]
     for name, given in _cases(call, seed):
         arguments = _cast(given, dtype, device)
         with RecordDecisions() as record:
             try:
                 outputs = list(find_tensors(find_submodule(whole, graph.network)(*arguments[0], **arguments[1])))
                 expected[name] = arguments, outputs, record.decisions
+                macs[0] = record.macs
                 narrowest = max(narrowest, record.narrowest, key=lambda kind: torch.finfo(kind).eps)
             except (RuntimeError, ValueError, IndexError):
                 pass  # not an input of this network: another case may be
@@ -309,7 +314,7 @@ def _run(
     difference = 0.0
     for arguments, outputs, decisions in expected.values():
         obtained, follow = _outputs(narrowed, arguments, decisions)
-        difference = max(difference, follow.difference, _difference(outputs, obtained))
+        difference, macs[1] = max(difference, follow.difference, _difference(outputs, obtained)), follow.macs
     changes: list[float] = []
     for step in reversed(earlier):
         whole, change = _before(step, whole, dtype), 0.0
@@ -317,10 +322,12 @@ def _run(
         for name, (arguments, outputs, decisions) in expected.items():
             ahead, follow = _outputs(before, arguments, decisions)
             change = max(change, follow.difference, _change(ahead, outputs))
-            expected[name] = arguments, ahead, follow.taken
+            expected[name], macs[0] = (arguments, ahead, follow.taken), follow.macs
         changes.insert(0, change)
     tolerance = TOLERANCE if narrowest == torch.float64 else torch.finfo(narrowest).eps ** 0.5
-    return Proof(difference, tolerance, dtype, tuple(sorted(expected, reverse=True)), tuple(changes))
+    before_after = None if macs[0] is None or macs[1] is None else (macs[0], macs[1])
+    cases = tuple(sorted(expected, reverse=True))
+    return Proof(difference, tolerance, dtype, cases, tuple(changes), before_after)
 
 
 def _before(step: Earlier, whole: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -218,6 +218,7 @@ def prune_channels(
     )
     check_same(proof)
     before, after = _accuracies(original, result, loader)
+    macs = proof.macs or [macs_of_call(_traced(one, network), *arguments) for one in (original, result)]
     report = PruneReport(
         plan=plan,
         importance=source if isinstance(source, str) else getattr(source, "__name__", "given scores"),
@@ -226,8 +227,8 @@ def prune_channels(
         channels_after=sum(plan.counts.values()),
         parameters_before=count_parameters(original),
         parameters_after=count_parameters(result),
-        macs_before=macs_of_call(_traced(original, network), *arguments),
-        macs_after=macs_of_call(_traced(result, network), *arguments),
+        macs_before=macs[0],
+        macs_after=macs[1],
         change=proof.changes[0],
         difference=proof.difference,
         compensation=moved,

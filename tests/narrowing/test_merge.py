@@ -447,3 +447,47 @@ def test_attention_is_counted_where_torch_fuses_it() -> None:
     enabled = torch.backends.mha.get_fastpath_enabled()
     assert count_macs(model, torch.randn(1, 6, 8)) == expected
     assert torch.backends.mha.get_fastpath_enabled() == enabled
+
+
+class Attended(nn.Module):
+    """Convolutions, whose positions are the tokens of torch's encoder layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.ReLU(), nn.Conv2d(12, 8, 3, 2))
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoded: Tensor = self.encoder(self.body(x).flatten(2).transpose(1, 2))
+        return encoded
+
+
+@pytest.mark.parametrize("make", [Attended, lambda: models.mobile(excite=True)], ids=["fused", "plain"])
+def test_the_report_counts_what_torch_counts(make: Callable[[], nn.Module]) -> None:
+    """The forward passes of the proof tell it, unless a fused operator hides its products."""
+    torch.manual_seed(0)
+    model = make().eval()
+    clusters = random_clusters(ChannelGraph.trace(model, IMAGE), torch.Generator().manual_seed(0), 0.5)
+    merged, report = merge_channels(model, clusters, IMAGE, tolerance=INF)
+    assert (report.macs_before, report.macs_after) == (count_macs(model, IMAGE), count_macs(merged, IMAGE))
+    assert report.macs_after < report.macs_before
+
+
+def test_clusters_are_averaged_and_summed_member_by_member() -> None:
+    """Bit for bit what a loop over members gives, for clusters of one to four channels in any order."""
+    torch.manual_seed(0)
+    index = torch.tensor([0, 0, 3, 1, 2, 2, 0, 3, 2, 4, 0])
+    model = nn.Sequential(nn.Conv2d(3, len(index), 3), nn.ReLU(), nn.Conv2d(len(index), 4, 3))
+    graph = ChannelGraph.trace(model, IMAGE)
+    weight, columns = (model.get_parameter(f"{layer}.weight").detach().clone() for layer in (0, 2))
+    tie(model, graph, {"0": index})
+    merged = merge_channels(model, {"0": index}, IMAGE).network
+    for place, first in enumerate(sorted(int((index == c).nonzero()[0]) for c in index.unique())):
+        members = (index == index[first]).nonzero().squeeze(1).tolist()
+        total, column = weight[first].double(), columns[:, first]
+        for member in members[1:]:
+            total, column = total + weight[member], column + columns[:, member]
+        mean = (total / len(members)).float()
+        assert all(torch.equal(model.get_parameter("0.weight")[member], mean) for member in members)
+        assert torch.equal(merged.get_parameter("0.weight")[place], mean)
+        assert torch.equal(merged.get_parameter("2.weight")[:, place], column)
