@@ -279,6 +279,8 @@ def _operations(record: Record, state: Propagation) -> Iterable[Operation]:
             inputs = tuple(record.tensors.get(n, n.name) for n in node.inputs)
             macs = _macs(node)
             weight = next((behind[n] for n in node.inputs[1:] if behind.get(n)), "") if macs else ""
+            if weight not in state.weights and weight not in state.computed:
+                weight = ""  # it mixes positions, or its rows are no filters
             channels = _channels_of(node, state) if macs and not weight else ()
             yield Operation(node.name, operator, node.module, inputs, shape, macs, weight, channels)
 
