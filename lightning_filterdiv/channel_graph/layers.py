@@ -33,7 +33,10 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 def _computed_weight(state: Propagation, node: Node) -> Value:
     """Handle a kernel that is not computed filter by filter: pin both sides."""
     words = _computes(state, node)
-    state.computed_layers.setdefault(node.module, f"its weight is {words}, from all of its filters at once")
+    weight = arguments(node).get("weight") or arguments(node).get("mat2")
+    made_of = state.tensors_behind(weight, alone=True) if isinstance(weight, Node) else []
+    for layer in (node.module, *map(layer_of, made_of)):
+        state.computed_layers.setdefault(layer, f"its weight is {words}, from all of its filters at once")
     for leaf in node.inputs:
         reason = f"input of {state.where(node)}, whose weight is {words}"
         state.pin(leaf, reason, expose=False)
@@ -67,9 +70,9 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
     value = state.labels_of(weight)
     if value is None or not value.is_parameter:
         return None
-    small = core(value.labels)
-    if any(n > 1 for d, n in enumerate(small.shape) if d != dim):
+    if any(n > 1 for d, n in enumerate(core(state.rooted(value.labels)).shape) if d != dim):
         return None
+    small = core(state.collapse(value.labels, [d for d in range(value.labels.ndim) if d != dim], node))
     rows = small.reshape(-1).expand(value.shape[dim]).numpy()
     if (rows <= 0).any() or len(unique(table.roots(table.owner[rows]))) < len(rows):
         return None

@@ -206,11 +206,13 @@ class Propagation:
             node = node.args[0]
         return self._tensors.get(node) if isinstance(node, Node) else None
 
-    def tensors_behind(self, node: Node) -> list[str]:
-        """Parameters that ``node`` is computed from."""
+    def tensors_behind(self, node: Node, *, alone: bool = False) -> list[str]:
+        """Parameters that ``node`` is computed from; none if ``alone`` and it also depends on an input."""
         seen, waiting, names = {node}, [node], []
         while waiting:
             current = waiting.pop()
+            if alone and current.op == "input":
+                return []
             if current in self._tensors:
                 names.append(self._tensors[current])
             waiting += [source for source in current.inputs if source not in seen]

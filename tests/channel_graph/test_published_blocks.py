@@ -161,3 +161,42 @@ def test_filters_of_a_weight_that_is_scaled_by_its_own_means_can_go(kind: type[n
     graph, _ = check_exact(model, IMAGE)
     assert [(group.name, group.size) for group in graph.groups] == [("1", 12)]
     assert graph.pinned["0"].endswith("columns do not add")
+
+
+class Masked(nn.Module):
+    """PixelCNN: kernels with a mask of their own shape, in the forward of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.last = nn.Conv2d(12, 4, 1)
+        self.register_buffer("mask", torch.ones(12, 8, 3, 3))
+        self.mask[:, :, 1, 2:], self.mask[:, :, 2] = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.second.weight * self.mask
+        return self.last(F.conv2d(self.first(x).relu(), weight, self.second.bias, padding=1).relu())
+
+
+def test_filters_of_a_kernel_with_a_mask_can_go() -> None:
+    graph, narrow = check_exact(Masked(), IMAGE)
+    assert [(group.name, group.size) for group in graph.groups] == [("second", 12)]
+    assert narrow.mask.shape == narrow.second.weight.shape
+
+
+class Normalised(nn.Module):
+    """A kernel divided by the norm of all filters, in the forward of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.second.weight
+        return self.last(F.conv2d(self.first(x), weight / weight.norm(), self.second.bias))
+
+
+def test_a_layer_whose_weight_forward_takes_is_named() -> None:
+    graph = ChannelGraph.trace(Normalised(), IMAGE)
+    assert graph.pinned["second"] == "its weight is computed by div in forward, from all of its filters at once"
+    assert graph.pinned["first"] == "input of conv2d in forward, whose weight is computed by div in forward"
