@@ -47,6 +47,8 @@ from .sites import constrained_channels, find_sites
 
 __all__ = ["trace", "trace_at"]
 
+# Some keep an activation, which follows the norm, as a child.
+_PLAIN_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 Answers = TypeVar("Answers", bound=ChannelAnswers)
 
 _RULES: dict[str, Rule] = {**dict.fromkeys(EXTRA, pointwise), **layers.RULES, **moves.RULES}
@@ -144,7 +146,8 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in named_modules(model).items()
-        if hasattr(module, "eps") and next(module.children(), None) is None
+        if hasattr(module, "eps")
+        and (isinstance(module, (*_PLAIN_NORMS, CountedNorm)) or next(module.children(), None) is None)
     }
 
 
