@@ -681,7 +681,12 @@ RULES: dict[str, Rule] = {
         (f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d")), over_space
     ),
     **dict.fromkeys(
-        ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_trilinear3d"),
+        (
+            *(f"_upsample_nearest_exact{rank}d" for rank in (1, 2, 3)),
+            *(f"_upsample_{kind}2d_aa" for kind in ("bilinear", "bicubic")),
+            "upsample_linear1d",
+            "upsample_trilinear3d",
+        ),
         over_space,
     ),
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), sampled),

@@ -221,11 +221,11 @@ class _Recorder(TorchDispatchMode):
             context.needs_input_grad = (False,) * len(args)  # type: ignore[attr-defined]
             return function.forward(context, *args, **kwargs)
 
-        Function.apply = classmethod(run)  # type: ignore[assignment, method-assign]
+        Function.apply = classmethod(run)
         try:
             yield
         finally:
-            Function.apply = apply  # type: ignore[method-assign]
+            Function.apply = apply
 
     @property
     def place(self) -> str:

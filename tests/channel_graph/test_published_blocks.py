@@ -92,6 +92,14 @@ class Mask(nn.Module):
         return x * self.mask
 
 
+class Resized(nn.Module):
+    """Resized without aliasing, as positions of a ViT are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = F.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True)
+        return x + F.interpolate(half, size=x.shape[2:], mode="bilinear", antialias=True)
+
+
 class CostVolume(nn.Module):
     """GwcNet: correlations of blocks of channels at several shifts, written into a tensor made in forward."""
 
@@ -114,6 +122,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ones in the places of channels": (Chebyshev, 12 + 12),
     "linear layers along positions": (TokenMixing, 12),
     "mask of truth values": (Mask, 12),
+    "resized without aliasing": (Resized, 12),
     "correlations of blocks": (CostVolume, 3 + 12),
 }
 
