@@ -198,7 +198,7 @@ class Writer:
     def _child(self, visit: Visit) -> None:
         module = self._modules.get(visit.path)
         name = self._children.get(id(module))
-        if name is None:
+        if not name:
             raise GraphFormError(f"forward calls {visit.path!r}, which is no submodule of it")
         if any(isinstance(part, Opaque) for part in _leaves([visit.args, visit.kwargs, visit.output])):
             raise GraphFormError(f"forward hands an object to {visit.path!r}, or gets one from it")

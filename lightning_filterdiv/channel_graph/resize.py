@@ -134,7 +134,7 @@ def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup]) -> s
     reason, tried, where, operator = "", set[str](), graph.recording.state.where(fixing), operator_name(fixing)
     before_part = bool(run.failed_in) and path.startswith(f"{run.failed_in}.")  # it failed before it called that
     if run.failed_in and (before_part or (refusal(graph, path) is not None and _has_children(model, run.failed_in))):
-        path, where, operator = run.failed_in, f"a check in the forward of {run.failed_in}", "a check"
+        path, where, operator = run.failed_in, f"the forward of {run.failed_in}", "a number"
     while path not in tried:
         if (refused := refusal(graph, path)) is not None:
             reason = f", and {refused}"

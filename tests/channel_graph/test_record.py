@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -182,6 +183,27 @@ def test_random_state_and_hooks_are_as_before() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert calls, "hooks are part of the forward pass"
     assert len(model.first._forward_hooks) == 1
+
+
+class Capturing(nn.Sequential):
+    """Installs a hook at its first call, as models of transformers do."""
+
+    installed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.installed:
+            self[0].register_forward_hook(lambda module, inputs, output: output + 1)
+            self.installed = True
+        return super().forward(x)
+
+
+def test_hooks_that_forward_installs_are_installed_once() -> None:
+    torch.manual_seed(0)
+    model = Capturing(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    expected = copy.deepcopy(model)(IMAGE)
+    ChannelGraph.trace(model, IMAGE)
+    assert not model[0]._forward_hooks
+    assert torch.equal(model(IMAGE), expected)
 
 
 def test_tied_layers_are_one_layer() -> None:
