@@ -72,6 +72,17 @@ class CountedNorm(nn.Module):
         parts += [f"eps={self.eps}", f"dim={self.dim}"] + ([f"groups={self.groups}"] if self.groups > 1 else [])
         return ", ".join(parts)
 
+    def normalise(self, input: Tensor) -> Tensor:
+        """Return the input normalised, scaled and shifted."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise, and run the children: an activation that the plain norm has behind it."""
+        result = self.normalise(input)
+        for child in self.children():
+            result = child(result)
+        return result
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the last dimension, which holds channels."""
         return (values * self.counts).sum(-1, keepdim=True) / self.counts.sum()
@@ -98,8 +109,8 @@ class CountedLayerNorm(CountedNorm):
     Shape: ``(*, C, *)`` with C at ``dim``, unchanged.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise."""
+    def normalise(self, input: Tensor) -> Tensor:
+        """Return the input normalised, scaled and shifted."""
         values = _wide(input).movedim(self.dim, -1)
         values = values - self.mean(values)
         values = values * (self.mean(values.square()) + self.least(input)).rsqrt()
@@ -109,8 +120,8 @@ class CountedLayerNorm(CountedNorm):
 class CountedRMSNorm(CountedNorm):
     """Root-mean-square norm over one dimension; see :class:`CountedLayerNorm`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise."""
+    def normalise(self, input: Tensor) -> Tensor:
+        """Return the input normalised, scaled and shifted."""
         values = _wide(input).movedim(self.dim, -1)
         values = values * (self.mean(values.square()) + self.least(input)).rsqrt()
         return self.affine(values).movedim(-1, self.dim).to(input.dtype)
@@ -147,8 +158,8 @@ class CountedGroupNorm(CountedNorm):
         """Channels, those that they stand for, and the sizes of unequal blocks."""
         return super().extra_repr() + (f", sizes={self.sizes}" if self.sizes else "")
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise."""
+    def normalise(self, input: Tensor) -> Tensor:
+        """Return the input normalised, scaled and shifted."""
         values = _wide(input).reshape(input.shape[0], input.shape[1], -1)
         values = values - self._mean(values)
         values = values * (self._mean(values.square()) + self.least(input)).rsqrt()
@@ -171,8 +182,8 @@ class CountedResponseNorm(CountedNorm):
     Shape: ``(N, C, H, W)`` with ``dim=1``, ``(N, H, W, C)`` with ``dim=-1``, unchanged.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise."""
+    def normalise(self, input: Tensor) -> Tensor:
+        """Return the input normalised, scaled and shifted."""
         values = _wide(input).movedim(self.dim, -1)
         norms = values.square().sum((1, 2), keepdim=True).sqrt()
         result = values + self.affine(values * (norms / (self.mean(norms) + self.least(input))))
@@ -252,14 +263,16 @@ def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[typ
     It is found by comparing both on numbers, so that anything else in a subclass's forward is noticed.
 
     Args:
-        module: a module without children.
+        module: a norm, with or without an activation behind it.
         shape: shape of its input.
         dim: the dimension of channels in it.
     """
     if isinstance(module, CountedNorm):
         return type(module), module.options
     numeric = isinstance(getattr(module, "eps", ""), (int, float, type(None)))
-    if not numeric or next(module.children(), None) is not None:
+    # The order of children is compared in eval mode, where dropout is an identity: one of them may do something.
+    acting = [child for child in module.children() if not isinstance(child, nn.Identity)]
+    if not numeric or len(acting) > 1 or any(True for child in acting for _ in child.parameters()):
         return None
     generator = torch.Generator().manual_seed(0)
 
@@ -290,7 +303,8 @@ def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[typ
         candidates = [(CountedGroupNorm, groups)]
     for kind, blocks in candidates:
         try:
-            found = kind(torch.ones(count, dtype=torch.int64), weight, bias, groups=blocks, **options)(input)
+            plain = kind(torch.ones(count, dtype=torch.int64), weight, bias, groups=blocks, **options)
+            found = _with_children(plain, replica)(input)
         except (RuntimeError, TypeError):
             continue
         if float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max()):
@@ -299,7 +313,13 @@ def counted_form(module: nn.Module, shape: Sequence[int], dim: int) -> tuple[typ
 
 
 def counted(module: nn.Module, form: tuple[type[CountedNorm], dict[str, Any]], counts: Tensor) -> CountedNorm:
-    """``module`` with ``counts``, its parameters kept."""
+    """``module`` with ``counts``, its parameters and children kept."""
     kind, options = form
     new = kind(counts, module._parameters.get("weight"), module._parameters.get("bias"), **options)
-    return new.train(module.training)
+    return _with_children(new, module).train(module.training)
+
+
+def _with_children(new: CountedNorm, module: nn.Module) -> CountedNorm:
+    for name, child in module.named_children():
+        new.add_module(name, child)
+    return new

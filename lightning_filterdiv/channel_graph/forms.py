@@ -139,6 +139,12 @@ def _align(graph: ChannelAnswers, path: str) -> Alignment:
         )
     if graph.read_values:
         raise GraphFormError(f"forward reads values ({graph.read_values})")
+    called = [name for visit in recording.record.visits if visit.path == path for name in visit.functions]
+    # Checkpointing changes no gradient.
+    if function := next((name for name in called if name != "CheckpointFunction"), None):
+        raise GraphFormError(
+            f"forward calls the autograd function {function}, whose gradient would be lost; call it in a submodule"
+        )
     if recording.other is None:
         names = tensor_names(graph.model)
         traced = bare_module(find_submodule(graph.model, graph.network))

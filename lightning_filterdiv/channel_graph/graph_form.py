@@ -161,9 +161,13 @@ class Writer:
             raise GraphFormError(f"forward is called in a way that its signature does not show ({error})") from error
         others = [self._signature.bind(*o.visit.args, **o.visit.kwargs).arguments for o in self._aligned.others]
         for name, parameter in self._signature.parameters.items():
+            if parameter.kind == parameter.VAR_POSITIONAL and bound.get(name):
+                raise GraphFormError(f"forward takes any number of arguments (*{name})")
+            if parameter.kind == parameter.VAR_KEYWORD:
+                for key, value in bound.get(name, {}).items():  # the graph takes those that it is called with
+                    placeholder = self.graph.placeholder(key, default_value=None)
+                    self._given(placeholder, value, [other.get(name, {}).get(key) for other in others], None, key)
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                if bound.get(name):
-                    raise GraphFormError(f"forward takes any number of arguments (*{name})")
                 continue
             default = parameter.default
             placeholder = self.graph.placeholder(name, default_value=default)
@@ -199,7 +203,7 @@ class Writer:
     def _child(self, visit: Visit) -> None:
         module = self._modules.get(visit.path)
         name = self._children.get(id(module))
-        if name is None:
+        if not name:
             raise GraphFormError(f"forward calls {visit.path!r}, which is no submodule of it")
         if any(isinstance(part, Opaque) for part in _leaves([visit.args, visit.kwargs, visit.output])):
             raise GraphFormError(f"forward hands an object to {visit.path!r}, or gets one from it")
@@ -386,9 +390,11 @@ class Writer:
             return self._pad(node)
         if name == "copy":
             return self._copy(node)
-        if name in ("as_strided", "as_strided_") and node.shape == node.args[0].shape:
+        if name == "as_strided" and node.shape == node.args[0].shape:
             return self._tensor(node.args[0])  # memory of channels-last pooling
         if name == "pixel_shuffle" and self._whole_mosaics(node):
+            return self._same(node)
+        if name == "select_scatter" and self.kept(node)[node.args[2] % len(node.shape)] is None:
             return self._same(node)
         if name == "slice_scatter":
             return self._scatter(node)

@@ -32,22 +32,32 @@ def _input(state: Propagation, node: Node, argument: object) -> Tensor | None:
 
 def _computed_weight(state: Propagation, node: Node) -> Value:
     """Handle a kernel that is not computed filter by filter: pin both sides."""
-    state.computed_layers.setdefault(node.module, f"its weight is computed by {_computes(state, node)}, not by filters")
+    words = _computes(state, node)
+    weight = arguments(node).get("weight") or arguments(node).get("mat2")
+    made_of = state.tensors_behind(weight, alone=True) if isinstance(weight, Node) else []
+    for layer in (node.module, *map(layer_of, made_of)):
+        state.computed_layers.setdefault(layer, f"its weight is {words}, from all of its filters at once")
     for leaf in node.inputs:
-        reason = f"input of {state.where(node)}, whose weight is computed in forward"
+        reason = f"input of {state.where(node)}, whose weight is {words}"
         state.pin(leaf, reason, expose=False)
         state.expose_leaks(leaf)
     return state.fixed(node)
 
 
 def _computes(state: Propagation, node: Node) -> str:
-    """Return a description of the weight of a call: the last operator that computes it."""
+    """Return a description of the weight of a call: the last operator that computes it, or the parameter that it is."""
     weight = arguments(node).get("weight") or arguments(node).get("mat2")
     while isinstance(weight, Node) and state.is_move(weight):
         weight = weight.inputs[0]
     if isinstance(weight, Node) and weight.op == "item":
         weight = weight.args[0]
-    return state.where(weight) if isinstance(weight, Node) and weight.op == "call" else "forward"
+    if isinstance(weight, Node) and (name := state.parameter_name(weight)) is not None:
+        return f"{name} in another form"
+    if isinstance(weight, Node) and weight.op == "call":
+        return f"computed by {state.where(weight)}"
+    value = state.values.get(weight) if isinstance(weight, Node) else None
+    known = value.labels.min() if isinstance(value, LabelTensor) else 0
+    return state.table.fixed_reasons[-1 - int(known)] if known < 0 else "computed in forward"
 
 
 def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str | None, dim: int) -> Ints | None:
@@ -60,9 +70,9 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
     value = state.labels_of(weight)
     if value is None or not value.is_parameter:
         return None
-    small = core(value.labels)
-    if any(n > 1 for d, n in enumerate(small.shape) if d != dim):
+    if any(n > 1 for d, n in enumerate(core(state.rooted(value.labels)).shape) if d != dim):
         return None
+    small = core(state.collapse(value.labels, [d for d in range(value.labels.ndim) if d != dim], node))
     rows = small.reshape(-1).expand(value.shape[dim]).numpy()
     if (rows <= 0).any() or len(unique(table.roots(table.owner[rows]))) < len(rows):
         return None
@@ -77,7 +87,7 @@ def _computed_filters(state: Propagation, node: Node, labels: Tensor, bias: str 
         if groups == len(vector):
             return _computed_depthwise(state, node, vector, rows, main, names, bias)
         state.grouped[main] = Grouped(groups, (len(rows) // groups, value.shape[1]))
-    reason = f"input of {state.where(node)}, whose weight is computed by {_computes(state, node)}: columns do not add"
+    reason = f"input of {state.where(node)}, whose weight is {_computes(state, node)}: columns do not add"
     state.pin(LabelTensor(labels), reason, expose=False)
     table.expose_leaks(core(labels).numpy())
     result = table.add(owner=table.owner[rows], trail=mix(table.trail[rows], state.key(node) or 0))
@@ -224,7 +234,10 @@ def matrix_product(state: Propagation, node: Node) -> Value:
     call = arguments(node)
     inputs, factor, bias_node = call.get("mat1", call["self"]), call["mat2"], call["self"] if "mat1" in call else None
     labels, weight, bias = _input(state, node, inputs), state.matrix(factor), None
-    if weight is None and state.root_parameter(factor) is None and not _is_parameter(state, factor):
+    alike = not any(state.is_owned(n) for n in (factor, bias_node) if n is not None)
+    if labels is not None and alike and _along_rows(state, labels):
+        return _positions(state, node, labels, bias_node)
+    if weight is None and not _is_parameter(state, factor):
         return refuse_product(state, node, inputs, factor)
     if bias_node is not None:
         known = state.vector(bias_node)
@@ -237,6 +250,22 @@ def matrix_product(state: Propagation, node: Node) -> Value:
     state.record(Event("consumer", weight, 1, np.arange(len(vector), dtype=np.int64), vector))
     out = node.value.shape
     return _place(_filters(state, node, weight, bias, 0, out[-1]), -1, out)
+
+
+def _along_rows(state: Propagation, labels: Tensor) -> bool:
+    """True if several channels lie along the rows of a matrix, and positions along its columns."""
+    small = core(labels)
+    if small.shape[-1] > 1 or small.shape[0] == 1:
+        return False
+    values = unique(small.numpy())
+    live = values[(values > 0) & (state.table.zero[np.maximum(values, 0)] == 0)]
+    return len(unique(state.table.roots(state.table.owner[live]))) > 1
+
+
+def _positions(state: Propagation, node: Node, labels: Tensor, bias: Node | None) -> Value:
+    """Handle a linear layer that mixes positions, alike for every channel (MLP-Mixer)."""
+    small = state.table.derive(labels[:, :1], state.key(node), shift=None if bias is None else state.where(node))
+    return LabelTensor(small.expand(node.value.shape))
 
 
 def _is_parameter(state: Propagation, node: Node) -> bool:

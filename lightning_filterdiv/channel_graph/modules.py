@@ -110,13 +110,17 @@ def without_compilation(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = implementation
 
 
+#: Tensors, children and hooks. A forward may install hooks at its first call, and note that in an attribute.
+_TABLES = [key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)]
+
+
 @contextmanager
 def unchanged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Set the mode, and restore every attribute of every module and the random state afterwards."""
+    """Set the mode, and restore every attribute and hook of every module and the random state afterwards."""
     modules = all_modules(model)
     attributes = [(m, dict(m.__dict__)) for m in modules]
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (table, dict(table)) for m in modules for table in (m._parameters, m._buffers, m._modules)
+        (table, dict(table)) for m in modules for key in _TABLES if (table := m.__dict__.get(key)) is not None
     ]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []

@@ -415,7 +415,7 @@ def _axis(dims: Sequence[int], labels: Tensor) -> str:
 def reduction(state: Propagation, node: Node) -> Value:
     """Means, sums, maxima and softmax over dimensions along which the channel does not change."""
     call = arguments(node)
-    labels = _value(state, node.args[0]).labels
+    labels, is_parameter = _value(state, node.args[0]).labels, _value(state, node.args[0]).is_parameter
     dims: Any = call.get("dim")
     chosen = [dims] if isinstance(dims, int) else (list(dims) if dims else list(range(labels.ndim)))
     chosen = [d % labels.ndim for d in chosen]
@@ -442,11 +442,10 @@ def reduction(state: Propagation, node: Node) -> Value:
 
     def shaped(part: Tensor) -> LabelTensor:
         if part.ndim == labels.ndim:
-            return LabelTensor(small.expand(part.shape))
+            return LabelTensor(small.expand(part.shape), is_parameter=is_parameter)
         kept = [d for d in range(labels.ndim) if d not in chosen]
-        return LabelTensor(
-            small.permute(*kept, *chosen).reshape([labels.shape[d] for d in kept]) if kept else small.reshape(())
-        )
+        left = small.permute(*kept, *chosen).reshape([labels.shape[d] for d in kept]) if kept else small.reshape(())
+        return LabelTensor(left, is_parameter=is_parameter)
 
     value = node.value
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
@@ -467,7 +466,7 @@ def _countable(node: Node) -> str | None:
 
 def _counted(state: Propagation, node: Node, labels: Tensor, dims: Sequence[int]) -> Value:
     """Sum of channels that were multiplied by the counts of a norm."""
-    along = _varying(labels)
+    along = _varying(state.rooted(labels))  # one channel may lie there in several states
     vector = state.collapse(labels, [d for d in range(labels.ndim) if d not in along], node).reshape(-1).numpy()
     state.count(node, vector)
     if (groups := int(np.prod([labels.shape[d] for d in along - set(dims)], initial=1))) > 1:
@@ -613,7 +612,8 @@ def refuse_product(state: Propagation, node: Node, first: Node, second: Node) ->
             weight = ", ".join(state.tensors_behind(other))
             reason = f"input of {where} by {weight}, which is the weight of no convolution or linear layer"
         elif summed[n] in dims:
-            reason = f"input of {where} over {_axis([summed[n]], labels)}, which mixes channels"
+            axis = "channels" if dims <= {0, summed[n]} else _axis([summed[n]], labels)  # dim 0: heads of attention
+            reason = f"input of {where} over {axis}, which mixes channels"
         elif len(varying) > 1 and all(other - {0, summed[o]} for o, other in varying.items()):
             reason = f"input of {where}, which multiplies every channel by every other"
         elif 0 in dims and labels.ndim > 2:
@@ -628,14 +628,23 @@ def creation(state: Propagation, node: Node) -> Value:
     call = arguments(node)
     fill = 0 if "zeros" in name else 1 if "ones" in name else call.get("fill_value")
     like = state.labels_of(node.args[0]) if name.endswith("_like") and isinstance(node.args[0], Node) else None
-    if fill == 0 and like is not None:
-        return LabelTensor(nullified(state, node, like.labels))
+    if like is not None and (fill == 0 or _varying(like.labels)) and not like.is_parameter:
+        return LabelTensor(nullified(state, node, like.labels) if fill == 0 else _filled(state, node, like.labels))
     if fill == 0 and value.ndim > 1 and value.shape[1] > 1:
         labels = _padding(state, node, value.shape, 1, value.shape[1], 0)
         _note_move(state, node, labels)
         return LabelTensor(labels)
     label = state.table.add_fixed(f"computed by {state.where(node)}")
     return LabelTensor(fixed_labels(value.shape, label), uniform=isinstance(fill, (int, float, bool)))
+
+
+def _filled(state: Propagation, node: Node, labels: Tensor) -> Tensor:
+    """Labels of one number in the places of ``labels`` (``ones_like(x)``), which come and go with its channels."""
+    result = state.table.derive(labels, state.key(node), shift=state.where(node))
+    values = unique(core(result).numpy())
+    values = values[values > 0]
+    state.table.origin[values], state.table.leak[values] = -1, 0
+    return result
 
 
 RULES: dict[str, Rule] = {
@@ -653,7 +662,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle"), regroup),
     "index": index,
     "copy": overwrite,
-    **dict.fromkeys(("as_strided", "as_strided_"), restride),
+    "as_strided": restride,
     **dict.fromkeys(("cat", "stack"), concatenate),
     "bmm": batched_product,
     "unfold": windows,
@@ -672,7 +681,12 @@ RULES: dict[str, Rule] = {
         (f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d")), over_space
     ),
     **dict.fromkeys(
-        ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_trilinear3d"),
+        (
+            *(f"_upsample_nearest_exact{rank}d" for rank in (1, 2, 3)),
+            *(f"_upsample_{kind}2d_aa" for kind in ("bilinear", "bicubic")),
+            "upsample_linear1d",
+            "upsample_trilinear3d",
+        ),
         over_space,
     ),
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), sampled),

@@ -402,6 +402,7 @@ class Narrowing:
         second = [s for s in selections if s.group.name not in done]
         narrower = graph if layout is None else layout.graph
         if layout is not None:
+            narrower.recording.literal.update(graph.recording.literal)
             second = self._remaining(narrower, second)
         paths = fixing_bodies(narrower, {int(c) for s in second for c in s.group.channels})
         counted = counted_reductions(narrower, _counts(narrower, _cuts(second)))
@@ -490,13 +491,18 @@ def cut_in_place(
     _install_maps(model, graph, selections, device or device_of(model))
 
 
-def leave_out(groups: Sequence[ChannelGroup], share: int = 3) -> list[_Selection]:
-    """Selections that leave out about one in ``share`` channels of every group (of each block), the last ones."""
+def leave_out(groups: Sequence[ChannelGroup], share: int = 3, *, unlike: bool = False) -> list[_Selection]:
+    """Selections that leave out about one in ``share`` channels of every group (of each block).
+
+    They are the last ones, or if ``unlike`` at other places in each group than in those before it.
+    """
     selections = []
-    for group in groups:
+    for number, group in enumerate(groups):
         size = group.size // group.block_count
         if size > 1:
-            kept = torch.cat([block[: size - max(1, size // share)] for block in group.members()]).sort().values
+            left = size - max(1, size // share)
+            members = [block.roll(number * unlike) for block in group.members()]
+            kept = torch.cat([block[:left] for block in members]).sort().values
             selections.append(_Selection(group, kept, torch.full((group.size,), -1)))
     return selections
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ _SUMS = ("add", "sub", "rsub")
 
 def maps_zero_to_zero(node: Node) -> bool:
     """Evaluate the operator, with its own scalar arguments, on zeros."""
-    args, kwargs = map_nodes((node.args, node.kwargs), lambda n: torch.zeros((), dtype=n.value.dtype))
+    args, kwargs = map_nodes((node.args, node.kwargs), lambda n: torch.zeros([1] * n.value.ndim, dtype=n.value.dtype))
     try:
         result = node.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError):
@@ -55,11 +55,16 @@ def pointwise(state: Propagation, node: Node) -> Value:
         for dim, size in enumerate(core(value.labels).shape)
         if size > 1 and (parameters or not value.is_parameter) and not value.uniform
     }
+    across: set[int] | None = None
     joined: list[tuple[Node, LabelTensor]] = []
     neutral: list[tuple[Node, LabelTensor]] = []
     for n, value in operands:
         unowned = bool((core(value.labels) < 0).all()) or (value.is_parameter and not parameters)
-        alike = all(value.labels.ndim < -dim or value.shape[dim] == 1 for dim in varying)
+        alike = _spans_none(value, varying)
+        if unowned and not alike and not value.uniform:  # states of one channel may lie along more dimensions
+            if across is None:
+                across = {d for _, v in operands if not v.is_parameter for d in _channel_dims(state, v)}
+            alike = _spans_none(value, across) and bool(across)
         # The same number for every channel: a scalar, a spatial mask, a gate that broadcasts over channels, what a norm
         # that weighs its channels computes for a block of them.
         if value.uniform or (
@@ -84,14 +89,32 @@ def pointwise(state: Propagation, node: Node) -> Value:
 
 
 def _before_expansion(state: Propagation, node: Node, value: LabelTensor) -> tuple[Node, LabelTensor]:
-    """Return a tensor that no channel owns as it was before ``expand``, which shows the dimensions along which it is
-    constant."""
-    while node.op == "call" and operator_name(node, raw=True) == "expand" and bool((core(value.labels) < 0).all()):
+    """Return a tensor as it was before it was expanded, which shows the dimensions along which it is constant."""
+    while _expands(node) and (not value.is_parameter or bool((core(value.labels) < 0).all())):
         source = state.labels_of(node.args[0])
         if source is None:
             break
         node, value = node.args[0], source
     return node, value
+
+
+def _expands(node: Node) -> bool:
+    """True for ``expand``, and for ``repeat`` where it does the same."""
+    if node.op != "call" or (name := operator_name(node, raw=True)) not in ("expand", "repeat"):
+        return False
+    before = [1] * (len(node.shape) - len(node.args[0].shape)) + list(node.args[0].shape)
+    return name == "expand" or all(n in (1, after) for n, after in zip(before, node.shape, strict=True))
+
+
+def _spans_none(value: LabelTensor, dims: Iterable[int]) -> bool:
+    """True if a tensor broadcasts along all of ``dims``, which count from the last dimension."""
+    return all(value.labels.ndim < -dim or value.shape[dim] == 1 for dim in dims)
+
+
+def _channel_dims(state: Propagation, value: LabelTensor) -> Iterator[int]:
+    """Dimensions along which channels differ, from the last one."""
+    small = core(state.rooted(value.labels))
+    return (dim - small.ndim for dim, size in enumerate(small.shape) if size > 1)
 
 
 def _by_slices(state: Propagation, value: LabelTensor) -> bool:
@@ -300,7 +323,8 @@ def _silencing(state: Propagation, node: Node) -> frozenset[str]:
         return order[0] if order else frozenset()
     if len(known) < len(parts) or not parts:
         return frozenset()
-    if operator_name(node) in _RESHAPES or maps_zero_to_zero(node):
+    element_wise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if operator_name(node) in _RESHAPES or (element_wise and maps_zero_to_zero(node)):
         return frozenset().union(*known)
     return frozenset()
 

@@ -206,11 +206,13 @@ class Propagation:
             node = node.args[0]
         return self._tensors.get(node) if isinstance(node, Node) else None
 
-    def tensors_behind(self, node: Node) -> list[str]:
-        """Parameters that ``node`` is computed from."""
+    def tensors_behind(self, node: Node, *, alone: bool = False) -> list[str]:
+        """Parameters that ``node`` is computed from; none if ``alone`` and it also depends on an input."""
         seen, waiting, names = {node}, [node], []
         while waiting:
             current = waiting.pop()
+            if alone and current.op == "input":
+                return []
             if current in self._tensors:
                 names.append(self._tensors[current])
             waiting += [source for source in current.inputs if source not in seen]
@@ -271,7 +273,7 @@ class Propagation:
             self.read_elsewhere[name] = "an operator"
         if name in self.weights or node.value.numel() == 1:  # a single number is shared by all channels
             return LabelTensor(fixed_labels(shape, self.table.add_fixed(f"parameter {name}")), is_parameter=True)
-        if node.constant is not None:
+        if node.constant is not None and node.value.dtype != torch.bool:
             constant = _constant(self, node, f"buffer {name}")
             assert isinstance(constant, LabelTensor)
             return constant
@@ -283,6 +285,8 @@ class Propagation:
         self.elements[name] = shape
         owners = self.owners_of(name, shape.numel())
         trail = self.first_trail(name, len(owners), stable_hash(name))
+        if node.constant is not None:  # a mask cannot be tied: its entries say which channels are alike
+            trail = mix(trail, node.constant.reshape(-1).numpy().astype(np.int64))
         labels = torch.from_numpy(self.table.add(owner=owners, trail=trail)).reshape(shape)
         return LabelTensor(labels, is_parameter=True)
 
@@ -465,7 +469,7 @@ class Propagation:
                 f"input of {spread}, which moves channels to positions that {self.where(node)} reads as one channel"
                 if spread
                 else f"input of {self.where(node)}, which slides over channels, so that their order counts"
-                if operator_name(node, raw=True) == "convolution"
+                if operator_name(node, raw=True) == "convolution" or "pool" in operator_name(node)
                 else f"input of {self.where(node)}, which reads several channels as one"
             )
             table.pin(row, why, expose=not silent)
@@ -505,7 +509,8 @@ class Propagation:
         """``labels`` with the channel of every value in its place."""
         small = core(labels)
         values = small.numpy().reshape(-1)
-        roots = np.where(values > 0, self.table.roots(self.table.owner[np.maximum(values, 1)]), values)
+        roots, owned = values.copy(), values > 0
+        roots[owned] = self.table.roots(self.table.owner[values[owned]])
         return compress(torch.from_numpy(roots).reshape(small.shape).expand(labels.shape))
 
     def fixed(self, node: Node, reason: str | None = None) -> Value:

@@ -115,6 +115,7 @@ class Visit:
         args: positional arguments, with nodes in the place of tensors and :class:`Opaque` in that of other objects.
         kwargs: keyword arguments, likewise.
         output: the result, likewise; ``Opaque("nothing")`` if the call did not return.
+        functions: names of the custom autograd functions that forward called itself.
     """
 
     path: str
@@ -123,6 +124,7 @@ class Visit:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = Opaque("nothing")
+    functions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._decomp import get_decompositions
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.func import functional_call, functionalize
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -34,6 +36,17 @@ _MUTE = frozenset({torch.ops.aten._assert_tensor_metadata.default, torch.ops.ate
 _COMPOSED = get_decompositions([torch.ops.aten.glu.default, torch.ops.aten.unsafe_split.Tensor])
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _COPY = torch.ops.aten.copy_.default
+_aten = torch.ops.aten
+# Views that change a tensor in place, below functionalisation -> what they are recorded as.
+_IN_PLACE = {
+    _aten.squeeze_.default: _aten.squeeze.default,
+    _aten.squeeze_.dim: _aten.squeeze.dim,
+    _aten.squeeze_.dims: _aten.squeeze.dims,
+    _aten.unsqueeze_.default: _aten.unsqueeze.default,
+    _aten.transpose_.default: _aten.transpose.int,
+    _aten.t_.default: _aten.t.default,
+    _aten.as_strided_.default: _aten.as_strided.default,
+}
 _EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
 
 
@@ -189,6 +202,31 @@ class _Recorder(TorchDispatchMode):
         plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
         return value if plain else Opaque(type(value).__name__)
 
+    @contextmanager
+    def plain_functions(self) -> Iterator[None]:
+        """Run forward of custom autograd functions as it is: functionalisation refuses those that save tensors in it.
+
+        The module that calls one notes its name, because no graph form would keep its gradient.
+        """
+        apply = Function.__dict__["apply"]
+
+        def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch._C._are_functorch_transforms_active():  # another thread, not this forward pass
+                return apply.__get__(None, function)(*args, **kwargs)
+            if self._where[1] >= 0:
+                self.visits[self._where[1]].functions.append(function.__name__)
+            if function.setup_context is not Function.setup_context:
+                return function.forward(*args, **kwargs)
+            context = FunctionCtx()
+            context.needs_input_grad = (False,) * len(args)  # type: ignore[attr-defined]
+            return function.forward(context, *args, **kwargs)
+
+        Function.apply = classmethod(run)
+        try:
+            yield
+        finally:
+            Function.apply = apply
+
     @property
     def place(self) -> str:
         """Path of the module whose forward is running, or was when it failed."""
@@ -265,7 +303,7 @@ class _Recorder(TorchDispatchMode):
         node = self.add(
             "call",
             value,
-            target=func,
+            target=_IN_PLACE.get(func, func),
             args=node_args,
             kwargs=node_kwargs,
             inputs=tuple(inputs),
@@ -510,6 +548,7 @@ def _attempt(
         written: list[str] = []
         canonical = {key: recorder.tensors[_node(tensor)] for key, tensor in tensors.items()}
         stack.enter_context(recorder)
+        stack.enter_context(recorder.plain_functions())
         stack.enter_context(_PlainOperators())
         try:
             rewritten, outputs = functionalize(run)(tensors, [tensor for *_, tensor in attributes], inputs)

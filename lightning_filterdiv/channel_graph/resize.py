@@ -135,10 +135,10 @@ def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup], runs
     if fixing is None:
         return _fixed_by(graph, groups[0])
     literal, before, path = graph.recording.literal, dict(graph.recording.literal), fixing.module
-    reason, tried, where = "", set[str](), graph.recording.state.where(fixing)
-    if run.failed_in and refusal(graph, path) is not None and _has_children(model, run.failed_in):
-        # An assertion about the width of what it is given.
-        path, where = run.failed_in, f"the forward of {run.failed_in}"
+    reason, tried, where, operator = "", set[str](), graph.recording.state.where(fixing), operator_name(fixing)
+    before_part = bool(run.failed_in) and path.startswith(f"{run.failed_in}.")  # it failed before it called that
+    if run.failed_in and (before_part or (refusal(graph, path) is not None and _has_children(model, run.failed_in))):
+        path, where, operator = run.failed_in, f"the forward of {run.failed_in}", "a number"
     while path not in tried:
         if (refused := refusal(graph, path)) is not None:
             reason = f", and {refused}"
@@ -146,7 +146,7 @@ def _why_not_written(graph: ChannelAnswers, groups: Sequence[ChannelGroup], runs
         modules = named_modules(model)
         alike = [name for name, module in modules.items() if type(module) is type(modules[path])]
         tried.update(alike)
-        literal |= {name: operator_name(fixing) for name in alike if refusal(graph, name) is None}
+        literal |= {name: operator for name in alike if refusal(graph, name) is None}
         try:
             narrowing = Narrowing(graph, {s.group.name: s.kept for s in selections}, form="graph")
             with without_compilation(model), unchanged(model):
@@ -180,7 +180,8 @@ def _has_children(model: nn.Module, path: str) -> bool:
 def _try_graphs(graph: ChannelAnswers) -> None:
     """Note which bodies cannot be written as graphs for fewer channels."""
     channels = frozenset().union(*graph.constrained)
-    masks = masks_of(graph, leave_out([g for g in graph.groups if int(g.channels[0]) in channels]))
+    groups = [g for g in graph.groups if int(g.channels[0]) in channels]
+    masks = masks_of(graph, leave_out(groups, unlike=True))  # a body that is called twice keeps what it keeps by chance
     for path, operator in fixing_bodies(graph, channels).items():
         _try_graph(graph, path, operator, masks)
 

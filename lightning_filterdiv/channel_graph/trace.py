@@ -47,6 +47,8 @@ from .sites import constrained_channels, find_sites
 
 __all__ = ["kinds_of", "trace", "trace_at"]
 
+# Some keep an activation, which follows the norm, as a child.
+_PLAIN_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 Answers = TypeVar("Answers", bound=ChannelAnswers)
 
 _RULES: dict[str, Rule] = {**dict.fromkeys(EXTRA, pointwise), **layers.RULES, **moves.RULES}
@@ -166,7 +168,8 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in named_modules(model).items()
-        if hasattr(module, "eps") and next(module.children(), None) is None
+        if hasattr(module, "eps")
+        and (isinstance(module, (*_PLAIN_NORMS, CountedNorm)) or next(module.children(), None) is None)
     }
 
 
@@ -301,6 +304,8 @@ def _operations(record: Record, state: Propagation) -> Iterable[Operation]:
             inputs = tuple(record.tensors.get(n, n.name) for n in node.inputs)
             macs = _macs(node)
             weight = next((behind[n] for n in node.inputs[1:] if behind.get(n)), "") if macs else ""
+            if weight not in state.weights and weight not in state.computed:
+                weight = ""  # it mixes positions, or its rows are no filters
             channels = _channels_of(node, state) if macs and not weight else ()
             yield Operation(node.name, operator, node.module, inputs, shape, macs, weight, channels)
 

@@ -16,6 +16,7 @@ from lightning_filterdiv.channel_graph.counted import CountedReduction
 from lightning_filterdiv.channel_graph.narrow import tie
 from lightning_filterdiv.channel_graph.verify import compare, randomise
 from lightning_filterdiv.narrowing import load_merged, merge_channels, prune_channels, save_merged
+from lightning_filterdiv.narrowing.export import export_onnx
 
 from .checks import check_exact, merge
 
@@ -112,6 +113,34 @@ def test_saved_loaded_trained_and_of_other_sizes(tmp_path: Path) -> None:
     torch.testing.assert_close(merged(other), model(other))
     loaded.train()(other).square().mean().backward()
     assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_exported_and_in_onnxruntime(tmp_path: Path) -> None:
+    model, _ = _tied()
+    merged = merge_channels(model, UNEVEN, IMAGE).network
+    assert sum(isinstance(m, CountedReduction) for m in merged.modules()) == 1
+    images = torch.rand(5, 3, 8, 8)
+    exported = torch.export.export(merged, (IMAGE,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(images), model(images))
+    assert export_onnx(merged, tmp_path / "narrow.onnx", IMAGE) <= 1e-5
+
+
+def test_trained_traced_and_squeezed_again() -> None:
+    model, _ = _tied()
+    merged = merge_channels(model, UNEVEN, IMAGE).network.train()
+    optimizer = torch.optim.SGD(merged.parameters(), lr=0.1)
+    merged(IMAGE).square().mean().backward()
+    optimizer.step()
+    merged.eval()
+    graph = ChannelGraph.trace(merged, IMAGE)
+    assert graph.pinned == {"last": "network output"}
+    clusters = {group.name: torch.arange(group.size) // 2 for group in graph.groups}
+    tie(merged, graph, clusters)
+    narrow, report = merge_channels(merged, clusters, IMAGE)
+    assert report.trim <= 1e-12
+    (counted,) = (m for m in narrow.modules() if isinstance(m, CountedReduction))
+    assert counted.counts.tolist() == [4], "three of the first merge and one"
+    torch.testing.assert_close(narrow(IMAGE), merged(IMAGE))
 
 
 def test_pruned() -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -270,6 +271,21 @@ class Training(Res2Net):
         return y * 2 if self.training else y
 
 
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Binary(Res2Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return Sign.apply(super().forward(x))
+
+
 class Module(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -285,12 +301,13 @@ class Module(pl.LightningModule):
     [
         (Net(Dropping), r"body has no graph form: forward itself draws random numbers.*make it a submodule"),
         (Net(Training), r"body has no graph form: forward runs mul only in training mode"),
+        (Net(Binary), r"body has no graph form: .* the autograd function Sign, whose gradient would be lost"),
         (
             Module(),
             r"Module, a LightningModule, which keeps its class; move those lines into a submodule",
         ),
     ],
-    ids=["dropout", "training branch", "LightningModule"],
+    ids=["dropout", "training branch", "custom gradient", "LightningModule"],
 )
 def test_what_exists_in_training_only_is_refused_by_name(model: nn.Module, reason: str) -> None:
     graph = ChannelGraph.trace(model.eval(), IMAGE)
@@ -412,3 +429,71 @@ def test_several_bodies_that_hold_the_number_of_one_group() -> None:
     graph, narrow = check_exact(nn.Sequential(Scaled(3, 8), Scaled(8, 12), nn.Conv2d(12, 4, 1)), IMAGE)
     assert graph.pinned == {"2": "network output"}
     assert all(isinstance(scale, fx.GraphModule) for block in narrow[:2] for scale in block.scales)
+
+
+class Gated(nn.Module):
+    """One gate without parameters, called twice with other channels, as in NAFNet."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, 24, 1), nn.Conv2d(12, channels, 1)
+        self.third, self.fourth = nn.Conv2d(channels, 24, 1), nn.Conv2d(12, channels, 1)
+        self.gate = Halved()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.second(self.gate(self.first(x)))
+        return x + self.fourth(self.gate(self.third(x)))
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, 1)
+        return first * second
+
+
+def test_a_body_called_with_other_channels_stays_beside_one_that_is_written() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Gated(8), Slices(), nn.Conv2d(8, 4, 1))
+    model = model.double().eval()
+    randomise(model, torch.Generator().manual_seed(0))
+    graph = ChannelGraph.trace(model, IMAGE)
+    assert graph.pinned == {"3": "network output"}
+    clusters = {g.name: torch.arange(g.size) % (3 if g.name.startswith("2") else g.size // 2) for g in graph.groups}
+    tie(model, graph, clusters)
+    narrow, report = merge_channels(model, clusters, IMAGE)
+    assert report.trim <= EXACT
+    assert type(narrow[1].gate) is Halved
+    assert isinstance(narrow[2], fx.GraphModule)
+
+
+class Checked(nn.Module):
+    """A body that compares the width of what it is given with a number before it calls a layer, as in diffusers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.conv = channels, nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, **options: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        x = self.conv(x) if scale is None else self.conv(x) * scale
+        return x + options["shift"] if options else x
+
+
+class Checks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.checked, self.bare = nn.Conv2d(3, 12, 1), Checked(12), Checked(12)
+        self.moments, self.last = nn.Conv2d(12, 8, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.checked(self.bare(self.first(x)), shift=x.mean(1, keepdim=True))
+        mean, deviation = self.moments(y).chunk(2, 1)  # this forward has no graph form: it draws random numbers
+        return self.last(mean + deviation.exp() * torch.randn_like(mean) if self.training else mean * deviation)
+
+
+def test_a_check_of_widths_makes_the_body_that_runs_it_a_graph() -> None:
+    graph, narrow = check_exact(Checks(), IMAGE)
+    assert graph.pinned == {"last": "network output"}
+    assert isinstance(narrow.checked, fx.GraphModule)
+    assert isinstance(narrow.bare, fx.GraphModule)
+    assert type(narrow.bare.conv) is nn.Conv2d
+    assert type(narrow) is Checks

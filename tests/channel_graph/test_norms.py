@@ -84,6 +84,8 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], bool, type[CountedNorm]]] = {
     "GroupNorm of one": (lambda: nn.GroupNorm(1, 8), False, CountedGroupNorm),
     "GroupNorm": (lambda: nn.GroupNorm(2, 8), False, CountedGroupNorm),
     "timm GroupNorm1": (lambda: timm.layers.GroupNorm1(8), False, CountedGroupNorm),
+    "norm with an activation": (lambda: timm.layers.LayerNormAct2d(8, act_layer=nn.Tanh), False, CountedLayerNorm),
+    "group norm with an activation": (lambda: timm.layers.GroupNormAct(8, group_size=8), False, CountedGroupNorm),
     "response norm": (lambda: GlobalResponseNorm(8, channels_last=False), False, CountedResponseNorm),
     "response norm, channels last": (lambda: GlobalResponseNorm(8, channels_last=True), True, CountedResponseNorm),
 }
@@ -207,7 +209,17 @@ class Shifted(nn.LayerNorm):
         return super().forward(input.square())
 
 
-@pytest.mark.parametrize("norm", [Shifted(8), timm.layers.SimpleNorm(8)], ids=["subclass", "another mean"])
+def _with_two_children() -> nn.Module:
+    norm = timm.layers.LayerNormAct(8, drop_layer=nn.Dropout)
+    assert isinstance(norm.drop, nn.Dropout)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [Shifted(8), timm.layers.SimpleNorm(8), _with_two_children()],
+    ids=["subclass", "another mean", "two children"],
+)
 def test_a_module_that_is_no_known_norm_is_pinned(norm: nn.Module) -> None:
     assert counted_form(norm, (1, 6, 6, 8), 3) is None
     graph = ChannelGraph.trace(Around(norm, last=True), IMAGE)

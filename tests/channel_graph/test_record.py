@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, TraceError, capture_inputs
@@ -71,12 +73,44 @@ def _buffer(module: Body, x: Tensor) -> Tensor:
     return x.relu()
 
 
+class Sign(torch.autograd.Function):
+    """The straight-through estimator, as it is mostly written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sign() if not any(ctx.needs_input_grad) else x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (ctx.saved_tensors[0].abs() < 1)
+
+
+class Swish(torch.autograd.Function):
+    """With its context set up apart."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
 FREE = {
     "constants on the device of the input": lambda module, x: x * torch.ones(1, device=x.device),
     "a grid made in forward": lambda module, x: x * torch.linspace(0, 1, x.shape[-1]),
     "a number read from a constant": lambda module, x: x * torch.arange(3.0).sum().item(),
     "in-place edits of slices": _in_place,
     "a buffer that counts": _buffer,
+    "a custom gradient": lambda module, x: Sign.apply(x),
+    "a custom gradient with its context apart": lambda module, x: Swish.apply(x),
+    "a checkpoint": lambda module, x: checkpoint(torch.relu, x, use_reentrant=True),
 }
 
 
@@ -90,7 +124,7 @@ def test_what_treats_all_channels_alike_pins_nothing(kind: str) -> None:
 PINNED = {
     "a kernel in a plain attribute": (
         lambda module, x: F.conv2d(x, module.kernel, padding=1, groups=8),
-        "input of conv2d in forward, whose weight is computed in forward",
+        "input of conv2d in forward, whose weight is tensor attribute kernel",
     ),
     "random numbers": (lambda module, x: x + torch.randn_like(x), "meets values that no channel owns"),
     "a different number for every channel": (
@@ -109,6 +143,32 @@ def test_what_tells_channels_apart_pins_them(kind: str) -> None:
     assert re.search(reason, graph.pinned["first"]), graph.pinned["first"]
 
 
+class Vector(nn.Module):
+    """A gate from a linear layer on a vector, whose dimension of size one goes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.second = nn.Conv2d(3, 8, 3), nn.Linear(5, 8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.second(self.first(x) * self.gate(condition).view(1, -1, 1, 1))
+
+
+def test_a_linear_layer_on_a_vector_is_followed() -> None:
+    graph, _ = check_exact(Vector(), (IMAGE, torch.rand(5)))
+    assert graph.pinned == {"second": "network output"}
+    assert {*graph.groups[0].producers} == {"first", "gate"}
+
+
+def test_a_custom_gradient_still_works_after_a_trace() -> None:
+    before = Sign.__dict__.get("apply"), torch.autograd.Function.__dict__["apply"]
+    ChannelGraph.trace(Body(lambda module, x: Sign.apply(x)), IMAGE)
+    assert (Sign.__dict__.get("apply"), torch.autograd.Function.__dict__["apply"]) == before
+    x = torch.tensor([0.5, 2.0], requires_grad=True)
+    Sign.apply(x).sum().backward()
+    assert x.grad.tolist() == [1.0, 0.0]
+
+
 def test_an_index_in_a_list_is_followed() -> None:
     graph, _ = check_exact(Body(lambda module, x: x + 0 * x[:, :, :, :1].relu()), IMAGE)
     assert mergeable(graph) == 8
@@ -123,6 +183,27 @@ def test_random_state_and_hooks_are_as_before() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert calls, "hooks are part of the forward pass"
     assert len(model.first._forward_hooks) == 1
+
+
+class Capturing(nn.Sequential):
+    """Installs a hook at its first call, as models of transformers do."""
+
+    installed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.installed:
+            self[0].register_forward_hook(lambda module, inputs, output: output + 1)
+            self.installed = True
+        return super().forward(x)
+
+
+def test_hooks_that_forward_installs_are_installed_once() -> None:
+    torch.manual_seed(0)
+    model = Capturing(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    expected = copy.deepcopy(model)(IMAGE)
+    ChannelGraph.trace(model, IMAGE)
+    assert not model[0]._forward_hooks
+    assert torch.equal(model(IMAGE), expected)
 
 
 def test_tied_layers_are_one_layer() -> None:

@@ -145,8 +145,28 @@ def test_a_weight_that_mixes_its_filters_is_pinned_by_name() -> None:
     _spectral(model)
     graph = ChannelGraph.trace(model, IMAGE)
     assert "second" not in {layer for group in graph.groups for layer in group.layers}
-    assert re.search("its weight is computed by .* not by filters", graph.pinned["second"])
+    assert re.search("its weight is computed by .* from all of its filters at once", graph.pinned["second"])
     assert graph.why_absent("second") == graph.pinned["second"]
+
+
+class Projection(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.rand(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.movedim(1, -1).flatten(0, 2) @ self.matrix).view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+
+
+class ActivationMap(nn.Module):
+    """Class activation maps: a linear layer once more, as a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.linear.weight[:, :, None, None]) * self.linear(x.mean((2, 3)))[:, :, None, None]
 
 
 REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
@@ -164,6 +184,32 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
         IMAGE,
         "first",
         "input of softmax in forward over dimension 1, which mixes channels",
+    ),
+    "a matrix that is the weight of no layer": (
+        lambda: Between(Projection()),
+        IMAGE,
+        "first",
+        "input of matmul in between by between.matrix, which is the weight of no convolution or linear layer",
+    ),
+    "another layer's weight": (
+        lambda: Between(ActivationMap()),
+        IMAGE,
+        "first",
+        "input of conv2d in between, whose weight is between.linear.weight in another form: columns do not add",
+    ),
+    "products over channels within heads": (
+        lambda: Between(
+            lambda x: (x.view(2, 2, 4, -1).softmax(-1) @ x.view(2, 2, 4, -1).mT @ x.view(2, 2, 4, -1)).view(x.shape)
+        ),
+        torch.rand(2, 3, 8, 8),
+        "first",
+        "input of matmul in forward, which multiplies every channel by every other",
+    ),
+    "local response norm": (
+        lambda: Between(nn.LocalResponseNorm(3)),
+        IMAGE,
+        "first",
+        "input of avg_pool3d in between, which slides over channels, so that their order counts",
     ),
 }
 
