@@ -144,7 +144,12 @@ def safe_file_name(name: str) -> str:
 def is_pickled(path: str | os.PathLike[str]) -> bool:
     """True if a file is an archive or begins like a pickle. Old pickles have letters as opcodes, so text may match."""
     with open(path, "rb") as file:
-        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
+        if file.read(1) == b"\x80":
+            return True
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an archive whose directory is damaged
+        return True
 
 
 def find_damage(path: str | os.PathLike[str]) -> str:

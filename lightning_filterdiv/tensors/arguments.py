@@ -40,10 +40,10 @@ def check_number(
     lower = f"{above:g} < {name}" if above > -math.inf else f"{low:g} <= {name}" if low > -math.inf else name
     allowed = lower + (f" <= {high:g}" if high < math.inf else f" < {below:g}" if below < math.inf else "")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number ({allowed}), got {value!r}")
+        raise TypeError(f"{name} must be a number ({allowed}), got {_in_one_line(value)}")
     # Unlike math.isfinite, the comparison also takes integers that are too large for a float; NaN fails it.
     if not abs(value) <= sys.float_info.max or not (above < value < below and low <= value <= high):
-        raise ValueError(f"{name} must be a finite number with {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number with {allowed}, got {_in_one_line(value)}")
     return float(value)
 
 
@@ -55,9 +55,9 @@ def check_integer(name: str, value: object, *, low: int) -> int:
         ValueError: below ``low``.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer >= {low}, got {value!r}")
+        raise TypeError(f"{name} must be an integer >= {low}, got {_in_one_line(value)}")
     if value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= {low}, got {_in_one_line(value)}")
     return value
 
 
@@ -68,8 +68,13 @@ def check_flag(name: str, value: object) -> bool:
         TypeError: anything else.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {_in_one_line(value)}")
     return value
+
+
+def _in_one_line(value: object) -> str:
+    """Return ``repr(value)`` without the line breaks of a tensor."""
+    return " ".join(repr(value).split())
 
 
 def check_choice(name: str, value: T, choices: object) -> T:
@@ -80,7 +85,7 @@ def check_choice(name: str, value: T, choices: object) -> T:
     """
     allowed = get_args(choices)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {_in_one_line(value)}")
     return value
 
 

@@ -163,8 +163,8 @@ class Told(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.fuse.called("logger", "ours" if any(key.startswith(OUR_TAGS) for key in metrics) else "log_metrics")
 
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        self.fuse.called("logger", "log_hyperparams")
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        self.fuse.called("logger", "log_hyperparams" if "some" in params else "our_hyperparams")
 
     def log_graph(self, *_: Any, **__: Any) -> None:
         self.fuse.called("logger", "log_graph")
@@ -299,8 +299,8 @@ OURS: dict[str, dict[str, int]] = {
     "repr": {"ours": 2},
     "csgd": {"ours": 3},
     "basis": {"ours": 7},
-    "monitor": {"ours": 4, "add_custom_scalars": 1},
-    "monitor_figures": {"ours": 4, "add_custom_scalars": 1, "add_image": 8},
+    "monitor": {"ours": 4, "add_custom_scalars": 1, "our_hyperparams": 1},
+    "monitor_figures": {"ours": 4, "add_custom_scalars": 1, "our_hyperparams": 1, "add_image": 8},
     "entropy": {"ours": 2},
 }
 WITH_FIGURES = next(case for case in CASES if case.name == "monitor_figures")

@@ -97,7 +97,7 @@ def _tensor(tensor: Tensor, draw: random.Random) -> Tensor:
         lambda: tensor[:0] if tensor.dim() else tensor,
         lambda: tensor.to(torch.complex64),
         lambda: tensor.to(torch.int8),
-        lambda: tensor.to_sparse() if tensor.dim() else tensor,
+        lambda: tensor.to_sparse() if tensor.dim() and not tensor.is_meta else tensor,
         lambda: tensor.to("meta"),
         lambda: torch.full(tensor.shape, float("nan")),
         lambda: tensor.to(torch.float64),

@@ -292,7 +292,7 @@ TASKS: tuple[Task, ...] = (
         Audio,
         refusals={
             "expand": (NoLayersError, "no convolution for kind='CL' to expand ('net.0' is a Conv1d)"),
-            "importance": (NoLayersError, "to put a gate behind: 'net.0' is an nn.Conv1d with 1 group"),
+            "importance": (NoLayersError, "whose class is exactly nn.Conv2d: 'net.0' is an nn.Conv1d with 1 group"),
             "entropy": (MisconfigurationException, "this network reads signals ('net.0' is a Conv1d)"),
         },
     ),
