@@ -206,6 +206,21 @@ def test_hooks_that_forward_installs_are_installed_once() -> None:
     assert torch.equal(model(IMAGE), expected)
 
 
+class AsksDevice(nn.Sequential):
+    """Runs on values only, although it reads none: there is no autocast for meta tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+def test_forward_that_asks_for_the_device_pins_nothing() -> None:
+    model = AsksDevice(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    assert graph.pinned == {"4": "network output"}
+    assert [group.size for group in graph.groups] == [8, 6]
+
+
 class Caching(nn.Sequential):
     """Keeps what it computes from its weights, by device, and its features, as LeViT and feature extractors do."""
 
