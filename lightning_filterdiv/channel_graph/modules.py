@@ -7,7 +7,7 @@ import gc
 import io
 import logging
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
@@ -110,18 +110,21 @@ def without_compilation(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = implementation
 
 
-#: Tensors, children and hooks. A forward may install hooks at its first call, and note that in an attribute.
-_TABLES = [key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)]
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 @contextmanager
 def unchanged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Set the mode, and restore every attribute and hook of every module and the random state afterwards."""
+    """Set the mode, and restore every attribute and hook of every module and the random state afterwards.
+
+    Dicts, lists and sets among the attributes get their entries back: hooks that forward installs at its first call
+    (transformers), caches (LeViT).
+    """
     modules = all_modules(model)
     attributes = [(m, dict(m.__dict__)) for m in modules]
-    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (table, dict(table)) for m in modules for key in _TABLES if (table := m.__dict__.get(key)) is not None
-    ]
+    containers = {
+        id(c): (c, copy.copy(c)) for _, values in attributes for c in values.values() if type(c) in _CONTAINERS
+    }
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -131,9 +134,9 @@ def unchanged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
                 module.training = training and not isinstance(module, nn.modules.dropout._DropoutNd)
             yield
         finally:
-            for table, entries in tables:
-                table.clear()
-                table.update(entries)
+            for container, entries in containers.values():
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(entries)
             for module, before in attributes:
                 module.__dict__.clear()
                 module.__dict__.update(before)

@@ -141,6 +141,7 @@ class Record:
         reads: nodes whose values forward read (``.item()``, ``nonzero``), where they depend on more than constants.
         visits: the module calls, by their number.
         idle: those of ``nodes`` that no output depends on.
+        real: forward ran on values, because it does not run on shapes alone.
     """
 
     nodes: tuple[Node, ...]
@@ -151,6 +152,7 @@ class Record:
     reads: frozenset[Node]
     visits: tuple[Visit, ...]
     idle: frozenset[Node] = frozenset()
+    real: bool = False
 
     @property
     def calls(self) -> Iterator[Node]:

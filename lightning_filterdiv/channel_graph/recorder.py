@@ -142,7 +142,7 @@ class _Recorder(TorchDispatchMode):
         self.outputs: list[Node] = []
         self.stack: list[tuple[nn.Module, str, int, bool]] = []
         self.asked_for_values = False
-        self._modules, self._known, self._real = modules, known, real
+        self._modules, self._known, self.real = modules, known, real
         self._by_id: dict[int, tuple[Tensor, Node, Tensor]] = {}  # tensors that came from outside
         self._where: tuple[str, int, bool] = ("", -1, False)
         self._handles: list[Any] = []
@@ -257,7 +257,7 @@ class _Recorder(TorchDispatchMode):
     def outside(self, tensor: Tensor) -> Node:
         """The node of a tensor that came in by itself: a constant, or a parameter that a module keeps in a list."""
         name = self._known.get(id(tensor))
-        stand_in = tensor if self._real else meta_like(tensor)
+        stand_in = tensor if self.real else meta_like(tensor)
         if name is not None:
             constant = value_of_buffer(tensor)
             node = self.add("tensor", meta_like(tensor), constant=constant, fixed=constant is not None)
@@ -319,12 +319,12 @@ class _Recorder(TorchDispatchMode):
                     known = constant[index] if constant is not None else None
                     item = self.add("item", part, args=(node, index), inputs=(node,), constant=known, fixed=node.fixed)
                     self.attach(result[index], item)
-        if reads_values(func, self._real) and not node.fixed and not _by_numbers(func, args):
+        if reads_values(func, self.real) and not node.fixed and not _by_numbers(func, args):
             self.reads.add(node)
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[Node, None]) -> Any:
-        if self._real:
+        if self.real:
             return func(*args, **kwargs)
         if func is _BATCH_NORM and not args[5] and (given := args[0]).is_meta and is_dense(given):
             return meta_like(given), *(torch.empty(0, dtype=given.dtype, device=_META) for _ in range(2))
@@ -361,7 +361,7 @@ class _Recorder(TorchDispatchMode):
         """The value of a call that depends on constants alone."""
         if any(source.constant is None for source in node.inputs) and not is_shape_only(func):
             return None
-        if func._schema.name.rpartition("::")[2] in _EMPTY or reads_values(func, self._real):
+        if func._schema.name.rpartition("::")[2] in _EMPTY or reads_values(func, self.real):
             return None
         parts = node.value if isinstance(node.value, tuple) else (node.value,)
         if any(not isinstance(part, Tensor) or part.numel() > _FOLDED for part in parts):
@@ -487,6 +487,7 @@ def _record_of(recorder: _Recorder) -> Record:
         frozenset(recorder.reads),
         tuple(recorder.visits),
         idle,
+        recorder.real,
     )
 
 

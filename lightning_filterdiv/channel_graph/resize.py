@@ -210,14 +210,15 @@ def find_unresizable(
 
     Runs on shapes alone; no weight is copied. Groups of the same layers and readers (blocks of a norm) are asked about
     together. Groups whose counts forward ties together are left out: they have been traced at other widths already. A
-    forward that reads values does not run on shapes: the numerical check of a narrowing has the last word there.
+    forward that reads values, or asks for their device, does not run on shapes: the numerical check of a narrowing has
+    the last word there.
 
     Args:
         graph: channel graph of the network.
         settled: names of groups that are not asked about.
         runs: takes up the runs in which every body was as it is.
     """
-    if graph.read_values:
+    if graph.read_values or graph.recording.record.real:
         return []
     runs = {} if runs is None else runs
     bound = frozenset().union(*graph.constrained)
@@ -235,8 +236,6 @@ def find_unresizable(
     run = _run_narrower(graph, list(itertools.chain(*part)), runs)
     if run.shapes == graph.output_shapes:
         return []
-    if run.shapes is None and _run_narrower(graph, (), {}).shapes is None:
-        return []  # forward runs on no shapes at all, for example because it asks a device for autocast
     if run.failed_in is not None:  # mostly a layer in the module whose forward fails
         for suspects in part:
             if _kinds_in(suspects[0], run.failed_in) and not fits([suspects]):

@@ -206,6 +206,46 @@ def test_hooks_that_forward_installs_are_installed_once() -> None:
     assert torch.equal(model(IMAGE), expected)
 
 
+class AsksDevice(nn.Sequential):
+    """Runs on values only, although it reads none: there is no autocast for meta tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+def test_forward_that_asks_for_the_device_pins_nothing() -> None:
+    model = AsksDevice(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    graph = ChannelGraph.trace(model, IMAGE)
+    assert graph.pinned == {"4": "network output"}
+    assert [group.size for group in graph.groups] == [8, 6]
+
+
+class Caching(nn.Sequential):
+    """Keeps what it computes from its weights, by device, and its features, as LeViT and feature extractors do."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.cache: dict[str, Tensor] = {}
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if str(x.device) not in self.cache:
+            self.cache[str(x.device)] = self[0].weight.abs().amax()
+        self.seen.append(x)
+        return super().forward(x) * self.cache[str(x.device)]
+
+
+def test_what_forward_keeps_in_containers_is_not_kept() -> None:
+    model = Caching(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    cache, seen = model.cache, model.seen
+    ChannelGraph.trace(model, IMAGE)
+    assert model.cache is cache
+    assert model.seen is seen
+    assert not cache
+    assert not seen
+
+
 def test_tied_layers_are_one_layer() -> None:
     model = Body(lambda module, x: x)
     model.again = model.first
