@@ -250,8 +250,8 @@ def summary_table(rows: dict[str, dict[str, Any]]) -> str:
         f"| networks traced | {len(rows) - len(s['errors'])} of {len(rows)} |",
         f"| median CPU seconds of a trace | {s['median seconds']:.2f} |",
         f"| median time over that of torch-pruning ({compared} networks) | {s['median ratio to torch-pruning']:.1f} |",
-        "| networks whose trace takes longer than ten times torch-pruning plus 0.5 s (on values: than two forward passes plus "
-        f"0.5 s) | {slow} |",
+        "| networks whose trace takes longer than ten times torch-pruning plus 0.5 s "
+        f"(on values: than two forward passes plus 0.5 s) | {slow} |",
         f"| median speed-up over version 0.1 ({before} networks) | {'-' if gain is None else f'{gain:.0f}'} |",
     ]
     return "\n".join(lines)
