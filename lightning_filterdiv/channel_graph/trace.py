@@ -326,7 +326,7 @@ def _held(node: Node, state: Propagation) -> Ints:
     if value is None or (small.ndim > 1 and min(small.shape[-2:]) > 1):
         return np.zeros(0, dtype=np.int64)
     values = small.reshape(-1).numpy()
-    return np.where(values > 0, state.table.roots(state.table.owner[values]), -1)
+    return np.where(values > 0, state.table.roots(state.table.owner[values.clip(0)]), -1)
 
 
 def _macs(node: Node) -> int:
