@@ -326,7 +326,9 @@ def _held(node: Node, state: Propagation) -> Ints:
     if value is None or (small.ndim > 1 and min(small.shape[-2:]) > 1):
         return np.zeros(0, dtype=np.int64)
     values = small.reshape(-1).numpy()
-    return np.where(values > 0, state.table.roots(state.table.owner[values.clip(0)]), -1)
+    channels = np.full(len(values), -1)
+    channels[values > 0] = state.table.roots(state.table.owner[values[values > 0]])
+    return channels
 
 
 def _macs(node: Node) -> int:
