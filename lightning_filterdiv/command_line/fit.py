@@ -77,7 +77,7 @@ class _ConfigurationError(CommandError):
 
 
 class _SaveConfiguration(SaveConfigCallback):
-    """Lightning's, which fails where a file is; a fit that ends before its first batch leaves none behind."""
+    """Saves the configuration as Lightning does. A fit that ends before its first batch takes the file back."""
 
     trained = False
 
@@ -218,7 +218,7 @@ class FilterDivCLI(LightningCLI):
         except Exception as error:
             if isinstance(error, (MisconfigurationException, ValueError)) and _raised_in(error, "lightning_filterdiv"):
                 raise CommandError(str(error)) from error
-            if _raised_in(error, "lightning", "torch", "packaging") and (part := _restored_part(error)):
+            if _raised_in(error, "lightning", "torch", "packaging") and (part := _unrestored(error)):
                 cause = " ".join(f"{type(error).__name__}: {error}".split())
                 raise CommandError(
                     f"--ckpt_path {self.config[subcommand].ckpt_path}: its {part} cannot be restored ({cause}). The "
@@ -240,8 +240,10 @@ def _raised_in(error: Exception, *packages: str) -> bool:
     return str(frame.f_globals["__name__"]).partition(".")[0] in packages
 
 
-def _restored_part(error: Exception) -> str:
-    """Name the part of a checkpoint at which Trainer failed to restore it; empty if ``error`` has another origin."""
+def _unrestored(error: Exception) -> str:
+    """Name the part of a checkpoint that Trainer failed to restore; empty if ``error`` has another origin."""
+    if isinstance(error, OSError):  # there is no such file
+        return ""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [frame.f_code.co_name for frame in frames if frame.f_globals["__name__"] == checkpoint_connector.__name__]
     if names[-1:] == ["resume_start"]:

@@ -69,7 +69,7 @@ def test_files_that_are_no_checkpoints(capsys: pytest.CaptureFixture[str]) -> No
     said = {
         "": "filterdiv fit: --ckpt_path is empty",
         "folder": "folder: Is a directory",
-        "none.ckpt": "Checkpoint file not found: none.ckpt",
+        "none.ckpt": "filterdiv fit: Checkpoint file not found: none.ckpt",
         "weights.pt": "--ckpt_path weights.pt holds weights and no state of a training; name a file that Trainer",
         "list.pt": "--ckpt_path list.pt holds neither a Lightning checkpoint nor a state dict",
         "half.ckpt": "--ckpt_path half.ckpt is not a checkpoint",
