@@ -174,10 +174,9 @@ class ValueTable:
         start, stop = self._size, self._size + len(owner)
         capacity = len(self._columns["owner"])
         if stop > capacity:
-            grown = max(stop, 2 * capacity)
-            self._columns = {
-                name: np.concatenate([c, np.zeros(grown - capacity, np.int64)]) for name, c in self._columns.items()
-            }
+            for name, old in self._columns.items():
+                self._columns[name] = np.empty(max(stop, 2 * capacity), dtype=np.int64)
+                self._columns[name][:start] = old[:start]
         self._size = stop
         columns = {"owner": owner, "trail": trail, "slot": slot, "origin": origin, "leak": leak, "zero": zero}
         for name, values in columns.items():
@@ -237,7 +236,7 @@ class ValueTable:
     def pin(self, labels: Tensor | Ints, reason: str, *, expose: bool = True) -> None:
         """Pin the owners of the positive ``labels``. With ``expose`` they cannot be silenced either, for the same
         reason."""
-        values, _ = distinct(core(labels).numpy() if isinstance(labels, Tensor) else labels)
+        values = unique(core(labels).numpy() if isinstance(labels, Tensor) else labels)
         values = values[values > 0]
         for owner in unique(self.owner[values]).tolist():
             self.pins.setdefault(owner, reason)

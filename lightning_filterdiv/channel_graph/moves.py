@@ -533,12 +533,13 @@ def _joined(
 def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
     """Return values that depend on themselves and on all values that they meet."""
     table = state.table
-    pairs, inverse = np.unique(
-        np.stack([own.reshape(-1).numpy(), joint.reshape(-1).numpy()], axis=1), axis=0, return_inverse=True
-    )
-    result = pairs[:, 1].copy()
-    owned = (pairs > 0).all(axis=1)
-    mine, met = pairs[owned].T
+    owns, joints = own.reshape(-1).numpy(), joint.reshape(-1).numpy()
+    low, span = joints.min(), joints.max() - joints.min() + 1
+    pairs, inverse = distinct(owns * span + (joints - low))  # one number for a pair
+    first, second = pairs // span, pairs % span + low
+    result = second.copy()
+    owned = (first > 0) & (second > 0)
+    mine, met = first[owned], second[owned]
     result[owned] = table.add(
         owner=table.owner[mine],
         trail=mix(table.trail[mine], table.trail[met]),
@@ -547,7 +548,7 @@ def _pairwise(state: Propagation, own: Tensor, joint: Tensor) -> Tensor:
         leak=table.leak[met],
         zero=table.zero[met],
     )
-    return torch.from_numpy(result[inverse.reshape(-1)]).reshape(own.shape)
+    return torch.from_numpy(result[inverse]).reshape(own.shape)
 
 
 _LINEAR = ("sum", "mean", "bmm")

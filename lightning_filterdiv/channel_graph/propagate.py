@@ -132,10 +132,14 @@ class Propagation:
         self._tensors, self._rules = record.tensors, rules
         self._count_calls(record)
         read: str | None = None
+        pinned: set[Node] = set()  # a detector takes thousands of pieces of one tensor
         for node in record.nodes:
             if read is not None:
                 for source in node.inputs:
-                    self.pin(source, read)
+                    if source not in pinned:
+                        self.pin(source, read)
+                        if self.values.get(source) is not None:  # a parameter may get labels later
+                            pinned.add(source)
             if read is not None and node.op == "call" and operator_name(node, raw=True) not in layers:
                 self.values[node] = None if self._is_moved_parameter(node) else self.fixed(node)
             elif node.op == "item":
