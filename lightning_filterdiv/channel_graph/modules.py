@@ -122,9 +122,7 @@ def unchanged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """
     modules = all_modules(model)
     attributes = [(m, dict(m.__dict__)) for m in modules]
-    containers = {
-        id(c): (c, copy.copy(c)) for _, values in attributes for c in values.values() if type(c) in _CONTAINERS
-    }
+    containers = {id(c): (c, c.copy()) for _, values in attributes for c in values.values() if type(c) in _CONTAINERS}
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
