@@ -60,7 +60,7 @@ def _write_what_fails_beside_graphs(graph: ChannelAnswers) -> None:
     while not graph.read_values:
         keep = {s.group.name: s.kept for s in leave_out([group for group in graph.groups if group.size > 1])}
         try:
-            narrowing = Narrowing(graph, keep)
+            narrowing = Narrowing(graph, keep, form="graph")
             with without_compilation(model), unchanged(model):
                 replace_tensors(model, meta_stand_ins(model))
                 narrow = narrowing(model)
