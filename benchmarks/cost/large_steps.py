@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from benchmarks.common.device import clock, description, result_path
+from benchmarks.cost.launches import Count
 from benchmarks.cost.overhead import METHODS
-from benchmarks.cost.scaling import GPUS, SHOWN, WORKLOADS, Count, Workload, hook_seconds, step_seconds
+from benchmarks.cost.scaling import GPUS, SHOWN, WORKLOADS, Workload, hook_seconds, step_seconds
 from benchmarks.models import build_network
 
 RESULT = result_path("large_steps.json", "cuda")

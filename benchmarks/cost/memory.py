@@ -1,6 +1,7 @@
-"""Memory that a callback's rule keeps between steps and needs at its peak, in copies of the network's weights.
+"""Memory that a callback's rule keeps between steps and needs at its peak, in copies of the weights; at two commits.
 
     python -m benchmarks.cost.memory
+    python -m benchmarks.cost.memory --against 26da89e
 
 A ResNet-50 has gradients and SGD's momentum. Then the rule is built and makes steps. *Kept* is the memory of the
 process after them minus that before. *Peak* is its high-water mark (Linux; on a GPU the allocator's). One copy of the
@@ -13,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import json
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torchvision
 from torch import nn
 
 from benchmarks.common.device import default_device, description, result_path
+from benchmarks.cost import against
 from benchmarks.cost.measure import measured
 from benchmarks.cost.overhead import METHODS
 
@@ -40,7 +43,7 @@ def _held(device: torch.device) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
-def measure(method: str, device: torch.device, steps: int = 2) -> dict[str, Any]:
+def measure(method: str, device: torch.device, steps: int = 2) -> dict[str, float]:
     """Copies of the weights that a rule keeps and needs at its peak."""
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.resnet50().to(device)
@@ -61,16 +64,30 @@ def measure(method: str, device: torch.device, steps: int = 2) -> dict[str, Any]
             after()
     kept = _held(device)
     return {
-        "method": method,
         "kept": (kept - before_it) / copy,
         "peak": (built - before_it + 2**20 * cost.extra_mib) / copy,
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def prepare(method: str) -> Callable[[], Mapping[str, float]]:
+    """Memory of one rule on the CPU."""
+    return lambda: measure(method, torch.device("cpu"))
+
+
+def worker() -> None:
+    """Run in a process of :func:`benchmarks.cost.against.compare`."""
+    torch.set_num_threads(1)
+    against.serve(prepare)
+
+
+def table(record: Mapping[str, Any]) -> str:
     """Markdown."""
-    lines = ["| rule | kept between steps | at the peak of a step |", "|---|---|---|"]
-    lines += [f"| {row['method']} | {max(0, row['kept']):.2f} | {max(0, row['peak']):.2f} |" for row in record["rows"]]
+    versions = list(next(iter(record["rules"].values())))
+    names = [f"{what}, {name}" for what in ("kept between steps", "at the peak of a step") for name in versions]
+    lines = [f"| {' | '.join(['rule', *names])} |", "|---" * (1 + len(names)) + "|"]
+    for rule, of in record["rules"].items():
+        cells = [f"{max(0, of[name][what]):.2f}" for what in ("kept", "peak") for name in versions]
+        lines.append(f"| {' | '.join([rule, *cells])} |")
     line = f"{record['device']}, torch {record['torch']}; ResNet-50, in copies of its weights (97.5 MiB)."
     return "\n".join([*lines, "", line])
 
@@ -81,11 +98,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=ours, default=ours)
     parser.add_argument("--device", default=default_device())
+    parser.add_argument("--against", metavar="REV", help="a commit to compare with, on a CPU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.against and options.device != "cpu":
+        parser.error("--against compares on a CPU; leave out --device")
     device = torch.device(options.device)
-    rows = [measure(method, device) for method in options.methods]
-    record = {"device": description(device), "torch": version("torch"), "rows": rows}
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as in the processes that measure
+        found = against.compare("benchmarks.cost.memory", options.methods, 1, options.against)
+        rules = {method: {name: one for name, (one,) in of.items()} for method, of in found.items()}
+    else:
+        rules = {method: {against.HERE: measure(method, device)} for method in options.methods}
+    record = {"device": description(device), "torch": version("torch"), "rules": rules}
     path: Path = options.out or result_path("memory.json", device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -17,18 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
-from torch import nn
 
 from benchmarks.common.device import read_result, result_path
 from benchmarks.cost.events import LOG, NUMBERS
-from benchmarks.cost.fake_device import KernelCounter, host_draws_apart, profiled_operations
+from benchmarks.cost.fake_device import profiled_operations
+from benchmarks.cost.launches import Count, count_hooks
 from benchmarks.cost.overhead import trained_hooks
 from benchmarks.models import CifarResNet, build_network
 from lightning_filterdiv.narrowing import count_macs, count_parameters
-from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
 from lightning_filterdiv.tensors.sharing import divide
 
 RESULT = result_path("scaling.json", "cpu")
@@ -80,32 +78,6 @@ WORKLOADS = {
     "ResNet-50, ImageNet": Workload("resnet50", (3, 224, 224), 1000, 64, 1_281_167),
     "WRN-28-10, CIFAR": Workload("wrn28_10", (3, 32, 32), 10, 64, 50_000),
 }
-
-
-class Count(NamedTuple):
-    """Counts of the hooks of one step."""
-
-    kernels: int
-    bytes: int
-    flops: int
-
-
-def count_hooks(method: str, model: nn.Module) -> Count:
-    """Count kernels, bytes and operations of the hooks of one step as on a GPU, without draws on the host.
-
-    Args:
-        method: method of ``benchmarks.cost.overhead``.
-        model: on the CPU.
-    """
-    optimizer, (before, after) = trained_hooks(method, model)
-    counter = KernelCounter("cpu")
-    with patch.object(FlatBuffer, "stacks_on_cpu", False):
-        with counter, host_draws_apart(counter):
-            before(1)
-        optimizer.step()
-        with counter:
-            after()
-    return Count(counter.kernels.total(), counter.bytes, counter.flops)
 
 
 def forward_flops(workload: Workload) -> int:

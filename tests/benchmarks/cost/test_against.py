@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.paths import ROOT
-from benchmarks.cost import against, clustering, host_time, memory
+from benchmarks.cost import against, clustering, host_time, launches, memory
 
 in_a_clone = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the history")
 
@@ -51,5 +51,24 @@ def test_tables() -> None:
     ratios = [{"group": "a", "size": 64, "seed": seed, "ratio": 0.9 + 0.01 * seed} for seed in range(3)]
     record = {"seconds": {"here": 1.25, "abc": 20.0}, "ratios": ratios, "device": "CPU", "torch": "2", "seeds": 3}
     assert "| 64 | 3 | 0.910 | 0.920 |" in clustering.table(record)
-    rows = [{"method": "wau", "kept": 0.974, "peak": 1.04}]
-    assert "| wau | 0.97 | 1.04 |" in memory.table({"rows": rows, "device": "CPU", "torch": "2"})
+    rules = {"wau": {"here": {"kept": 0.974, "peak": 1.04}, "abc": {"kept": -0.001, "peak": 2.0}}}
+    assert "| wau | 0.97 | 0.00 | 1.04 | 2.00 |" in memory.table({"rules": rules, "device": "CPU", "torch": "2"})
+
+
+@in_a_clone
+def test_launches_of_both_versions() -> None:
+    counts = launches.measure(["soft", "per-layer autograd soft"], "HEAD")
+    other = against.short_name("HEAD")
+    kernels = {
+        (method, name, depth): numbers["kernels"]
+        for method, of in counts.items()
+        for name, depths in of.items()
+        for depth, numbers in depths.items()
+    }
+    assert all(kernels["soft", name, "20"] == kernels["soft", name, "110"] > 0 for name in (against.HERE, other))
+    for name in (against.HERE, other):
+        assert kernels["per-layer autograd soft", name, "110"] > 5 * kernels["per-layer autograd soft", name, "20"]
+    row = launches.table(counts, {"soft": {"20": 7, "110": 8}}, "H200").splitlines()[2]
+    both = " / ".join(str(kernels["soft", against.HERE, depth]) for depth in ("20", "110"))
+    assert row.startswith(f"| soft | {both} | ")
+    assert row.endswith(" | 7 / 8 |")

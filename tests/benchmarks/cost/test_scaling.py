@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.common.device import RESULTS
 from benchmarks.cost import communication, scaling
 from benchmarks.cost.fake_device import KernelCounter, fake_stage
+from benchmarks.cost.launches import Count, count_hooks
 from benchmarks.cost.overhead import METHODS
-from benchmarks.cost.scaling import GPUS, WORKLOADS, Count
+from benchmarks.cost.scaling import GPUS, WORKLOADS
 from benchmarks.models import CifarResNet
 from tests.support.fake_gpu import needs_fake_gpu
 
@@ -51,14 +52,14 @@ def test_counted_products_of_the_soft_penalty_are_those_of_its_formula() -> None
         filters, fan_in = conv.weight.flatten(1).shape
         # The smaller of W W^T and W^T W is formed.
         expected += 2 * 2 * filters * fan_in * min(filters, fan_in)
-    assert scaling.count_hooks("soft", model).flops == expected
+    assert count_hooks("soft", model).flops == expected
 
 
 @needs_fake_gpu
 @pytest.mark.parametrize("method", ["wau", "wau hold=gradient", "basis", "soft", "srip"])
 def test_counts_on_a_cpu_are_those_of_a_fake_gpu(method: str) -> None:
     """What is drawn on the host does not count, the copy of it does."""
-    found = scaling.count_hooks(method, CifarResNet(20))
+    found = count_hooks(method, CifarResNet(20))
     counter = KernelCounter()
     with FakeTensorMode(allow_non_fake_inputs=True), fake_stage() as crossings:
         with torch.device("cuda"):

@@ -55,21 +55,28 @@ def test_the_steps_behind_a_median_are_said() -> None:
     assert overhead.machine(record) == "X, torch 2, medians of 40 (ResNet-20, 56), 20 (ResNet-110) steps"
 
 
+def _launches(shallow: int, deep: int) -> dict[str, dict[str, int]]:
+    return {depth: {"kernels": n, "operations": 2 * n} for depth, n in (("20", shallow), ("110", deep))}
+
+
 def test_counts_of_another_device_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "sys.argv", ["launches", "--methods", "wau", "--device", "cpu", "--out", str(tmp_path / "l.json")]
     )
-    monkeypatch.setattr(launches, "count", lambda method, depth, device: depth)
+    old, new = _launches(1, 1), _launches(20, 110)
+    monkeypatch.setattr(launches, "measure", lambda methods, revision: {name: {"here": new} for name in methods})
     for device, kept in (("CPU", ["wau", "soft"]), ("Some GPU", ["wau"])):
-        (tmp_path / "l.json").write_text(json.dumps({"device": device, "counts": {"soft": {"20": 1, "110": 1}}}))
+        counts = {"soft": {"here": old, "abc": old}}
+        (tmp_path / "l.json").write_text(json.dumps({"device": device, "counts": counts}))
         launches.main()
         assert list(json.loads((tmp_path / "l.json").read_text())["counts"]) == kept
 
 
 def test_launches_and_events_leave_gaps() -> None:
-    _, _, *rows = _rows(launches.table({"wau": {"20": 1, "110": 1}, "soft": {"20": 2, "110": 3}},
-                                       {"soft": {"20": 4, "110": 5}}, "G"))  # fmt: skip
-    assert rows == [["wau", "1", "1", "", ""], ["soft", "2", "3", "4", "5"]]
+    counts = {"wau": {"here": _launches(1, 1)}, "soft": {"here": _launches(2, 3), "abc": _launches(6, 7)}}
+    head, _, *rows = _rows(launches.table(counts, {"soft": {"20": 4, "110": 5}}, "G"))
+    assert head[1:] == ["kernels, here", "kernels, abc", "operations on a CPU, here", "kernels on an G"]
+    assert rows == [["wau", "1 / 1", "", "2 / 2", ""], ["soft", "2 / 3", "6 / 7", "4 / 6", "4 / 5"]]
     cost = {"seconds": 1.0, "MiB": 2.0}
     cpu = {"events": {"net": {"rank": cost, "merge": cost}}, "load": 0.0, "cores": 2, "threads": 1, "torch": "2"}
     gpu = {"events": {"net": {"rank": {"seconds": 0.5, "MiB": 1.0}}}, "device": "G"}
