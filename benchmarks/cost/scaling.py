@@ -99,7 +99,7 @@ def count_hooks(method: str, model: nn.Module) -> Count:
     """
     optimizer, (before, after) = trained_hooks(method, model)
     counter = KernelCounter("cpu")
-    with patch.object(FlatBuffer, "stacks_on_cpu", False):
+    with patch.object(FlatBuffer, "cpu_shortcuts", False):
         with counter, host_draws_apart(counter):
             before(1)
         optimizer.step()
