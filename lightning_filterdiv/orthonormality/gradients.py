@@ -201,7 +201,8 @@ class Spectrum(NamedTuple):
     ``F`` is the number of frequencies without complex conjugates and 0. ``P`` is the number of phases of the stride.
 
     Attributes:
-        forward: ``((3 F + 1) P, taps)``: real + imaginary part, real - imaginary part, imaginary part, frequency 0.
+        forward: ``((3 F + 1) P, taps)``: real + imaginary part, real - imaginary part, sqrt(2) times the imaginary
+            part, frequency 0.
         backward: ``(taps, (3 F + 1) P)``: its transpose, weighted.
         frequencies: ``F``.
         phases: ``P``.
@@ -228,8 +229,8 @@ def _spectrum(kernel: tuple[int, ...], stride: tuple[int, ...]) -> tuple[Floats,
         steps = [(t // s) / n for t, s, n in zip(tap, stride, sizes, strict=True)]
         angle[:, at] = [2 * math.pi * sum(a * b for a, b in zip(f, steps, strict=True)) for f in chosen]
     real, imaginary = np.cos(angle), np.sin(angle)
-    transform = np.concatenate([real + imaginary, real - imaginary, imaginary, np.full((1, len(taps)), 0.5**0.5)])
-    weights = np.repeat([4.0, 8.0, 4.0], [2 * len(chosen), len(chosen), 1]) / math.prod(sizes)
+    transform = np.concatenate([real + imaginary, real - imaginary, 2**0.5 * imaginary, np.ones((1, len(taps)))])
+    weights = np.repeat([4.0, 2.0], [3 * len(chosen), 1]) / math.prod(sizes)
     forward = (transform[:, None] * phase).reshape(-1, len(taps))
     backward = ((weights[:, None] * transform)[:, None] * phase).reshape(-1, len(taps)).T
     return forward, np.ascontiguousarray(backward), len(chosen), len(offsets)
@@ -271,8 +272,8 @@ def convolutional_gradient(
     if phases > 1:
         x = x.view(-1, phases, batch * filters, channels).transpose(1, 2)
     x = x.reshape(-1, filters, phases * channels)
-    plus, minus, rest = x.split([pairs, pairs, pairs + batch])  # A + B, A - B, B and (with 1/sqrt(2)) frequency 0
-    off = torch.bmm(rest, rest.mT).mul_(2)
+    plus, minus, rest = x.split([pairs, pairs, pairs + batch])  # A + B, A - B, sqrt(2) B and frequency 0
+    off = torch.bmm(rest, rest.mT)
     off[:pairs].baddbmm_(plus, minus.mT)
     off.diagonal(dim1=1, dim2=2).sub_(1)
     y = torch.empty_like(x)
