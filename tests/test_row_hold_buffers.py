@@ -108,7 +108,7 @@ def test_complex_parameters(dtype: torch.dtype) -> None:
 
 def test_the_number_of_operations_depends_neither_on_parameters_nor_on_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the copies of single tensors, which a GPU makes in one kernel."""
-    monkeypatch.setattr(FlatBuffer, "stacks_on_cpu", False)
+    monkeypatch.setattr(FlatBuffer, "cpu_shortcuts", False)
 
     def operations(shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
         parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]

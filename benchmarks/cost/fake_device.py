@@ -105,7 +105,7 @@ class KernelCounter(TorchDispatchMode):
         else:
             self.kernels[name] += 1
         self.bytes += _traffic(func, args, kwargs, result)
-        if name in ("mm", "bmm", "addmm", "baddbmm"):
+        if name.rstrip("_") in ("mm", "bmm", "addmm", "baddbmm"):  # in place too
             self.flops += 2 * result.numel() * args[1 if "add" in name else 0].shape[-1]
         return result
 

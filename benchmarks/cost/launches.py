@@ -49,7 +49,7 @@ def _copies_as_on_a_gpu() -> Iterator[None]:
     except ImportError:
         yield
     else:
-        with patch.object(FlatBuffer, "stacks_on_cpu", False):
+        with patch.object(FlatBuffer, "cpu_shortcuts", False):
             yield
 
 

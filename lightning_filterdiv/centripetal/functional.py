@@ -6,6 +6,7 @@ kernels depends only on the number of distinct shapes. No Lightning here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -137,15 +138,22 @@ class _Clusters(Bank):
             self._other = self.buffer()
         return self._other
 
-    def keep_finite(self, originals: Tensor) -> None:
+    def keep_finite(self, originals: list[Tensor], members: Sequence[int] | None) -> None:
         """Restore ``originals`` where the edited values are not finite. :attr:`other` is overwritten.
 
         The product that averages clusters multiplies by zeros, and ``0 * inf`` is NaN. Without this, one infinite
         number would reach the same entry of every filter of its layer.
+
+        Args:
+            originals: the tensors that were read.
+            members: their places; ``None``: all.
         """
         values = self.values.flat
-        difference = torch.sub(values, values, out=self.other.flat)
-        torch.where(difference == 0, values, originals, out=values)
+        if self.values.on_cpu and math.isfinite(values.sum()):  # elsewhere the host would wait for the sum
+            return
+        finite = torch.sub(values, values, out=self.other.flat) == 0
+        self.other.read(originals, members)
+        torch.where(finite, values, self.other.flat, out=values)
 
     def pull(self, members: Sequence[int] | None, strength: float, vector_strength: float) -> Tensor:
         """Return ``eps w`` of ``members`` in the layout of :attr:`values`; ``None``: of all."""
@@ -233,7 +241,6 @@ class CentripetalUpdate:
             self._stepping.append((bank, members))
             bank.values.read(gradients, members)
             values = bank.values.flat
-            originals = values.clone()
             # Gamma (g - eps w) + eps w: members that are equal get bit-equal gradients.
             pull: Tensor | None = None
             if not self.decoupled:
@@ -247,7 +254,7 @@ class CentripetalUpdate:
                     batch.store(batch.means(rows, out=rows))
             if pull is not None:
                 values.add_(pull)
-            bank.keep_finite(originals)
+            bank.keep_finite(gradients, members)
             bank.values.write(gradients, members)
 
     @torch.no_grad()
@@ -260,7 +267,6 @@ class CentripetalUpdate:
         for bank, members in stepping:
             parameters = bank.tensors if members is None else [bank.tensors[i] for i in members]
             bank.values.read(parameters, members)
-            originals = bank.values.flat.clone()
             with torch.autocast(bank.values.flat.device.type, enabled=False):
                 for batch in bank.batches:
                     factor = batch.group["lr"] * self._strengths[batch.is_vector]
@@ -269,7 +275,7 @@ class CentripetalUpdate:
                     rows = batch.rows()
                     means = batch.means(rows, out=torch.empty_like(rows))
                     batch.store(rows.add_(means.sub_(rows).mul_(factor)))
-            bank.keep_finite(originals)
+            bank.keep_finite(parameters, members)
             bank.values.write(parameters, members)
 
     def first_gradient(self) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_filterdiv.orthonormality.functional import self_padding
-from lightning_filterdiv.orthonormality.gradients import PowerIteration, Spectrum, spectrum
+from lightning_filterdiv.orthonormality.gradients import GramMatrices, PowerIteration, Spectrum, spectrum
 from lightning_filterdiv.orthonormality.targets import FilterBlock
 from lightning_filterdiv.tensors.flat_buffer import Bank, FlatBuffer, Run
 
@@ -46,8 +46,11 @@ class Batch:
         if len(runs) == 1 and not first.transposed:
             self._rows, self.out = (runs[0].rows(buffer, n, ordered=ordered) for buffer in (values, gradients))
         dtype, device = values.flat.dtype, values.flat.device
-        side = n if first.mask is not None or form == "mutual_coherence" else min(first.shape)
-        self.identity = torch.eye(side, dtype=dtype, device=device)
+        # The Gram matrix is that of the columns where that is smaller and allowed.
+        self._columns = n > first.shape[1] and first.mask is None and form != "mutual_coherence"
+        self._factors: tuple[Tensor, Tensor] | None = None
+        #: Gram matrices minus identity, from :meth:`Penalties.compare`.
+        self.off: Tensor | None = None
         #: For the convolutional form; ``None`` where no shifts of a kernel overlap.
         self.spectrum: Spectrum | None = None
         taps = self._parts[0].shape[3:]
@@ -80,6 +83,21 @@ class Batch:
         """Return the filters as ``(B, n, d)``. Entries of a row are in the order of memory unless ``ordered``; a Gram
         matrix does not depend on it."""
         return self.kernels().flatten(2) if self._rows is None else self._rows
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """``(B, m)``, number and size of the Gram matrices."""
+        count, n, d = self.shape
+        return count, d if self._columns else n
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the two factors of the Gram matrices, ``(B, m, ...)`` and ``(B, ..., m)``."""
+        if self._factors is not None:
+            return self._factors
+        rows = self.rows()
+        factors = (rows.mT, rows) if self._columns else (rows, rows.mT)
+        self._factors = None if self._rows is None else factors  # views stay the same from step to step
+        return factors
 
     def store(self, gradient: Tensor) -> None:
         """Store a gradient shaped like :meth:`kernels`, or like a copied :meth:`rows`, in the buffer."""
@@ -123,16 +141,26 @@ class Penalties(Bank):
         sizes = np.repeat([n for _, n in self._vectors], [count for count, _ in self._vectors])
         filled = np.flatnonzero(np.arange(self._widest) < sizes[:, None])
         self._filled = torch.tensor(filled, device="cpu")
+        dtype, device = self.dtype, self.values.flat.device
         #: For ``"srip"``.
         self.iteration: PowerIteration | None = None
         if form == "srip":
-            self.iteration = PowerIteration([batch.shape for batch in self.batches], dtype, self.values.flat.device)
+            self.iteration = PowerIteration([batch.shape for batch in self.batches], dtype, device)
+        self._compared = [batch for batch in self.batches if form != "srip" and batch.spectrum is None]
+        self._grams = GramMatrices([batch.sides for batch in self._compared], dtype, device)
+        for batch, matrix in zip(self._compared, self._grams.matrices, strict=True):
+            batch.off = matrix
 
     def load(self, finite: bool = False) -> None:
         """Copy the parameters into the buffer, on request with zeros in place of numbers that are not finite."""
         self.values.read(self.tensors)
         if finite:
             torch.nan_to_num_(self.values.flat, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def compare(self) -> None:
+        """Compute the Gram matrices of the loaded values minus the identity, for the forms that start from them."""
+        if self._compared:
+            self._grams.compute([batch.factors() for batch in self._compared])
 
     @property
     def vector_entries(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_filterdiv.orthonormality.functional import EPSILON, self_padding, smaller_side
+from lightning_filterdiv.orthonormality.functional import EPSILON, off_identity, self_padding, smaller_side
 
 __all__ = [
+    "GramMatrices",
     "PowerIteration",
     "Spectrum",
     "convolutional_gradient",
@@ -31,47 +32,70 @@ __all__ = [
 ]
 
 
-def _off_identity(rows: Tensor, identity: Tensor | None, factor: int = 1) -> Tensor:
-    """Return ``factor (rows rows^T - I)``, ``(B, n, d)`` to ``(B, n, n)``, in one kernel."""
-    if identity is None:
-        identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return torch.baddbmm(identity, rows, rows.mT, beta=-factor, alpha=factor)
+class GramMatrices:
+    """``W W^T - I`` of several batches in one buffer: one product per batch, and one operation for all identities.
+
+    Args:
+        sizes: ``(B_i, n_i)`` of each batch.
+        dtype: dtype of the filters.
+        device: device of the filters.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
+        entries = [count * n * n for count, n in sizes]
+        self._flat = torch.empty(sum(entries), dtype=dtype, device=device)
+        #: ``(B_i, n_i, n_i)`` each. Gradients may overwrite them.
+        self.matrices = [
+            part.view(count, n, n) for part, (count, n) in zip(self._flat.split(entries), sizes, strict=True)
+        ]
+        places = [np.empty(0, np.int64)]
+        for first, (count, n) in zip(np.cumsum([0, *entries]), sizes, strict=False):
+            places.append(first + np.add.outer(np.arange(count) * n * n, np.arange(n) * (n + 1)).ravel())
+        self._diagonal = torch.tensor(np.concatenate(places), device="cpu").to(device)
+        self._minus_one = torch.full(self._diagonal.shape, -1, dtype=dtype, device=device)
+
+    def compute(self, filters: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Compute the matrices of ``(B_i, n_i, d_i)``, which come with their transposes."""
+        for (rows, columns), matrix in zip(filters, self.matrices, strict=True):
+            torch.bmm(rows, columns, out=matrix)
+        self._flat.index_add_(0, self._diagonal, self._minus_one)
 
 
-def soft_gradient(filters: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """Return the gradient ``4 (W W^T - I) W = 4 W (W^T W - I)`` of ``|G - I|_F^2``, in two kernels.
+def soft_gradient(filters: Tensor, off: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Return the gradient ``4 (W W^T - I) W = 4 W (W^T W - I)`` of ``|G - I|_F^2``.
 
     Args:
         filters: ``(B, J, d)``.
-        identity: ``(n, n)``, made once; ``None``: made here.
+        off: ``G - I``; ``None``: made here.
         out: tensor for the result, here and below.
     """
-    off = _off_identity(smaller_side(filters), identity, 4)
-    left, right = (off, filters) if filters.shape[1] <= filters.shape[2] else (filters, off)
-    return torch.bmm(left, right, out=out)
+    off = off_identity(smaller_side(filters)) if off is None else off
+    out = torch.empty_like(filters) if out is None else out
+    left, right = (off, filters) if off.size(1) == filters.size(1) else (filters, off)
+    return out.baddbmm_(left, right, beta=0, alpha=4)
 
 
-def masked_gradient(
-    filters: Tensor, mask: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None
-) -> Tensor:
+def masked_gradient(filters: Tensor, mask: Tensor, off: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return the gradient ``2 ((M + M^T) o (W W^T - I)) W`` of ``sum_ij M_ij (W W^T - I)_ij^2``.
 
     Args:
         filters: ``(B, J, d)``.
         mask: ``M + M^T``, ``(J, J)`` or ``(B, J, J)``, as numbers; the factor 4 holds for a mask of ones only.
-        identity: as in :func:`soft_gradient`.
+        off: ``W W^T - I``, overwritten; ``None``: made here.
     """
-    return torch.bmm(_off_identity(filters, identity, 2).mul_(mask), filters, out=out)
+    off = off_identity(filters) if off is None else off
+    out = torch.empty_like(filters) if out is None else out
+    return out.baddbmm_(off.mul_(mask), filters, beta=0, alpha=2)
 
 
-def mutual_coherence_gradient(filters: Tensor, identity: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def mutual_coherence_gradient(filters: Tensor, off: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return the gradient of ``max_ij |W W^T - I|_ij``, divided evenly among equal maxima as in autograd.
 
     Args:
         filters: ``(B, J, d)``.
-        identity: as in :func:`soft_gradient`.
+        off: as in :func:`masked_gradient`.
     """
-    off = _off_identity(filters, identity)
+    off = off_identity(filters) if off is None else off
     size = off.abs()
     worst = (size == size.amax(dim=(1, 2), keepdim=True)).to(off.dtype)
     worst = worst / worst.sum(dim=(1, 2), keepdim=True)
@@ -113,14 +137,13 @@ class PowerIteration:
         self._vectors = torch.zeros(sum(counts), self.widest, 4, dtype=dtype, device=device)
         self._partners = torch.zeros_like(self._vectors)
         self._columns = self._vectors.split(1, dim=2)  # u, g, start, v; what lies behind n_i stays 0
-        self._grams = [torch.empty(count, n, n, dtype=dtype, device=device) for count, n in sizes]
-        self._identities = [torch.eye(n, dtype=dtype, device=device) for _, n in sizes]
+        self._grams = GramMatrices(sizes, dtype, device)
         parts = zip(self._vectors.split(counts), self._partners.split(counts), sizes, strict=True)
         self._parts = [(left[:, :n], right[:, :n].mT) for left, right, (_, n) in parts]
         self._steps = [
             [
                 (gram, left[..., source : source + 1], left[..., target : target + 1])
-                for gram, (left, _) in zip(self._grams, self._parts, strict=True)
+                for gram, (left, _) in zip(self._grams.matrices, self._parts, strict=True)
             ]
             for source, target in ((2, 3), (3, 0), (0, 1))
         ]
@@ -141,9 +164,7 @@ class PowerIteration:
             squared: differentiate the square of the value.
             outs: tensors for the results.
         """
-        for one, gram, identity in zip(filters, self._grams, self._identities, strict=True):
-            rows = smaller_side(one)
-            torch.baddbmm(identity, rows, rows.mT, beta=-1, out=gram)
+        self._grams.compute((side, side.mT) for side in map(smaller_side, filters))
         u, g, start, v = self._columns
         start.copy_(starts[..., None])
         first, second, third = self._steps
@@ -180,7 +201,8 @@ class Spectrum(NamedTuple):
     ``F`` is the number of frequencies without complex conjugates and 0. ``P`` is the number of phases of the stride.
 
     Attributes:
-        forward: ``((3 F + 1) P, taps)``: real + imaginary part, real - imaginary part, imaginary part, frequency 0.
+        forward: ``((3 F + 1) P, taps)``: real + imaginary part, real - imaginary part, sqrt(2) times the imaginary
+            part, frequency 0.
         backward: ``(taps, (3 F + 1) P)``: its transpose, weighted.
         frequencies: ``F``.
         phases: ``P``.
@@ -207,8 +229,8 @@ def _spectrum(kernel: tuple[int, ...], stride: tuple[int, ...]) -> tuple[Floats,
         steps = [(t // s) / n for t, s, n in zip(tap, stride, sizes, strict=True)]
         angle[:, at] = [2 * math.pi * sum(a * b for a, b in zip(f, steps, strict=True)) for f in chosen]
     real, imaginary = np.cos(angle), np.sin(angle)
-    transform = np.concatenate([real + imaginary, real - imaginary, imaginary, np.full((1, len(taps)), 0.5**0.5)])
-    weights = np.repeat([4.0, 8.0, 4.0], [2 * len(chosen), len(chosen), 1]) / math.prod(sizes)
+    transform = np.concatenate([real + imaginary, real - imaginary, 2**0.5 * imaginary, np.ones((1, len(taps)))])
+    weights = np.repeat([4.0, 2.0], [3 * len(chosen), 1]) / math.prod(sizes)
     forward = (transform[:, None] * phase).reshape(-1, len(taps))
     backward = ((weights[:, None] * transform)[:, None] * phase).reshape(-1, len(taps)).T
     return forward, np.ascontiguousarray(backward), len(chosen), len(offsets)
@@ -250,8 +272,8 @@ def convolutional_gradient(
     if phases > 1:
         x = x.view(-1, phases, batch * filters, channels).transpose(1, 2)
     x = x.reshape(-1, filters, phases * channels)
-    plus, minus, rest = x.split([pairs, pairs, pairs + batch])  # A + B, A - B, B and (with 1/sqrt(2)) frequency 0
-    off = torch.bmm(rest, rest.mT).mul_(2)
+    plus, minus, rest = x.split([pairs, pairs, pairs + batch])  # A + B, A - B, sqrt(2) B and frequency 0
+    off = torch.bmm(rest, rest.mT)
     off[:pairs].baddbmm_(plus, minus.mT)
     off.diagonal(dim1=1, dim2=2).sub_(1)
     y = torch.empty_like(x)

@@ -275,6 +275,7 @@ class OrthonormalityPenalty:
             rows, outs = [batch.rows() for batch in bank.batches], [batch.out for batch in bank.batches]
             computed = bank.iteration.gradients(rows, starts, squared=self.squared, outs=outs)
         else:
+            bank.compare()
             computed = [self._gradient(batch) for batch in bank.batches]
         for batch, gradient in zip(bank.batches, computed, strict=True):
             if batch.out is None:
@@ -284,15 +285,15 @@ class OrthonormalityPenalty:
         """Return the gradient for the loaded values, in ``batch.out`` if that exists."""
         rows, out = batch.rows(), batch.out
         if batch.twice is not None:
-            return gradients.masked_gradient(rows, batch.twice, batch.identity, out=out)
+            return gradients.masked_gradient(rows, batch.twice, batch.off, out=out)
         if self.form == "mutual_coherence":
-            return gradients.mutual_coherence_gradient(rows, batch.identity, out=out)
+            return gradients.mutual_coherence_gradient(rows, batch.off, out=out)
         if self.form == "convolutional" and batch.spectrum is not None:
             gradient = gradients.convolutional_gradient(
                 batch.kernels(), batch.blocks[0].stride, batch.spectrum, out=out
             )
         else:  # the side of the Gram matrix does not change the gradient, so the basis form uses this too
-            gradient = gradients.soft_gradient(rows, batch.identity, out=out)
+            gradient = gradients.soft_gradient(rows, batch.off, out=out)
         if self.form == "convolutional" and not self.squared:
             per_matrix = (2 * _convolutional_norms(batch).clamp_min(functional.EPSILON)).repeat_interleave(
                 batch.blocks[0].groups

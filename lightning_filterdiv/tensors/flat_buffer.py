@@ -39,8 +39,8 @@ class FlatBuffer:
         adoptable: align every tensor as an allocation of its own would be.
     """
 
-    #: Avoid ``_foreach_copy_`` on a CPU, where it is a loop of copies. Off when kernels are counted as on a GPU.
-    stacks_on_cpu: ClassVar[bool] = True
+    #: Use what is cheap on a CPU alone. Off when kernels are counted as on a GPU.
+    cpu_shortcuts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -84,6 +84,11 @@ class FlatBuffer:
         self._address: Callable[[Tensor], object] = Tensor.data_ptr
         self._addresses: list[object] = []
 
+    @property
+    def on_cpu(self) -> bool:
+        """True on a CPU, where no number has to be waited for and a ``_foreach`` operation is a loop over tensors."""
+        return self.cpu_shortcuts and self.flat.is_cpu
+
     def start(self, i: int) -> int:
         """Return where tensor ``i`` begins in :attr:`flat`; the end of all for ``i`` = number of tensors."""
         return self._starts[i] if i < len(self._starts) else self.flat.numel()
@@ -97,7 +102,7 @@ class FlatBuffer:
     def read(self, tensors: list[Tensor], members: Sequence[int] | None = None) -> None:
         """Copy ``tensors`` (at least one) to the places ``members``; ``None``: one tensor for every place."""
         with torch.no_grad():
-            if self.stacks_on_cpu and self.flat.is_cpu and len(tensors) == len(self.views):
+            if self.on_cpu and len(tensors) == len(self.views):
                 for first, end, stacked in self._runs:
                     torch.stack(tensors[first:end], out=stacked)
             else:  # on a GPU one kernel per chunk, whatever the shapes

@@ -23,6 +23,7 @@ from lightning_filterdiv.centripetal import (
 )
 from lightning_filterdiv.centripetal.forecast import safe_strength
 from lightning_filterdiv.centripetal.functional import cluster_distances
+from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
 from lightning_filterdiv.training.learning_rates import StepSettings
 from tests.registry import Case
 from tests.suites.test_per_step_cost import fake_gpu_kernels
@@ -135,6 +136,34 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     update.before_step()
     assert parameters["b"].grad is None
     assert parameters["scale"].grad is None
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_entry_that_is_not_finite_is_not_averaged(
+    optimizer: type[torch.optim.Optimizer], bad: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing is looked for while all numbers are finite. The results are those of other devices."""
+    found = []
+    for shortcuts in (True, False):
+        monkeypatch.setattr(FlatBuffer, "cpu_shortcuts", shortcuts)
+        parameters = _parameters()
+        update = CentripetalUpdate(_clustered(parameters), optimizer(parameters.values(), lr=0.1), strength=0.05)
+        for name, gradient in _gradients(0).items():
+            parameters[name].grad = gradient
+        kernel = parameters["a"].grad
+        assert kernel is not None
+        if bad is not None:
+            kernel[4, 1, 0, 2] = bad
+        originals = kernel.clone()
+        update.before_step()
+        kept = torch.isclose(kernel, originals, rtol=1e-12, equal_nan=True).all(dim=0)
+        assert bool(kept[1, 0, 2]) == (bad is not None)
+        assert int(kept.sum()) == (bad is not None)
+        update.optimizer.step()
+        update.after_step()
+        found.append([p.grad for p in parameters.values()] + [p.detach() for p in parameters.values()])
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
 def test_channels_last_and_transposed_rows() -> None:

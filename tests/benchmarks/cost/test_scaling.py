@@ -40,7 +40,8 @@ def test_operations_of_products_are_counted() -> None:
     with KernelCounter("cpu") as counter:
         torch.bmm(torch.zeros(3, 4, 5), torch.zeros(3, 5, 6))
         torch.addmm(torch.zeros(2, 7), torch.zeros(2, 5), torch.zeros(5, 7))
-    assert counter.flops == 2 * 3 * 4 * 5 * 6 + 2 * 2 * 5 * 7
+        torch.zeros(3, 4, 6).baddbmm_(torch.zeros(3, 4, 5), torch.zeros(3, 5, 6))
+    assert counter.flops == 2 * (2 * 3 * 4 * 5 * 6) + 2 * 2 * 5 * 7
 
 
 def test_counted_products_of_the_soft_penalty_are_those_of_its_formula() -> None:
