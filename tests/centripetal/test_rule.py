@@ -141,7 +141,7 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_entry_that_is_not_finite_is_not_averaged(
-    optimizer: type[torch.optim.Optimizer], bad: float | None, monkeypatch: pytest.MonkeyPatch
+    optimizer: Callable[..., torch.optim.Optimizer], bad: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU nothing is looked for while all numbers are finite. The results are those of other devices."""
     found = []
