@@ -266,6 +266,10 @@ class Writer:
             for more, other in self._numbers[i:]:
                 if all(v == a * b for v, a, b in zip(wanted, sizes, more, strict=True)):
                     return self.graph.call_function(operator.mul, (make(), other()))
+        for many, make in self._numbers:
+            for few, other in self._numbers:  # items of the batch, where each was cut into windows
+                if 0 not in few and all(v * b == a for v, a, b in zip(wanted, many, few, strict=True)):
+                    return self.graph.call_function(operator.floordiv, (make(), other()))
         raise GraphFormError(f"forward computes {wanted} in a way that the shapes of its tensors do not show")
 
     def _tensor(self, node: Node) -> fx.Node:

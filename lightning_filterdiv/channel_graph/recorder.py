@@ -197,6 +197,8 @@ class _Recorder(TorchDispatchMode):
             return self.node_of(value) or self.outside(value)
         if type(value) in (list, tuple):
             return type(value)(self._nodes_in(item) for item in value)
+        if isinstance(value, torch.Size):
+            return tuple(value)
         if type(value) is dict:
             return {key: self._nodes_in(item) for key, item in value.items()}
         plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
