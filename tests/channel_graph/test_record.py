@@ -290,6 +290,21 @@ def test_channels_are_pinned_from_the_read_on() -> None:
     assert graph.read_values == "item in forward"
 
 
+class FindsNothing(Reads):
+    """No item of the batch is selected, as where a detector finds no box."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.third(self.second(self.first(x[x.mean((1, 2, 3)) < 0]).relu()).relu())
+
+
+def test_layers_that_get_an_empty_batch_are_pinned_like_others() -> None:
+    graph = ChannelGraph.trace(FindsNothing(), IMAGE)
+    assert not graph.groups
+    assert set(graph.pinned) == {"stem", "first", "second", "third"}
+    assert graph.pinned["first"] == "used after index in forward read values that decide what forward does"
+
+
 def test_a_forward_that_reads_values_needs_a_model_that_has_some() -> None:
     with pytest.raises(TraceError, match=r"cannot be traced on meta: .* the values of tensors"):
         ChannelGraph.trace(Reads().to("meta"), IMAGE)
