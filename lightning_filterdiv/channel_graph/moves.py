@@ -583,11 +583,10 @@ def batched_product(state: Propagation, node: Node) -> Value:
             labels = own.labels
             if 3 - dim in _varying(labels) and state.stay_apart(_lines(labels, [3 - dim])):  # branches, weighed
                 labels = _joined(state, node, labels, [3 - dim], keeps_shape=False)
-            if dim in _varying(labels) <= {0, dim}:
-                if _heads(state, node, [(labels, dim)]) is not None:
-                    state.pin(weights, f"acts on all channels at once in {state.where(node)}")
-                    small = labels.narrow(3 - dim, 0, 1)
-                    return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
+            if dim in _varying(labels) <= {0, dim} and _heads(state, node, [(labels, dim)]) is not None:
+                state.pin(weights, f"acts on all channels at once in {state.where(node)}")
+                small = labels.narrow(3 - dim, 0, 1)
+                return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
         if all(dim in _varying(value.labels) <= {0, dim} for dim, value in zip((2, 1), values, strict=True)):
             rows = _heads(state, node, [(values[0].labels, 2), (values[1].labels, 1)])
             if rows is not None and values[0].weighed:

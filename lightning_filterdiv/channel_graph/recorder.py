@@ -35,6 +35,7 @@ _MUTE = frozenset({torch.ops.aten._assert_tensor_metadata.default, torch.ops.ate
 # Recorded as what they are made of, for which there are rules.
 _COMPOSED = get_decompositions([torch.ops.aten.glu.default, torch.ops.aten.unsafe_split.Tensor])
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
+_ADDMM = torch.ops.aten.addmm.default
 _COPY = torch.ops.aten.copy_.default
 _aten = torch.ops.aten
 # Views that change a tensor in place, below functionalisation -> what they are recorded as.
@@ -47,6 +48,12 @@ _IN_PLACE = {
     _aten.t_.default: _aten.t.default,
     _aten.as_strided_.default: _aten.as_strided.default,
 }
+_SAME_ENTRIES = frozenset(
+    {
+        *(_aten.alias.default, _aten.detach.default, _aten.clone.default, _aten._to_copy.default, _aten.view.default),
+        *(_aten.repeat.default, _aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.dim),
+    }
+)
 _EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
 
 
@@ -282,6 +289,9 @@ class _Recorder(TorchDispatchMode):
         if func in _COMPOSED:
             with self:
                 return _COMPOSED[func](*args, **kwargs)
+        if func is _ADDMM and not kwargs and self._is_computed(args[0]):  # a bias for each of several parts (BEiT)
+            with self:
+                return _aten.add.Tensor(_aten.mm.default(*args[1:]), args[0])
         inputs: dict[Node, None] = {}
 
         def symbolic(item: Any) -> Any:
@@ -324,6 +334,13 @@ class _Recorder(TorchDispatchMode):
         if reads_values(func, self.real) and not node.fixed and not _by_numbers(func, args):
             self.reads.add(node)
         return result
+
+    def _is_computed(self, tensor: Tensor) -> bool:
+        """True if a tensor is more than a parameter or buffer in another shape or type."""
+        node = self.node_of(tensor)
+        while node is not None and node.op == "call" and node.target in _SAME_ENTRIES:
+            node = node.inputs[0]
+        return node is not None and node.op in ("call", "item")
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[Node, None]) -> Any:
         if self.real:

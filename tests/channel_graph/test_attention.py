@@ -64,7 +64,26 @@ class Net(nn.Module):
         return self.last(F.relu(self.attention(x)))
 
 
+class Separate(nn.Module):
+    """As in BEiT and Swin v2: no bias of the keys, those of queries and values in parameters of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.q_bias, self.v_bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.register_buffer("k_bias", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        y = F.linear(x.flatten(2).transpose(1, 2), self.qkv.weight, bias)
+        q, k, v = y.reshape(b, h * w, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1) * 0.3).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(b, h * w, -1)).transpose(1, 2).reshape(b, c, h, w)
+
+
 FORMS = {
+    "a computed bias": Separate,
     "one head": lambda: Attention(1),
     "heads": lambda: Attention(2),
     "heads, chunks": lambda: Attention(2, "chunk"),
