@@ -108,6 +108,8 @@ class _PlainOperators(TorchFunctionMode):
             return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)
         if func is torch.Tensor.tolist:
             return _to_list(args[0])
+        if func is torch.Tensor.__getitem__ and (part := _sliced(*args)) is not None:
+            return part
         if func in _TO_NUMPY and args[0].dtype != torch.bfloat16:
             return np.array(_to_list(args[0]), dtype=str(args[0].dtype).removeprefix("torch."))
         return func(*args, **(kwargs or {}))
@@ -119,6 +121,27 @@ _TO_NUMPY = (torch.Tensor.numpy, torch.Tensor.__array__)
 
 def _to_list(tensor: Tensor) -> Any:
     return [_to_list(part) for part in tensor.unbind()] if tensor.ndim else tensor.item()
+
+
+def _sliced(tensor: Tensor, index: Any) -> Tensor | None:
+    """``tensor[:, :height, :width]``, one call per bound; None for other indices.
+
+    Indexing leaves out a bound that is the size itself, which another image exceeds.
+    """
+    items = index if isinstance(index, tuple) else (index,)
+    first = 0
+    if items and items[0] is Ellipsis:
+        items = items[1:]
+        first = tensor.ndim - len(items)
+    bounds = [item for item in items if isinstance(item, slice)]
+    if len(bounds) < len(items) or not any(type(item.stop) is int for item in bounds):
+        return None
+    if any(type(n) is not int and n is not None for b in bounds for n in (b.start, b.stop, b.step)):
+        return None
+    for dim, item in enumerate(bounds, first):
+        if item != slice(None):
+            tensor = _aten.slice.Tensor(tensor, dim, item.start, item.stop, 1 if item.step is None else item.step)
+    return tensor
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -229,6 +229,32 @@ def test_a_size_among_the_arguments_and_a_quotient_of_two_sizes() -> None:
         assert compare(model, narrow, (torch.rand(shape, dtype=torch.float64),), {}) <= EXACT
 
 
+class Padded(nn.Module):
+    """Windows of five, to which every image is padded (Swin)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(8, 12), conv(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        height, width = y.shape[2:]
+        y = F.pad(y, (0, (5 - width % 5) % 5, 0, (5 - height % 5) % 5))
+        y = y.view(y.shape[0], 12, y.shape[2] // 5, 5, y.shape[3] // 5, 5)
+        y = (y * y.mean((3, 5), keepdim=True).sigmoid()).reshape(y.shape[0], 12, -1, y.shape[4] * 5)
+        return self.b(y[:, :6] + y[:, 6:])[:, :, :height, :width].contiguous()
+
+
+@pytest.mark.parametrize("size", [16, 20])  # 20: nothing to pad, nothing to cut off, nothing to copy
+def test_images_that_forward_pads_to_whole_windows(size: int) -> None:
+    model = Net(Padded)
+    graph, narrow = check_exact(model, torch.rand(1, 3, size, size))
+    assert set(graph.pinned) == {"head"}
+    assert isinstance(narrow.body, fx.GraphModule)
+    for size in range(13, 19):
+        assert compare(model, narrow, (torch.rand(2, 3, size, 31 - size, dtype=torch.float64),), {}) <= EXACT
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_it_is_copied_pickled_saved_trained_and_squeezed_again(name: str, tmp_path: Path) -> None:
     model, _, clusters = tied(name)
