@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..filters import CONVOLUTIONS, all_modules, canonical_name, walk_modules, walk_tensors
+from ..filters import CONVOLUTIONS, all_modules, canonical_name, named_modules, walk_modules, walk_tensors
 from .channel_map import ChannelMap
 from .errors import ExampleInputsError, TraceError
 from .modules import find_tensors, quiet, unchanged, without_compilation
@@ -570,6 +570,7 @@ def _attempt(
 ) -> tuple[_Recorder, Exception | None]:
     """Run forward once; returns what was recorded, and the exception that ended it."""
     paths = {id(m): _join(prefix, canonical_name(n)) for n, m in reversed(walk_modules(model))}
+    paths |= {id(m): _join(prefix, n) for n, m in reversed(named_modules(model).items())}
     recorder = _Recorder(paths, names, real)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model, training=training))

@@ -229,6 +229,36 @@ def test_a_size_among_the_arguments_and_a_quotient_of_two_sizes() -> None:
         assert compare(model, narrow, (torch.rand(shape, dtype=torch.float64),), {}) <= EXACT
 
 
+class Residual(nn.Module):
+    """Calls what it keeps as ``module``, as wrappers do, and adds to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.module(x)
+
+
+def test_a_module_that_keeps_another_as_module_is_no_wrapper() -> None:
+    graph, narrow = check_exact(Net(lambda: nn.Sequential(Residual(Res2Net()), Residual(conv(8, 8)))), IMAGE)
+    assert set(graph.pinned) == {"head"}
+    assert isinstance(narrow.body[0].module, fx.GraphModule)
+    assert type(narrow.body[0]) is Residual
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.left, self.right = conv(8, 12), Residual(conv(5, 5)), Residual(nn.Conv2d(7, 7, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x)
+            return x + torch.cat([self.left(y[:, :5]), self.right(y[:, 5:])], 1)[:, :8]
+
+    graph, narrow = check_exact(Net(Split), IMAGE)
+    assert isinstance(narrow.body, fx.GraphModule)
+
+
 class Padded(nn.Module):
     """Windows of five, to which every image is padded (Swin)."""
 
