@@ -106,6 +106,8 @@ class _PlainOperators(TorchFunctionMode):
         if func is torch.fused_moving_avg_obs_fake_quant:
             # It updates its observers behind the back of functionalisation; for channels, rounding is what counts.
             return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)
+        if func is torch.Tensor.requires_grad_:  # functionalisation refuses it, and nothing is differentiated here
+            return args[0]
         if func is torch.Tensor.tolist:
             return _to_list(args[0])
         if func is torch.Tensor.__getitem__ and (part := _sliced(*args)) is not None:

@@ -143,6 +143,16 @@ def test_what_tells_channels_apart_pins_them(kind: str) -> None:
     assert re.search(reason, graph.pinned["first"]), graph.pinned["first"]
 
 
+class AsksForGradients(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x * 2).requires_grad_(True))
+
+
+def test_a_forward_that_asks_for_gradients_is_recorded() -> None:
+    graph, _ = check_exact(AsksForGradients(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)), IMAGE)
+    assert set(graph.pinned) == {"1"}
+
+
 class Vector(nn.Module):
     """A gate from a linear layer on a vector, whose dimension of size one goes in place."""
 
