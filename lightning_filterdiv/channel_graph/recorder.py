@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from ..filters import CONVOLUTIONS, all_modules, canonical_name, named_modules, 
 from .channel_map import ChannelMap
 from .errors import ExampleInputsError, TraceError
 from .modules import find_tensors, quiet, unchanged, without_compilation
-from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like
+from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like, operator_name
 from .shapes import is_dense, meta_results
 
 __all__ = ["MetaRun", "record", "run_on_meta"]
@@ -37,6 +38,7 @@ _COMPOSED = get_decompositions([torch.ops.aten.glu.default, torch.ops.aten.unsaf
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 _ADDMM = torch.ops.aten.addmm.default
 _COPY = torch.ops.aten.copy_.default
+_READ = torch.ops.aten._local_scalar_dense.default
 _aten = torch.ops.aten
 # Views that change a tensor in place, below functionalisation -> what they are recorded as.
 _IN_PLACE = {
@@ -357,7 +359,10 @@ class _Recorder(TorchDispatchMode):
                     item = self.add("item", part, args=(node, index), inputs=(node,), constant=known, fixed=node.fixed)
                     self.attach(result[index], item)
         if reads_values(func, self.real) and not node.fixed and not _by_numbers(func, args):
-            self.reads.add(node)
+            if _if_finite(node) is None:
+                self.reads.add(node)
+            elif node.visit >= 0:
+                self.visits[node.visit].checks = True
         return result
 
     def _is_computed(self, tensor: Tensor) -> bool:
@@ -374,6 +379,8 @@ class _Recorder(TorchDispatchMode):
             return meta_like(given), *(torch.empty(0, dtype=given.dtype, device=_META) for _ in range(2))
         if reads_values(func, real=False) and not _by_numbers(func, args):
             sources = [source.constant for source in inputs]
+            if func is _READ and (known := _if_finite(next(iter(inputs)))) is not None:
+                return known
             if any(source is None for source in sources):
                 self.asked_for_values = True
                 raise _ReadsValuesError("forward reads the values of tensors")
@@ -473,6 +480,37 @@ def _by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
 _reading: dict[Any, bool] = {}
 
 
+def _if_finite(node: Node) -> bool | None:
+    """Value of a check for infinite numbers where there are none; None if a node is no such check.
+
+    Such a check decides nothing about channels (``if not torch.isfinite(x).all(): x = x.clamp(...)``).
+    """
+    if node.op != "call":
+        return None
+    name = operator_name(node, raw=True)
+    if name in ("isinf", "isnan"):
+        return False
+    if name in ("eq", "ne"):  # a number that is not one differs from itself
+        itself = node.args[1] is node.args[0]
+        return itself == (name == "eq") if itself or node.args[1] == math.inf else None
+    if name not in _CONNECTIVES or (isinstance(node.value, Tensor) and node.value.dtype != torch.bool):
+        return None
+    parts = [_if_finite(source) for source in node.inputs]
+    if not parts or None in parts:
+        return None
+    if name in ("logical_not", "bitwise_not"):
+        return not parts[0]
+    return all(parts) if name in ("logical_and", "bitwise_and", "mul") else any(parts)
+
+
+_CONNECTIVES = frozenset(
+    {
+        *("any", "all", "logical_or", "bitwise_or", "logical_and", "bitwise_and", "mul"),
+        *("logical_not", "bitwise_not", "_local_scalar_dense", "alias", "clone"),
+    }
+)
+
+
 def value_of_buffer(tensor: Tensor) -> Tensor | None:
     """Return a copy of a tensor of integers, or of a single untrained number, because forward may index by it or read
     it."""
@@ -508,7 +546,8 @@ def record(
         ExampleInputsError: forward fails on these inputs.
         TraceError: forward reads values where there are none, or does what cannot be recorded.
     """
-    has_values = not any(tensor.is_meta for _, tensor in walk_tensors(model))
+    tensors = [*(tensor for _, tensor in walk_tensors(model)), *find_tensors(call)]
+    has_values = not any(tensor.is_meta for tensor in tensors)
     with without_compilation(model):
         recorder, error = _attempt(model, call, names, prefix, training, real=False)
         if error is not None and has_values:

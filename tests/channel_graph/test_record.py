@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, TraceError, capture_inputs
+from lightning_filterdiv.channel_graph.forms import refusal
 
 from .checks import EXACT, check_exact, mergeable
 
@@ -151,6 +152,27 @@ class AsksForGradients(nn.Sequential):
 def test_a_forward_that_asks_for_gradients_is_recorded() -> None:
     graph, _ = check_exact(AsksForGradients(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)), IMAGE)
     assert set(graph.pinned) == {"1"}
+
+
+class Clamps(nn.Module):
+    """As in DETR: where half precision overflows, numbers are cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if not torch.isfinite(x).all() or torch.isinf(x).any():
+            x = x.clamp(-1e4, 1e4)
+        return self.last(self.second(x)[:, :5])
+
+
+def test_a_check_for_infinite_numbers_is_no_read() -> None:
+    graph, _ = check_exact(Clamps(), IMAGE)
+    assert not graph.read_values
+    assert graph.pinned == {"last": "network output"}
+    assert "asks whether its tensors are finite" in str(refusal(graph, ""))
 
 
 class Vector(nn.Module):
