@@ -284,7 +284,10 @@ class Writer:
                     return self.graph.call_function(
                         operator.mod, (self.graph.call_function(operator.neg, (make(),)), *fits)
                     )
-        raise GraphFormError(f"forward computes {wanted} in a way that the shapes of its tensors do not show")
+        elsewhere = ", ".join(map(str, others))
+        raise GraphFormError(
+            f"forward computes a number ({value}, at other sizes {elsewhere}) that follows from no shape of its tensors"
+        )
 
     def _literals(self) -> set[int]:
         """Numbers that forward itself writes into shapes, the same in every sample: sizes of windows are among them."""
