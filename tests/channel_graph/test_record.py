@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, TraceError, capture_inputs
 from lightning_filterdiv.channel_graph.forms import refusal
+from lightning_filterdiv.channel_graph.labels import core
 
 from .checks import EXACT, check_exact, mergeable
 
@@ -335,6 +336,13 @@ def test_layers_that_get_an_empty_batch_are_pinned_like_others() -> None:
     assert not graph.groups
     assert set(graph.pinned) == {"stem", "first", "second", "third"}
     assert graph.pinned["first"] == "used after index in forward read values that decide what forward does"
+
+
+def test_no_channel_is_seen_in_a_slice_of_none() -> None:
+    labels = torch.arange(1, 7)
+    assert core(labels.reshape(1, 6, 1).expand(0, 6, 4)).flatten().tolist() == [1, 2, 3, 4, 5, 6]
+    assert core(labels[None][:, 2:2]).shape == (1, 0)
+    assert core(labels[None][:, 6:]).shape == (1, 0)
 
 
 def test_a_forward_that_reads_values_needs_a_model_that_has_some() -> None:
