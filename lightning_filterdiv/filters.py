@@ -119,14 +119,16 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     Names that would collide when shortened (``conv`` beside ``module.conv``) stay long, so that no module is lost.
     Likewise the name of a module that lies in ``module`` of one that is no wrapper (``Residual(module)``). If it is a
-    layer, it has the short name, as its weights do, and the other one is ``name (Residual)``.
+    layer, it has the short name, as its weights do, and the other one is ``name (Residual)``. The outermost module
+    counts as a wrapper.
     """
     named = walk_modules(model)
     taken = Counter(canonical_name(name) for name, _ in named if not _is_wrapped(name))
     found, raw = {}, dict(named)
     for name, module in named:
         short = canonical_name(name)
-        inside = _is_wrapped(name) and bool(module._modules) and not _is_wrapper(raw[name.rpartition(".")[0]])
+        around = name.rpartition(".")[0]
+        inside = bool(around and _is_wrapped(name) and module._modules) and not _is_wrapper(raw[around])
         inner = module._modules.get("module")
         if name and inner is not None and not inner._modules and not _is_wrapper(module):
             short = f"{short} ({type(module).__name__})"
