@@ -118,10 +118,27 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return canonical name -> module, under each of its names. A wrapper is replaced by the module that it wraps.
 
     Names that would collide when shortened (``conv`` beside ``module.conv``) stay long, so that no module is lost.
+    Likewise the name of a module that lies in ``module`` of one that is no wrapper (``Residual(module)``). If it is a
+    layer, it has the short name, as its weights do, and the other one is ``name (Residual)``. The outermost module
+    counts as a wrapper.
     """
     named = walk_modules(model)
     taken = Counter(canonical_name(name) for name, _ in named if not _is_wrapped(name))
-    return {(short if taken[short := canonical_name(name)] <= 1 else name): module for name, module in named}
+    found, raw = {}, dict(named)
+    for name, module in named:
+        short = canonical_name(name)
+        around = name.rpartition(".")[0]
+        inside = bool(around and _is_wrapped(name) and module._modules) and not _is_wrapper(raw[around])
+        inner = module._modules.get("module")
+        if name and inner is not None and not inner._modules and not _is_wrapper(module):
+            short = f"{short} ({type(module).__name__})"
+        found[name if inside or taken[short] > 1 else short] = module
+    return found
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """True for torch's and Lightning's own classes: all that they do is to call ``module``."""
+    return type(module).__module__.partition(".")[0] in ("torch", "lightning", "pytorch_lightning")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

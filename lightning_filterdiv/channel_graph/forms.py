@@ -151,6 +151,9 @@ def _align(graph: ChannelAnswers, path: str) -> Alignment:
         recording.other = other_record(traced, graph.inputs, names, graph.network)
     if isinstance(recording.other, str):
         raise GraphFormError(f"training mode cannot be recorded: {recording.other}")
+    both = (*recording.record.visits, *recording.other.visits)
+    if any(visit.checks for visit in both if visit.path == path):
+        raise GraphFormError("forward asks whether its tensors are finite, which a graph would not")
     try:
         return _side_by_side(recording.record, recording.other, path, with_copies=True)
     except GraphFormError as error:

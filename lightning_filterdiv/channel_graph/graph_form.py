@@ -143,7 +143,10 @@ class Writer:
                 self._child(step)
             else:
                 self._own(step)
-        self.graph.output(self._value(self._aligned.first.visit.output, self._twins(lambda s: s.visit.output)))
+        result = self._value(self._aligned.first.visit.output, self._twins(lambda s: s.visit.output))
+        if self._aligned.copies_result:
+            result = fx.map_arg(result, lambda part: self.graph.call_method("contiguous", (part,)))
+        self.graph.output(result)
         self.graph.eliminate_dead_code(_is_impure)
         self.graph.lint()
         return self.graph, self.constants
@@ -266,7 +269,34 @@ class Writer:
             for more, other in self._numbers[i:]:
                 if all(v == a * b for v, a, b in zip(wanted, sizes, more, strict=True)):
                     return self.graph.call_function(operator.mul, (make(), other()))
-        raise GraphFormError(f"forward computes {wanted} in a way that the shapes of its tensors do not show")
+        for many, make in self._numbers:
+            for few, other in self._numbers:  # items of the batch, where each was cut into windows
+                if 0 not in few and all(v * b == a for v, a, b in zip(wanted, many, few, strict=True)):
+                    return self.graph.call_function(operator.floordiv, (make(), other()))
+        if min(wanted) >= 0:
+            for sizes, make in self._numbers:  # padding up to whole windows
+                fits = {
+                    m
+                    for m in self._literals()
+                    if all(v < m and not (s + v) % m for v, s in zip(wanted, sizes, strict=True))
+                }
+                if len(fits) == 1:
+                    return self.graph.call_function(
+                        operator.mod, (self.graph.call_function(operator.neg, (make(),)), *fits)
+                    )
+        elsewhere = ", ".join(map(str, others))
+        raise GraphFormError(
+            f"forward computes a number ({value}, at other sizes {elsewhere}) that follows from no shape of its tensors"
+        )
+
+    def _literals(self) -> set[int]:
+        """Numbers that forward itself writes into shapes, the same in every sample: sizes of windows are among them."""
+        found: set[int] = set()
+        for step in self._aligned.first.steps:
+            if isinstance(step, Node) and step.op == "call" and operator_name(step, raw=True) in _SHAPED:
+                twins = [twin[step].args[1] for twin in self._aligned.twins if step in twin]
+                found |= {n for n, *others in zip(step.args[1], *twins, strict=False) if n > 1 and set(others) == {n}}
+        return found
 
     def _tensor(self, node: Node) -> fx.Node:
         while node in self._aligned.first.copies:

@@ -76,7 +76,10 @@ def distinct(labels: Ints) -> tuple[Ints, Ints]:
 
 
 def core(labels: Tensor) -> Tensor:
-    """Return a view of ``labels`` with every expanded (stride 0) dimension shrunk to size 1."""
+    """Return a view of ``labels`` with every expanded (stride 0) dimension shrunk to size 1, an empty one too."""
+    if 0 in labels.shape and not any(s for n, s in zip(labels.shape, labels.stride(), strict=True) if not n):
+        # An empty batch, as where no box is found.
+        labels = labels.as_strided([max(1, n) for n in labels.shape], labels.stride())
     for dim in range(labels.ndim):
         if labels.stride(dim) == 0 and labels.shape[dim] > 1:
             labels = labels.narrow(dim, 0, 1)

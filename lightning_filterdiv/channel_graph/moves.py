@@ -424,7 +424,7 @@ def reduction(state: Propagation, node: Node) -> Value:
     if mixed:
         if _value(state, node.args[0]).weighed and name == "sum":
             return _counted(state, node, labels, mixed)
-        if not state.stay_apart(_lines(labels, mixed)):
+        if _within_heads(node, labels, mixed) or not state.stay_apart(_lines(labels, mixed)):
             if name in _AVERAGES and len(mixed) == 1 and state.count(node, state.channels(labels, mixed[0], node)):
                 return state.fixed(node)
             kind = None if _value(state, node.args[0]).is_parameter else _countable(node)
@@ -449,6 +449,18 @@ def reduction(state: Propagation, node: Node) -> Value:
 
     value = node.value
     return shaped(value) if isinstance(value, Tensor) else [shaped(part) for part in value]
+
+
+def _within_heads(node: Node, labels: Tensor, mixed: Sequence[int]) -> bool:
+    """True for the length or the mean that a norm takes of each head of attention.
+
+    A head lies along an earlier dimension than its channels. A sum of branches looks alike, but nothing is divided by
+    it: a norm keeps the dimension, or takes a Euclidean length.
+    """
+    varying, name = _varying(labels), operator_name(node, raw=True)
+    if len(varying) < 2 or list(mixed) != [max(varying)]:
+        return False
+    return _countable(node) == "norm" or (name in ("sum", *_AVERAGES) and arguments(node).get("keepdim") is True)
 
 
 def _countable(node: Node) -> str | None:
@@ -572,12 +584,10 @@ def batched_product(state: Propagation, node: Node) -> Value:
             labels = own.labels
             if 3 - dim in _varying(labels) and state.stay_apart(_lines(labels, [3 - dim])):  # branches, weighed
                 labels = _joined(state, node, labels, [3 - dim], keeps_shape=False)
-            if dim in _varying(labels) <= {0, dim}:
-                rows = _heads(state, node, [(labels, dim)])
-                if rows is not None:
-                    state.pin(weights, f"acts on all channels at once in {state.where(node)}")
-                    small = rows.unsqueeze(0).unsqueeze(3 - dim)
-                    return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
+            if dim in _varying(labels) <= {0, dim} and _heads(state, node, [(labels, dim)]) is not None:
+                state.pin(weights, f"acts on all channels at once in {state.where(node)}")
+                small = labels.narrow(3 - dim, 0, 1)
+                return LabelTensor(state.table.derive(small, state.key(node)).expand(node.value.shape))
         if all(dim in _varying(value.labels) <= {0, dim} for dim, value in zip((2, 1), values, strict=True)):
             rows = _heads(state, node, [(values[0].labels, 2), (values[1].labels, 1)])
             if rows is not None and values[0].weighed:

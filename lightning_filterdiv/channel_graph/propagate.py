@@ -397,7 +397,7 @@ class Propagation:
         small = core(labels)
         varying = [d for d in dims if small.shape[d] > 1]
         if not varying:
-            return _shrink(labels, dims)
+            return small.expand([1 if d in dims else n for d, n in enumerate(labels.shape)])
         kept = [d for d in range(small.ndim) if d not in varying]
         matrix = (
             small.permute(*kept, *varying).reshape(int(np.prod([small.shape[d] for d in kept], initial=1)), -1).numpy()
@@ -594,9 +594,3 @@ def moved(state: Propagation, node: Node, labels: Tensor, index: int = 0) -> Lab
     """Return result number ``index`` of a data movement, compressed, with the call added to its trail."""
     key = state.key(node)
     return LabelTensor(state.table.derive(compress(labels), None if key is None else int(mix(key, index))))
-
-
-def _shrink(labels: Tensor, dims: Sequence[int]) -> Tensor:
-    for d in dims:
-        labels = labels.narrow(d, 0, 1)
-    return labels

@@ -116,6 +116,7 @@ class Visit:
         kwargs: keyword arguments, likewise.
         output: the result, likewise; ``Opaque("nothing")`` if the call did not return.
         functions: names of the custom autograd functions that forward called itself.
+        checks: forward itself asked whether a tensor is finite.
     """
 
     path: str
@@ -125,6 +126,7 @@ class Visit:
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = Opaque("nothing")
     functions: list[str] = field(default_factory=list)
+    checks: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -20,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..filters import CONVOLUTIONS, all_modules, canonical_name, walk_modules, walk_tensors
+from ..filters import CONVOLUTIONS, all_modules, canonical_name, named_modules, walk_modules, walk_tensors
 from .channel_map import ChannelMap
 from .errors import ExampleInputsError, TraceError
 from .modules import find_tensors, quiet, unchanged, without_compilation
-from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like
+from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like, operator_name
 from .shapes import is_dense, meta_results
 
 __all__ = ["MetaRun", "record", "run_on_meta"]
@@ -35,7 +36,9 @@ _MUTE = frozenset({torch.ops.aten._assert_tensor_metadata.default, torch.ops.ate
 # Recorded as what they are made of, for which there are rules.
 _COMPOSED = get_decompositions([torch.ops.aten.glu.default, torch.ops.aten.unsafe_split.Tensor])
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
+_ADDMM = torch.ops.aten.addmm.default
 _COPY = torch.ops.aten.copy_.default
+_READ = torch.ops.aten._local_scalar_dense.default
 _aten = torch.ops.aten
 # Views that change a tensor in place, below functionalisation -> what they are recorded as.
 _IN_PLACE = {
@@ -47,6 +50,12 @@ _IN_PLACE = {
     _aten.t_.default: _aten.t.default,
     _aten.as_strided_.default: _aten.as_strided.default,
 }
+_SAME_ENTRIES = frozenset(
+    {
+        *(_aten.alias.default, _aten.detach.default, _aten.clone.default, _aten._to_copy.default, _aten.view.default),
+        *(_aten.repeat.default, _aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.dim),
+    }
+)
 _EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
 
 
@@ -99,8 +108,12 @@ class _PlainOperators(TorchFunctionMode):
         if func is torch.fused_moving_avg_obs_fake_quant:
             # It updates its observers behind the back of functionalisation; for channels, rounding is what counts.
             return torch.fake_quantize_per_tensor_affine(args[0], 1.0, 0, -128, 127)
+        if func is torch.Tensor.requires_grad_:  # functionalisation refuses it, and nothing is differentiated here
+            return args[0]
         if func is torch.Tensor.tolist:
             return _to_list(args[0])
+        if func is torch.Tensor.__getitem__ and (part := _sliced(*args)) is not None:
+            return part
         if func in _TO_NUMPY and args[0].dtype != torch.bfloat16:
             return np.array(_to_list(args[0]), dtype=str(args[0].dtype).removeprefix("torch."))
         return func(*args, **(kwargs or {}))
@@ -112,6 +125,27 @@ _TO_NUMPY = (torch.Tensor.numpy, torch.Tensor.__array__)
 
 def _to_list(tensor: Tensor) -> Any:
     return [_to_list(part) for part in tensor.unbind()] if tensor.ndim else tensor.item()
+
+
+def _sliced(tensor: Tensor, index: Any) -> Tensor | None:
+    """``tensor[:, :height, :width]``, one call per bound; None for other indices.
+
+    Indexing leaves out a bound that is the size itself, which another image exceeds.
+    """
+    items = index if isinstance(index, tuple) else (index,)
+    first = 0
+    if items and items[0] is Ellipsis:
+        items = items[1:]
+        first = tensor.ndim - len(items)
+    bounds = [item for item in items if isinstance(item, slice)]
+    if len(bounds) < len(items) or not any(type(item.stop) is int for item in bounds):
+        return None
+    if any(type(n) is not int and n is not None for b in bounds for n in (b.start, b.stop, b.step)):
+        return None
+    for dim, item in enumerate(bounds, first):
+        if item != slice(None):
+            tensor = _aten.slice.Tensor(tensor, dim, item.start, item.stop, 1 if item.step is None else item.step)
+    return tensor
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -197,6 +231,8 @@ class _Recorder(TorchDispatchMode):
             return self.node_of(value) or self.outside(value)
         if type(value) in (list, tuple):
             return type(value)(self._nodes_in(item) for item in value)
+        if isinstance(value, torch.Size):
+            return tuple(value)
         if type(value) is dict:
             return {key: self._nodes_in(item) for key, item in value.items()}
         plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
@@ -280,6 +316,9 @@ class _Recorder(TorchDispatchMode):
         if func in _COMPOSED:
             with self:
                 return _COMPOSED[func](*args, **kwargs)
+        if func is _ADDMM and not kwargs and self._is_computed(args[0]):  # a bias for each of several parts (BEiT)
+            with self:
+                return _aten.add.Tensor(_aten.mm.default(*args[1:]), args[0])
         inputs: dict[Node, None] = {}
 
         def symbolic(item: Any) -> Any:
@@ -320,8 +359,18 @@ class _Recorder(TorchDispatchMode):
                     item = self.add("item", part, args=(node, index), inputs=(node,), constant=known, fixed=node.fixed)
                     self.attach(result[index], item)
         if reads_values(func, self.real) and not node.fixed and not _by_numbers(func, args):
-            self.reads.add(node)
+            if _if_finite(node) is None:
+                self.reads.add(node)
+            elif node.visit >= 0:
+                self.visits[node.visit].checks = True
         return result
+
+    def _is_computed(self, tensor: Tensor) -> bool:
+        """True if a tensor is more than a parameter or buffer in another shape or type."""
+        node = self.node_of(tensor)
+        while node is not None and node.op == "call" and node.target in _SAME_ENTRIES:
+            node = node.inputs[0]
+        return node is not None and node.op in ("call", "item")
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[Node, None]) -> Any:
         if self.real:
@@ -330,6 +379,8 @@ class _Recorder(TorchDispatchMode):
             return meta_like(given), *(torch.empty(0, dtype=given.dtype, device=_META) for _ in range(2))
         if reads_values(func, real=False) and not _by_numbers(func, args):
             sources = [source.constant for source in inputs]
+            if func is _READ and (known := _if_finite(next(iter(inputs)))) is not None:
+                return known
             if any(source is None for source in sources):
                 self.asked_for_values = True
                 raise _ReadsValuesError("forward reads the values of tensors")
@@ -429,6 +480,37 @@ def _by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
 _reading: dict[Any, bool] = {}
 
 
+def _if_finite(node: Node) -> bool | None:
+    """Value of a check for infinite numbers where there are none; None if a node is no such check.
+
+    Such a check decides nothing about channels (``if not torch.isfinite(x).all(): x = x.clamp(...)``).
+    """
+    if node.op != "call":
+        return None
+    name = operator_name(node, raw=True)
+    if name in ("isinf", "isnan"):
+        return False
+    if name in ("eq", "ne"):  # a number that is not one differs from itself
+        itself = node.args[1] is node.args[0]
+        return itself == (name == "eq") if itself or node.args[1] == math.inf else None
+    if name not in _CONNECTIVES or (isinstance(node.value, Tensor) and node.value.dtype != torch.bool):
+        return None
+    parts = [_if_finite(source) for source in node.inputs]
+    if not parts or None in parts:
+        return None
+    if name in ("logical_not", "bitwise_not"):
+        return not parts[0]
+    return all(parts) if name in ("logical_and", "bitwise_and", "mul") else any(parts)
+
+
+_CONNECTIVES = frozenset(
+    {
+        *("any", "all", "logical_or", "bitwise_or", "logical_and", "bitwise_and", "mul"),
+        *("logical_not", "bitwise_not", "_local_scalar_dense", "alias", "clone"),
+    }
+)
+
+
 def value_of_buffer(tensor: Tensor) -> Tensor | None:
     """Return a copy of a tensor of integers, or of a single untrained number, because forward may index by it or read
     it."""
@@ -464,7 +546,8 @@ def record(
         ExampleInputsError: forward fails on these inputs.
         TraceError: forward reads values where there are none, or does what cannot be recorded.
     """
-    has_values = not any(tensor.is_meta for _, tensor in walk_tensors(model))
+    tensors = [*(tensor for _, tensor in walk_tensors(model)), *find_tensors(call)]
+    has_values = not any(tensor.is_meta for tensor in tensors)
     with without_compilation(model):
         recorder, error = _attempt(model, call, names, prefix, training, real=False)
         if error is not None and has_values:
@@ -528,6 +611,7 @@ def _attempt(
 ) -> tuple[_Recorder, Exception | None]:
     """Run forward once; returns what was recorded, and the exception that ended it."""
     paths = {id(m): _join(prefix, canonical_name(n)) for n, m in reversed(walk_modules(model))}
+    paths |= {id(m): _join(prefix, n) for n, m in reversed(named_modules(model).items())}
     recorder = _Recorder(paths, names, real)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model, training=training))

@@ -45,7 +45,7 @@ class Sample:
         visit: arguments and result.
         steps: what its forward does, in order: operators of its own, and calls of other modules.
         same: tensors that other modules made as views of what they took or returned -> that argument or result.
-        copies: copies that a reshape makes at some sizes only -> what they copy. They are no steps.
+        copies: copies that are made at some sizes only -> what they copy. They are no steps.
     """
 
     visit: Visit
@@ -102,16 +102,18 @@ def _sample(
             raise GraphFormError(f"forward writes {written[node]} itself")
         own.add(node)
         waiting += node.inputs
-    copies = {} if with_copies else {node: node.inputs[0] for node in own if _only_reshaped(node)}
+    results = set(nodes_in(visit.output))
+    copies = {} if with_copies else {node: node.inputs[0] for node in own if _only_moved(node, results)}
     order = [(int(node.name[1:]), 1, node) for node in own if node not in copies]
     order += [(child.start, 0, child) for child in children]  # type: ignore[misc]
     return Sample(visit, tuple(step for _, _, step in sorted(order, key=lambda item: item[:2])), same, copies)
 
 
-def _only_reshaped(node: Node) -> bool:
-    """True if a node is a copy that a reshape needs only at some sizes."""
-    copied = node.op == "call" and operator_name(node, raw=True) == "clone"
-    return copied and all(operator_name(user, raw=True) in ("view", "_unsafe_view") for user in node.users)
+def _only_moved(node: Node, results: set[Node]) -> bool:
+    """True if a node is a copy that a reshape, or a result in order in memory, needs only at some sizes."""
+    if node.op != "call" or operator_name(node, raw=True) != "clone":
+        return False
+    return node in results or all(operator_name(user, raw=True) in ("view", "_unsafe_view") for user in node.users)
 
 
 def _unaliased(node: Node) -> Node:
@@ -169,6 +171,11 @@ class Alignment:
         for other in self.others:
             self.twins.append({})
             self._align(other, self.twins[-1])
+
+    @property
+    def copies_result(self) -> bool:
+        """True if a sample copies its result at the end, which is no step."""
+        return any(n in s.copies for s in (self.first, *self.others) for n in nodes_in(s.visit.output))
 
     def sizes(self, node: Node, dim: int) -> tuple[int, ...]:
         """Size of ``node`` along ``dim`` in every sample."""

@@ -11,6 +11,7 @@ from lightning_filterdiv.channel_graph import ChannelGraph
 from lightning_filterdiv.channel_graph.inputs import example_arguments
 from lightning_filterdiv.channel_graph.narrow import merging, narrow, tie
 from lightning_filterdiv.channel_graph.verify import compare, random_clusters, random_inputs, randomise
+from lightning_filterdiv.filters import canonical_name
 
 EXACT = 1e-9
 
@@ -30,7 +31,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def expected_count(model: nn.Module, graph: ChannelGraph, clusters: dict[str, torch.Tensor]) -> int:
     """Entries left when every removed channel takes its rows and columns with it."""
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    shapes = {canonical_name(name): list(p.shape) for name, p in model.named_parameters()}
     for group in graph.groups:
         removed = group.size - len(clusters[group.name].unique())
         for part in group.parts:

@@ -26,9 +26,12 @@ IMAGE = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 class Attention(nn.Module):
     """As in Visformer; ``parts``: how queries, keys and values are cut out of one convolution."""
 
-    def __init__(self, heads: int, parts: str = "unbind", fused: bool = False) -> None:
+    def __init__(
+        self, heads: int, parts: str = "unbind", fused: bool = False, norm: str = "", position: bool = False
+    ) -> None:
         super().__init__()
-        self.heads, self.parts, self.fused = heads, parts, fused
+        self.position = nn.Conv2d(8, 8, 3, padding=1, groups=8) if position else None
+        self.heads, self.parts, self.fused, self.norm = heads, parts, fused, norm
         self.qkv, self.proj = nn.Conv2d(8, 24, 1), nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,11 +40,18 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).reshape(b, 3, self.heads, c // self.heads, -1).permute(1, 0, 2, 4, 3).unbind(0)
         else:
             q, k, v = (t.view(b, self.heads, c // self.heads, h * w).transpose(-1, -2) for t in self.qkv(x).chunk(3, 1))
+        if self.norm == "cosine":
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        elif self.norm == "rms":
+            q, k = (t * (t.square().mean(-1, keepdim=True) + 0.1).rsqrt() for t in (q, k))
         if self.fused:
             y = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
         else:
             y = (q @ k.transpose(-2, -1) * 0.3).softmax(-1) @ v
-        return self.proj(y.permute(0, 1, 3, 2).reshape(b, -1, h, w))
+        y = y.permute(0, 1, 3, 2).reshape(b, -1, h, w)
+        if self.position is not None:
+            y = y + self.position(v.permute(0, 1, 3, 2).reshape(b, -1, h, w))
+        return self.proj(y)
 
 
 class Net(nn.Module):
@@ -54,11 +64,33 @@ class Net(nn.Module):
         return self.last(F.relu(self.attention(x)))
 
 
+class Separate(nn.Module):
+    """As in BEiT and Swin v2: no bias of the keys, those of queries and values in parameters of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.q_bias, self.v_bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.register_buffer("k_bias", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        y = F.linear(x.flatten(2).transpose(1, 2), self.qkv.weight, bias)
+        q, k, v = y.reshape(b, h * w, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1) * 0.3).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(b, h * w, -1)).transpose(1, 2).reshape(b, c, h, w)
+
+
 FORMS = {
+    "a computed bias": Separate,
     "one head": lambda: Attention(1),
     "heads": lambda: Attention(2),
     "heads, chunks": lambda: Attention(2, "chunk"),
     "fused": lambda: Attention(2, fused=True),
+    "cosine": lambda: Attention(2, norm="cosine"),
+    "positions of values": lambda: Attention(2, position=True),
+    "heads normed by hand": lambda: Attention(2, norm="rms"),
 }
 
 

@@ -136,6 +136,31 @@ class Halves(nn.Module):
         return self.b(torch.cat([y[:, :6] * gate.sigmoid(), self.drop(y[:, :6])], 1))
 
 
+class Sized(nn.Module):
+    """Gets the size of its image from the caller, and asks how many windows there are for each of them."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(8, 12), conv(6, 8)
+
+        def forward(self, windows: Tensor, place: Tensor, size: tuple[int, ...]) -> Tensor:
+            y = self.a(windows)
+            items = len(windows) // len(place)
+            y = y[:, :6] * (y[:, 6:] + place.unsqueeze(0).expand(items, -1, -1, -1, -1).reshape(-1, 1, 8, 8))
+            return self.b(F.interpolate(y, size=size[2:]))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sized.Halves()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        windows = x.reshape(n, c, h // 8, 8, w // 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 8, 8)
+        place = torch.ones(h // 8 * (w // 8), 1, 8, 8, dtype=x.dtype, device=x.device)
+        return self.inner(windows, place, x.shape).view(n, -1, 8, h, w).mean(1)
+
+
 BODIES = {kind.__name__: kind for kind in (Slices, Written, Res2Net, Ghost, C2f, Shuffle, Numbers, Halves)}
 
 
@@ -193,6 +218,71 @@ def test_any_counts_are_exact_at_every_size_and_in_both_modes(name: str) -> None
         assert compare(both[0], both[1], (images,), {}) <= EXACT
         assert compare(model, narrow, (images,), {}) <= EXACT
         assert compare(both[0].eval(), both[1].eval(), (images,), {}) <= EXACT, "running statistics differ"
+
+
+def test_a_size_among_the_arguments_and_a_quotient_of_two_sizes() -> None:
+    model = Net(Sized)
+    graph, narrow = check_exact(model, IMAGE)
+    assert set(graph.pinned) == {"head"}
+    assert isinstance(narrow.body.inner, fx.GraphModule)
+    for shape in [(5, 3, 16, 16), (2, 3, 24, 40)]:
+        assert compare(model, narrow, (torch.rand(shape, dtype=torch.float64),), {}) <= EXACT
+
+
+class Residual(nn.Module):
+    """Calls what it keeps as ``module``, as wrappers do, and adds to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.module(x)
+
+
+def test_a_module_that_keeps_another_as_module_is_no_wrapper() -> None:
+    graph, narrow = check_exact(Net(lambda: nn.Sequential(Residual(Res2Net()), Residual(conv(8, 8)))), IMAGE)
+    assert set(graph.pinned) == {"head"}
+    assert isinstance(narrow.body[0].module, fx.GraphModule)
+    assert type(narrow.body[0]) is Residual
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.left, self.right = conv(8, 12), Residual(conv(5, 5)), Residual(nn.Conv2d(7, 7, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x)
+            return x + torch.cat([self.left(y[:, :5]), self.right(y[:, 5:])], 1)[:, :8]
+
+    graph, narrow = check_exact(Net(Split), IMAGE)
+    assert isinstance(narrow.body, fx.GraphModule)
+
+
+class Padded(nn.Module):
+    """Windows of five, to which every image is padded (Swin)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(8, 12), conv(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        height, width = y.shape[2:]
+        y = F.pad(y, (0, (5 - width % 5) % 5, 0, (5 - height % 5) % 5))
+        y = y.view(y.shape[0], 12, y.shape[2] // 5, 5, y.shape[3] // 5, 5)
+        y = (y * y.mean((3, 5), keepdim=True).sigmoid()).reshape(y.shape[0], 12, -1, y.shape[4] * 5)
+        return self.b(y[:, :6] + y[:, 6:])[:, :, :height, :width].contiguous()
+
+
+@pytest.mark.parametrize("size", [16, 20])  # 20: nothing to pad, nothing to cut off, nothing to copy
+def test_images_that_forward_pads_to_whole_windows(size: int) -> None:
+    model = Net(Padded)
+    graph, narrow = check_exact(model, torch.rand(1, 3, size, size))
+    assert set(graph.pinned) == {"head"}
+    assert isinstance(narrow.body, fx.GraphModule)
+    for size in range(13, 19):
+        assert compare(model, narrow, (torch.rand(2, 3, size, 31 - size, dtype=torch.float64),), {}) <= EXACT
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.models import channel_graph as models
 from lightning_filterdiv.channel_graph import ChannelGraph, ExampleInputsError, TraceError, capture_inputs
+from lightning_filterdiv.channel_graph.forms import refusal
+from lightning_filterdiv.channel_graph.labels import core
 
 from .checks import EXACT, check_exact, mergeable
 
@@ -141,6 +143,37 @@ def test_what_tells_channels_apart_pins_them(kind: str) -> None:
     assert "first" in graph.pinned
     assert graph.groups == []
     assert re.search(reason, graph.pinned["first"]), graph.pinned["first"]
+
+
+class AsksForGradients(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x * 2).requires_grad_(True))
+
+
+def test_a_forward_that_asks_for_gradients_is_recorded() -> None:
+    graph, _ = check_exact(AsksForGradients(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)), IMAGE)
+    assert set(graph.pinned) == {"1"}
+
+
+class Clamps(nn.Module):
+    """As in DETR: where half precision overflows, numbers are cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if not torch.isfinite(x).all() or torch.isinf(x).any():
+            x = x.clamp(-1e4, 1e4)
+        return self.last(self.second(x)[:, :5])
+
+
+def test_a_check_for_infinite_numbers_is_no_read() -> None:
+    graph, _ = check_exact(Clamps(), IMAGE)
+    assert not graph.read_values
+    assert graph.pinned == {"last": "network output"}
+    assert "asks whether its tensors are finite" in str(refusal(graph, ""))
 
 
 class Vector(nn.Module):
@@ -288,6 +321,28 @@ def test_channels_are_pinned_from_the_read_on() -> None:
     assert set(graph.pinned) == {"first", "second", "third"}
     assert graph.pinned["second"] == "used after item in forward read values that decide what forward does"
     assert graph.read_values == "item in forward"
+
+
+class FindsNothing(Reads):
+    """No item of the batch is selected, as where a detector finds no box."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.third(self.second(self.first(x[x.mean((1, 2, 3)) < 0]).relu()).relu())
+
+
+def test_layers_that_get_an_empty_batch_are_pinned_like_others() -> None:
+    graph = ChannelGraph.trace(FindsNothing(), IMAGE)
+    assert not graph.groups
+    assert set(graph.pinned) == {"stem", "first", "second", "third"}
+    assert graph.pinned["first"] == "used after index in forward read values that decide what forward does"
+
+
+def test_no_channel_is_seen_in_a_slice_of_none() -> None:
+    labels = torch.arange(1, 7)
+    assert core(labels.reshape(1, 6, 1).expand(0, 6, 4)).flatten().tolist() == [1, 2, 3, 4, 5, 6]
+    assert core(labels[None][:, 2:2]).shape == (1, 0)
+    assert core(labels[None][:, 6:]).shape == (1, 0)
 
 
 def test_a_forward_that_reads_values_needs_a_model_that_has_some() -> None:
