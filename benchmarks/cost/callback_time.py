@@ -5,7 +5,7 @@
 ``benchmarks.cost.overhead`` times the rules. Here a Trainer trains ResNet-20 (batch 64, 32x32), and every hook that
 Lightning or the optimizer calls on a callback is timed, with its bookkeeping. RePr is before its first drop and
 FilterSimilarityMonitor between two snapshots, where no hook may start an operation on tensors. Operations are counted
-in a separate fit. The device is synchronised for the clock in this module only.
+in a separate fit, as a GPU would run them. The device is synchronised for the clock in this module only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from benchmarks.common.device import clock, default_device, description, result_path
 from benchmarks.cost.fake_device import KernelCounter
+from benchmarks.cost.launches import copies_as_on_a_gpu
 from benchmarks.models import CifarResNet
 from benchmarks.training.classification import Classifier
 from benchmarks.training.loader import SeededBatches
@@ -134,7 +135,7 @@ def _fit(make: Callable[[], Callback], steps: int, device: torch.device, count: 
         accelerator=device.type, devices=1, max_epochs=3, callbacks=[callback, books], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    with _accounted(callback, books):
+    with _accounted(callback, books), copies_as_on_a_gpu() if count else nullcontext():
         trainer.fit(Classifier(CifarResNet(20), (3, 32, 32), lr=0.05), loader)
     return books
 

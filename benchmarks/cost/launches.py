@@ -42,7 +42,7 @@ class Count(NamedTuple):
 
 
 @contextmanager
-def _copies_as_on_a_gpu() -> Iterator[None]:
+def copies_as_on_a_gpu() -> Iterator[None]:
     """Copy to buffers as on a GPU. Version 0.1 copies in one way on all devices."""
     try:
         from lightning_filterdiv.tensors.flat_buffer import FlatBuffer
@@ -62,7 +62,7 @@ def count_hooks(method: str, model: nn.Module) -> Count:
     """
     optimizer, (before, after) = trained_hooks(method, model)  # what is held through a step includes momentum
     counter = KernelCounter("cpu")
-    with _copies_as_on_a_gpu():
+    with copies_as_on_a_gpu():
         with counter, host_draws_apart(counter):
             before(1)
         optimizer.step()

@@ -26,6 +26,7 @@ from benchmarks.cost import (
     large_steps,
     launches,
     memory,
+    merge_time,
     monitor,
     overhead,
     peers,
@@ -113,9 +114,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fm5k_repr_events": lambda: _events("baseline", "repr", "repr_early"),
     "events": lambda: events.table(read_result("events.json"), None, read_result("gpu/events.json")),
     "events_divided": lambda: events.divided_table(read_result("events_divided.json")),
-    "large_steps": lambda: large_steps.table(
-        read_result("gpu/large_steps.json"), read_result("scaling.json")["counted"]
-    ),
+    "large_steps": lambda: large_steps.table(read_result("gpu/large_steps.json")),
     "channel_graph_cost": lambda: channel_graph_cost.table(
         json.loads(channel_graph_cost.RESULT.read_text())["results"]
     ),
@@ -152,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "launches": lambda: _launches(""),
     "host_time": lambda: host_time.table(json.loads(host_time.RESULT.read_text())),
     "clustering": lambda: clustering.table(json.loads(clustering.RESULT.read_text())),
+    "merge_time": lambda: merge_time.table(json.loads(merge_time.RESULT.read_text())),
     "memory": lambda: memory.table(json.loads(memory.RESULT.read_text())),
     "communication": lambda: communication.table(json.loads(communication.RESULT.read_text())),
     "structure_cost": lambda: structure_cost.table(

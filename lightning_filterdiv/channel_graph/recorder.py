@@ -319,6 +319,10 @@ class _Recorder(TorchDispatchMode):
         if func is _ADDMM and not kwargs and self._is_computed(args[0]):  # a bias for each of several parts (BEiT)
             with self:
                 return _aten.add.Tensor(_aten.mm.default(*args[1:]), args[0])
+        if func is _aten.slice_scatter.default and args[0].shape == args[1].shape:
+            # Written in place into a slice that is the whole tensor (GhostNet): nothing of the old one is read.
+            with self:
+                return _aten.alias.default(args[1])
         inputs: dict[Node, None] = {}
 
         def symbolic(item: Any) -> Any:

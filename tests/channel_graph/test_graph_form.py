@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lightning_filterdiv.channel_graph import ChannelGraph, NarrowingError
+from lightning_filterdiv.channel_graph.forms import refusal
 from lightning_filterdiv.channel_graph.narrow import Narrowing, merging, tie
-from lightning_filterdiv.channel_graph.verify import compare, prove, randomise
+from lightning_filterdiv.channel_graph.verify import compare, prove, randomise, verify
 from lightning_filterdiv.narrowing import MergedFileError, load_merged, merge_channels, save_merged
 
 from .checks import EXACT, check_exact
@@ -587,3 +588,35 @@ def test_a_check_of_widths_makes_the_body_that_runs_it_a_graph() -> None:
     assert isinstance(narrow.bare, fx.GraphModule)
     assert type(narrow.bare.conv) is nn.Conv2d
     assert type(narrow) is Checks
+
+
+class _Whole(nn.Module):
+    """A GhostNet block whose slice is the whole tensor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width // 2, 1), nn.Conv2d(width // 2, width // 2, 3, padding=1)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.cat([x, self.second(x)], dim=1)[:, : self.width]
+
+
+class _AddedInPlace(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ghost, self.shortcut = _Whole(width), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ghost(x)
+        y += self.shortcut(x)
+        return y
+
+
+def test_what_is_added_in_place_to_a_whole_slice_reads_nothing_else() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), _AddedInPlace(8), nn.Conv2d(8, 4, 3)).eval()
+    graph = ChannelGraph.trace(model, torch.zeros(1, 3, 12, 12))
+    assert refusal(graph, "1") is None
+    assert graph.pinned == {"2": "network output"}
+    assert verify(graph).exact

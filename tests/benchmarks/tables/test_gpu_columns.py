@@ -116,10 +116,10 @@ def test_large_steps_measures_what_scaling_predicts(monkeypatch: pytest.MonkeyPa
     assert torch.get_float32_matmul_precision() == "highest"
     record = {"device": "NVIDIA H200", "torch": "2", "rows": [row._asdict() for row in rows]}
     counted = json.loads(large_steps.COUNTED.read_text())["counted"]
-    table = _rows(large_steps.table(record, counted))
+    table = _rows(large_steps.table(record | {"counted": counted}))
     assert table[2][-1] == f"{100 * rows[0].hooks / rows[0].step:.1f} %"
     with pytest.raises(ValueError, match="Some other GPU"):
-        large_steps.table(record | {"device": "Some other GPU"}, counted)
+        large_steps.table(record | {"counted": counted, "device": "Some other GPU"})
 
 
 def test_where_results_go() -> None:
