@@ -31,8 +31,11 @@ def test_merges_as_much_as_committed(network: tuple[str, str, int]) -> None:
     library, name, size = network
     row = zoo.ours(library, name, size)
     assert "error" not in row, row
-    assert row["share"] >= ROWS[f"{name}@{size}"]["ours"]["share"] - 1e-3
-    assert row["deviation"] <= 1e-9
+    committed = ROWS[f"{name}@{size}"]["ours"]
+    assert row["share"] >= committed["share"] - 1e-3
+    assert row.get("precision") == committed.get("precision")  # None: float64
+    # The forward of RAFT casts to float32, where a proof allows the square root of the rounding unit.
+    assert row["deviation"] <= (1e-9 if "precision" not in row else torch.finfo(torch.float32).eps ** 0.5)
 
 
 @pytest.mark.soak
