@@ -274,11 +274,10 @@ class Writer:
                 if 0 not in few and all(v * b == a for v, a, b in zip(wanted, many, few, strict=True)):
                     return self.graph.call_function(operator.floordiv, (make(), other()))
         if min(wanted) >= 0:
+            literals = self._literals()
             for sizes, make in self._numbers:  # padding up to whole windows
                 fits = {
-                    m
-                    for m in self._literals()
-                    if all(v < m and not (s + v) % m for v, s in zip(wanted, sizes, strict=True))
+                    m for m in literals if all(v < m and not (s + v) % m for v, s in zip(wanted, sizes, strict=True))
                 }
                 if len(fits) == 1:
                     return self.graph.call_function(

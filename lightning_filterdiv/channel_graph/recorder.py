@@ -615,6 +615,7 @@ def _attempt(
 ) -> tuple[_Recorder, Exception | None]:
     """Run forward once; returns what was recorded, and the exception that ended it."""
     paths = {id(m): _join(prefix, canonical_name(n)) for n, m in reversed(walk_modules(model))}
+    # A name may stay long (``Residual.module``); the line before knows the wrappers, which these names leave out.
     paths |= {id(m): _join(prefix, n) for n, m in reversed(named_modules(model).items())}
     recorder = _Recorder(paths, names, real)
     with ExitStack() as stack:
