@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import Ints, LabelTensor, ValueTable, compress, core, mix, stable_hash, unique
-from .record import Node, Record, is_shape_only, operator_name
+from .record import REPEATS, TRANSPARENT, Node, Record, is_shape_only, operator_name
 
 __all__ = ["FLAT", "Event", "Grouped", "Move", "Propagation", "Reduction", "Rule", "Value", "pattern"]
 
@@ -206,7 +206,7 @@ class Propagation:
 
     def parameter_name(self, node: object) -> str | None:
         """Canonical name if ``node`` is a parameter or buffer itself (through copies that change no value)."""
-        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in _TRANSPARENT:
+        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in TRANSPARENT:
             node = node.args[0]
         return self._tensors.get(node) if isinstance(node, Node) else None
 
@@ -226,7 +226,7 @@ class Propagation:
     def vector(self, node: object) -> tuple[str, Ints] | None:
         """(name, entries) of a one-dimensional tensor that repeats or reshapes a parameter; None if it is computed."""
         chain: list[Node] = []
-        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in _REPEATS:
+        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in REPEATS:
             chain.append(node)
             node = node.args[0]
         name = self._tensors.get(node) if isinstance(node, Node) else None
@@ -234,7 +234,7 @@ class Propagation:
             return None
         entries = torch.arange(node.value.numel()).reshape(node.shape)
         for step in reversed(chain):
-            if operator_name(step, raw=True) not in _TRANSPARENT:
+            if operator_name(step, raw=True) not in TRANSPARENT:
                 entries = step.target(entries, *step.args[1:], **step.kwargs)
         return name, entries.reshape(-1).numpy()
 
@@ -254,7 +254,7 @@ class Propagation:
 
     def matrix(self, node: object) -> str | None:
         """Name of the parameter that ``node`` is the transpose of."""
-        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in _TRANSPARENT:
+        while isinstance(node, Node) and node.op == "call" and operator_name(node, raw=True) in TRANSPARENT:
             node = node.args[0]
         if not isinstance(node, Node) or node.op != "call" or node.value.ndim != 2:
             return None
@@ -533,11 +533,7 @@ def pattern(table: ValueTable, rows: Ints) -> Ints:
         return np.asarray(mix(table.trail[rows], table.slot[rows], np.arange(rows.shape[1])).sum(axis=1))
 
 
-_TRANSPARENT = frozenset({"alias", "detach", "clone", "lift_fresh", "lift_fresh_copy", "_to_copy"})
-
-
-_REPEATS = _TRANSPARENT | {"repeat", "view", "reshape", "expand", "unsqueeze", "squeeze", "_unsafe_view"}
-_LAZY = _REPEATS | {"t", "transpose", "permute"}
+_LAZY = REPEATS | {"t", "transpose", "permute"}
 _LONGEST_VECTOR = 1 << 16
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
+    "REPEATS",
+    "TRANSPARENT",
     "Node",
     "Opaque",
     "Record",
@@ -24,6 +26,11 @@ __all__ = [
     "meta_like",
     "operator_name",
 ]
+
+#: Operators whose result is their input, as it is or in another type.
+TRANSPARENT = frozenset({"alias", "detach", "clone", "lift_fresh", "lift_fresh_copy", "_to_copy"})
+#: Those too that give it another shape or repeat it, in order.
+REPEATS = TRANSPARENT | {"repeat", "view", "reshape", "expand", "unsqueeze", "squeeze", "_unsafe_view"}
 
 # Names of ATen's inner operators, and what people call them.
 _WORDS = {

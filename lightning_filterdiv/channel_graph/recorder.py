@@ -25,7 +25,7 @@ from ..filters import CONVOLUTIONS, all_modules, canonical_name, named_modules, 
 from .channel_map import ChannelMap
 from .errors import ExampleInputsError, TraceError
 from .modules import find_tensors, quiet, unchanged, without_compilation
-from .record import Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like, operator_name
+from .record import REPEATS, Node, Opaque, Record, Visit, is_shape_only, live_nodes, meta_like, operator_name
 from .shapes import is_dense, meta_results
 
 __all__ = ["MetaRun", "record", "run_on_meta"]
@@ -50,12 +50,6 @@ _IN_PLACE = {
     _aten.t_.default: _aten.t.default,
     _aten.as_strided_.default: _aten.as_strided.default,
 }
-_SAME_ENTRIES = frozenset(
-    {
-        *(_aten.alias.default, _aten.detach.default, _aten.clone.default, _aten._to_copy.default, _aten.view.default),
-        *(_aten.repeat.default, _aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.dim),
-    }
-)
 _EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"})
 
 
@@ -372,7 +366,7 @@ class _Recorder(TorchDispatchMode):
     def _is_computed(self, tensor: Tensor) -> bool:
         """True if a tensor is more than a parameter or buffer in another shape or type."""
         node = self.node_of(tensor)
-        while node is not None and node.op == "call" and node.target in _SAME_ENTRIES:
+        while node is not None and node.op == "call" and operator_name(node, raw=True) in REPEATS:
             node = node.inputs[0]
         return node is not None and node.op in ("call", "item")
 
